@@ -1,0 +1,345 @@
+"""Every fused operation in plain torch: the specification that all backends are tested against.
+
+One function per direction and op, ``<op>_forward`` and ``<op>_backward``; the Triton kernels (``kernels/<op>.py``) and the
+C++ ones (``native.py``) expose the same names and signatures. The forward functions are differentiable, so autograd through
+them in float64 is the truth for gradients; the backward functions are the formulas that a kernel has to implement, and run
+where no kernel is available.
+
+Shapes: ``total`` is the number of real tokens of a packed batch, ``rows`` any number of rows, ``hidden`` the model width.
+Statistics (mean, rstd, lse, per-row losses) are float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# --- dropout -------------------------------------------------------------------------------------------------------------
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+DROPOUT_LEVELS = 1 << 16
+_MASK32 = 0xFFFFFFFF
+
+
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, rounds: int = 10) -> tuple[Tensor, ...]:
+    """Philox 4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the generator of ``tl.philox``.
+
+    ``counter``: four int64 tensors of 32-bit values, broadcastable; ``seed``: one int64, its low and high halves are the key.
+    Returns four int64 tensors of 32-bit words.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(rounds):
+        hi0, lo0 = _multiply_32(c0, PHILOX_MULTIPLIERS[0])
+        hi1, lo1 = _multiply_32(c2, PHILOX_MULTIPLIERS[1])
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + PHILOX_KEY_INCREMENTS[0]) & _MASK32, (k1 + PHILOX_KEY_INCREMENTS[1]) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _multiply_32(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32 x 32 bit product, in int64 arithmetic that never leaves 63 bits."""
+    low, high = a * (multiplier & 0xFFFF), a * (multiplier >> 16)
+    product_low = low + ((high & 0xFFFF) << 16)
+    return (high >> 16) + (product_low >> 32), product_low & _MASK32
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """The probability in 1/65536: an element is dropped when its 16 random bits are below this number."""
+    return round(dropout_p * DROPOUT_LEVELS)
+
+
+def dropout_scale(dropout_p: float) -> float:
+    """1 / (1 - p) for the probability as it is applied (a multiple of 1/65536); 0 where everything is dropped."""
+    kept = DROPOUT_LEVELS - dropout_threshold(dropout_p)
+    return DROPOUT_LEVELS / kept if kept else 0.0
+
+
+def dropout_keep(rows: Tensor, columns: Tensor, plane: Tensor | int, dropout_p: float, seed: Tensor, stream: int) -> Tensor:
+    """Which elements survive dropout: bool, broadcast of ``rows``, ``columns`` and ``plane`` (int64 indices below 2**32).
+
+    The counter is (column // 8, row, plane, stream) under the key ``seed``: one Philox call of 128 bits serves eight
+    neighbouring columns with 16 bits each (column % 8 counts the 16-bit pieces from the lowest). It depends on nothing but
+    these numbers, so every backend draws the same mask and the backward pass recomputes it instead of storing it. Sixteen
+    bits set p to within 1/131072 at an eighth of the cost of ``tl.rand``'s one call per element.
+    """
+    plane = torch.as_tensor(plane, dtype=torch.int64, device=rows.device)
+    stream_counter = torch.as_tensor(stream, dtype=torch.int64, device=rows.device)
+    words = torch.stack(philox_4x32((columns // 8, rows, plane, stream_counter), seed.reshape(())), dim=-1)
+    lane = (columns % 8).expand(words.shape[:-1])
+    word = words.gather(-1, (lane // 2).unsqueeze(-1)).squeeze(-1)
+    return ((word >> (16 * (lane % 2))) & 0xFFFF) >= dropout_threshold(dropout_p)
+
+
+def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, stream: int) -> Tensor:
+    """Dropout of ``x`` (rows, columns) with the counter-based mask of :func:`dropout_keep`, plane 0."""
+    if dropout_p == 0.0:
+        return x
+    keep = _row_keep(x, dropout_p, seed, stream)
+    return torch.where(keep, x * dropout_scale(dropout_p), 0.0)
+
+
+def _row_keep(x: Tensor, dropout_p: float, seed: Tensor, stream: int) -> Tensor:
+    rows, columns = (torch.arange(size, device=x.device) for size in x.shape)
+    return dropout_keep(rows[:, None], columns[None, :], 0, dropout_p, seed, stream)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --- attention -----------------------------------------------------------------------------------------------------------
+
+
+def attention_forward(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Bidirectional attention within each sequence of a packed batch (Vaswani et al., 2017, section 3.2).
+
+    qkv: (total, 3, num_heads, head_dim), any floating dtype; cu_seqlens: (batch + 1,) int32, from 0 to total, not
+    decreasing; max_seqlen: the longest sequence. Dropout acts on the probabilities: row = the query's row in the packed
+    batch, column = the key's position within its sequence, plane = the head.
+
+    Returns out (total, num_heads, head_dim) and lse (num_heads, total), the log-sum-exp of each query's scaled scores.
+    """
+    total, _, num_heads, _ = qkv.shape
+    out = qkv.new_zeros(total, num_heads, qkv.shape[-1])
+    lse = qkv.new_zeros(num_heads, total, dtype=_statistics_dtype(qkv))
+    for start, end in _sequences(cu_seqlens):
+        scores, _, _, v = _attention_scores(qkv, start, end, softmax_scale)
+        row_lse = scores.logsumexp(-1)
+        p = (scores - row_lse.unsqueeze(-1)).exp()
+        if dropout_p > 0.0:
+            keep = _attention_keep(num_heads, start, end, dropout_p, seed, stream)
+            p = torch.where(keep, p * dropout_scale(dropout_p), 0.0)
+        out[start:end] = (p @ v).transpose(0, 1).to(out.dtype)
+        lse[:, start:end] = row_lse
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """dqkv (total, 3, num_heads, head_dim); the probabilities are recomputed from lse (Dao et al., 2022, algorithm 4)."""
+    dqkv = torch.zeros_like(qkv)
+    for start, end in _sequences(cu_seqlens):
+        scores, q, k, v = _attention_scores(qkv, start, end, softmax_scale)
+        p = (scores - lse[:, start:end].unsqueeze(-1)).exp()
+        do = dout[start:end].transpose(0, 1).to(p.dtype)
+        delta = (do * out[start:end].transpose(0, 1)).sum(-1, keepdim=True)
+        dp = do @ v.transpose(1, 2)
+        p_dropped = p
+        if dropout_p > 0.0:
+            keep = _attention_keep(qkv.shape[2], start, end, dropout_p, seed, stream)
+            scale = dropout_scale(dropout_p)
+            p_dropped, dp = torch.where(keep, p * scale, 0.0), torch.where(keep, dp * scale, 0.0)
+        ds = p * (dp - delta) * softmax_scale
+        grads = torch.stack([ds @ k, ds.transpose(1, 2) @ q, p_dropped.transpose(1, 2) @ do])
+        dqkv[start:end] = grads.permute(2, 0, 1, 3).to(dqkv.dtype)
+    return dqkv
+
+
+def _sequences(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    bounds = cu_seqlens.tolist()
+    return [(start, end) for start, end in zip(bounds[:-1], bounds[1:]) if end > start]
+
+
+def _attention_scores(qkv: Tensor, start: int, end: int, softmax_scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = qkv[start:end].to(_statistics_dtype(qkv)).permute(1, 2, 0, 3).unbind(0)
+    return q @ k.transpose(1, 2) * softmax_scale, q, k, v
+
+
+def _attention_keep(num_heads: int, start: int, end: int, dropout_p: float, seed: Tensor, stream: int) -> Tensor:
+    heads = torch.arange(num_heads, device=seed.device)[:, None, None]
+    queries = torch.arange(start, end, device=seed.device)[None, :, None]
+    keys = torch.arange(end - start, device=seed.device)[None, None, :]
+    return dropout_keep(queries, keys, heads, dropout_p, seed, stream)
+
+
+# --- bias + dropout + residual + LayerNorm -------------------------------------------------------------------------------
+
+
+def add_layer_norm_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z = dropout(x + bias) + residual; y = LayerNorm(z) * weight + ln_bias (Ba et al., 2016).
+
+    x, residual: (rows, hidden); bias (the preceding Linear's, or None), weight, ln_bias: (hidden,).
+    Returns y and z (rows, hidden) in x's dtype, mean and rstd (rows,).
+    """
+    statistics_dtype = _statistics_dtype(x)
+    z = x.to(statistics_dtype)
+    if bias is not None:
+        z = z + bias
+    z = dropout(z, dropout_p, seed, stream) + residual
+    y, mean, rstd = _layer_norm(z, weight, ln_bias, eps)
+    return y.to(x.dtype), z.to(x.dtype), mean, rstd
+
+
+def add_layer_norm_backward(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+    """Returns (dx, dresidual, dweight, dln_bias, dbias).
+
+    dx is None where dropout_p is 0 (it equals dresidual, which is then returned once); dbias is None without a bias.
+    dx, dresidual: (rows, hidden) in dy's dtype; the others (hidden,) in weight's dtype.
+    """
+    dz, dweight, dln_bias = _layer_norm_backward(dy, z, mean, rstd, weight)
+    dx = dz
+    if dropout_p > 0.0:
+        dx = torch.where(_row_keep(dz, dropout_p, seed, stream), dz * dropout_scale(dropout_p), 0.0)
+    dbias = dx.sum(0).to(weight.dtype) if has_bias else None
+    return (
+        dx.to(dy.dtype) if dropout_p > 0.0 else None,
+        dz.to(dy.dtype),
+        dweight.to(weight.dtype),
+        dln_bias.to(weight.dtype),
+        dbias,
+    )
+
+
+def _layer_norm(z: Tensor, weight: Tensor, ln_bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = z.mean(-1)
+    centred = z - mean.unsqueeze(-1)
+    rstd = (centred.square().mean(-1) + eps).rsqrt()
+    return centred * rstd.unsqueeze(-1) * weight + ln_bias, mean, rstd
+
+
+def _layer_norm_backward(dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dy = dy.to(_statistics_dtype(dy))
+    x_hat = (z - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    dx_hat = dy * weight
+    c1 = (dx_hat * x_hat).mean(-1, keepdim=True)
+    c2 = dx_hat.mean(-1, keepdim=True)
+    dz = (dx_hat - x_hat * c1 - c2) * rstd.unsqueeze(-1)
+    return dz, (dy * x_hat).sum(0), dy.sum(0)
+
+
+# --- bias + GELU + LayerNorm (the masked-LM head's transform) -------------------------------------------------------------
+
+
+def gelu_layer_norm_forward(
+    x: Tensor, bias: Tensor | None, weight: Tensor, ln_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = LayerNorm(gelu(x + bias)) * weight + ln_bias with the exact erf-GELU (Hendrycks and Gimpel, 2016).
+
+    x: (rows, hidden); bias (or None), weight, ln_bias: (hidden,). Returns y in x's dtype, mean and rstd (rows,).
+    """
+    u = x.to(_statistics_dtype(x))
+    y, mean, rstd = _layer_norm(F.gelu(u if bias is None else u + bias), weight, ln_bias, eps)
+    return y.to(x.dtype), mean, rstd
+
+
+def gelu_layer_norm_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Returns (dx, dbias, dweight, dln_bias); dbias is None without a bias. The GELU is recomputed from x."""
+    u = x.to(_statistics_dtype(x))
+    u = u if bias is None else u + bias
+    dz, dweight, dln_bias = _layer_norm_backward(dy, F.gelu(u), mean, rstd, weight)
+    du = dz * gelu_derivative(u)
+    dbias = None if bias is None else du.sum(0).to(bias.dtype)
+    return du.to(dy.dtype), dbias, dweight.to(weight.dtype), dln_bias.to(weight.dtype)
+
+
+def gelu_derivative(u: Tensor) -> Tensor:
+    """d/du of u * Phi(u): Phi(u) + u * phi(u)."""
+    return 0.5 * (1.0 + torch.erf(u * math.sqrt(0.5))) + u * torch.exp(-0.5 * u * u) * (1.0 / math.sqrt(2.0 * math.pi))
+
+
+# --- masked-LM loss ------------------------------------------------------------------------------------------------------
+# The op walks over the vocabulary in blocks (ops/mlm_loss.py): one matmul per block makes logits (rows, block), and a
+# backend supplies what happens to that block. Logits are never whole.
+
+
+def mlm_loss_forward(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    first_class: int,
+    row_max: Tensor,
+    row_sum: Tensor,
+    label_logit: Tensor,
+    logit_sum: Tensor | None,
+) -> None:
+    """Folds one block of logits into the running softmax statistics of each row (Milakov and Gimelshein, 2018), in place.
+
+    logits: (rows, block), the scores of classes first_class .. first_class + block - 1 without their bias (block,) or None;
+    labels: (rows,) int64, a label outside the block (ignored ones too) touches nothing.
+    row_max (start at -inf), row_sum = sum exp(logit - row_max) (start at 0), label_logit (start at 0) and, for label
+    smoothing, logit_sum = sum of logits (start at 0; None where it is not wanted): (rows,) float32 (float64 for float64).
+    """
+    scores = logits.to(row_max.dtype)
+    if bias is not None:
+        scores = scores + bias
+    new_max = torch.maximum(row_max, scores.amax(-1))
+    row_sum.mul_((row_max - new_max).exp()).add_((scores - new_max.unsqueeze(-1)).exp().sum(-1))
+    row_max.copy_(new_max)
+    inside = (labels >= first_class) & (labels < first_class + logits.shape[-1])
+    column = torch.where(inside, labels - first_class, 0)
+    label_logit.copy_(torch.where(inside, scores.gather(-1, column.unsqueeze(-1)).squeeze(-1), label_logit))
+    if logit_sum is not None:
+        logit_sum.add_(scores.sum(-1))
+
+
+def mlm_loss_backward(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    first_class: int,
+    num_classes: int,
+    lse: Tensor,
+    dloss: Tensor,
+    label_smoothing: float,
+    dbias: Tensor | None,
+) -> None:
+    """Overwrites a block of logits with its gradient: dloss * (softmax - (1 - s) * onehot(label) - s / num_classes).
+
+    lse, dloss: (rows,), dloss is 0 on ignored rows, whose gradient is exactly 0 whatever their logits are.
+    dbias: (block,), overwritten with the column sums of the gradient, or None.
+    """
+    scores = logits.to(lse.dtype)
+    if bias is not None:
+        scores = scores + bias
+    grad = (scores - lse.unsqueeze(-1)).exp() - label_smoothing / num_classes
+    columns = torch.arange(first_class, first_class + logits.shape[-1], device=logits.device)
+    grad = grad - (1.0 - label_smoothing) * (labels.unsqueeze(-1) == columns)
+    grad = torch.where(dloss.unsqueeze(-1) == 0.0, 0.0, grad * dloss.unsqueeze(-1))
+    logits.copy_(grad)
+    if dbias is not None:
+        dbias.copy_(grad.sum(0))
