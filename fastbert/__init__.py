@@ -1,3 +1,56 @@
-"""The BERT of Hugging Face transformers, only faster: same classes, same checkpoints, same numbers."""
+"""The BERT of Hugging Face transformers, only faster: same classes, same checkpoints, same numbers.
+
+``from transformers import BertModel`` becomes ``from fastbert import BertModel``. Names are imported when they are first used:
+transformers takes seconds to import, and the command line must not wait for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "BertConfig": "transformers",
+    "BertModel": "fastbert.model.bert",
+    "BertForPreTraining": "fastbert.model.heads",
+    "BertForMaskedLM": "fastbert.model.heads",
+    "BertLMHeadModel": "fastbert.model.heads",
+    "BertForNextSentencePrediction": "fastbert.model.heads",
+    "BertForSequenceClassification": "fastbert.model.heads",
+    "BertForMultipleChoice": "fastbert.model.heads",
+    "BertForTokenClassification": "fastbert.model.heads",
+    "BertForQuestionAnswering": "fastbert.model.heads",
+    "explain": "fastbert.model.explain",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
+
+    from .model.bert import BertModel
+    from .model.explain import explain
+    from .model.heads import (
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForPreTraining,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertLMHeadModel,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,8 @@
+"""The fused operations: public functions here, specification in ``reference``, choice of implementation in ``backends``."""
+
+from .add_layer_norm import add_layer_norm
+from .attention import attention
+from .gelu_layer_norm import gelu_layer_norm
+from .mlm_loss import mlm_loss
+
+__all__ = ["add_layer_norm", "attention", "gelu_layer_norm", "mlm_loss"]

@@ -1,0 +1,239 @@
+"""The encoder layer on packed rows: two GEMMs and one fused op for each half, nothing on padding.
+
+    qkv = x [Wq Wk Wv]          attention (dropout inside)      add_layer_norm(. Wo + bo, x)
+    gelu(x W1 + b1)                                             add_layer_norm(. W2 + b2, x)
+
+Same submodules and parameters as transformers' layer. A submodule that is not exactly what transformers builds (a LoRA or
+quantised Linear, one with hooks) is called as a module, so that what it adds takes part; what cannot be honoured inside the
+fused layer sends the whole layer to transformers' own forward. :func:`layer_notes` names both, per layer.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.bert import modeling_bert as hf
+
+from ..ops import add_layer_norm, attention
+from .packing import Packing
+
+# Streams of the dropout generator: one for each op of each layer.
+_STREAMS_PER_LAYER = 3
+_flatten_lock = threading.Lock()
+
+
+class BertLayer(hf.BertLayer):
+    """transformers' BertLayer; given a :class:`Packing` in the place of the attention mask it works on (total, hidden)."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | Packing | None = None, *args, **kwargs) -> Tensor:
+        if not isinstance(attention_mask, Packing):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        packing = attention_mask
+        if layer_fallback_reasons(self):
+            padded = super().forward(packing.to_sequences(hidden_states), packing.sequence_mask)
+            return packing.from_sequences(padded)
+        first_stream = (self.attention.self.layer_idx or 0) * _STREAMS_PER_LAYER
+        context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
+        hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
+        intermediate = self.intermediate.intermediate_act_fn(self.intermediate.dense(hidden_states))
+        return _output(self.output, intermediate, hidden_states, packing, first_stream + 2)
+
+
+def _self_attention(module: nn.Module, hidden_states: Tensor, packing: Packing, stream: int) -> Tensor:
+    qkv = _project_qkv(module, hidden_states).view(-1, 3, module.num_attention_heads, module.attention_head_size)
+    return attention(
+        qkv,
+        packing.cu_seqlens,
+        packing.max_seqlen,
+        softmax_scale=module.scaling,
+        dropout_p=_dropout_p(module.dropout),
+        seed=packing.seed,
+        stream=stream,
+    ).flatten(1)
+
+
+def _output(module: nn.Module, x: Tensor, residual: Tensor, packing: Packing, stream: int) -> Tensor:
+    """BertSelfOutput and BertOutput: Linear, dropout, residual and LayerNorm."""
+    dense, norm = module.dense, module.LayerNorm
+    if is_plain_linear(dense):
+        x, bias = F.linear(x, dense.weight), dense.bias
+    else:
+        x, bias = dense(x), None
+    return add_layer_norm(
+        x, bias, residual, norm.weight, norm.bias, norm.eps,
+        dropout_p=_dropout_p(module.dropout), seed=packing.seed, stream=stream,
+    )  # fmt: skip
+
+
+def _dropout_p(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+# --- what may be fused ---------------------------------------------------------------------------------------------------
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone watches or changes the calls of this module, so that it has to be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether reading ``weight`` and ``bias`` is all there is to this Linear.
+
+    PEFT's LoRA class is also *named* Linear, and quantisers put tensor subclasses in the place of the weight: reading
+    ``weight`` would ignore the one and break the other.
+    """
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and not has_hooks(module)
+
+
+def layer_fallback_reasons(layer: hf.BertLayer) -> list[str]:
+    """Why this layer has to run transformers' own forward, on padded rows; empty where it runs fused."""
+    reasons = []
+    if layer.chunk_size_feed_forward:
+        reasons.append(f"chunk_size_feed_forward is {layer.chunk_size_feed_forward}")
+    attention_module = layer.attention
+    containers = {
+        "attention": attention_module,
+        "attention.self": attention_module.self,
+        "attention.output": attention_module.output,
+        "intermediate": layer.intermediate,
+        "output": layer.output,
+        "attention.self.dropout": attention_module.self.dropout,
+        "attention.output.dropout": attention_module.output.dropout,
+        "attention.output.LayerNorm": attention_module.output.LayerNorm,
+        "output.dropout": layer.output.dropout,
+        "output.LayerNorm": layer.output.LayerNorm,
+    }
+    expected = _EXPECTED_TYPES
+    for name, module in containers.items():
+        if type(module) is not expected[name]:
+            reasons.append(f"{name} is {type(module).__module__}.{type(module).__qualname__}")
+        elif name not in _HOOKABLE and has_hooks(module):
+            reasons.append(f"{name} has hooks")
+    return reasons
+
+
+_EXPECTED_TYPES = {
+    "attention": hf.BertAttention,
+    "attention.self": hf.BertSelfAttention,
+    "attention.output": hf.BertSelfOutput,
+    "intermediate": hf.BertIntermediate,
+    "output": hf.BertOutput,
+    "attention.self.dropout": nn.Dropout,
+    "attention.output.dropout": nn.Dropout,
+    "attention.output.LayerNorm": nn.LayerNorm,
+    "output.dropout": nn.Dropout,
+    "output.LayerNorm": nn.LayerNorm,
+}
+# transformers hooks every self-attention to record attention weights; they exist only in eager attention, which is never fused.
+_HOOKABLE = ("attention.self",)
+
+
+def layer_notes(layer: hf.BertLayer) -> list[str]:
+    """What runs slower than it could in this layer, and why; empty for a fully fused one."""
+    reasons = layer_fallback_reasons(layer)
+    if reasons:
+        return [f"the whole layer runs transformers' forward on padded rows: {'; '.join(reasons)}"]
+    notes = []
+    attention_module = layer.attention.self
+    if not all(is_plain_linear(m) for m in (attention_module.query, attention_module.key, attention_module.value)):
+        notes.append("query, key and value are called one by one: not all are plain nn.Linear without hooks")
+    for name, module in (("attention.output", layer.attention.output), ("output", layer.output)):
+        if not is_plain_linear(module.dense):
+            notes.append(f"{name}.dense is called as a module, its bias is not fused: it is not a plain nn.Linear without hooks")
+    return notes
+
+
+# --- query, key and value in one GEMM ------------------------------------------------------------------------------------
+
+
+def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
+    """(total, 3 * hidden): queries, keys and values side by side."""
+    linears = (module.query, module.key, module.value)
+    if not all(is_plain_linear(linear) for linear in linears):
+        return torch.cat([linear(x) for linear in linears], dim=-1)
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    views_help = not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or x.dtype != weights[0].dtype)
+    if views_help and _are_adjacent(weights, biases):
+        return _QKVLinear.apply(x, *weights, *biases)
+    return F.linear(x, torch.cat(weights), None if biases[0] is None else torch.cat(biases))
+
+
+def _are_adjacent(weights: list[Tensor], biases: list[Tensor | None]) -> bool:
+    """Whether three parameters lie one after the other in one storage, moving them there where that is safe.
+
+    The idea of nn.RNN.flatten_parameters: one GEMM needs one matrix, the state dict three. ``.to()`` and optimizers that swap
+    storages undo it, so it is checked at each forward pass: six pointer comparisons.
+    """
+    for group in (weights, biases):
+        if any(p is None for p in group):
+            return False
+        if not _follow_each_other(group):
+            with _flatten_lock:
+                if not _follow_each_other(group) and not _flatten(group):
+                    return False
+    return True
+
+
+def _follow_each_other(group: list[Tensor]) -> bool:
+    size = group[0].numel() * group[0].element_size()
+    start = group[0].data_ptr()
+    return (
+        group[1].data_ptr() == start + size
+        and group[2].data_ptr() == start + 2 * size
+        and group[0].untyped_storage().data_ptr() == group[2].untyped_storage().data_ptr()
+        and group[0].dtype == group[1].dtype == group[2].dtype
+    )
+
+
+def _flatten(group: list[Tensor]) -> bool:
+    """Moves three parameters of one shape into one buffer; False where their memory belongs to someone else."""
+    first = group[0]
+    ours_to_move = all(
+        type(p) is nn.Parameter
+        and p.shape == first.shape
+        and p.dtype == first.dtype
+        and p.device == first.device
+        and p.is_contiguous()
+        and not p.is_inference()
+        and p.device.type != "meta"
+        and p.untyped_storage().nbytes() == p.numel() * p.element_size()
+        and not p.is_shared()
+        for p in group
+    )
+    if not ours_to_move:
+        return False
+    with torch.no_grad():
+        buffer = torch.cat([p.detach() for p in group])
+        for parameter, part in zip(group, buffer.chunk(3), strict=True):
+            parameter.data = part
+    return True
+
+
+class _QKVLinear(torch.autograd.Function):
+    """x [Wq; Wk; Wv]^T + [bq; bk; bv] for parameters that are adjacent views of one buffer: one GEMM in each direction."""
+
+    @staticmethod
+    def forward(ctx, x, query, key, value, query_bias, key_bias, value_bias):
+        ctx.save_for_backward(x, query, key, value)
+        bias = query_bias.as_strided((3 * query_bias.numel(),), (1,))
+        return F.linear(x, _QKVLinear.fused_weight(query), bias)
+
+    @staticmethod
+    def fused_weight(query: Tensor) -> Tensor:
+        return query.as_strided((3 * query.shape[0], query.shape[1]), (query.shape[1], 1))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, query, key, value = ctx.saved_tensors
+        adjacent = _follow_each_other([query, key, value])
+        weight = _QKVLinear.fused_weight(query) if adjacent else torch.cat([query, key, value])
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dweights = (dy.t() @ x).chunk(3) if any(ctx.needs_input_grad[1:4]) else (None,) * 3
+        dbiases = dy.sum(0).chunk(3) if any(ctx.needs_input_grad[4:]) else (None,) * 3
+        return dx, *dweights, *dbiases

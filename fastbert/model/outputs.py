@@ -1,0 +1,119 @@
+"""Model outputs whose expensive parts are computed when somebody reads them.
+
+A training step reads the loss; the padded hidden states and the logits of every token (batch x length x vocabulary, 4 GB in
+bfloat16 at 65,536 tokens) are there for whoever asks. They behave like transformers' outputs in every other way: attribute,
+key, index, iteration, tuple, pickling and pytrees all give the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+    MaskedLMOutput,
+)
+from transformers.models.bert.modeling_bert import BertForPreTrainingOutput as HFBertForPreTrainingOutput
+
+
+@dataclass
+class Deferred:
+    """A tensor that is computed on first use, by ``compute``, under the grad mode of the forward pass it belongs to.
+
+    ``parameters``: what ``compute`` reads. Where one has been changed in place since (an optimizer step), the result would
+    not be that of this forward pass, and asking for it is an error.
+    """
+
+    compute: Callable[[], Tensor]
+    parameters: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._grad_enabled = torch.is_grad_enabled()
+        # Tensors made under inference_mode count no versions; nothing trains them either.
+        self._versions = [None if p.is_inference() else p._version for p in self.parameters]
+
+    def __call__(self, name: str) -> Tensor:
+        if self._versions != [None if p.is_inference() else p._version for p in self.parameters]:
+            raise RuntimeError(
+                f"outputs.{name} is computed when it is first read, and the model's parameters have changed since the forward "
+                f"pass; read outputs.{name} before the optimizer step"
+            )
+        with torch.set_grad_enabled(self._grad_enabled):
+            return self.compute()
+
+
+class LazyOutput:
+    """Mixin for a ModelOutput: fields set with :meth:`defer` hold their place and are computed when read."""
+
+    def defer(self, name: str, deferred: Deferred) -> None:
+        """Makes ``deferred`` the value of field ``name``; fields come out in the order in which they were set."""
+        OrderedDict.__setitem__(self, name, deferred)
+        object.__setattr__(self, name, deferred)
+
+    def _compute(self, name: str, deferred: Deferred) -> Tensor:
+        value = deferred(name)
+        self[name] = value
+        return value
+
+    def _compute_all(self) -> None:
+        for name in OrderedDict.keys(self):
+            getattr(self, name)
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return self._compute(name, value) if isinstance(value, Deferred) else value
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            value = OrderedDict.__getitem__(self, key)
+            return self._compute(key, value) if isinstance(value, Deferred) else value
+        if isinstance(key, int):
+            return self[list(self.keys())[key]]
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def items(self):
+        self._compute_all()
+        return super().items()
+
+    def values(self):
+        self._compute_all()
+        return super().values()
+
+    def copy(self):
+        self._compute_all()
+        return super().copy()
+
+    def __reduce__(self):
+        self._compute_all()
+        return super().__reduce__()
+
+
+@dataclass
+class BertModelOutput(LazyOutput, BaseModelOutputWithPoolingAndCrossAttentions):
+    """Beside transformers' fields: ``packed`` (total, hidden), the encoder's rows before padding, and their ``packing``."""
+
+
+@dataclass
+class BertForMaskedLMOutput(LazyOutput, MaskedLMOutput):
+    """Beside transformers' fields: ``mlm_correct`` and ``mlm_count``, as in :class:`BertForPreTrainingOutput`."""
+
+
+@dataclass
+class BertLMHeadOutput(LazyOutput, CausalLMOutputWithCrossAttentions):
+    """transformers' fields, the logits deferred where labels are given."""
+
+
+@dataclass
+class BertForPreTrainingOutput(LazyOutput, HFBertForPreTrainingOutput):
+    """Beside transformers' fields, for telemetry: ``mlm_loss`` and ``next_sentence_loss`` (0-d, whose sum is ``loss``),
+    ``mlm_correct`` and ``mlm_count`` (0-d int64: labelled tokens whose label has the largest logit, and labelled tokens).
+    """

@@ -1,0 +1,116 @@
+"""Which implementation of an op runs where, and why the others do not.
+
+Four backends share the function names and signatures of ``reference.py``: ``reference`` (plain torch, any device), ``native``
+(C++ for CPUs, ``native.py``), ``triton`` (GPUs, the folder ``kernels/``; CPUs under ``TRITON_INTERPRET=1``) and ``cuda`` (CUDA
+C++, ``cuda.py``; on request until measured results say where it wins). ``"auto"`` takes the first of the device's list that
+can do the work; a backend asked for by name is used or refused with its reasons, never replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+
+OPS = ("attention", "add_layer_norm", "gelu_layer_norm", "mlm_loss")
+BACKENDS = ("reference", "native", "triton", "cuda")
+AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {
+    "reference": (*_FLOATS, torch.float64),
+    "native": (torch.float32, torch.bfloat16),
+    "triton": _FLOATS,
+    "cuda": _FLOATS,
+}
+_DEVICES = {"native": ("cpu",), "cuda": ("cuda",)}
+_OPS_OF_CUDA = ("add_layer_norm", "gelu_layer_norm")
+MAX_HEAD_DIM = 256
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def unavailable_reason(backend: str) -> str | None:
+    """Why ``backend`` cannot be used in this installation at all, or None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return None if importlib.util.find_spec("triton") else "the package triton is not installed (pip install triton)"
+    return importlib.import_module(f"fastbert.ops.{backend}").unavailable_reason()
+
+
+def not_supported_reasons(
+    backend: str, op: str, device_type: str, dtype: torch.dtype, head_dim: int | None = None
+) -> list[str]:
+    """Every reason why ``backend`` cannot run ``op`` on this kind of input; empty where it can."""
+    reason = unavailable_reason(backend)
+    reasons = [reason] if reason else []
+    if backend == "cuda" and op not in _OPS_OF_CUDA:
+        reasons.append(f"there is no CUDA C++ kernel for {op}")
+    if device_type not in _DEVICES.get(backend, (device_type,)):
+        reasons.append(f"it runs on {_DEVICES[backend][0]} tensors, these are on {device_type}")
+    if backend == "triton" and device_type == "cpu" and not _triton_interprets():
+        reasons.append("Triton compiles for GPUs only (TRITON_INTERPRET=1 interprets its kernels on a CPU, for tests)")
+    if dtype not in _DTYPES[backend]:
+        reasons.append(f"it has no kernels for {str(dtype).removeprefix('torch.')}")
+    if head_dim is not None and head_dim > MAX_HEAD_DIM and backend != "reference":
+        reasons.append(f"head_dim is {head_dim}, its kernels go up to {MAX_HEAD_DIM}")
+    return reasons
+
+
+@functools.cache
+def select(op: str, backend: str, device_type: str, dtype: torch.dtype, head_dim: int | None = None) -> str:
+    """The backend that runs ``op``: ``backend`` itself, or the first able one of the device's order for ``"auto"``.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reasons, where a backend asked for cannot do it.
+    """
+    if backend == "auto":
+        order = AUTO_ORDER.get(device_type, ("reference",))
+        return next(name for name in order if not not_supported_reasons(name, op, device_type, dtype, head_dim))
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; there are 'auto', {', '.join(map(repr, BACKENDS))}")
+    reasons = not_supported_reasons(backend, op, device_type, dtype, head_dim)
+    if reasons:
+        raise RuntimeError(f"backend {backend!r} cannot run {op}: {'; '.join(reasons)}")
+    return backend
+
+
+@functools.cache
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module that holds ``<op>_forward`` and ``<op>_backward`` of ``backend``."""
+    module = f"fastbert_kernels.{op}" if backend == "triton" else f"fastbert.ops.{backend}"
+    return importlib.import_module(module)
+
+
+def implementation_for(op: str, backend: str, x: torch.Tensor, head_dim: int | None = None) -> ModuleType:
+    """:func:`select` and :func:`implementation` in one step, for the tensor that decides device and dtype."""
+    return implementation(op, select(op, backend, x.device.type, x.dtype, head_dim))
+
+
+def report() -> dict[str, Any]:
+    """What ``fastbert doctor`` prints: backends with their state, and what ``"auto"`` picks per op, device and dtype."""
+    ops: dict[str, Any] = {}
+    for op in OPS:
+        ops[op] = {}
+        for device_type in AUTO_ORDER:
+            picked = {
+                str(dtype).removeprefix("torch."): select(op, "auto", device_type, dtype)
+                for dtype in (torch.float32, torch.bfloat16, torch.float16)
+            }
+            others = {
+                name: not_supported_reasons(name, op, device_type, torch.float32)
+                or ["usable on request (backend=...), not picked by 'auto'"]
+                for name in BACKENDS
+                if name != picked["float32"]
+            }
+            ops[op][device_type] = {"auto": picked, "not_picked": others}
+    backends = {name: {"available": unavailable_reason(name) is None, "reason": unavailable_reason(name)} for name in BACKENDS}
+    return {"ops": ops, "backends": backends}

@@ -1,0 +1,55 @@
+"""One way to make a torch operator of a pair of functions, so that autograd, fake tensors and torch.compile know it.
+
+``torch.library.define`` + ``impl`` + ``register_fake`` + ``register_autograd`` rather than ``custom_op``: 5 us per call
+instead of 7 (and 15 for an out-variant), and operators stay functional, as ``opcheck`` wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "fastbert"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Defines ``fastbert::<name>`` with ``schema`` (arguments and results) for every device.
+
+    ``fake`` computes result shapes, dtypes and devices without data; ``setup_context(ctx, inputs, output)`` and
+    ``backward(ctx, *grads)`` are autograd's, both or neither.
+    """
+    _library.define(name + schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+
+
+def check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
+    """Raises ValueError naming the argument, its shape and the one that would be right."""
+    if tensor is not None and tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}: {meaning}")
+
+
+def check_dropout(dropout_p: float, seed: torch.Tensor | None) -> None:
+    """Raises ValueError where dropout has no probability or no seed to draw its mask from."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}, expected a probability from 0 to 1")
+    if dropout_p > 0.0 and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):
+        raise ValueError("dropout_p > 0 needs a seed: an int64 tensor of one element on the inputs' device")
+
+
+def contiguous_grad(grad: torch.Tensor) -> torch.Tensor:
+    """Kernels read gradients row by row; autograd may hand over expanded ones (of ``out.sum()``, say)."""
+    return grad if grad.is_contiguous() else grad.contiguous()
