@@ -194,7 +194,7 @@ def _follow_each_other(group: list[Tensor]) -> bool:
 def _flatten(group: list[Tensor]) -> bool:
     """Moves three parameters of one shape into one buffer; False where their memory belongs to someone else."""
     first = group[0]
-    ours_to_move = all(
+    ours_to_move = len({p.data_ptr() for p in group}) == 3 and all(
         type(p) is nn.Parameter
         and p.shape == first.shape
         and p.dtype == first.dtype

@@ -58,7 +58,7 @@ def mlm_loss(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected a number from 0 to 1")
     weight, bias = weight.to(hidden.dtype).contiguous(), None if bias is None else bias.to(hidden.dtype).contiguous()
-    losses, _, correct = torch.ops.fastbert.mlm_loss(
+    losses, _, _, correct = torch.ops.fastbert.mlm_loss(
         hidden.contiguous(), weight, bias, labels.contiguous(), ignore_index, label_smoothing, backend
     )
     if reduction == "none":
@@ -90,8 +90,8 @@ def _forward(
     ignore_index: int,
     label_smoothing: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row loss, log-sum-exp and correctness, each (rows,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per-row loss, softmax statistics (maximum and sum) and correctness, each (rows,)."""
     rows, num_classes = hidden.shape[0], weight.shape[0]
     counts = labels != ignore_index
     if labels.device.type == "cpu" and not ((labels >= 0) & (labels < num_classes) | ~counts).all():
@@ -106,34 +106,34 @@ def _forward(
         torch.mm(hidden, weight[first:end].t(), out=logits)
         block_bias = None if bias is None else bias[first:end]
         module.mlm_loss_forward(logits, block_bias, labels, first, row_max, row_sum, label_logit, logit_sum)
-    lse = row_max + row_sum.log()
-    losses = lse - label_logit
+    log_sum = row_sum.log()
+    losses = log_sum + (row_max - label_logit)
     if logit_sum is not None:
-        losses = torch.lerp(losses, lse - logit_sum / num_classes, label_smoothing)
-    return torch.where(counts, losses, 0.0), lse, counts & (label_logit == row_max)
+        losses = torch.lerp(losses, log_sum + (row_max - logit_sum / num_classes), label_smoothing)
+    return torch.where(counts, losses, 0.0), row_max, row_sum, counts & (label_logit == row_max)
 
 
-def _fake(hidden: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(hidden: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     losses = hidden.new_empty(hidden.shape[0], dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    return losses, torch.empty_like(losses), torch.empty_like(losses, dtype=torch.bool)
+    return losses, torch.empty_like(losses), torch.empty_like(losses), torch.empty_like(losses, dtype=torch.bool)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, labels, ctx.ignore_index, ctx.label_smoothing, ctx.backend = inputs
-    _, lse, correct = output
-    ctx.save_for_backward(hidden, weight, bias, labels, lse)
-    ctx.mark_non_differentiable(lse, correct)
+    _, row_max, row_sum, correct = output
+    ctx.save_for_backward(hidden, weight, bias, labels, row_max, row_sum)
+    ctx.mark_non_differentiable(row_max, row_sum, correct)
     ctx.set_materialize_grads(False)
 
 
 def _autograd_backward(ctx, dlosses: Tensor | None, *_unused: Tensor | None):
     if dlosses is None:
         return (None,) * 7
-    hidden, weight, bias, labels, lse = ctx.saved_tensors
+    hidden, weight, bias, labels, row_max, row_sum = ctx.saved_tensors
     needs = ctx.needs_input_grad
     needs_bias = needs[2] and bias is not None
     grads = torch.ops.fastbert.mlm_loss_backward(
-        dlosses, hidden, weight, bias, labels, lse, ctx.ignore_index, ctx.label_smoothing,
+        dlosses, hidden, weight, bias, labels, row_max, row_sum, ctx.ignore_index, ctx.label_smoothing,
         [needs[0], needs[1], needs_bias], ctx.backend,
     )  # fmt: skip
     wanted = (grad if needed else None for grad, needed in zip(grads, (needs[0], needs[1], needs_bias), strict=True))
@@ -146,7 +146,8 @@ def _backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
     ignore_index: int,
     label_smoothing: float,
     needs: list[bool],
@@ -155,9 +156,9 @@ def _backward(
     """dhidden, dweight, dbias; those that ``needs`` does not ask for come back empty."""
     needs_hidden, needs_weight, needs_bias = needs
     module = implementation_for("mlm_loss", backend, hidden)
-    dlosses = torch.where(labels == ignore_index, 0.0, dlosses.to(lse.dtype)).contiguous()
+    dlosses = torch.where(labels == ignore_index, 0.0, dlosses.to(row_max.dtype)).contiguous()
     # Every block adds to dhidden: in the statistics' dtype, or bfloat16 would round once per block.
-    dhidden = torch.zeros(hidden.shape if needs_hidden else 0, dtype=lse.dtype, device=hidden.device)
+    dhidden = torch.zeros(hidden.shape if needs_hidden else 0, dtype=row_max.dtype, device=hidden.device)
     dweight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     dbias = torch.empty_like(weight[:, 0]) if needs_bias else weight.new_empty(0)
     num_classes = weight.shape[0]
@@ -165,7 +166,7 @@ def _backward(
         block_weight, block_bias = weight[first:end], None if bias is None else bias[first:end]
         torch.mm(hidden, block_weight.t(), out=logits)
         module.mlm_loss_backward(
-            logits, block_bias, labels, first, num_classes, lse, dlosses, label_smoothing,
+            logits, block_bias, labels, first, num_classes, row_max, row_sum, dlosses, label_smoothing,
             dbias[first:end] if needs_bias else None,
         )  # fmt: skip
         if needs_weight:
@@ -177,7 +178,7 @@ def _backward(
     return dhidden.to(hidden.dtype), dweight, dbias
 
 
-def _fake_backward(dlosses, hidden, weight, bias, labels, lse, ignore_index, label_smoothing, needs, backend):
+def _fake_backward(dlosses, hidden, weight, bias, labels, row_max, row_sum, ignore_index, label_smoothing, needs, backend):
     return (
         torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
         torch.empty_like(weight) if needs[1] else weight.new_empty(0),
@@ -188,7 +189,7 @@ def _fake_backward(dlosses, hidden, weight, bias, labels, lse, ignore_index, lab
 register(
     "mlm_loss",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, float label_smoothing, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     _setup_context,
@@ -196,7 +197,7 @@ register(
 )
 register(
     "mlm_loss_backward",
-    "(Tensor dlosses, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, int ignore_index, "
+    "(Tensor dlosses, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor row_max, Tensor row_sum, int ignore_index, "
     "float label_smoothing, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,

@@ -6,7 +6,7 @@ them in float64 is the truth for gradients; the backward functions are the formu
 where no kernel is available.
 
 Shapes: ``total`` is the number of real tokens of a packed batch, ``rows`` any number of rows, ``hidden`` the model width.
-Statistics (mean, rstd, lse, per-row losses) are float32, or float64 for float64 inputs.
+Statistics (mean, rstd, lse, row_max, row_sum) are float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -117,13 +117,12 @@ def attention_forward(
     lse = qkv.new_zeros(num_heads, total, dtype=_statistics_dtype(qkv))
     for start, end in _sequences(cu_seqlens):
         scores, _, _, v = _attention_scores(qkv, start, end, softmax_scale)
-        row_lse = scores.logsumexp(-1)
-        p = (scores - row_lse.unsqueeze(-1)).exp()
+        p = scores.softmax(-1)
         if dropout_p > 0.0:
             keep = _attention_keep(num_heads, start, end, dropout_p, seed, stream)
             p = torch.where(keep, p * dropout_scale(dropout_p), 0.0)
         out[start:end] = (p @ v).transpose(0, 1).to(out.dtype)
-        lse[:, start:end] = row_lse
+        lse[:, start:end] = scores.logsumexp(-1)
     return out, lse
 
 
@@ -323,20 +322,23 @@ def mlm_loss_backward(
     labels: Tensor,
     first_class: int,
     num_classes: int,
-    lse: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
     dloss: Tensor,
     label_smoothing: float,
     dbias: Tensor | None,
 ) -> None:
     """Overwrites a block of logits with its gradient: dloss * (softmax - (1 - s) * onehot(label) - s / num_classes).
 
-    lse, dloss: (rows,), dloss is 0 on ignored rows, whose gradient is exactly 0 whatever their logits are.
+    row_max, row_sum: (rows,), the final statistics of the forward pass; softmax = exp(logit - row_max) / row_sum, which keeps
+    the digits that exp(logit - lse) loses to the rounding of a large lse.
+    dloss: (rows,), 0 on ignored rows, whose gradient is exactly 0 whatever their logits are.
     dbias: (block,), overwritten with the column sums of the gradient, or None.
     """
-    scores = logits.to(lse.dtype)
+    scores = logits.to(row_max.dtype)
     if bias is not None:
         scores = scores + bias
-    grad = (scores - lse.unsqueeze(-1)).exp() - label_smoothing / num_classes
+    grad = (scores - row_max.unsqueeze(-1)).exp() / row_sum.unsqueeze(-1) - label_smoothing / num_classes
     columns = torch.arange(first_class, first_class + logits.shape[-1], device=logits.device)
     grad = grad - (1.0 - label_smoothing) * (labels.unsqueeze(-1) == columns)
     grad = torch.where(dloss.unsqueeze(-1) == 0.0, 0.0, grad * dloss.unsqueeze(-1))

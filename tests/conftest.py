@@ -1,0 +1,54 @@
+"""Shared by all tests. Where there is no GPU the Triton kernels run in Triton's interpreter, on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` need a GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(20181011)
+
+
+@pytest.fixture
+def nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and its relatives give NaN (or a huge integer), so an element that nobody writes cannot pass."""
+
+    def poisoned(function):
+        def allocate(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            if tensor.device.type != "meta":
+                tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(torch.int8).max)
+            return tensor
+
+        return allocate
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real text and label sets, which are not part of the repository."""
+    folder = Path(os.environ.get("FASTBERT_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"there is no folder of real data at {folder} (FASTBERT_DATA names another)")
+    return folder

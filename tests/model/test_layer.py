@@ -1,0 +1,162 @@
+"""What is fused, what is not, and that changed modules take part instead of being read past."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastbert
+from fastbert.model.layer import _follow_each_other
+
+from .helpers import inputs_for, mask, pair, small_config
+
+
+class Scaled(nn.Linear):
+    """A Linear that does more than its weight says, as LoRA's do."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replace(model: nn.Module, path: str) -> None:
+    parent, _, name = path.rpartition(".")
+    old = model.get_submodule(path)
+    new = Scaled(old.in_features, old.out_features)
+    new.load_state_dict(old.state_dict())
+    setattr(model.get_submodule(parent), name, new)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "encoder.layer.1.attention.self.query",
+        "encoder.layer.1.attention.output.dense",
+        "encoder.layer.1.intermediate.dense",
+        "encoder.layer.1.output.dense",
+    ],
+)
+def test_a_replaced_linear_is_called(path):
+    theirs, ours = pair("BertModel")
+    replace(theirs, path)
+    replace(ours, path)
+    batch = inputs_for("BertModel")
+    real = mask().unsqueeze(-1)
+    torch.testing.assert_close(
+        ours(**batch).last_hidden_state, theirs(**batch).last_hidden_state * real, atol=2e-6, rtol=2e-5
+    )
+    if "intermediate" not in path:
+        assert any("plain nn.Linear" in note for note in fastbert.explain(ours).layers[1])
+    assert not fastbert.explain(ours).layers[0]
+
+
+def test_a_chunked_layer_falls_back_alone():
+    theirs, ours = pair("BertModel")
+    batch = inputs_for("BertModel")
+    ours.encoder.layer[1].chunk_size_feed_forward = theirs.encoder.layer[1].chunk_size_feed_forward = 7
+    real = mask().unsqueeze(-1)
+    expected = theirs(**batch).last_hidden_state * real
+    torch.testing.assert_close(ours(**batch).last_hidden_state, expected, atol=2e-6, rtol=2e-5)
+    explanation = fastbert.explain(ours)
+    assert "chunk_size_feed_forward is 7" in explanation.layers[1][0]
+    assert not explanation.fast
+    assert "chunk_size_feed_forward" in str(explanation)
+
+
+def test_hooks_are_called():
+    _, ours = pair("BertModel")
+    seen = []
+    handles = [
+        ours.encoder.layer[0].attention.register_forward_hook(lambda *_: seen.append("attention")),
+        ours.encoder.layer[1].output.dense.register_forward_hook(lambda *_: seen.append("dense")),
+        ours.encoder.layer[2].register_forward_hook(lambda *_: seen.append("layer")),
+        ours.encoder.layer[2].output.LayerNorm.register_forward_hook(lambda *_: seen.append("norm")),
+    ]
+    batch = inputs_for("BertModel")
+    hooked = ours(**batch).last_hidden_state
+    assert seen == ["attention", "dense", "norm", "layer"]
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(hooked, ours(**batch).last_hidden_state, atol=2e-6, rtol=2e-5)
+
+
+def qkv(model: nn.Module) -> list[nn.Parameter]:
+    attention = model.encoder.layer[0].attention.self
+    return [attention.query.weight, attention.key.weight, attention.value.weight]
+
+
+def test_query_key_and_value_become_one_buffer():
+    theirs, ours = pair("BertModel")
+    batch = inputs_for("BertModel")
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    parameters = list(ours.parameters())
+    ours(**batch)
+    assert _follow_each_other(qkv(ours))
+    assert all(torch.equal(before[k], v) for k, v in ours.state_dict().items())
+    assert all(a is b for a, b in zip(parameters, ours.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("change", [lambda m: m.double().float(), copy.deepcopy, lambda m: m.requires_grad_(False)])
+def test_moved_parameters_are_noticed(change):
+    _, ours = pair("BertModel")
+    batch = inputs_for("BertModel")
+    expected = ours(**batch).last_hidden_state
+    changed = change(ours)
+    assert torch.equal(changed(**batch).last_hidden_state, expected)
+    with torch.no_grad():
+        for parameter in qkv(changed):
+            parameter.zero_()
+    assert not torch.equal(changed(**batch).last_hidden_state, expected)
+
+
+def test_loading_weights_after_a_forward_pass():
+    theirs, ours = pair("BertModel")
+    batch = inputs_for("BertModel")
+    ours(**batch)
+    other, _ = pair("BertModel")
+    ours.load_state_dict(other.state_dict())
+    expected = other(**batch).last_hidden_state * mask().unsqueeze(-1)
+    torch.testing.assert_close(ours(**batch).last_hidden_state, expected, atol=2e-6, rtol=2e-5)
+
+
+def test_shared_parameters_stay_shared():
+    """Two linears with one weight cannot lie side by side: they are concatenated instead of being torn apart."""
+    ours = fastbert.BertModel(small_config()).eval()
+    attention = ours.encoder.layer[0].attention.self
+    attention.key.weight = attention.query.weight
+    batch = inputs_for("BertModel")
+    ours(**batch)
+    assert attention.key.weight is attention.query.weight
+    ours(**batch).last_hidden_state.sum().backward()
+    assert attention.query.weight.grad is not None
+
+
+def test_training_steps_follow_transformers():
+    """Ten optimizer steps with dropout 0: weights that were moved into one buffer are trained like any others."""
+    theirs, ours = pair("BertForTokenClassification", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    losses = []
+    for model in (theirs.train(), ours.train()):
+        torch.manual_seed(0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses.append([])
+        for _ in range(10):
+            loss = model(**inputs_for("BertForTokenClassification")).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=0, rtol=2e-4)
+
+
+def test_explain_of_a_fast_model_and_of_a_stranger():
+    explanation = fastbert.explain(fastbert.BertForPreTraining(small_config()))
+    assert explanation.encoder == []
+    assert explanation.head == []
+    assert set(explanation.ops) == {"attention", "add_layer_norm", "gelu_layer_norm", "mlm_loss"}
+    assert explanation.to_dict()["fast"] == explanation.fast
+    with pytest.raises(TypeError, match="Linear contains no .* BertModel"):
+        fastbert.explain(nn.Linear(2, 2))
+    theirs, _ = pair("BertModel")
+    assert "not fastbert.BertModel" in str(fastbert.explain(theirs))

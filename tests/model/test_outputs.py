@@ -1,0 +1,82 @@
+"""Outputs that are computed when they are read behave like transformers' in every way they are used."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from transformers.modeling_outputs import MaskedLMOutput
+
+import fastbert
+
+from .helpers import inputs_for, pair, small_config
+
+
+@pytest.fixture
+def output():
+    _, ours = pair("BertForMaskedLM")
+    return ours(**inputs_for("BertForMaskedLM"))
+
+
+def is_waiting(output) -> bool:
+    return "Deferred" in type(output.__dict__["logits"]).__name__
+
+
+def test_the_loss_does_not_compute_logits(output):
+    output.loss.backward()
+    assert output["loss"] is output.loss
+    assert output[0] is output.loss
+    assert isinstance(output, MaskedLMOutput)
+    assert "logits" in output
+    assert is_waiting(output)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda o: o.logits,
+        lambda o: o["logits"],
+        lambda o: o[1],
+        lambda o: o[1:][0],
+        lambda o: o.to_tuple()[1],
+        lambda o: dict(o)["logits"],
+        lambda o: {**o}["logits"],
+        lambda o: list(o.values())[1],
+        lambda o: o.get("logits"),
+        lambda o: pickle.loads(pickle.dumps(o)).logits,
+        lambda o: copy.copy(o).logits,
+        lambda o: pytree.tree_leaves(o)[1],
+        lambda o: type(o)(**o).logits,
+    ],
+)
+def test_every_way_of_reading(output, read):
+    with torch.no_grad():
+        detached = type(output)(loss=output.loss.detach())
+        detached.defer("logits", output.__dict__["logits"])
+        logits = read(detached)
+    assert logits.shape == (6, 21, 130)
+    torch.testing.assert_close(logits.detach(), output.logits.detach())
+
+
+def test_logits_keep_the_grad_mode_of_the_forward_pass():
+    _, ours = pair("BertForMaskedLM")
+    batch = inputs_for("BertForMaskedLM")
+    output = ours(**batch)
+    with torch.no_grad():
+        assert output.logits.requires_grad
+        quiet = ours(**batch)
+    assert not quiet.logits.requires_grad
+
+
+def test_logits_after_an_optimizer_step_are_refused():
+    """They would be those of the new weights; transformers' are of the old ones."""
+    ours = fastbert.BertForMaskedLM(small_config())
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    output = ours(**inputs_for("BertForMaskedLM"))
+    output.loss.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="read outputs.logits before the optimizer step"):
+        _ = output.logits

@@ -1,0 +1,221 @@
+"""The nine classes against transformers': outputs, losses, gradients, state dicts, signatures."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import transformers
+
+import fastbert
+
+from .helpers import BATCH, LENGTH, NAMES, assert_same_gradients, inputs_for, mask, on_real_tokens, pair, small_config
+
+
+def assert_same_outputs(ours, theirs, tolerance: float = 2e-6) -> None:
+    assert list(ours.keys()) == list(theirs.keys())
+    for key in theirs:
+        a, b = ours[key], theirs[key]
+        tensors = zip(a, b, strict=True) if isinstance(b, tuple) else [(a, b)]
+        for x, y in tensors:
+            assert x.shape == y.shape, key
+            torch.testing.assert_close(on_real_tokens(x), on_real_tokens(y), atol=tolerance, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_and_gradients(name):
+    theirs, ours = pair(name)
+    batch = inputs_for(name)
+    expected, got = theirs(**batch), ours(**batch)
+    assert_same_outputs(got, expected)
+    if "loss" in expected:
+        expected.loss.backward()
+        got.loss.backward()
+        assert_same_gradients(ours, theirs, 2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_labels_and_mask(name):
+    theirs, ours = pair(name)
+    keys = ("input_ids", "token_type_ids")
+    batch = {key: value for key, value in inputs_for(name).items() if key in keys}
+    expected, got = theirs(**batch), ours(**batch)
+    assert list(got.keys()) == list(expected.keys())
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_signature_and_state_dict(name):
+    theirs, ours = getattr(transformers, name), getattr(fastbert, name)
+    assert issubclass(ours, theirs)
+    assert ours.__name__ == name
+    assert list(inspect.signature(ours.forward).parameters) == list(inspect.signature(theirs.forward).parameters)
+    a, b = theirs(small_config()).state_dict(), ours(small_config()).state_dict()
+    assert {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()}
+
+
+@pytest.mark.parametrize("wanted", [True, 1, [0, -1], False])
+def test_hidden_states(wanted):
+    theirs, ours = pair("BertModel")
+    batch = inputs_for("BertModel")
+    expected, got = theirs(**batch, output_hidden_states=True), ours(**batch, output_hidden_states=wanted)
+    if wanted is False:
+        assert got.hidden_states is None
+        return
+    assert len(got.hidden_states) == 4
+    indices = {0, 1, 2, 3} if wanted is True else {i % 4 for i in ([wanted] if isinstance(wanted, int) else wanted)}
+    for index, (a, b) in enumerate(zip(got.hidden_states, expected.hidden_states, strict=True)):
+        assert (a is not None) == (index in indices)
+        if a is not None:
+            torch.testing.assert_close(on_real_tokens(a), on_real_tokens(b), atol=2e-6, rtol=2e-5)
+    assert got.hidden_states[-1] is None or got.hidden_states[-1] is got.last_hidden_state
+
+
+def test_attention_weights_come_from_eager_attention():
+    theirs, ours = pair("BertModel", attn_implementation="eager")
+    batch = inputs_for("BertModel")
+    expected, got = theirs(**batch, output_attentions=True), ours(**batch, output_attentions=True)
+    assert len(got.attentions) == 3
+    torch.testing.assert_close(got.attentions, expected.attentions)
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification"])
+def test_tuples(name):
+    theirs, ours = pair(name)
+    batch = inputs_for(name)
+    expected, got = theirs(**batch, return_dict=False), ours(**batch, return_dict=False)
+    assert type(got) is tuple
+    assert [t.shape for t in got] == [t.shape for t in expected]
+
+
+def test_any_mask_with_holes_and_left_padding():
+    theirs, ours = pair("BertModel")
+    batch = inputs_for("BertModel")
+    batch["attention_mask"] = (torch.rand(BATCH, LENGTH) < 0.5).long()
+    batch["attention_mask"][:, -1] = 1
+    real = batch["attention_mask"].unsqueeze(-1)
+    expected, got = theirs(**batch).last_hidden_state, ours(**batch).last_hidden_state
+    torch.testing.assert_close(got * real, expected * real, atol=2e-6, rtol=2e-5)
+    assert (got * (1 - real) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
+def test_mask_dtypes(dtype):
+    _, ours = pair("BertModel")
+    batch = inputs_for("BertModel")
+    expected = ours(**batch).last_hidden_state
+    assert torch.equal(ours(**{**batch, "attention_mask": mask().to(dtype)}).last_hidden_state, expected)
+
+
+def test_a_row_that_is_all_padding_is_zero():
+    _, ours = pair("BertModel")
+    batch = inputs_for("BertModel")
+    batch["attention_mask"][2] = 0
+    output = ours(**batch)
+    assert (output.last_hidden_state[2] == 0).all()
+    assert torch.isfinite(output.pooler_output).all()
+    batch["attention_mask"][:] = 0
+    assert (ours(**batch).last_hidden_state == 0).all()
+
+
+def test_inputs_embeds_and_position_ids():
+    theirs, ours = pair("BertModel")
+    batch = inputs_for("BertModel")
+    embeds = theirs.embeddings.word_embeddings(batch.pop("input_ids")).detach()
+    positions = torch.arange(LENGTH).flip(0).expand(BATCH, LENGTH)
+    expected = theirs(inputs_embeds=embeds, position_ids=positions, **batch).last_hidden_state
+    got = ours(inputs_embeds=embeds, position_ids=positions, **batch).last_hidden_state
+    torch.testing.assert_close(on_real_tokens(got), on_real_tokens(expected), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_new"])
+def test_activations(activation):
+    theirs, ours = pair("BertForMaskedLM", hidden_act=activation)
+    batch = inputs_for("BertForMaskedLM")
+    assert_same_outputs(ours(**batch), theirs(**batch))
+
+
+def test_decoder_with_cache_runs_as_transformers_does():
+    theirs, ours = pair("BertLMHeadModel", is_decoder=True)
+    batch = inputs_for("BertLMHeadModel")
+    expected, got = theirs(**batch), ours(**batch)
+    torch.testing.assert_close(got.loss, expected.loss)
+    ids = batch["input_ids"][:, :5]
+    assert torch.equal(ours.generate(ids, max_new_tokens=4, do_sample=False), theirs.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    """Dropout is on: recomputed layers must draw the masks of the first pass."""
+    torch.manual_seed(3)
+    ours = fastbert.BertForTokenClassification(small_config()).train()
+    batch = inputs_for("BertForTokenClassification")
+    torch.manual_seed(5)
+    ours(**batch).loss.backward()
+    expected = {n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None}
+    ours.zero_grad()
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls = []
+    ours.bert.encoder.layer[0].intermediate.dense.register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.manual_seed(5)
+    ours(**batch).loss.backward()
+    assert len(calls) == 2
+    for name, parameter in ours.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_repeats_with_the_seed_and_has_the_right_mean():
+    torch.manual_seed(1)
+    config = small_config(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    ours = fastbert.BertModel(config).train()
+    batch = inputs_for("BertModel")
+    runs = []
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)
+        runs.append(ours(**batch).last_hidden_state)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    ours.eval()
+    assert torch.equal(ours(**batch).last_hidden_state, ours(**batch).last_hidden_state)
+
+
+def test_trainer_does_not_scale_the_loss_twice():
+    """transformers#47688: with 4 accumulation steps transformers' classes give 4 times the loss and the gradients."""
+    assert all(not getattr(fastbert, name).accepts_loss_kwargs for name in NAMES if name != "BertLMHeadModel")
+    theirs, ours = pair("BertLMHeadModel")
+    batch = inputs_for("BertLMHeadModel")
+    count = torch.tensor(11)
+    expected = theirs(**batch, num_items_in_batch=count).loss
+    torch.testing.assert_close(ours(**batch, num_items_in_batch=count).loss, expected)
+
+
+def test_bfloat16_is_as_close_to_float32_as_transformers():
+    theirs, ours = pair("BertModel")
+    batch = inputs_for("BertModel")
+    truth = on_real_tokens(theirs(**batch).last_hidden_state)
+    with torch.no_grad():
+        their_error = (on_real_tokens(theirs.bfloat16()(**batch).last_hidden_state).float() - truth).abs().mean()
+        our_error = (on_real_tokens(ours.bfloat16()(**batch).last_hidden_state).float() - truth).abs().mean()
+    assert our_error <= 2 * their_error
+
+
+def test_autocast():
+    theirs, ours = pair("BertForMaskedLM")
+    batch = inputs_for("BertForMaskedLM")
+    truth = theirs(**batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(**batch).loss
+    loss.backward()
+    assert abs(loss - truth) < 0.05
+    assert all(p.grad.dtype == torch.float32 for p in ours.parameters() if p.grad is not None)
+
+
+def test_compiles_without_a_mask():
+    _, ours = pair("BertModel")
+    ids = torch.randint(100, (2, 9))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).last_hidden_state, ours(ids).last_hidden_state)

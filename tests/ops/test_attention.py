@@ -1,0 +1,144 @@
+"""Every backend of ``attention`` against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastbert.ops import attention, reference
+
+from .helpers import SMALLEST, assert_within_budget, backend_cases, device_of, gradients, new_seed, rounded
+
+LENGTHS = {
+    "one token": [1, 5],
+    "mixed": [17, 0, 1, 65, 2],
+    "block edges": [64, 128, 63],
+    "longer than a block": [130, 33],
+    "no sequence": [],
+    "only empty ones": [0, 0],
+}
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+
+def packed(lengths: list[int], heads: int, head_dim: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, int]:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    qkv = torch.randn(sum(lengths), 3, heads, head_dim, dtype=torch.float64) * scale
+    return qkv, cu_seqlens, max(lengths, default=0)
+
+
+def plain(qkv, cu_seqlens, softmax_scale, dropout_p=0.0, seed=None, stream=0):
+    """Attention as transformers' eager implementation spells it, in qkv's dtype, sequence by sequence."""
+    outs = []
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        q, k, v = qkv[start:end].permute(1, 2, 0, 3).unbind(0)
+        p = torch.softmax(q @ k.transpose(1, 2) * softmax_scale, dim=-1)
+        if dropout_p > 0.0 and end > start:
+            keep = reference._attention_keep(qkv.shape[2], start, end, dropout_p, seed, stream)
+            p = torch.where(keep, p * reference.dropout_scale(dropout_p), 0.0)
+        outs.append((p.to(v.dtype) @ v).transpose(0, 1))
+    return torch.cat(outs) if outs else qkv[:, 0]
+
+
+def check(backend, dtype, lengths, heads, head_dim, dropout_p=0.0, scale=1.0) -> None:
+    device, seed = device_of(backend), new_seed()
+    qkv, cu_seqlens, longest = packed(lengths, heads, head_dim, scale)
+    (qkv,) = rounded(qkv, dtype=dtype)
+    softmax_scale = head_dim**-0.5
+    dout = torch.randn(qkv.shape[0], heads, head_dim, dtype=torch.float64).to(dtype).double()
+
+    def ours(x):
+        return attention(
+            x, cu_seqlens.to(device), longest, softmax_scale=softmax_scale,
+            dropout_p=dropout_p, seed=seed.to(device), stream=7, backend=backend,
+        )  # fmt: skip
+
+    def spelled_out(x):
+        return plain(x, cu_seqlens, softmax_scale, dropout_p, seed, 7)
+
+    assert_within_budget(
+        gradients(ours, [qkv], dout, dtype, device),
+        gradients(spelled_out, [qkv], dout, dtype),
+        gradients(spelled_out, [qkv], dout, torch.float64),
+        ["out", "dqkv"],
+    )
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
+def test_lengths(backend, dtype, lengths, dropout_p):
+    check(backend, dtype, lengths, heads=2, head_dim=32, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 24, 40, 64, 80, 96, 128])
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
+def test_head_dims(backend, dtype, head_dim):
+    check(backend, dtype, [19, 3], heads=3, head_dim=head_dim, dropout_p=0.1)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
+def test_large_scores_do_not_overflow(backend, dtype):
+    check(backend, dtype, [20, 5], heads=2, head_dim=16, scale=8.0)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
+def test_dropout_mask_is_the_references_bit_for_bit(backend, dtype):
+    """Equal keys make uniform probabilities; one-hot values then show which of them survived."""
+    device, lengths, heads = device_of(backend), [40, 9, 64], 2
+    head_dim = 64
+    qkv, cu_seqlens, longest = packed(lengths, heads, head_dim)
+    qkv.zero_()
+    for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
+        qkv[start : start + length, 2] = torch.eye(length, head_dim, dtype=torch.float64).unsqueeze(1)
+    seed = new_seed()
+    out = attention(
+        qkv.to(device, dtype), cu_seqlens.to(device), longest,
+        dropout_p=0.4, seed=seed.to(device), stream=3, backend=backend,
+    ).cpu()  # fmt: skip
+    for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
+        keep = reference._attention_keep(heads, start, start + length, 0.4, seed, 3)
+        assert torch.equal(out[start : start + length, :, :length].transpose(0, 1) > SMALLEST, keep)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 1.0])
+def test_dropout_of_everything_and_of_nothing(dropout_p):
+    qkv, cu_seqlens, longest = packed([5], 1, 8)
+    out = attention(qkv.float(), cu_seqlens, longest, dropout_p=dropout_p, seed=new_seed())
+    assert (out == 0).all() == (dropout_p == 1.0)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
+def test_two_runs_give_the_same_bits(backend, dtype):
+    device = device_of(backend)
+    qkv, cu_seqlens, longest = packed([70, 40, 3], 2, 32)
+    dout = torch.randn(qkv.shape[0], 2, 32)
+    runs = [
+        gradients(lambda x: attention(x, cu_seqlens.to(device), longest, backend=backend), [qkv], dout, dtype, device)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.zeros(6, 2, 1, 8)}, r"expected \(total, 3, num_heads, head_dim\)"),
+        ({"cu_seqlens": torch.tensor([0, 4, 6])}, "expected int32"),
+        ({"cu_seqlens": torch.tensor([0, 4, 5], dtype=torch.int32)}, "to total = 6"),
+        ({"cu_seqlens": torch.tensor([0, 7, 6], dtype=torch.int32)}, "never fall"),
+        ({"max_seqlen": 3}, "longest sequence has 4 tokens"),
+        ({"dropout_p": 0.1}, "needs a seed"),
+        ({"dropout_p": 1.5}, "probability from 0 to 1"),
+        ({"backend": "fastest"}, "unknown backend 'fastest'"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {"qkv": torch.zeros(6, 3, 1, 8), "cu_seqlens": torch.tensor([0, 4, 6], dtype=torch.int32), "max_seqlen": 4}
+    with pytest.raises(ValueError, match=message):
+        attention(**{**arguments, **change})
+
+
+def test_an_explicit_backend_is_never_replaced():
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run attention: .*there is no CUDA C"):
+        attention(torch.zeros(1, 3, 1, 8), torch.tensor([0, 1], dtype=torch.int32), 1, backend="cuda")

@@ -1,0 +1,145 @@
+"""Every backend of ``mlm_loss`` against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastbert.ops import mlm_loss
+
+from .helpers import SMALLEST, assert_within_budget, backend_cases, device_of, gradients, rounded
+
+IGNORED = -100
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+
+@pytest.fixture(params=[False, True], ids=["one block", "many blocks"])
+def many_blocks(request, monkeypatch):
+    """With many blocks the vocabulary of 700 is walked in steps of 256, the last one short."""
+    if request.param:
+        import sys
+
+        module = sys.modules["fastbert.ops.mlm_loss"]
+        monkeypatch.setattr(module, "_BLOCK_ELEMENTS", {"cpu": 1, "cuda": 1})
+    return request.param
+
+
+def inputs_for(rows, hidden, classes, dtype, with_bias=True, scale=1.0):
+    h = torch.randn(rows, hidden, dtype=torch.float64) * scale
+    w, b = torch.randn(classes, hidden, dtype=torch.float64), torch.randn(classes, dtype=torch.float64)
+    labels = torch.randint(classes, (rows,))
+    labels[1::3] = IGNORED
+    return rounded(h, w, b if with_bias else None, dtype=dtype), labels
+
+
+def plain(labels, smoothing, reduction):
+    def loss(hidden, weight, bias):
+        logits = F.linear(hidden, weight, bias)
+        # Like our losses, which are float32 whatever the logits' dtype.
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
+
+    return loss
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("mlm_loss"))
+def test_loss_and_gradients(backend, dtype, reduction, with_bias, smoothing, many_blocks):
+    device = device_of(backend)
+    inputs, labels = inputs_for(rows=13, hidden=24, classes=700, dtype=dtype, with_bias=with_bias)
+    dloss = torch.randn(13 if reduction == "none" else (), dtype=torch.float64).abs()
+
+    def ours(*leaves):
+        return mlm_loss(*leaves, labels.to(device), label_smoothing=smoothing, reduction=reduction, backend=backend)[0]
+
+    assert_within_budget(
+        gradients(ours, inputs, dloss, dtype, device),
+        gradients(plain(labels, smoothing, reduction), inputs, dloss, dtype),
+        gradients(plain(labels, smoothing, reduction), inputs, dloss, torch.float64),
+        ["loss", "dhidden", "dweight", "dbias"],
+    )
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("mlm_loss"))
+def test_correct_rows(backend, dtype, many_blocks):
+    device = device_of(backend)
+    (h, w, b), labels = inputs_for(rows=40, hidden=16, classes=700, dtype=dtype)
+    predictions = (h @ w.t() + b).argmax(-1)
+    labels[::2] = predictions[::2]
+    labels[0] = IGNORED
+    _, correct = mlm_loss(*(t.to(device, dtype) for t in (h, w, b)), labels.to(device), backend=backend)
+    if dtype == torch.float32:
+        assert torch.equal(correct.cpu(), predictions == labels)
+    else:  # logits that rounding made equal are both the largest
+        assert (correct.cpu() >= (predictions == labels)).float().mean() > 0.9
+    assert not correct[labels.to(device) == IGNORED].any()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("mlm_loss"))
+def test_large_logits_do_not_overflow(backend, dtype, many_blocks):
+    device = device_of(backend)
+    inputs, labels = inputs_for(rows=6, hidden=24, classes=700, dtype=dtype, scale=100.0)
+    loss = gradients(
+        lambda *leaves: mlm_loss(*leaves, labels.to(device), backend=backend)[0], inputs, torch.ones(()), dtype, device
+    )
+    assert all(torch.isfinite(t).all() for t in loss)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("mlm_loss"))
+def test_no_label_counts(backend, dtype):
+    """As torch's cross_entropy: the mean over nothing is NaN, the sum 0, and no gradient flows in either case."""
+    device = device_of(backend)
+    (h, w, b), labels = inputs_for(rows=4, hidden=8, classes=20, dtype=dtype)
+    leaves = [t.to(device, dtype).requires_grad_() for t in (h, w, b)]
+    labels = torch.full_like(labels, IGNORED).to(device)
+    assert mlm_loss(*leaves, labels, backend=backend)[0].isnan()
+    loss, correct = mlm_loss(*leaves, labels, reduction="sum", backend=backend)
+    loss.backward()
+    assert loss == 0
+    assert not correct.any()
+    assert all((leaf.grad.abs() < SMALLEST).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)])
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("mlm_loss"))
+def test_gradients_of_some_inputs_only(backend, dtype, wanted):
+    device = device_of(backend)
+    (h, w, b), labels = inputs_for(rows=5, hidden=8, classes=300, dtype=dtype)
+    full = [t.to(device, dtype).requires_grad_() for t in (h, w, b)]
+    mlm_loss(*full, labels.to(device), backend=backend)[0].backward()
+    some = [t.to(device, dtype).requires_grad_(needed) for t, needed in zip((h, w, b), wanted, strict=True)]
+    mlm_loss(*some, labels.to(device), backend=backend)[0].backward()
+    for a, c, needed in zip(some, full, wanted, strict=True):
+        assert (a.grad is not None) == needed
+        assert not needed or torch.equal(a.grad, c.grad)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("mlm_loss"))
+def test_no_rows(backend, dtype):
+    device = device_of(backend)
+    h, w = torch.zeros(0, 8, device=device, dtype=dtype, requires_grad=True), torch.ones(20, 8, device=device, dtype=dtype)
+    loss, correct = mlm_loss(h, w, None, torch.zeros(0, dtype=torch.int64, device=device), reduction="sum", backend=backend)
+    loss.backward()
+    assert loss == 0
+    assert correct.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor([1, 20])}, r"labels hold 20, expected 0 to 9"),
+        ({"labels": torch.tensor([1, -3])}, r"labels hold -3"),
+        ({"labels": torch.tensor([1])}, r"labels has shape \(1,\), expected \(2,\)"),
+        ({"weight": torch.zeros(10, 5)}, r"expected \(rows, hidden\) and \(classes, hidden\)"),
+        ({"bias": torch.zeros(9)}, r"bias has shape \(9,\), expected \(10,\)"),
+        ({"label_smoothing": 2.0}, "number from 0 to 1"),
+        ({"reduction": "max"}, "'mean', 'sum' or 'none'"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(10, 4), "bias": None, "labels": torch.tensor([1, 2])}
+    with pytest.raises(ValueError, match=message):
+        mlm_loss(**{**arguments, **change})

@@ -1,0 +1,106 @@
+"""The ops as torch operators: opcheck, gradcheck in float64, torch.compile without graph breaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from fastbert.ops import add_layer_norm, attention, backends, gelu_layer_norm, mlm_loss
+
+from .helpers import DEVICE, device_of, new_seed
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skip(reason="; ".join(reasons)) if reasons else [])
+    for name in backends.BACKENDS
+    for reasons in [backends.not_supported_reasons(name, "add_layer_norm", device_of(name), torch.float32)]
+]
+
+
+def arguments_of(op: str, dropout_p: float, dtype: torch.dtype, device: str = "cpu"):
+    """(tensors that need gradients, call(*tensors, backend) of the public function, arguments of the operator)."""
+
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
+
+    seed = new_seed(device) if dropout_p else None
+    if op == "attention":
+        cu_seqlens = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32, device=device)
+        leaves = [leaf(9, 3, 2, 4)]
+        call = lambda qkv, backend: attention(  # noqa: E731
+            qkv, cu_seqlens, 5, dropout_p=dropout_p, seed=seed, stream=2, backend=backend
+        )
+        return leaves, call, lambda backend: (*leaves, cu_seqlens, 5, 0.5, dropout_p, seed, 2, backend)
+    if op == "add_layer_norm":
+        leaves = [leaf(5, 7), leaf(7), leaf(5, 7), leaf(7), leaf(7)]
+        call = lambda *a, backend: add_layer_norm(  # noqa: E731
+            *a, 1e-5, dropout_p=dropout_p, seed=seed, stream=2, backend=backend
+        )
+        return leaves, call, lambda backend: (*leaves, 1e-5, dropout_p, seed, 2, backend)
+    if op == "gelu_layer_norm":
+        leaves = [leaf(5, 7), leaf(7), leaf(7), leaf(7)]
+        call = lambda *a, backend: gelu_layer_norm(*a, 1e-5, backend=backend)  # noqa: E731
+        return leaves, call, lambda backend: (*leaves, 1e-5, backend)
+    labels = torch.tensor([1, -100, 10, 0, -100, 3], device=device)
+    leaves = [leaf(6, 5), leaf(11, 5), leaf(11)]
+    call = lambda *a, backend: mlm_loss(*a, labels, label_smoothing=0.1, backend=backend)[0]  # noqa: E731
+    return leaves, call, lambda backend: (*leaves, labels, -100, 0.1, backend)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(op, backend, dropout_p):
+    device = device_of(backend)
+    if backends.not_supported_reasons(backend, op, device, torch.float32):
+        pytest.skip(f"{backend} has no {op}")
+    _, _, operator_arguments = arguments_of(op, dropout_p, torch.float32, device)
+    opcheck(getattr(torch.ops.fastbert, op).default, operator_arguments(backend))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("op", backends.OPS)
+def test_gradcheck_of_the_reference(op, dropout_p):
+    leaves, call, _ = arguments_of(op, dropout_p, torch.float64)
+    assert torch.autograd.gradcheck(lambda *a: call(*a, backend="reference"), leaves)
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_compiles_without_graph_breaks(op):
+    leaves, call, _ = arguments_of(op, 0.3, torch.float32, DEVICE)
+    compiled = torch.compile(lambda *a: call(*a, backend="auto") * 2, fullgraph=True, backend="aot_eager")
+    expected = call(*leaves, backend="auto") * 2
+    dout = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, leaves, dout)
+    got = compiled(*leaves)
+    assert torch.equal(got, expected)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(got, leaves, dout), wanted, strict=True))
+
+
+def test_philox_gives_the_published_numbers():
+    """The known-answer vectors of Random123 (philox4x32, 10 rounds): zeros, ones and pi."""
+    from fastbert.ops.reference import philox_4x32
+
+    for counter, key, expected in (
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ):
+        seed = key[0] | (key[1] << 32)
+        seed = seed - (1 << 64) if seed >= 1 << 63 else seed
+        words = philox_4x32(tuple(torch.tensor(c) for c in counter), torch.tensor(seed))
+        assert tuple(int(w) for w in words) == expected
+
+
+def test_dropout_rate():
+    """Of a million elements the share that survives is 1 - p within five standard deviations."""
+    from fastbert.ops.reference import dropout_keep
+
+    for p in (0.1, 0.5):
+        rows, columns = torch.arange(1000)[:, None], torch.arange(1000)[None, :]
+        kept = dropout_keep(rows, columns, 3, p, new_seed(), 9).double().mean()
+        assert abs(kept - (1 - p)) < 5 * (p * (1 - p) / 1e6) ** 0.5
