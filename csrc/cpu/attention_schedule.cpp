@@ -1,0 +1,40 @@
+#include "cpu/attention_schedule.h"
+
+#include <algorithm>
+
+namespace fastbert::cpu {
+
+AttentionSchedule::AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, int64_t num_heads, int64_t min_items,
+                                     int64_t min_queries) {
+  struct Sequence {
+    int64_t start, length;
+  };
+  std::vector<Sequence> sequences;
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t start = cu_seqlens[i], length = cu_seqlens[i + 1] - start;
+    if (length > 0) sequences.push_back({start, length});
+  }
+  std::stable_sort(sequences.begin(), sequences.end(), [](auto& a, auto& b) { return a.length > b.length; });
+
+  const int64_t heads_total = std::max<int64_t>(static_cast<int64_t>(sequences.size()) * num_heads, 1);
+  const int64_t wanted_pieces = (min_items + heads_total - 1) / heads_total;
+  for (const Sequence& sequence : sequences) {
+    const int64_t pieces = std::clamp<int64_t>(sequence.length / min_queries, 1, wanted_pieces);
+    for (int64_t head = 0; head < num_heads; ++head) {
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t first = piece * sequence.length / pieces, last = (piece + 1) * sequence.length / pieces;
+        items_.push_back({sequence.start, sequence.length, head, first, last - first});
+      }
+    }
+  }
+}
+
+AttentionSchedule::~AttentionSchedule() = default;
+
+int64_t AttentionSchedule::num_items() const { return static_cast<int64_t>(items_.size()); }
+
+int64_t AttentionSchedule::max_length() const { return items_.empty() ? 0 : items_.front().length; }
+
+const AttentionItem& AttentionSchedule::item(int64_t index) const { return items_[index]; }
+
+}  // namespace fastbert::cpu

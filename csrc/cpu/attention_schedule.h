@@ -1,0 +1,33 @@
+// How attention is divided among threads, compiled once for all instruction sets.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastbert::cpu {
+
+// Some queries of one head of one sequence, which see all keys of the sequence.
+struct AttentionItem {
+  int64_t start, length;  // of the sequence, in rows of the packed batch
+  int64_t head;
+  int64_t first_query, num_queries;  // within the sequence
+};
+
+// The items of a packed batch, long sequences first, so that no thread ends with a long one when the others are done.
+class AttentionSchedule {
+ public:
+  // min_items: sequences are cut into pieces of at least min_queries queries until there are this many items; 1 cuts nothing.
+  AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, int64_t num_heads, int64_t min_items, int64_t min_queries);
+  AttentionSchedule(const AttentionSchedule&) = delete;
+  ~AttentionSchedule();
+
+  int64_t num_items() const;
+  int64_t max_length() const;
+  const AttentionItem& item(int64_t index) const;
+
+ private:
+  std::vector<AttentionItem> items_;
+};
+
+}  // namespace fastbert::cpu

@@ -1,0 +1,97 @@
+// Chooses the instruction set, and forwards each launcher to the kernels compiled for it.
+
+#include "cpu/dispatch.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+
+namespace fastbert::cpu {
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+#define FASTBERT_TABLE_ENTRY(kernel, Params) void (*kernel)(const Params&, int);
+  FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_ENTRY)
+};
+
+#define FASTBERT_TABLE_VALUE(kernel, Params) isa::kernel,
+
+const InstructionSet baseline_set = [] {
+  namespace isa = baseline;
+  return InstructionSet{"baseline", FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+}();
+
+#if defined(__x86_64__)
+const InstructionSet avx2_set = [] {
+  namespace isa = avx2;
+  return InstructionSet{"avx2", FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+}();
+
+const InstructionSet avx512_set = [] {
+  namespace isa = avx512;
+  return InstructionSet{"avx512", FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+}();
+#endif
+
+// Those that this CPU and its operating system support, from the narrowest to the widest.
+std::vector<const InstructionSet*> supported_sets() {
+  std::vector<const InstructionSet*> sets{&baseline_set};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    sets.push_back(&avx2_set);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      sets.push_back(&avx512_set);
+    }
+  }
+#endif
+  return sets;
+}
+
+const InstructionSet* current = supported_sets().back();
+
+void require_supported(DType dtype) {
+  if (dtype != DType::float32 && dtype != DType::bfloat16) {
+    throw std::invalid_argument("the CPU kernels take float32 and bfloat16");
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> supported_instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet* set : supported_sets()) names.push_back(set->name);
+  return names;
+}
+
+std::string instruction_set() { return current->name; }
+
+void set_instruction_set(const std::string& name) {
+  std::string names;
+  for (const InstructionSet* set : supported_sets()) {
+    if (set->name == name) {
+      current = set;
+      return;
+    }
+    names += (names.empty() ? "" : ", ") + std::string(set->name);
+  }
+  throw std::invalid_argument("no instruction set '" + name + "' here: this CPU supports " + names);
+}
+
+int64_t row_chunks(int64_t rows) {
+  constexpr int64_t max_chunks = 64, min_rows = 16;
+  return std::clamp<int64_t>((rows + min_rows - 1) / min_rows, 1, max_chunks);
+}
+
+#define FASTBERT_LAUNCHER(kernel, Params)               \
+  void kernel(const Params& params, int num_threads) {  \
+    require_supported(params.dtype);                    \
+    current->kernel(params, num_threads);               \
+  }
+FASTBERT_FOR_EACH_KERNEL(FASTBERT_LAUNCHER)
+
+}  // namespace fastbert::cpu

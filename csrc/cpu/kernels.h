@@ -1,0 +1,51 @@
+// The kernels of one instruction set, behind one table; cpu/dispatch.cpp picks the table.
+
+#pragma once
+
+#include "cpu/runtime.h"
+#include "fastbert.h"
+
+#define FASTBERT_FOR_EACH_KERNEL(X)                       \
+  X(attention_forward, AttentionForwardParams)            \
+  X(attention_backward, AttentionBackwardParams)          \
+  X(add_layer_norm_forward, AddLayerNormForwardParams)    \
+  X(add_layer_norm_backward, AddLayerNormBackwardParams)  \
+  X(gelu_layer_norm_forward, GeluLayerNormForwardParams)  \
+  X(gelu_layer_norm_backward, GeluLayerNormBackwardParams) \
+  X(mlm_loss_forward, MlmLossForwardParams)               \
+  X(mlm_loss_backward, MlmLossBackwardParams)
+
+#define FASTBERT_DECLARE_KERNEL(name, Params) void name(const Params& params, int num_threads);
+
+namespace fastbert::cpu {
+
+namespace baseline {
+FASTBERT_FOR_EACH_KERNEL(FASTBERT_DECLARE_KERNEL)
+}
+#if defined(__x86_64__)
+namespace avx2 {
+FASTBERT_FOR_EACH_KERNEL(FASTBERT_DECLARE_KERNEL)
+}
+namespace avx512 {
+FASTBERT_FOR_EACH_KERNEL(FASTBERT_DECLARE_KERNEL)
+}
+#endif
+
+}  // namespace fastbert::cpu
+
+#if defined(FASTBERT_ISA)
+namespace fastbert::cpu::FASTBERT_ISA {
+
+// body(index) for every index below count; see cpu/runtime.h.
+template <typename Body>
+void parallel_for(int64_t count, int num_threads, const Body& body) {
+  cpu::parallel_for(
+      count, num_threads, [](void* context, int64_t index) { (*static_cast<const Body*>(context))(index); },
+      const_cast<Body*>(&body));
+}
+
+// Work of fewer elements than this is done on the calling thread: waking the others takes longer.
+constexpr int64_t kElementsWorthThreads = 16384;
+
+}  // namespace fastbert::cpu::FASTBERT_ISA
+#endif

@@ -1,0 +1,159 @@
+// The interface between Python and the kernels: one Params struct per op and direction, and the launchers that take them.
+//
+// Nothing here knows torch: Python allocates every output and workspace, checks shapes, dtypes and contiguity, and hands over
+// raw pointers. fastbert/ops/reference.py is the specification of each op. All tensors are row-major and contiguous except where
+// a row stride is given; parameters of the model and all statistics are float32, whatever the dtype of the activations.
+
+#pragma once
+
+#include <cstdint>
+
+namespace fastbert {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// Counter-based dropout: the element (row, column) is dropped where its 16 bits of
+// Philox4x32-10(counter = (column / 8, row, plane, stream), key = *seed) are below the threshold.
+struct Dropout {
+  uint32_t threshold;   // the probability in 1/65536; 0: no dropout, and the rest is not read
+  float scale;          // of the elements that are kept
+  const int64_t* seed;  // in the memory that the kernel runs on
+  uint32_t stream;
+};
+
+// Attention of a packed batch.
+struct AttentionForwardParams {
+  const void* qkv;            // (total, 3, num_heads, head_dim)
+  const int32_t* cu_seqlens;  // (batch + 1,), from 0 to total
+  void* out;                  // (total, num_heads, head_dim)
+  float* lse;                 // (num_heads, total)
+  int64_t total, batch, num_heads, head_dim;
+  float softmax_scale;
+  Dropout dropout;
+  DType dtype;  // of qkv and out
+};
+
+struct AttentionBackwardParams {
+  const void* dout;           // (total, num_heads, head_dim)
+  const void* qkv;            // (total, 3, num_heads, head_dim)
+  const void* out;            // (total, num_heads, head_dim)
+  const float* lse;           // (num_heads, total)
+  const int32_t* cu_seqlens;  // (batch + 1,)
+  void* dqkv;                 // (total, 3, num_heads, head_dim)
+  int64_t total, batch, num_heads, head_dim;
+  float softmax_scale;
+  Dropout dropout;
+  DType dtype;  // of dout, qkv, out and dqkv
+};
+
+// z = dropout(x + bias) + residual; y = LayerNorm(z) * weight + ln_bias
+struct AddLayerNormForwardParams {
+  const void* x;         // (rows, hidden)
+  const float* bias;     // (hidden,) or null
+  const void* residual;  // (rows, hidden)
+  const float* weight;   // (hidden,)
+  const float* ln_bias;  // (hidden,)
+  void* y;               // (rows, hidden)
+  void* z;               // (rows, hidden)
+  float* mean;           // (rows,)
+  float* rstd;           // (rows,)
+  int64_t rows, hidden;
+  float eps;
+  Dropout dropout;
+  DType dtype;  // of x, residual, y and z
+};
+
+struct AddLayerNormBackwardParams {
+  const void* dy;       // (rows, hidden)
+  const void* z;        // (rows, hidden)
+  const float* mean;    // (rows,)
+  const float* rstd;    // (rows,)
+  const float* weight;  // (hidden,)
+  void* dx;             // (rows, hidden), null without dropout: it equals dresidual
+  void* dresidual;      // (rows, hidden)
+  float* dweight;       // (hidden,)
+  float* dln_bias;      // (hidden,)
+  float* dbias;         // (hidden,) or null
+  float* partials;      // (row_chunks(rows), 3, hidden): sums over a chunk of rows, for dweight, dln_bias and dbias
+  int64_t rows, hidden;
+  Dropout dropout;
+  DType dtype;  // of dy, z, dx and dresidual
+};
+
+// y = LayerNorm(gelu(x + bias)) * weight + ln_bias
+struct GeluLayerNormForwardParams {
+  const void* x;         // (rows, hidden)
+  const float* bias;     // (hidden,) or null
+  const float* weight;   // (hidden,)
+  const float* ln_bias;  // (hidden,)
+  void* y;               // (rows, hidden)
+  float* mean;           // (rows,)
+  float* rstd;           // (rows,)
+  int64_t rows, hidden;
+  float eps;
+  DType dtype;  // of x and y
+};
+
+struct GeluLayerNormBackwardParams {
+  const void* dy;       // (rows, hidden)
+  const void* x;        // (rows, hidden)
+  const float* bias;    // (hidden,) or null
+  const float* weight;  // (hidden,)
+  const float* mean;    // (rows,)
+  const float* rstd;    // (rows,)
+  void* dx;             // (rows, hidden)
+  float* dweight;       // (hidden,)
+  float* dln_bias;      // (hidden,)
+  float* dbias;         // (hidden,) or null
+  float* partials;      // (row_chunks(rows), 3, hidden): sums over a chunk of rows, for dweight, dln_bias and dbias
+  int64_t rows, hidden;
+  DType dtype;  // of dy, x and dx
+};
+
+// Folds a block of logits into each row's running softmax statistics.
+struct MlmLossForwardParams {
+  const void* logits;     // (rows, block), rows row_stride elements apart
+  const float* bias;      // (block,) or null
+  const int64_t* labels;  // (rows,)
+  float* row_max;         // (rows,)
+  float* row_sum;         // (rows,)
+  float* label_logit;     // (rows,)
+  float* logit_sum;       // (rows,) or null
+  int64_t rows, block, row_stride, first_class;
+  DType dtype;  // of logits
+};
+
+// Overwrites a block of logits with its gradient.
+struct MlmLossBackwardParams {
+  void* logits;           // (rows, block), rows row_stride elements apart
+  const float* bias;      // (block,) or null
+  const int64_t* labels;  // (rows,)
+  const float* row_max;   // (rows,), final
+  const float* row_sum;   // (rows,), final
+  const float* dloss;     // (rows,), 0 on ignored rows
+  float* dbias;           // (block,) or null
+  float* partials;        // (row_chunks(rows), block): sums over a chunk of rows, or null without dbias
+  int64_t rows, block, row_stride, first_class, num_classes;
+  float label_smoothing;
+  DType dtype;  // of logits
+};
+
+namespace cpu {
+
+// Sums over all rows (gradients of weights and biases) are made of the sums of this many chunks of rows, in order: it depends
+// on the shape alone, so results do not depend on the number of threads.
+int64_t row_chunks(int64_t rows);
+
+// Each launcher returns when the work is done, on at most num_threads threads. They throw std::invalid_argument for a dtype
+// other than float32 and bfloat16.
+void attention_forward(const AttentionForwardParams& params, int num_threads);
+void attention_backward(const AttentionBackwardParams& params, int num_threads);
+void add_layer_norm_forward(const AddLayerNormForwardParams& params, int num_threads);
+void add_layer_norm_backward(const AddLayerNormBackwardParams& params, int num_threads);
+void gelu_layer_norm_forward(const GeluLayerNormForwardParams& params, int num_threads);
+void gelu_layer_norm_backward(const GeluLayerNormBackwardParams& params, int num_threads);
+void mlm_loss_forward(const MlmLossForwardParams& params, int num_threads);
+void mlm_loss_backward(const MlmLossBackwardParams& params, int num_threads);
+
+}  // namespace cpu
+}  // namespace fastbert

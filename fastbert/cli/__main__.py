@@ -1,0 +1,5 @@
+"""``python -m fastbert.cli`` is ``fastbert``."""
+
+from .main import main
+
+main()

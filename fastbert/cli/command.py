@@ -1,0 +1,106 @@
+"""What all commands share: how they print, fail and exit.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. With ``--json`` the last line of stdout is one JSON document,
+``{"command": ..., "exit_code": ..., ...}`` with ``"error"`` where the command failed, and text for people goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+Say = Callable[[str], None]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class CommandFailure(Exception):
+    """An expected end that is not success: a message for the user and the exit code."""
+
+    def __init__(self, message: str, exit_code: int = FAILED):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """``document``: what ``--json`` prints; ``exit_code``: :data:`DONE`, or :data:`FAILED` for a result that is bad news."""
+
+    document: dict[str, Any]
+    exit_code: int = DONE
+
+
+class SeveralValuesCommand(TyperCommand):
+    """A command whose repeatable options also take several values after one flag: ``--corpus a.txt b.txt``."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        repeatable = {name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts}
+        return super().parse_args(ctx, spread_values(args, repeatable))
+
+
+def spread_values(args: list[str], repeatable: set[str]) -> list[str]:
+    """``--corpus a b`` as ``--corpus a --corpus b``: words after a repeatable option belong to it, up to the next option."""
+    spread: list[str] = []
+    current = None
+    for position, word in enumerate(args):
+        if word == "--":
+            return spread + args[position:]
+        if word.startswith("-") and word != "-":
+            name = word.partition("=")[0]
+            current = name if name in repeatable else None
+            spread.append(word)
+        elif current is not None and spread[-1] != current:
+            spread += [current, word]
+        else:
+            spread.append(word)
+    return spread
+
+
+def given_options(ctx: typer.Context) -> dict[str, Any]:
+    """The options that stand on the command line, by parameter name, without those left at their default."""
+    return {
+        name: value
+        for name, value in ctx.params.items()
+        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
+
+
+def run_command(name: str, body: Callable[[Say], CommandResult], *, json_output: bool, debug: bool) -> None:
+    """Runs ``body`` with a function that prints for people, prints its document or its error, and exits with its code."""
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr if json_output else sys.stdout, flush=True)
+
+    try:
+        result = body(say)
+    except CommandFailure as failure:
+        _fail(name, str(failure), failure.exit_code, json_output, debug, failure)
+    except OSError as error:
+        _fail(name, str(error), FAILED, json_output, debug, error)
+    except KeyboardInterrupt as interrupt:
+        _fail(name, "interrupted", INTERRUPTED, json_output, debug, interrupt)
+    else:
+        if json_output:
+            _print_document({"command": name, "exit_code": result.exit_code, **result.document})
+        raise typer.Exit(result.exit_code)
+
+
+def _fail(name: str, message: str, exit_code: int, json_output: bool, debug: bool, error: BaseException) -> None:
+    print(f"fastbert {name}: {message}", file=sys.stderr, flush=True)
+    if json_output:
+        _print_document({"command": name, "exit_code": exit_code, "error": message})
+    if debug:
+        raise error
+    raise typer.Exit(exit_code)
+
+
+def _print_document(document: dict[str, Any]) -> None:
+    print(json.dumps(document, allow_nan=False), flush=True)

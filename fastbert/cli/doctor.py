@@ -1,0 +1,171 @@
+"""``fastbert doctor``: what this installation can do, and the reason for everything that it cannot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+from .command import CommandResult, Say
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton")
+OPENMP_LIBRARY = re.compile(r"lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
+# What the C++ kernels and the libraries below torch choose their code by.
+_X86_FEATURES = "avx avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx512_fp16 avx_vnni"
+_MATRIX_AND_ARM_FEATURES = "amx_tile amx_bf16 amx_int8 asimd bf16 sve"
+SHOWN_CPU_FEATURES = (*_X86_FEATURES.split(), *_MATRIX_AND_ARM_FEATURES.split())
+
+
+def doctor(say: Say) -> CommandResult:
+    """Collects the report, says it for people, and returns it; missing parts are reported, never an error."""
+    report = collect()
+    for line in report_lines(report):
+        say(line)
+    return CommandResult(report)
+
+
+def collect() -> dict[str, Any]:
+    """Versions, CPU, GPUs, OpenMP runtimes, native builds and the backends of every op, JSON-ready."""
+    # First the ops, with the native module and torch in the process: then the OpenMP runtimes are those of a training run.
+    from fastbert.ops import backends
+
+    return {
+        "ops": backends.report(),
+        "versions": _versions(),
+        "cpu": _cpu(),
+        "gpus": _gpus(),
+        "openmp_runtimes": openmp_runtimes(),
+        "native_build": _native_build(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    import fastbert
+
+    versions: dict[str, str | None] = {"fastbert": fastbert.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model, flags = _linux_cpu()
+    return {
+        "model": model or platform.processor() or platform.machine(),
+        "features": [feature for feature in SHOWN_CPU_FEATURES if feature in flags],
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores,
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _linux_cpu(path: Path = Path("/proc/cpuinfo")) -> tuple[str | None, frozenset[str]]:
+    """The model name and the feature flags of the first processor; nothing where there is no /proc."""
+    if not path.is_file():
+        return None, frozenset()
+    fields: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    return fields.get("model name"), frozenset((fields.get("flags") or fields.get("Features") or "").split())
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": properties.name,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return gpus
+
+
+def openmp_runtimes(maps: Path = Path("/proc/self/maps")) -> list[str] | None:
+    """The OpenMP libraries that this process has loaded, by path; more than one wait for each other. None off Linux."""
+    if not maps.is_file():
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in maps.read_text(encoding="utf-8").splitlines() if line.count("/")}
+    return sorted(path for path in paths if OPENMP_LIBRARY.search(path))
+
+
+def _native_build() -> dict[str, Any]:
+    from fastbert.build_report import read_build_report
+
+    report = read_build_report()
+    if report is None:
+        return {"reason": "never built: install the package (pip install -e .)", "modules": {}}
+    modules = {
+        name: {"built": build.built, "reason": build.reason, "compiler": build.compiler}
+        for name, build in report.modules.items()
+    }
+    return {"reason": None, "modules": modules}
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    cpu, versions = report["cpu"], report["versions"]
+    lines = ["Versions", *(f"  {name:<14}{version or 'not installed'}" for name, version in versions.items())]
+    lines += [
+        "CPU",
+        f"  {cpu['model']}, {cpu['cores']} cores, {cpu['torch_threads']} threads in torch",
+        f"  features: {' '.join(cpu['features']) or 'unknown'} (torch uses {cpu['torch_capability']})",
+    ]
+    gpus = [f"  {g['name']}, compute capability {g['compute_capability']}, {g['memory_gib']} GiB" for g in report["gpus"]]
+    lines += ["GPUs", *(gpus or ["  none that torch can use"])]
+    lines += ["OpenMP runtimes in the process", *_openmp_lines(report["openmp_runtimes"])]
+    lines += ["Native builds", *_build_lines(report["native_build"])]
+    lines += ["Backends"]
+    for name, state in report["ops"]["backends"].items():
+        lines.append(f"  {name:<12}{'available' if state['available'] else 'not available: ' + state['reason']}")
+    lines += ["What each op runs on"]
+    for op, devices in report["ops"]["ops"].items():
+        for device_type, choice in devices.items():
+            lines += _op_lines(op, device_type, choice)
+    return lines
+
+
+def _openmp_lines(runtimes: list[str] | None) -> list[str]:
+    if runtimes is None:
+        return ["  unknown (this system has no /proc)"]
+    lines = [f"  {path}" for path in runtimes] or ["  none"]
+    if len(runtimes) > 1:
+        lines.append("  more than one: their threads wait for each other and everything is slower")
+    return lines
+
+
+def _build_lines(build: dict[str, Any]) -> list[str]:
+    if build["reason"]:
+        return [f"  {build['reason']}"]
+    lines = []
+    for name, module in build["modules"].items():
+        state = "built" if module["built"] else f"not built: {module['reason']}"
+        compiler = f" ({module['compiler']})" if module["compiler"] else ""
+        lines.append(f"  {name:<12}{state}{compiler}")
+    return lines
+
+
+def _op_lines(op: str, device_type: str, choice: dict[str, Any]) -> list[str]:
+    by_backend: dict[str, list[str]] = {}
+    for dtype, backend in choice["auto"].items():
+        by_backend.setdefault(backend, []).append(dtype)
+    picked = "; ".join(f"{backend} ({', '.join(dtypes)})" for backend, dtypes in by_backend.items())
+    lines = [f"  {op} on {device_type}: {picked}"]
+    lines += [f"      not {backend}: {'; '.join(reasons)}" for backend, reasons in choice["not_picked"].items()]
+    return lines

@@ -1,0 +1,2 @@
+"""placeholder"""
+def unavailable_reason(): return "not built yet"

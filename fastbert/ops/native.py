@@ -1,0 +1,288 @@
+"""The C++ CPU kernels (csrc/cpu) under the names and signatures of ``reference.py``: tensors become pointers here.
+
+Inputs are contiguous CPU tensors of float32 or bfloat16 (``backends.py`` refuses others); a block of logits may have a row
+stride. Arithmetic, statistics and sums are float32. Results do not depend on the number of threads, which is torch's.
+
+The extension links no OpenMP runtime: it is handed the entry point of the one that torch uses, so the process has one.
+FASTBERT_CPU_ISA=baseline|avx2|avx512 forces an instruction set; the widest that the CPU supports is the default.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..build_report import why_not_built
+from . import reference
+
+_TORCH_LIBRARY = re.compile(r"/libtorch_cpu\.so[.\d]*$")
+
+
+def _import_extension():
+    """The extension module and None, or None and the reason why there is none."""
+    try:
+        from fastbert import _cpu
+    except ImportError as error:
+        return None, why_not_built("_cpu") or f"fastbert._cpu was built but does not load: {error}"
+    _cpu.set_openmp_parallel(_openmp_entry_point())
+    forced = os.environ.get("FASTBERT_CPU_ISA")
+    if forced:
+        try:
+            _cpu.set_instruction_set(forced)
+        except ValueError as error:
+            raise ValueError(f"FASTBERT_CPU_ISA={forced}: {error}") from error
+    return _cpu, None
+
+
+def _openmp_entry_point() -> int:
+    """The address of GOMP_parallel in the OpenMP runtime that torch was linked with; 0, one thread, where it has none."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        path = line.split(maxsplit=5)[5] if line.count("/") else ""
+        if _TORCH_LIBRARY.search(path):
+            # A lookup through a library's handle goes through what it was linked with, too.
+            symbol = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+            return 0 if symbol is None else ctypes.cast(symbol, ctypes.c_void_p).value or 0
+    return 0
+
+
+_cpu, _unavailable_reason = _import_extension()
+AVAILABLE: bool = _cpu is not None
+if AVAILABLE:
+    _DTYPES = {torch.float32: _cpu.DType.float32, torch.bfloat16: _cpu.DType.bfloat16}
+    _NO_DROPOUT = _cpu.Dropout(0, 1.0, 0, 0)
+
+
+def unavailable_reason() -> str | None:
+    """Why these kernels cannot be used in this installation, or None where they can."""
+    return _unavailable_reason
+
+
+def instruction_set() -> str:
+    """The one in use: "baseline" (SSE2 or NEON), "avx2" or "avx512". The extension must be available."""
+    return _cpu.instruction_set()
+
+
+def supported_instruction_sets() -> list[str]:
+    """Those that this CPU supports, from the narrowest vectors to the widest. The extension must be available."""
+    return _cpu.supported_instruction_sets()
+
+
+def set_instruction_set(name: str) -> None:
+    """Switches all kernels, for tests and measurements; raises ValueError where the CPU does not support ``name``."""
+    _cpu.set_instruction_set(name)
+
+
+def cpu_features() -> list[str]:
+    """The CPU's features as Linux names them ("avx2", "avx512f", ...); empty where there is no /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return match.group(1).split() if match else []
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    """Parameters and their gradients are float32 in the kernels; the tensor must stay alive until the call returns."""
+    return None if tensor is None else tensor.float()
+
+
+def _dropout(dropout_p: float, seed: Tensor | None, stream: int):
+    if dropout_p == 0.0:
+        return _NO_DROPOUT
+    return _cpu.Dropout(reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p), seed.data_ptr(), stream)
+
+
+def _empty(*shape: int) -> Tensor:
+    """An uninitialised float32 tensor, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _row_sums(rows: int, *shape: int) -> Tensor:
+    """Workspace for sums over chunks of rows, (chunks, *shape) float32."""
+    return _empty(_cpu.row_chunks(rows), *shape)
+
+
+def attention_forward(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`reference.attention_forward`."""
+    total, _, num_heads, head_dim = qkv.shape
+    out = qkv.new_empty(total, num_heads, head_dim)
+    lse = _empty(num_heads, total)
+    _cpu.attention_forward(
+        qkv.data_ptr(), cu_seqlens.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        total, cu_seqlens.numel() - 1, num_heads, head_dim,
+        softmax_scale, _dropout(dropout_p, seed, stream), _DTYPES[qkv.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """See :func:`reference.attention_backward`."""
+    total, _, num_heads, head_dim = qkv.shape
+    dqkv = torch.empty_like(qkv)
+    _cpu.attention_backward(
+        dout.data_ptr(), qkv.data_ptr(), out.data_ptr(), lse.data_ptr(), cu_seqlens.data_ptr(), dqkv.data_ptr(),
+        total, cu_seqlens.numel() - 1, num_heads, head_dim,
+        softmax_scale, _dropout(dropout_p, seed, stream), _DTYPES[qkv.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return dqkv
+
+
+def add_layer_norm_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`reference.add_layer_norm_forward`."""
+    rows, hidden = x.shape
+    bias, weight, ln_bias = _float32(bias), _float32(weight), _float32(ln_bias)
+    y, z = torch.empty_like(x), torch.empty_like(x)
+    mean, rstd = _empty(rows), _empty(rows)
+    _cpu.add_layer_norm_forward(
+        x.data_ptr(), _pointer(bias), residual.data_ptr(), weight.data_ptr(), ln_bias.data_ptr(),
+        y.data_ptr(), z.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+        rows, hidden, eps, _dropout(dropout_p, seed, stream), _DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y, z, mean, rstd
+
+
+def add_layer_norm_backward(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+    """See :func:`reference.add_layer_norm_backward`."""
+    rows, hidden = dy.shape
+    dtype, weight = weight.dtype, _float32(weight)
+    dresidual = torch.empty_like(dy)
+    dx = torch.empty_like(dy) if dropout_p > 0.0 else None
+    dweight, dln_bias = _empty(hidden), _empty(hidden)
+    dbias = _empty(hidden) if has_bias else None
+    partials = _row_sums(rows, 3, hidden)
+    _cpu.add_layer_norm_backward(
+        dy.data_ptr(), z.data_ptr(), mean.data_ptr(), rstd.data_ptr(), weight.data_ptr(),
+        _pointer(dx), dresidual.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), _pointer(dbias), partials.data_ptr(),
+        rows, hidden, _dropout(dropout_p, seed, stream), _DTYPES[dy.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dresidual, dweight.to(dtype), dln_bias.to(dtype), None if dbias is None else dbias.to(dtype)
+
+
+def gelu_layer_norm_forward(
+    x: Tensor, bias: Tensor | None, weight: Tensor, ln_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`reference.gelu_layer_norm_forward`."""
+    rows, hidden = x.shape
+    bias, weight, ln_bias = _float32(bias), _float32(weight), _float32(ln_bias)
+    y, mean, rstd = torch.empty_like(x), _empty(rows), _empty(rows)
+    _cpu.gelu_layer_norm_forward(
+        x.data_ptr(), _pointer(bias), weight.data_ptr(), ln_bias.data_ptr(),
+        y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+        rows, hidden, eps, _DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def gelu_layer_norm_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """See :func:`reference.gelu_layer_norm_backward`."""
+    rows, hidden = dy.shape
+    dtype, bias_dtype = weight.dtype, None if bias is None else bias.dtype
+    bias, weight = _float32(bias), _float32(weight)
+    dx = torch.empty_like(dy)
+    dweight, dln_bias = _empty(hidden), _empty(hidden)
+    dbias = None if bias is None else _empty(hidden)
+    partials = _row_sums(rows, 3, hidden)
+    _cpu.gelu_layer_norm_backward(
+        dy.data_ptr(), x.data_ptr(), _pointer(bias), weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+        dx.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), _pointer(dbias), partials.data_ptr(),
+        rows, hidden, _DTYPES[dy.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, None if dbias is None else dbias.to(bias_dtype), dweight.to(dtype), dln_bias.to(dtype)
+
+
+def mlm_loss_forward(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    first_class: int,
+    row_max: Tensor,
+    row_sum: Tensor,
+    label_logit: Tensor,
+    logit_sum: Tensor | None,
+) -> None:
+    """See :func:`reference.mlm_loss_forward`."""
+    rows, block = logits.shape
+    bias = _float32(bias)
+    _cpu.mlm_loss_forward(
+        logits.data_ptr(), _pointer(bias), labels.data_ptr(),
+        row_max.data_ptr(), row_sum.data_ptr(), label_logit.data_ptr(), _pointer(logit_sum),
+        rows, block, logits.stride(0), first_class, _DTYPES[logits.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def mlm_loss_backward(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    first_class: int,
+    num_classes: int,
+    row_max: Tensor,
+    row_sum: Tensor,
+    dloss: Tensor,
+    label_smoothing: float,
+    dbias: Tensor | None,
+) -> None:
+    """See :func:`reference.mlm_loss_backward`."""
+    rows, block = logits.shape
+    bias = _float32(bias)
+    sums = None if dbias is None else _empty(block)
+    partials = None if dbias is None else _row_sums(rows, block)
+    _cpu.mlm_loss_backward(
+        logits.data_ptr(), _pointer(bias), labels.data_ptr(),
+        row_max.data_ptr(), row_sum.data_ptr(), dloss.data_ptr(), _pointer(sums), _pointer(partials),
+        rows, block, logits.stride(0), first_class, num_classes, label_smoothing,
+        _DTYPES[logits.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if dbias is not None:
+        dbias.copy_(sums)

@@ -1,0 +1,186 @@
+"""The numbers of a run: scores of batches, their averages, and ``metrics.jsonl``, which never repeats a step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from .errors import TrainingError
+
+
+def batch_scores(outputs: Any, next_sentence_label: Tensor, grad_norm: Tensor | None = None) -> Tensor:
+    """What a batch says about the model: float64 (7,), on the device, in the order of :class:`BatchScores`.
+
+    ``outputs``: of ``fastbert.BertForPreTraining`` for a batch with labels; ``next_sentence_label``: (batch,) int64. The
+    prediction logits are not read, and nothing waits for the device.
+    """
+    predicted = outputs.seq_relationship_logits.detach().argmax(dim=-1)
+    return scores_tensor(
+        mlm_loss=outputs.mlm_loss,
+        mlm_correct=outputs.mlm_correct,
+        mlm_count=outputs.mlm_count,
+        nsp_loss=outputs.next_sentence_loss,
+        nsp_correct=(predicted == next_sentence_label).sum(),
+        nsp_count=next_sentence_label.numel(),
+        grad_norm=grad_norm,
+    )
+
+
+def scores_tensor(
+    *,
+    mlm_loss: Tensor,
+    mlm_correct: Tensor,
+    mlm_count: Tensor | int,
+    nsp_loss: Tensor,
+    nsp_correct: Tensor,
+    nsp_count: int,
+    grad_norm: Tensor | None = None,
+) -> Tensor:
+    """Seven 0-d values (a missing gradient norm is 0) as one float64 tensor (7,) on the device of ``mlm_loss``."""
+    values = (mlm_loss, mlm_correct, mlm_count, nsp_loss, nsp_correct, nsp_count, 0.0 if grad_norm is None else grad_norm)
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=mlm_loss.device).detach() for v in values])
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """The values of :func:`scores_tensor` on the host; losses are means over their counts, in nats."""
+
+    mlm_loss: float
+    mlm_correct: float
+    mlm_count: float
+    nsp_loss: float
+    nsp_correct: float
+    nsp_count: float
+    grad_norm: float
+
+    @property
+    def loss(self) -> float:
+        return self.mlm_loss + self.nsp_loss
+
+    def check_finite(self, step: int) -> None:
+        """Raises :class:`TrainingError` naming ``step`` where a loss or the gradient is NaN or infinite."""
+        for name, value in (("loss", self.loss), ("gradient norm", self.grad_norm)):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the {name} is {value} at step {step}; a lower --learning-rate or a longer --warmup-steps usually helps"
+                )
+
+
+@dataclass
+class ScoreSums:
+    """Sums over batches, so that every masked token and every sentence pair weighs the same in the means."""
+
+    mlm_loss: float = 0.0
+    mlm_correct: float = 0.0
+    mlm_count: float = 0.0
+    nsp_loss: float = 0.0
+    nsp_correct: float = 0.0
+    nsp_count: float = 0.0
+
+    def add(self, scores: BatchScores) -> None:
+        self.mlm_loss += scores.mlm_loss * scores.mlm_count
+        self.mlm_correct += scores.mlm_correct
+        self.mlm_count += scores.mlm_count
+        self.nsp_loss += scores.nsp_loss * scores.nsp_count
+        self.nsp_correct += scores.nsp_correct
+        self.nsp_count += scores.nsp_count
+
+    def means(self) -> dict[str, float]:
+        """loss, mlm_loss, nsp_loss (nats), mlm_accuracy, nsp_accuracy (0 to 1). Needs at least one batch."""
+        mlm_loss, nsp_loss = self.mlm_loss / self.mlm_count, self.nsp_loss / self.nsp_count
+        return {
+            "loss": mlm_loss + nsp_loss,
+            "mlm_loss": mlm_loss,
+            "nsp_loss": nsp_loss,
+            "mlm_accuracy": self.mlm_correct / self.mlm_count,
+            "nsp_accuracy": self.nsp_correct / self.nsp_count,
+        }
+
+
+@dataclass
+class Window:
+    """What is logged together: the sums since the last line of ``metrics.jsonl``. A checkpoint keeps it."""
+
+    sums: ScoreSums
+    grad_norm: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+
+    @classmethod
+    def empty(cls) -> Window:
+        return cls(ScoreSums())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Window:
+        return cls(**{**values, "sums": ScoreSums(**values["sums"])})
+
+    def add(self, scores: BatchScores, tokens: int) -> None:
+        self.sums.add(scores)
+        self.grad_norm = max(self.grad_norm, scores.grad_norm)
+        self.tokens += tokens
+        self.steps += 1
+
+    def row(self, step: int, learning_rate: float) -> dict[str, Any]:
+        """A line of ``metrics.jsonl``: means over the window, the largest gradient norm in it, real tokens per second."""
+        return {
+            "step": step,
+            **self.sums.means(),
+            "grad_norm": self.grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+        }
+
+
+class MetricsFile:
+    """Appends rows to a JSON Lines file, each flushed at once.
+
+    Opened with ``resume_step`` None it starts anew; otherwise what the continued run will write again is dropped first: rows
+    after that step, held-out scores of that step (measured after its checkpoint), and a last line that a crash cut short.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        if resume_step is None:
+            path.write_text("", encoding="utf-8")
+        elif path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] + ("held_out" in row) <= resume_step]
+            temporary = path.with_name(f".{path.name}.new")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(temporary, path)
+        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close or the with statement)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``; a last line without its line end is no row yet.
+
+    Raises :class:`TrainingError` naming the line that is not JSON.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise TrainingError(f"{path}, line {number}: not JSON ({error})") from error
+    return rows

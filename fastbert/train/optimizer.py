@@ -1,0 +1,71 @@
+"""AdamW and the learning-rate schedule as BERT was pretrained with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_linear_schedule_with_warmup
+
+# google-research/bert, optimization.py: AdamWeightDecayOptimizer(beta_1=0.9, beta_2=0.999, epsilon=1e-6), no decay for
+# LayerNorm and bias parameters. Its missing bias correction is the one point where AdamW differs, as in transformers.
+BETAS = (0.9, 0.999)
+EPSILON = 1e-6
+FUSED_DEVICE_TYPES = frozenset({"cpu", "cuda"})
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The parameters that train, in two groups: weights with ``weight_decay``, biases and LayerNorm weights without."""
+    without_decay = {
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, nn.LayerNorm) or name == "bias" or name.endswith("_bias")
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p not in without_decay], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p in without_decay], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) over :func:`decay_groups`, in one kernel where torch has one for the device."""
+    fused = next(model.parameters()).device.type in FUSED_DEVICE_TYPES
+    return AdamW(decay_groups(model, weight_decay), lr=learning_rate, betas=BETAS, eps=EPSILON, fused=fused)
+
+
+def build_schedule(optimizer: AdamW, warmup_steps: int, total_steps: int, *, start_step: int = 0) -> LambdaLR:
+    """Linear warmup from 0, then linear decay to 0 at ``total_steps``; as it stands after ``start_step`` steps.
+
+    The rate is a function of the step alone, so a continued run needs no saved state for it.
+    """
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return get_linear_schedule_with_warmup(optimizer, warmup_steps, total_steps, last_epoch=start_step - 1)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, torch.Tensor]:
+    """The optimizer's state by name, ``<parameter>.<exp_avg | exp_avg_sq | step>``; empty before the first step."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: AdamW, tensors: dict[str, torch.Tensor]) -> None:
+    """The reverse of :func:`optimizer_tensors`.
+
+    Raises ``ValueError`` naming the tensors that belong to no parameter of ``model``.
+    """
+    remaining = dict(tensors)
+    for name, parameter in model.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            tensor = remaining.pop(f"{name}.{key}", None)
+            if tensor is not None:
+                # A copy: memory of torch's own allocator has one alignment, so the continued sums round as they would have.
+                optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+    if remaining:
+        raise ValueError(f"the optimizer state has {len(remaining)} tensors of no parameter, such as {min(remaining)}")

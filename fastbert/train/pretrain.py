@@ -1,0 +1,244 @@
+"""``fastbert pretrain``: text in, a BERT that transformers loads out.
+
+corpus and tokenizer (``prepare``) -> model -> held-out scores -> training (``loop``) -> held-out scores, filled-in words ->
+the output folder. It holds the final model and tokenizer, ``metrics.jsonl``, ``loss.png``, a model card, ``run.json`` with
+settings and results, ``compare.json`` with ``--compare``, and the newest checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import fastbert
+
+from .checkpoint import checkpoint_step, latest_checkpoint
+from .compare import Comparison, ComparisonReport
+from .errors import SettingsError, TrainingError
+from .evaluate import evaluate
+from .fill_in import FilledMask, fill_in_examples
+from .interrupt import StopRequest, stop_on_signals
+from .learner import Learner, save_model
+from .loop import TrainingLoop
+from .metrics import MetricsFile, read_metrics
+from .model_card import model_card
+from .plot import plot_losses
+from .prepare import PreparedData, Say, build_model, pick_device, prepare_data
+from .run_folder import (
+    CARD_NAME,
+    COMPARISON_NAME,
+    METRICS_NAME,
+    PLOT_NAME,
+    RUN_NAME,
+    check_output_folder,
+    delete_run,
+    write_json,
+)
+from .run_state import RunState, load_run
+from .settings import PretrainSettings, refuse_changed_settings
+
+REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """A finished run. ``held_out_start`` and ``held_out``: scores on the held-out text before and after training (losses in
+    nats); ``tokens``: real tokens trained on; ``tokens_per_second``: over training steps and their data; ``data``: counts of
+    the corpus; ``comparison``: the summary of ``--compare`` or None, with ``agree`` False where the losses differ.
+    """
+
+    output: str
+    device: str
+    parameters: int
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    data: dict[str, Any]
+    held_out_start: dict[str, float]
+    held_out: dict[str, float]
+    examples: list[FilledMask]
+    comparison: dict[str, Any] | None
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
+    """Runs, or with ``settings.resume`` continues, a pretraining; ``say`` gets lines for people.
+
+    SIGINT and SIGTERM end it after the step with a checkpoint: :class:`~fastbert.train.errors.TrainingInterrupted`. Raises
+    :class:`SettingsError` for what cannot be done as asked, before anything is written; ``CorpusError`` for unusable text;
+    :class:`TrainingError` where training fails.
+    """
+    output = Path(settings.output)
+    check_output_folder(output, resume=settings.resume, overwrite=settings.overwrite)
+    device = pick_device(settings.device)
+    checkpoint, state = find_run(output, settings, say) if settings.resume else (None, None)
+    with stop_on_signals() as stop:
+        data = prepare_data(settings, say, checkpoint)
+        torch.manual_seed(settings.seed)
+        model = build_model(settings, data.tokenizer, checkpoint).to(device)
+        if state is not None:
+            _check_same_data(state, data)
+        else:
+            _start_folder(output, settings, data)
+        return _train(settings, data, model, checkpoint, state, stop, say)
+
+
+def find_run(output: Path, settings: PretrainSettings, say: Say) -> tuple[Path, RunState]:
+    """The newest sound checkpoint in ``output`` and its state; broken newer ones are named.
+
+    Raises :class:`SettingsError` naming what ``settings`` ask for differently, :class:`TrainingError` where no checkpoint is
+    sound.
+    """
+    checkpoint = latest_checkpoint(output, lambda folder, defect: say(f"{folder} is broken and left out: {defect}"))
+    if checkpoint is None:
+        raise TrainingError(f"none of the checkpoints in {output} is sound: nothing to resume")
+    state = RunState.read(checkpoint)
+    refuse_changed_settings(settings.output, settings.to_dict(), state.settings)
+    say(f"Resuming {output} after step {checkpoint_step(checkpoint):,}")
+    return checkpoint, state
+
+
+def _check_same_data(state: RunState, data: PreparedData) -> None:
+    if data.facts["fingerprint"] != state.data["fingerprint"]:
+        counts = [f"{facts['documents']:,} documents and {facts['tokens']:,} tokens" for facts in (state.data, data.facts)]
+        raise SettingsError(f"cannot resume with another text: the corpus had {counts[0]}, it now has {counts[1]}")
+
+
+def _start_folder(output: Path, settings: PretrainSettings, data: PreparedData) -> None:
+    if settings.overwrite:
+        delete_run(output)
+    output.mkdir(parents=True, exist_ok=True)
+    _write_run(output, settings, data.facts, results=None)
+
+
+def _write_run(output: Path, settings: PretrainSettings, data: dict[str, Any], results: dict[str, Any] | None) -> None:
+    document = {"command": settings.command(), "settings": settings.to_dict(), "data": data, "results": results}
+    write_json(output / RUN_NAME, document)
+
+
+def _train(
+    settings: PretrainSettings,
+    data: PreparedData,
+    model: PreTrainedModel,
+    checkpoint: Path | None,
+    state: RunState | None,
+    stop: StopRequest,
+    say: Say,
+) -> PretrainResult:
+    output = Path(settings.output)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"Model: {_model_text(model)}, {parameters / 1e6:.1f} M parameters, on {model.device}")
+    with MetricsFile(output / METRICS_NAME, None if state is None else state.step) as metrics:
+        if state is None:
+            state = RunState(settings.to_dict(), data.facts, held_out_start=evaluate(model, data.held_out))
+            metrics.write({"step": 0, "held_out": state.held_out_start})
+        say(f"Held-out text before training: {_scores_text(state.held_out_start)}")
+        learner = Learner(model, settings, state.step)
+        comparison = _comparison(settings, model, data, state, say)
+        if checkpoint is not None:
+            load_run(checkpoint, state, learner, comparison)
+        loop = TrainingLoop(settings, state, learner, data.tokenizer, data.held_out, comparison, metrics, say)
+        loop.run(data.train.steps(start_step=state.step), stop)
+        scores = evaluate(model, data.held_out)
+        metrics.write({"step": state.step, "held_out": scores})
+    examples = fill_in_examples(model, data.held_out[0].to(model.device), data.tokenizer)
+    report = None if state.comparison is None else ComparisonReport.from_state(state.comparison)
+    result = PretrainResult(
+        output=str(output),
+        device=_device_name(model.device),
+        parameters=parameters,
+        steps=state.step,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        tokens_per_second=state.tokens / state.seconds,
+        data=data.facts,
+        held_out_start=state.held_out_start,
+        held_out=scores,
+        examples=examples,
+        comparison=None if report is None else report.summary(),
+        versions=_versions(),
+    )
+    _write_results(settings, result, model, data, report, say)
+    _say_results(result, report, say)
+    return result
+
+
+def _comparison(
+    settings: PretrainSettings, model: PreTrainedModel, data: PreparedData, state: RunState, say: Say
+) -> Comparison | None:
+    """The comparison that is still to be run, if there is one."""
+    if not settings.compare or state.step >= settings.effective_compare_steps:
+        return None
+    say(
+        f"Comparing the first {settings.effective_compare_steps:,} of {settings.steps:,} steps with transformers' "
+        "BertForPreTraining (sdpa, float32) on the same weights and batches, dropout 0 in both"
+    )
+    return Comparison(model, settings, data.tokenizer.pad_token_id, state.step)
+
+
+def _write_results(
+    settings: PretrainSettings,
+    result: PretrainResult,
+    model: PreTrainedModel,
+    data: PreparedData,
+    report: ComparisonReport | None,
+    say: Say,
+) -> None:
+    output = Path(settings.output)
+    save_model(model, output)
+    data.tokenizer.save_pretrained(output)
+    if report is not None:
+        write_json(output / COMPARISON_NAME, report.to_dict())
+    if importlib.util.find_spec("matplotlib"):
+        plot_losses(read_metrics(output / METRICS_NAME), output / PLOT_NAME)
+    else:
+        say(f"No {PLOT_NAME}: matplotlib is not installed (pip install matplotlib)")
+    (output / CARD_NAME).write_text(model_card(settings, result, model.config), encoding="utf-8")
+    _write_run(output, settings, result.data, result.to_dict())
+
+
+def _say_results(result: PretrainResult, report: ComparisonReport | None, say: Say) -> None:
+    say(f"\nTrained {result.steps:,} steps on {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s")
+    say(f"Held-out text before: {_scores_text(result.held_out_start)}")
+    say(f"Held-out text after:  {_scores_text(result.held_out)}")
+    if result.examples:
+        say("\nHeld-out words filled in:")
+    for example in result.examples:
+        say(f"  {example.line()}")
+    if report is not None:
+        say("\n" + "\n".join(report.lines()))
+    say(f"\nModel, tokenizer, metrics and model card: {result.output}")
+
+
+def _scores_text(scores: dict[str, float]) -> str:
+    return (
+        f"MLM loss {scores['mlm_loss']:.3f}, MLM accuracy {scores['mlm_accuracy']:.1%}, "
+        f"NSP accuracy {scores['nsp_accuracy']:.1%}"
+    )
+
+
+def _model_text(model: PreTrainedModel) -> str:
+    config = model.config
+    return f"{config.num_hidden_layers} layers, {config.hidden_size} hidden, {config.num_attention_heads} heads"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
+    return {"fastbert": fastbert.__version__, "python": platform.python_version(), **packages}

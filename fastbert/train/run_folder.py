@@ -1,0 +1,79 @@
+"""The output folder of a run: whose it is, what may be written there, and how its JSON files get there whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import checkpoint_folders, delete_checkpoints
+from .errors import SettingsError
+
+RUN_NAME = "run.json"
+METRICS_NAME = "metrics.jsonl"
+PLOT_NAME = "loss.png"
+CARD_NAME = "README.md"
+COMPARISON_NAME = "compare.json"
+STATE_NAME = "run_state.json"  # in every checkpoint
+_MODEL_FILES = ("config.json", "model.safetensors")
+# What the save_pretrained of tokenizers leaves, in the versions of transformers that fastbert works with.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+OWN_FILES = (RUN_NAME, METRICS_NAME, PLOT_NAME, CARD_NAME, COMPARISON_NAME, *_MODEL_FILES, *_TOKENIZER_FILES)
+
+
+def own_files(output: Path) -> list[Path]:
+    """The files in ``output`` whose names a run writes (checkpoint folders not among them)."""
+    return [path for name in OWN_FILES if (path := output / name).is_file()]
+
+
+def check_output_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuses, before any work, an output folder that a run must not be written to.
+
+    Raises :class:`SettingsError` where it holds a run and neither ``resume`` nor ``overwrite`` is set, where there is none
+    to resume, and where files of the same names are not from a run of fastbert; ``OSError`` where it cannot be written.
+    """
+    if output.exists() and not output.is_dir():
+        raise SettingsError(f"--output {output} is a file; give a folder")
+    _check_writable(output)
+    holds_run = (output / RUN_NAME).is_file()
+    checkpoints = checkpoint_folders(output) if output.is_dir() else []
+    if resume and not checkpoints:
+        raise SettingsError(f"{output} holds no checkpoint: there is nothing to resume (leave out --resume to start a run)")
+    if holds_run and not (resume or overwrite):
+        raise SettingsError(
+            f"{output} already holds a run: --resume continues it, --overwrite deletes it, --output names another folder"
+        )
+    if not holds_run:
+        strangers = [*own_files(output), *checkpoints]
+        if strangers:
+            raise SettingsError(
+                f"{output} holds {', '.join(path.name for path in strangers)} but no {RUN_NAME}, so these are not from a "
+                "run of fastbert and are left alone; choose another --output"
+            )
+
+
+def delete_run(output: Path) -> None:
+    """Deletes the files of a run and nothing else; ``run.json`` goes last, so an interrupted deletion can be repeated."""
+    if not output.is_dir():
+        return
+    delete_checkpoints(output)
+    for path in sorted(own_files(output), key=lambda path: path.name == RUN_NAME):
+        path.unlink()
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes ``document`` so that readers see the old file or the new one. NaN and infinity are refused (``ValueError``)."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _check_writable(output: Path) -> None:
+    existing = output.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise SettingsError(f"--output {output}: {existing} is a file, so there can be no folder below it")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output {output}: no permission to write to {existing}")

@@ -1,0 +1,230 @@
+"""Builds fastbert's two native modules; pyproject.toml says everything else.
+
+``fastbert._cpu`` (csrc/cpu, a C++17 compiler) and ``fastbert._cuda`` (csrc/cuda, nvcc) know no torch, so setuptools and
+pybind11 are all that a build needs. A failed native build never fails the installation: the package then runs on PyTorch and
+Triton, and the reason is kept in ``fastbert/_build_report.json`` for ``fastbert doctor``.
+
+Environment: MAX_JOBS, parallel compilers (default: the number of CPUs); CXX, the C++ compiler; FASTBERT_CUDA=0 (skip), 1 (failing
+is an error) or auto (default: where nvcc is found, in CUDA_HOME or on PATH); FASTBERT_CUDA_ARCHS, such as "80;90a;100" (default:
+those of the three that nvcc knows).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+REPORT_NAME = "_build_report.json"
+OUTPUT_TAIL_LINES = 40
+
+OPS = ("attention", "add_layer_norm", "gelu_layer_norm", "mlm_loss")
+CPU_COMMON = ("csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp", "csrc/cpu/attention_schedule.cpp")
+# GCC 12 takes its own AVX-512 intrinsics for uninitialised (its bug 105593).
+CPU_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
+    "-Wall -Wextra -Wno-maybe-uninitialized"
+).split()
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "baseline": ["-march=x86-64"],
+        "avx2": "-mavx2 -mfma".split(),
+        "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(),
+    },
+    "aarch64": {"baseline": []},
+}
+
+CUDA_OPS = ("add_layer_norm", "gelu_layer_norm")
+CUDA_COMMON = ("csrc/cuda/bindings.cpp",)
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden".split()
+CUDA_ARCHS = ("80", "90a", "100")
+
+
+class NativeBuildError(Exception):
+    """Why a native module was not built; ``output`` is what the failing command printed."""
+
+    def __init__(self, reason: str, output: str = "") -> None:
+        super().__init__(reason)
+        self.output = output
+
+
+def sources(folder: str, suffix: str, ops: tuple[str, ...]) -> list[str]:
+    return [f"csrc/{folder}/{op}{suffix}" for op in ops]
+
+
+def run_command(command: list[str]) -> str:
+    """Runs one compiler; returns what it printed, raises NativeBuildError where it fails or does not exist."""
+    try:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError as error:
+        raise NativeBuildError(f"{command[0]} could not be started: {error}") from error
+    if result.returncode != 0:
+        raise NativeBuildError(f"{command[0]} exited with status {result.returncode}: {shlex.join(command)}", result.stdout)
+    return result.stdout
+
+
+def run_parallel(commands: list[list[str]]) -> None:
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(max(jobs, 1)) as pool:
+        futures = [pool.submit(run_command, command) for command in commands]
+        try:
+            for future in futures:
+                future.result()
+        except NativeBuildError:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def include_flags() -> list[str]:
+    return ["-Icsrc", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+
+def find_cxx() -> list[str]:
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return [name]
+    raise NativeBuildError("no C++ compiler found: neither CXX nor g++, clang++ or c++ on PATH")
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        nvcc = Path(home, "bin", "nvcc")
+        if nvcc.exists():
+            return str(nvcc)
+        raise NativeBuildError(f"no nvcc at {nvcc} (from CUDA_HOME)")
+    nvcc_on_path = shutil.which("nvcc")
+    if nvcc_on_path is None:
+        raise NativeBuildError("no nvcc found: CUDA_HOME is not set and nvcc is not on PATH")
+    return nvcc_on_path
+
+
+def cuda_arch_flags(nvcc: str) -> list[str]:
+    """One -gencode per architecture; the lowest also as PTX, which newer GPUs than those listed compile when they load it."""
+    requested = [arch for arch in os.environ.get("FASTBERT_CUDA_ARCHS", "").replace(",", ";").split(";") if arch]
+    known = run_command([nvcc, "--list-gpu-code"]).split()
+    archs = requested or [arch for arch in CUDA_ARCHS if f"sm_{arch.rstrip('af')}" in known]
+    if not archs:
+        raise NativeBuildError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHS)}, only {', '.join(known)}")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [f"-gencode=arch=compute_{archs[0]},code=[sm_{archs[0]},compute_{archs[0]}]", *flags[1:]]
+
+
+def build_cpu(temp: Path, target: str) -> str:
+    """Compiles csrc/cpu once per instruction set and links everything into one module; returns the compiler's version.
+
+    No OpenMP runtime is linked: the module's one undefined symbol of OpenMP resolves, when it is imported, to the runtime that
+    torch has loaded (fastbert/ops/native.py sees to that).
+    """
+    if sys.platform != "linux" or platform.machine() not in INSTRUCTION_SETS:
+        raise NativeBuildError(f"the C++ backend is for Linux on x86-64 and AArch64, this is {sys.platform} on {platform.machine()}")
+    cxx = find_cxx()
+    version = run_command([*cxx, "--version"]).splitlines()[0]
+    flags = [*CPU_FLAGS, *include_flags()]
+    units = [(source, "common", []) for source in CPU_COMMON]
+    for name, isa_flags in INSTRUCTION_SETS[platform.machine()].items():
+        units += [(source, name, [*isa_flags, f"-DFASTBERT_ISA={name}"]) for source in sources("cpu", ".cpp", OPS)]
+    objects = [str(temp / f"{Path(source).stem}.{name}.o") for source, name, _ in units]
+    # The slowest to compile are those of the widest vectors, which come last: start with them.
+    run_parallel([[*cxx, *flags, *extra, "-c", source, "-o", obj] for (source, _, extra), obj in zip(units, objects)][::-1])
+    run_command([*cxx, "-shared", *objects, "-o", target])
+    return version
+
+
+def build_cuda(temp: Path, target: str) -> str:
+    """Compiles csrc/cuda with nvcc, with the CUDA runtime linked statically; returns nvcc's version."""
+    nvcc = find_nvcc()
+    version = run_command([nvcc, "--version"]).strip().splitlines()[-1]
+    archs = cuda_arch_flags(nvcc)
+    flags = [*CUDA_FLAGS, *include_flags()]
+    units = [*sources("cuda", ".cu", CUDA_OPS), *CUDA_COMMON]
+    objects = [str(temp / f"{Path(source).stem}.cuda.o") for source in units]
+    run_parallel([[nvcc, *flags, *archs, "-c", source, "-o", obj] for source, obj in zip(units, objects)])
+    run_command([nvcc, "-shared", "-cudart=static", *archs, *objects, "-o", target])
+    return version
+
+
+class BuildNative(build_ext):
+    """build_ext with our own compiler calls, a report, and failures that do not end the installation."""
+
+    def run(self) -> None:
+        self.report: dict[str, dict[str, object]] = {}
+        super().run()
+        text = json.dumps({"python": platform.python_version(), "platform": platform.platform(), "modules": self.report}, indent=2)
+        package_dirs = [Path(self.build_lib, "fastbert")]
+        if self.inplace:
+            package_dirs.append(Path(self.get_finalized_command("build_py").get_package_dir("fastbert")))
+        for package_dir in package_dirs:
+            package_dir.mkdir(parents=True, exist_ok=True)
+            (package_dir / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+
+    def build_extension(self, ext: Extension) -> None:
+        name = ext.name.rpartition(".")[2]
+        cuda_mode = os.environ.get("FASTBERT_CUDA", "auto")
+        if cuda_mode not in ("0", "1", "auto"):
+            raise ValueError(f"FASTBERT_CUDA={cuda_mode!r}: it is 0, 1 or auto")
+        target = Path(self.get_ext_fullpath(ext.name))
+        temp = Path(self.build_temp, name)
+        for folder in (target.parent, temp):
+            folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        entry: dict[str, object] = {"built": True, "reason": None, "compiler": None, "output": ""}
+        try:
+            if name == "_cuda" and cuda_mode == "0":
+                raise NativeBuildError("skipped: FASTBERT_CUDA=0")
+            entry["compiler"] = (build_cuda if name == "_cuda" else build_cpu)(temp, str(target))
+        except NativeBuildError as error:
+            if name == "_cuda" and cuda_mode == "1":
+                raise SystemExit(f"FASTBERT_CUDA=1, and {ext.name} cannot be built: {error}\n{error.output}") from error
+            tail = "\n".join(error.output.splitlines()[-OUTPUT_TAIL_LINES:])
+            entry.update(built=False, reason=str(error), output=tail)
+            self.warn(f"{ext.name} was not built, fastbert works without it: {error}\n{tail}")
+            self._remove_stale(ext)
+        entry["seconds"] = round(time.monotonic() - started, 1)
+        self.report[name] = entry
+
+    def _remove_stale(self, ext: Extension) -> None:
+        """An earlier build's module beside the sources would be imported in place of the one that was not built."""
+        inplace_file, regular_file = self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
+        for path in (regular_file, *([inplace_file] if self.inplace else [])):
+            Path(path).unlink(missing_ok=True)
+
+
+def headers(*folders: str) -> list[str]:
+    return sorted(str(path) for folder in folders for path in Path(folder).glob("*.h"))
+
+
+setup(
+    packages=[*find_packages(include=["fastbert", "fastbert.*"]), "fastbert_kernels"],
+    package_dir={"fastbert_kernels": "kernels"},
+    ext_modules=[
+        Extension(
+            "fastbert._cpu",
+            [*CPU_COMMON, *sources("cpu", ".cpp", OPS)],
+            depends=headers("csrc", "csrc/cpu"),
+            optional=True,
+        ),
+        Extension(
+            "fastbert._cuda",
+            [*CUDA_COMMON, *sources("cuda", ".cu", CUDA_OPS)],
+            depends=headers("csrc", "csrc/cuda"),
+            optional=True,
+        ),
+    ],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -1,0 +1,85 @@
+"""doctor reports what is there and why the rest is not, whatever the installation looks like."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from typer.testing import CliRunner
+
+import fastbert
+from fastbert.cli import doctor
+from fastbert.cli.main import app
+from fastbert.ops.backends import BACKENDS, OPS
+
+
+def test_json_and_text():
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["versions"]["fastbert"] == fastbert.__version__
+    assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert report["cpu"]["cores"] >= 1 and report["cpu"]["model"]
+    assert set(report["ops"]["ops"]) == set(OPS) and set(report["ops"]["backends"]) == set(BACKENDS)
+    for op in OPS:
+        assert f"{op} on cpu" in result.stderr and f"{op} on cuda" in result.stderr
+
+
+def test_reasons_are_shown():
+    report = {
+        "ops": {
+            "backends": {
+                "reference": {"available": True, "reason": None},
+                "native": {"available": False, "reason": "no compiler"},
+            },
+            "ops": {
+                "attention": {
+                    "cpu": {
+                        "auto": {"float32": "reference", "bfloat16": "reference"},
+                        "not_picked": {"native": ["no compiler"], "triton": ["it is for GPUs", "it is not installed"]},
+                    }
+                }
+            },
+        },
+        "versions": {"fastbert": "1.0", "triton": None},
+        "cpu": {"model": "A", "features": [], "torch_capability": "DEFAULT", "cores": 2, "torch_threads": 2},
+        "gpus": [{"name": "B", "compute_capability": "9.0", "memory_gib": 139.8}],
+        "openmp_runtimes": ["/lib/libgomp.so.1", "/lib/libiomp5.so"],
+        "native_build": {"reason": None, "modules": {"_cpu": {"built": False, "reason": "no compiler", "compiler": None}}},
+    }
+    text = "\n".join(doctor.report_lines(report))
+    for expected in (
+        "triton        not installed",
+        "native      not available: no compiler",
+        "_cpu        not built: no compiler",
+        "attention on cpu: reference (float32, bfloat16)",
+        "not triton: it is for GPUs; it is not installed",
+        "more than one",
+        "B, compute capability 9.0",
+    ):
+        assert expected in text
+
+
+def test_openmp_runtimes_of_a_process(tmp_path):
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f00-7f01 r-xp 00000000 fe:00 123 /usr/lib/x86_64-linux-gnu/libgomp.so.1.0.0\n"
+        "7f01-7f02 r--p 00001000 fe:00 123 /usr/lib/x86_64-linux-gnu/libgomp.so.1.0.0\n"
+        "7f02-7f03 r-xp 00000000 fe:00 124 /home/my user/torch/lib/libgomp-a34b3233.so.1\n"
+        "7f03-7f04 r-xp 00000000 fe:00 125 /lib/libc.so.6\n"
+        "7f04-7f05 rw-p 00000000 00:00 0 [heap]\n"
+        "7f05-7f06 rw-p 00000000 00:00 0\n",
+        encoding="utf-8",
+    )
+    assert doctor.openmp_runtimes(maps) == [
+        "/home/my user/torch/lib/libgomp-a34b3233.so.1",
+        "/usr/lib/x86_64-linux-gnu/libgomp.so.1.0.0",
+    ]
+    assert doctor.openmp_runtimes(tmp_path / "none") is None
+
+
+def test_cpu_features_come_from_the_first_processor(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name\t: A\nflags\t\t: fpu avx2 fma\n\nmodel name\t: B\nflags\t: avx512f\n", encoding="utf-8")
+    assert doctor._linux_cpu(cpuinfo) == ("A", {"fpu", "avx2", "fma"})
+    assert doctor._linux_cpu(tmp_path / "none") == (None, frozenset())

@@ -1,0 +1,81 @@
+"""Averages weigh every masked token alike; the metrics file never repeats a step."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastbert.train.errors import TrainingError
+from fastbert.train.metrics import BatchScores, MetricsFile, ScoreSums, Window, read_metrics, scores_tensor
+
+
+def scores(**values) -> BatchScores:
+    defaults = {"mlm_loss": 2.0, "mlm_correct": 1, "mlm_count": 4, "nsp_loss": 0.5, "nsp_correct": 1, "nsp_count": 2}
+    return BatchScores(**{**defaults, "grad_norm": 1.0, **values})
+
+
+def test_means_weigh_by_counts():
+    sums = ScoreSums()
+    sums.add(scores(mlm_loss=1.0, mlm_correct=3, mlm_count=3, nsp_loss=0.2, nsp_correct=1, nsp_count=1))
+    sums.add(scores(mlm_loss=3.0, mlm_correct=0, mlm_count=1, nsp_loss=0.6, nsp_correct=0, nsp_count=3))
+    means = sums.means()
+    assert means == pytest.approx(
+        {"mlm_loss": 1.5, "nsp_loss": 0.5, "loss": 2.0, "mlm_accuracy": 0.75, "nsp_accuracy": 0.25}
+    )
+
+
+def test_scores_as_one_tensor():
+    values = scores_tensor(
+        mlm_loss=torch.tensor(2.5, requires_grad=True),
+        mlm_correct=torch.tensor(2**24 + 1),
+        mlm_count=2**24 + 3,
+        nsp_loss=torch.tensor(0.5),
+        nsp_correct=torch.tensor(3),
+        nsp_count=4,
+    )
+    assert not values.requires_grad
+    assert BatchScores(*values.tolist()) == BatchScores(2.5, 2**24 + 1, 2**24 + 3, 0.5, 3, 4, 0.0)
+
+
+@pytest.mark.parametrize("bad", [{"mlm_loss": float("nan")}, {"nsp_loss": float("inf")}, {"grad_norm": float("nan")}])
+def test_a_loss_that_is_not_finite_names_its_step(bad):
+    scores().check_finite(6)
+    with pytest.raises(TrainingError, match="at step 7"):
+        scores(**bad).check_finite(7)
+
+
+def test_a_window_survives_json():
+    window = Window.empty()
+    window.add(scores(mlm_loss=1 / 3), tokens=100)
+    window.seconds = 0.1
+    from dataclasses import asdict
+
+    assert Window.from_dict(json.loads(json.dumps(asdict(window)))) == window
+    row = window.row(5, 1e-4)
+    assert (row["step"], row["tokens"], row["learning_rate"]) == (5, 100, 1e-4)
+    assert row["tokens_per_second"] == pytest.approx(1000)
+
+
+def test_rows_are_on_the_disk_at_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as file:
+        file.write({"step": 1, "loss": 2.0})
+        assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_resuming_drops_what_will_be_written_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 0, "held_out": {}}, *({"step": step} for step in (10, 20, 30)), {"step": 20, "held_out": {}}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "lo', encoding="utf-8")
+    with MetricsFile(path, resume_step=20) as file:
+        file.write({"step": 30, "again": True})
+    assert read_metrics(path) == [{"step": 0, "held_out": {}}, {"step": 10}, {"step": 20}, {"step": 30, "again": True}]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n', encoding="utf-8")
+    with pytest.raises(TrainingError, match="line 2"):
+        read_metrics(path)

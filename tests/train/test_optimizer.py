@@ -1,0 +1,76 @@
+"""Decay groups, the schedule against its formula, and optimizer state that goes to tensors and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertForPreTraining
+
+from fastbert.train.optimizer import (
+    build_optimizer,
+    build_schedule,
+    decay_groups,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+
+
+@pytest.fixture
+def model() -> BertForPreTraining:
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForPreTraining(BertConfig(vocab_size=50, max_position_embeddings=16, **size))
+
+
+def test_biases_and_layer_norms_do_not_decay(model):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, others = decay_groups(model, 0.01)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
+    assert all("LayerNorm" in names[p] or names[p].endswith("bias") for p in others["params"])
+    assert not any("LayerNorm" in names[p] or names[p].endswith("bias") for p in decayed["params"])
+    assert sorted(names[p] for group in (decayed, others) for p in group["params"]) == sorted(names.values())
+
+
+def test_frozen_parameters_are_in_no_group(model):
+    model.bert.embeddings.requires_grad_(False)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert not any("embeddings" in names[p] for group in decay_groups(model, 0.01) for p in group["params"])
+
+
+def test_linear_warmup_and_decay(model):
+    optimizer = build_optimizer(model, 1e-3, 0.01)
+    schedule = build_schedule(optimizer, warmup_steps=4, total_steps=12)
+    rates = []
+    for _ in range(13):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    expected = [1e-3 * step / 4 for step in range(4)] + [1e-3 * (12 - step) / 8 for step in range(4, 13)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_schedule_begins_in_the_middle_with_the_same_rates(model):
+    optimizer = build_optimizer(model, 1e-3, 0.01)
+    straight = build_schedule(optimizer, 4, 12)
+    for _ in range(7):
+        optimizer.step()
+        straight.step()
+    continued_optimizer = build_optimizer(model, 1e-3, 0.01)
+    continued = build_schedule(continued_optimizer, 4, 12, start_step=7)
+    assert continued.get_last_lr() == straight.get_last_lr()
+    assert [group["lr"] for group in continued_optimizer.param_groups] == straight.get_last_lr()
+
+
+def test_state_goes_to_tensors_and_back(model):
+    optimizer = build_optimizer(model, 1e-3, 0.01)
+    assert optimizer_tensors(model, optimizer) == {}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
+    other = build_optimizer(model, 1e-3, 0.01)
+    load_optimizer_tensors(model, other, tensors)
+    loaded = optimizer_tensors(model, other)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    with pytest.raises(ValueError, match="stranger"):
+        load_optimizer_tensors(model, other, {**tensors, "stranger.exp_avg": torch.zeros(1)})

@@ -1,0 +1,207 @@
+"""A run from text to a model that transformers loads; stopped and continued it is the same run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertForPreTraining
+
+from fastbert.data.corpus import CorpusError
+from fastbert.train.checkpoint import checkpoint_folders
+from fastbert.train.errors import SettingsError, TrainingError, TrainingInterrupted
+from fastbert.train.loop import TrainingLoop
+from fastbert.train.metrics import read_metrics
+from fastbert.train.pretrain import pretrain
+from fastbert.train.run_folder import OWN_FILES
+
+SPEEDS = ("tokens_per_second",)
+
+
+def quiet(text: str) -> None:
+    """Instead of print."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C in the middle of step number ``step``."""
+    take_step = TrainingLoop._take_step
+
+    def interrupted(loop, batch):
+        if loop.state.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        take_step(loop, batch)
+
+    monkeypatch.setattr(TrainingLoop, "_take_step", interrupted)
+
+
+def rows_without_speed(output: str) -> list[dict]:
+    rows = read_metrics(Path(output) / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in SPEEDS} for row in rows]
+
+
+def same_weights(first: Path | str, second: Path | str) -> bool:
+    a, b = (load_file(Path(folder) / "model.safetensors") for folder in (first, second))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_from_text_to_a_model_that_transformers_loads(toy_settings):
+    lines: list[str] = []
+    settings = toy_settings(steps=60, compare=True, compare_steps=5)
+    result = pretrain(settings, lines.append)
+    output = Path(settings.output)
+    assert result.held_out["mlm_loss"] < result.held_out_start["mlm_loss"] - 0.5
+    assert {entry.name for entry in output.iterdir() if entry.is_file()} <= set(OWN_FILES)
+    assert [folder.name for folder in checkpoint_folders(output)] == ["checkpoint-60", "checkpoint-57"]
+
+    model, info = BertForPreTraining.from_pretrained(output, output_loading_info=True)
+    assert type(model) is transformers.BertForPreTraining
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert len(tokenizer) == model.config.vocab_size == result.data["vocab_size"]
+    logits = model(**tokenizer("Time [MASK] light.", return_tensors="pt")).prediction_logits
+    assert logits.isfinite().all()
+
+    rows = read_metrics(output / "metrics.jsonl")
+    assert [row["step"] for row in rows if "held_out" not in row] == list(range(3, 61, 3))
+    assert [row["step"] for row in rows if "held_out" in row] == [0, 60]
+    assert sum(row.get("tokens", 0) for row in rows) == result.tokens
+    run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert run["results"]["held_out"] == result.held_out and run["settings"] == settings.to_dict()
+
+    comparison = json.loads((output / "compare.json").read_text(encoding="utf-8"))
+    assert comparison["agree"] and len(comparison["steps"]) == 5
+    assert comparison["largest_relative_difference"] < 1e-4
+    ours, theirs = (comparison["held_out"][name]["mlm_loss"] for name in ("fastbert", "transformers"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    text = "\n".join(lines)
+    assert "agree" in text and "tokens/s (median, real)" in text and "[MASK]" in text
+
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert settings.command() in card and f"{result.held_out['mlm_loss']:.4f}" in card
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stopped_and_continued_run_is_the_same_run(toy_settings, tmp_path, monkeypatch):
+    """With dropout, in the middle of an average; after Ctrl-C, and after the newest checkpoint has broken."""
+    straight = toy_settings(output=str(tmp_path / "straight"))
+    pretrain(straight, quiet)
+    stopped = toy_settings(output=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(TrainingInterrupted) as stop:
+            pretrain(stopped, quiet)
+    assert (stop.value.step, stop.value.checkpoint) == (5, Path(stopped.output) / "checkpoint-5")
+    assert not (Path(stopped.output) / "model.safetensors").exists()
+
+    pretrain(toy_settings(output=stopped.output, resume=True), quiet)
+    assert same_weights(straight.output, stopped.output)
+    assert rows_without_speed(straight.output) == rows_without_speed(stopped.output)
+
+    newest, older = checkpoint_folders(Path(stopped.output))
+    assert (newest.name, older.name) == ("checkpoint-8", "checkpoint-6")
+    os.truncate(newest / "optimizer.safetensors", 50)
+    lines: list[str] = []
+    pretrain(toy_settings(output=stopped.output, resume=True, save_steps=100, log_steps=3), lines.append)
+    assert any("checkpoint-8 is broken" in line and "optimizer.safetensors has 50 bytes" in line for line in lines)
+    assert same_weights(straight.output, stopped.output)
+    assert rows_without_speed(straight.output) == rows_without_speed(stopped.output)
+
+
+def test_a_comparison_is_continued_too(toy_settings, tmp_path, monkeypatch):
+    straight = toy_settings(output=str(tmp_path / "straight"), compare=True, compare_steps=6)
+    pretrain(straight, quiet)
+    stopped = toy_settings(output=str(tmp_path / "stopped"), compare=True, compare_steps=6)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(TrainingInterrupted):
+            pretrain(stopped, quiet)
+    result = pretrain(toy_settings(output=stopped.output, compare=True, compare_steps=6, resume=True), quiet)
+    assert result.comparison["compared_steps"] == 6
+    losses = [
+        [
+            (step["loss"], step["transformers_loss"])
+            for step in json.loads((Path(folder) / "compare.json").read_text())["steps"]
+        ]
+        for folder in (straight.output, stopped.output)
+    ]
+    assert losses[0] == losses[1]
+    assert same_weights(straight.output, stopped.output)
+
+
+def test_resuming_another_run_is_refused(toy_settings, tmp_path, toy_corpus, monkeypatch):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_bytes(toy_corpus.read_bytes())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(TrainingInterrupted):
+            pretrain(toy_settings(corpus=(str(corpus),)), quiet)
+    with pytest.raises(SettingsError, match=r"--steps was 8 and is now 9; --seed was 0 and is now 3"):
+        pretrain(toy_settings(corpus=(str(corpus),), steps=9, seed=3, resume=True), quiet)
+    with corpus.open("a", encoding="utf-8") as file:
+        file.write("\nWater time.\n")
+    with pytest.raises(SettingsError, match="another text: the corpus had 60 documents"):
+        pretrain(toy_settings(corpus=(str(corpus),), resume=True), quiet)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(toy_settings):
+    settings = toy_settings(learning_rate=1e38, warmup_steps=3, save_steps=1)
+    with pytest.raises(TrainingError, match=r"is (nan|inf) at step \d"):
+        pretrain(settings, quiet)
+    newest = checkpoint_folders(Path(settings.output))[0]
+    assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
+
+
+def test_overwriting_deletes_the_run_and_only_when_its_text_is_good(toy_settings, tmp_path):
+    settings = toy_settings(steps=2)
+    output = Path(settings.output)
+    pretrain(settings, quiet)
+    with pytest.raises(SettingsError, match="already holds a run"):
+        pretrain(settings, quiet)
+    (output / "notes.txt").write_text("mine", encoding="utf-8")
+    before = (output / "model.safetensors").read_bytes()
+
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"Fine.\n\xff\n")
+    with pytest.raises(CorpusError, match=r"bad\.txt, line 2"):
+        pretrain(toy_settings(corpus=(str(bad),), overwrite=True), quiet)
+    assert (output / "model.safetensors").read_bytes() == before
+
+    pretrain(toy_settings(steps=1, overwrite=True), quiet)
+    assert [folder.name for folder in checkpoint_folders(output)] == ["checkpoint-1"]
+    assert (output / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_training_on_from_a_checkpoint(toy_settings, tmp_path):
+    first = toy_settings(steps=2)
+    pretrain(first, quiet)
+    sizes = {"num_hidden_layers": None, "hidden_size": None, "num_attention_heads": None, "vocab_size": None}
+    further = toy_settings(output=str(tmp_path / "further"), model=first.output, steps=1, **sizes)
+    result = pretrain(further, quiet)
+    first_scores = read_metrics(Path(first.output) / "metrics.jsonl")[-1]["held_out"]
+    assert result.held_out_start == pytest.approx(first_scores)
+
+    with pytest.raises(SettingsError, match="512"):
+        pretrain(toy_settings(output=str(tmp_path / "long"), model=first.output, max_seq_length=600,
+                              tokens_per_batch=600, **sizes), quiet)  # fmt: skip
+    config = json.loads((Path(first.output) / "config.json").read_text(encoding="utf-8"))
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (other / name).write_bytes((Path(first.output) / name).read_bytes())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}), encoding="utf-8")
+    with pytest.raises(SettingsError, match="roberta"):
+        pretrain(toy_settings(output=str(tmp_path / "never"), model=str(other), **sizes), quiet)
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_device_that_is_not_there(toy_settings):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SettingsError, match="--device cuda"):
+        pretrain(toy_settings(device="cuda"), quiet)
