@@ -109,6 +109,24 @@ PYBIND11_MODULE(_cpu, m) {
       Release());
 
   m.def(
+      "bias_gelu_forward",
+      [](Address u, Address bias, Address y, int64_t rows, int64_t columns, DType dtype, int num_threads) {
+        cpu::bias_gelu_forward({pointer<const void>(u), pointer<const float>(bias), pointer<void>(y), rows, columns, dtype},
+                               num_threads);
+      },
+      Release());
+
+  m.def(
+      "bias_gelu_backward",
+      [](Address dy, Address u, Address bias, Address du, Address dbias, Address partials, int64_t rows, int64_t columns,
+         DType dtype, int num_threads) {
+        cpu::bias_gelu_backward({pointer<const void>(dy), pointer<const void>(u), pointer<const float>(bias),
+                                 pointer<void>(du), pointer<float>(dbias), pointer<float>(partials), rows, columns, dtype},
+                                num_threads);
+      },
+      Release());
+
+  m.def(
       "mlm_loss_forward",
       [](Address logits, Address bias, Address labels, Address row_max, Address row_sum, Address label_logit,
          Address logit_sum, int64_t rows, int64_t block, int64_t row_stride, int64_t first_class, DType dtype,

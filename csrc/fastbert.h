@@ -1,8 +1,9 @@
 // The interface between Python and the kernels: one Params struct per op and direction, and the launchers that take them.
 //
-// Nothing here knows torch: Python allocates every output and workspace, checks shapes, dtypes and contiguity, and hands over
-// raw pointers. fastbert/ops/reference.py is the specification of each op. All tensors are row-major and contiguous except where
-// a row stride is given; parameters of the model and all statistics are float32, whatever the dtype of the activations.
+// Nothing here knows torch: Python allocates every output and workspace, checks shapes, dtypes and contiguity, and hands
+// over raw pointers. fastbert/ops/reference.py is the specification of each op. All tensors are row-major and contiguous
+// except where a row stride is given; parameters of the model and all statistics are float32, whatever the dtype of the
+// activations.
 
 #pragma once
 
@@ -110,6 +111,26 @@ struct GeluLayerNormBackwardParams {
   DType dtype;  // of dy, x and dx
 };
 
+// y = gelu(u + bias), after the matmul of linear_gelu.
+struct BiasGeluForwardParams {
+  const void* u;      // (rows, columns)
+  const float* bias;  // (columns,) or null
+  void* y;            // (rows, columns)
+  int64_t rows, columns;
+  DType dtype;  // of u and y
+};
+
+struct BiasGeluBackwardParams {
+  const void* dy;     // (rows, columns)
+  const void* u;      // (rows, columns)
+  const float* bias;  // (columns,) or null
+  void* du;           // (rows, columns)
+  float* dbias;       // (columns,)
+  float* partials;    // (row_chunks(rows), columns): sums over a chunk of rows
+  int64_t rows, columns;
+  DType dtype;  // of dy, u and du
+};
+
 // Folds a block of logits into each row's running softmax statistics.
 struct MlmLossForwardParams {
   const void* logits;     // (rows, block), rows row_stride elements apart
@@ -140,8 +161,8 @@ struct MlmLossBackwardParams {
 
 namespace cpu {
 
-// Sums over all rows (gradients of weights and biases) are made of the sums of this many chunks of rows, in order: it depends
-// on the shape alone, so results do not depend on the number of threads.
+// Sums over all rows (gradients of weights and biases) are made of the sums of this many chunks of rows, in order: it
+// depends on the shape alone, so results do not depend on the number of threads.
 int64_t row_chunks(int64_t rows);
 
 // Each launcher returns when the work is done, on at most num_threads threads. They throw std::invalid_argument for a dtype
@@ -152,6 +173,8 @@ void add_layer_norm_forward(const AddLayerNormForwardParams& params, int num_thr
 void add_layer_norm_backward(const AddLayerNormBackwardParams& params, int num_threads);
 void gelu_layer_norm_forward(const GeluLayerNormForwardParams& params, int num_threads);
 void gelu_layer_norm_backward(const GeluLayerNormBackwardParams& params, int num_threads);
+void bias_gelu_forward(const BiasGeluForwardParams& params, int num_threads);
+void bias_gelu_backward(const BiasGeluBackwardParams& params, int num_threads);
 void mlm_loss_forward(const MlmLossForwardParams& params, int num_threads);
 void mlm_loss_backward(const MlmLossBackwardParams& params, int num_threads);
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils.generic import can_return_tuple
 
@@ -20,7 +19,7 @@ from ..ops import gelu_layer_norm, mlm_loss
 from ..ops.linear import linear
 from .bert import CheckedLoading, use_packed_classes
 from .inputs import check_labels
-from .layer import has_hooks, is_plain_linear
+from .layer import has_hooks, is_exact_gelu, is_plain_linear
 from .outputs import BertForMaskedLMOutput, BertForPreTrainingOutput, BertLMHeadOutput, BertModelOutput, Deferred
 from .packing import Packing
 
@@ -116,14 +115,12 @@ def head_notes(predictions: hf.BertLMPredictionHead) -> list[str]:
 
 
 def _transform_is_plain(transform: nn.Module) -> bool:
-    activation = transform.transform_act_fn
-    exact_gelu = type(activation) in (GELUActivation, nn.GELU) and getattr(activation, "approximate", "none") == "none"
     return (
         type(transform) is hf.BertPredictionHeadTransform
-        and exact_gelu
+        and is_exact_gelu(transform.transform_act_fn)
         and is_plain_linear(transform.dense)
         and type(transform.LayerNorm) is nn.LayerNorm
-        and not (has_hooks(transform) or has_hooks(transform.LayerNorm) or has_hooks(activation))
+        and not (has_hooks(transform) or has_hooks(transform.LayerNorm))
     )
 
 

@@ -14,9 +14,10 @@ import threading
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as hf
 
-from ..ops import add_layer_norm, attention
+from ..ops import add_layer_norm, attention, linear_gelu
 from ..ops.linear import linear, linear_forward
 from .packing import Packing
 
@@ -38,7 +39,7 @@ class BertLayer(hf.BertLayer):
         first_stream = (self.attention.self.layer_idx or 0) * _STREAMS_PER_LAYER
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
-        intermediate = self.intermediate.intermediate_act_fn(_linear(self.intermediate.dense, hidden_states))
+        intermediate = _intermediate(self.intermediate, hidden_states)
         return _output(self.output, intermediate, hidden_states, packing, first_stream + 2)
 
 
@@ -68,8 +69,12 @@ def _output(module: nn.Module, x: Tensor, residual: Tensor, packing: Packing, st
     )  # fmt: skip
 
 
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    return linear(x, module.weight, module.bias) if is_plain_linear(module) else module(x)
+def _intermediate(module: nn.Module, x: Tensor) -> Tensor:
+    """BertIntermediate: Linear and activation."""
+    dense, activation = module.dense, module.intermediate_act_fn
+    if is_plain_linear(dense) and is_exact_gelu(activation):
+        return linear_gelu(x, dense.weight, dense.bias)
+    return activation(dense(x))
 
 
 def _dropout_p(dropout: nn.Dropout) -> float:
@@ -93,6 +98,12 @@ def is_plain_linear(module: nn.Module) -> bool:
     ``weight`` would ignore the one and break the other.
     """
     return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and not has_hooks(module)
+
+
+def is_exact_gelu(activation: nn.Module) -> bool:
+    """Whether an activation is the erf-GELU of the BERT paper and nothing else."""
+    exact = type(activation) is GELUActivation or (type(activation) is nn.GELU and activation.approximate == "none")
+    return exact and not has_hooks(activation)
 
 
 def layer_fallback_reasons(layer: hf.BertLayer) -> list[str]:
@@ -147,6 +158,8 @@ def layer_notes(layer: hf.BertLayer) -> list[str]:
     attention_module = layer.attention.self
     if not all(is_plain_linear(m) for m in (attention_module.query, attention_module.key, attention_module.value)):
         notes.append("query, key and value are called one by one: not all are plain nn.Linear without hooks")
+    if not (is_plain_linear(layer.intermediate.dense) and is_exact_gelu(layer.intermediate.intermediate_act_fn)):
+        notes.append("intermediate's Linear and activation run one by one: not a plain nn.Linear and an erf-GELU without hooks")
     for name, module in (("attention.output", layer.attention.output), ("output", layer.output)):
         if not is_plain_linear(module.dense):
             notes.append(f"{name}.dense is called as a module, its bias is not fused: it is not a plain nn.Linear without hooks")

@@ -3,6 +3,7 @@
 from .add_layer_norm import add_layer_norm
 from .attention import attention
 from .gelu_layer_norm import gelu_layer_norm
+from .linear_gelu import linear_gelu
 from .mlm_loss import mlm_loss
 
-__all__ = ["add_layer_norm", "attention", "gelu_layer_norm", "mlm_loss"]
+__all__ = ["add_layer_norm", "attention", "gelu_layer_norm", "linear_gelu", "mlm_loss"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-OPS = ("attention", "add_layer_norm", "gelu_layer_norm", "mlm_loss")
+OPS = ("attention", "add_layer_norm", "linear_gelu", "gelu_layer_norm", "mlm_loss")
 BACKENDS = ("reference", "native", "triton", "cuda")
 AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 
@@ -29,7 +29,10 @@ _DTYPES = {
     "cuda": _FLOATS,
 }
 _DEVICES = {"native": ("cpu",), "cuda": ("cuda",)}
-_OPS_OF_CUDA = ("add_layer_norm", "gelu_layer_norm")
+_OPS_OF = {
+    "triton": ("attention", "add_layer_norm", "gelu_layer_norm", "mlm_loss"),
+    "cuda": ("add_layer_norm", "gelu_layer_norm"),
+}
 MAX_HEAD_DIM = 256
 
 
@@ -53,8 +56,8 @@ def not_supported_reasons(
     """Every reason why ``backend`` cannot run ``op`` on this kind of input; empty where it can."""
     reason = unavailable_reason(backend)
     reasons = [reason] if reason else []
-    if backend == "cuda" and op not in _OPS_OF_CUDA:
-        reasons.append(f"there is no CUDA C++ kernel for {op}")
+    if op not in _OPS_OF.get(backend, OPS):
+        reasons.append(f"it has no kernel for {op}")
     if device_type not in _DEVICES.get(backend, (device_type,)):
         reasons.append(f"it runs on {_DEVICES[backend][0]} tensors, these are on {device_type}")
     if backend == "triton" and device_type == "cpu" and not _triton_interprets():

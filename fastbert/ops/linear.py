@@ -30,19 +30,20 @@ def onednn_unavailable_reason() -> str | None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (rows, in_features), weight (out_features, in_features), bias (out_features,) or None -> (rows, out_features)."""
     # A compiler chooses its own matmul, autocast its own dtype.
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not _takes_onednn(x, weight):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not takes_onednn(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.fastbert.linear(x, weight, bias)
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """:func:`linear` without autograd, for use inside other operators."""
-    if _takes_onednn(x, weight):
+    if takes_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's linear takes these: float32 on a CPU."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..build_report import why_not_built
 from . import reference
+from .linear import linear_forward, takes_onednn
 
 _TORCH_LIBRARY = re.compile(r"/libtorch_cpu\.so[.\d]*$")
 
@@ -239,6 +240,35 @@ def gelu_layer_norm_backward(
         rows, hidden, _DTYPES[dy.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dx, None if dbias is None else dbias.to(bias_dtype), dweight.to(dtype), dln_bias.to(dtype)
+
+
+def linear_gelu_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool
+) -> tuple[Tensor, Tensor | None]:
+    """See :func:`reference.linear_gelu_forward`. Where nobody needs u, oneDNN applies bias and GELU as it stores."""
+    if not keep_preactivation and takes_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none"), None
+    u = linear_forward(x, weight, None)
+    y = torch.empty_like(u) if keep_preactivation else u
+    bias = _float32(bias)
+    _cpu.bias_gelu_forward(
+        u.data_ptr(), _pointer(bias), y.data_ptr(), *u.shape, _DTYPES[u.dtype], torch.get_num_threads()
+    )  # fmt: skip
+    return y, u if keep_preactivation else None
+
+
+def linear_gelu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :func:`reference.linear_gelu_backward`."""
+    rows, columns = u.shape
+    du, dbias, partials = torch.empty_like(u), _empty(columns), _row_sums(rows, columns)
+    bias32 = _float32(bias)
+    _cpu.bias_gelu_backward(
+        dy.data_ptr(), u.data_ptr(), _pointer(bias32), du.data_ptr(), dbias.data_ptr(), partials.data_ptr(),
+        rows, columns, _DTYPES[u.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return du @ weight, du.t() @ x, None if bias is None else dbias.to(bias.dtype)
 
 
 def mlm_loss_forward(

@@ -281,6 +281,33 @@ def gelu_derivative(u: Tensor) -> Tensor:
     return 0.5 * (1.0 + torch.erf(u * math.sqrt(0.5))) + u * torch.exp(-0.5 * u * u) * (1.0 / math.sqrt(2.0 * math.pi))
 
 
+# --- Linear + bias + GELU -------------------------------------------------------------------------------------------------
+
+
+def linear_gelu_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y = gelu(u + bias) with u = x weight^T, and u itself where it is to be kept for the backward pass (else None).
+
+    x: (rows, in_features), weight: (out_features, in_features), bias: (out_features,) or None; y, u: (rows, out_features).
+    """
+    u = x @ weight.t()
+    y = F.gelu(u if bias is None else u + bias)
+    return y, u if keep_preactivation else None
+
+
+def linear_gelu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns (dx, dweight, dbias); dbias is None without a bias."""
+    preactivation = u.to(_statistics_dtype(u))
+    preactivation = preactivation if bias is None else preactivation + bias
+    du = dy * gelu_derivative(preactivation)
+    dbias = None if bias is None else du.sum(0).to(bias.dtype)
+    du = du.to(dy.dtype)
+    return du @ weight, du.t() @ x, dbias
+
+
 # --- masked-LM loss ------------------------------------------------------------------------------------------------------
 # The op walks over the vocabulary in blocks (ops/mlm_loss.py): one matmul per block makes logits (rows, block), and a
 # backend supplies what happens to that block. Logits are never whole.

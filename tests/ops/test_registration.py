@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fastbert.ops import add_layer_norm, attention, backends, gelu_layer_norm, mlm_loss
+from fastbert.ops import add_layer_norm, attention, backends, gelu_layer_norm, linear_gelu, mlm_loss
 
 from .helpers import DEVICE, device_of, new_seed
 
@@ -41,6 +41,9 @@ def arguments_of(op: str, dropout_p: float, dtype: torch.dtype, device: str = "c
         leaves = [leaf(5, 7), leaf(7), leaf(7), leaf(7)]
         call = lambda *a, backend: gelu_layer_norm(*a, 1e-5, backend=backend)  # noqa: E731
         return leaves, call, lambda backend: (*leaves, 1e-5, backend)
+    if op == "linear_gelu":
+        leaves = [leaf(5, 7), leaf(6, 7), leaf(6)]
+        return leaves, linear_gelu, lambda backend: (*leaves, True, backend)
     labels = torch.tensor([1, -100, 10, 0, -100, 3], device=device)
     leaves = [leaf(6, 5), leaf(11, 5), leaf(11)]
     call = lambda *a, backend: mlm_loss(*a, labels, label_smoothing=0.1, backend=backend)[0]  # noqa: E731

@@ -1,0 +1,95 @@
+"""Every backend of ``linear_gelu`` against float64, and ``linear`` against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastbert.ops import linear_gelu
+from fastbert.ops.linear import linear
+
+from .helpers import assert_within_budget, backend_cases, device_of, gradients, merged, rounded
+
+SHAPES = [(1, 8, 5), (3, 7, 33), (40, 96, 130), (130, 40, 64)]
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+
+def inputs_for(rows, in_features, out_features, dtype, with_bias):
+    x, weight = torch.randn(rows, in_features, dtype=torch.float64), torch.randn(out_features, in_features, dtype=torch.float64)
+    bias = torch.randn(out_features, dtype=torch.float64) if with_bias else None
+    return rounded(x, weight, bias, dtype=dtype), torch.randn(rows, out_features, dtype=torch.float64).to(dtype).double()
+
+
+def plain(x, weight, bias):
+    return F.gelu(F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("rows", "in_features", "out_features"), SHAPES)
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("linear_gelu"))
+def test_with_gradients(backend, dtype, rows, in_features, out_features, with_bias):
+    device = device_of(backend)
+
+    def draw():
+        inputs, dy = inputs_for(rows, in_features, out_features, dtype, with_bias)
+        return (
+            gradients(lambda *leaves: linear_gelu(*leaves, backend=backend), inputs, dy, dtype, device),
+            gradients(plain, inputs, dy, dtype),
+            gradients(plain, inputs, dy, torch.float64),
+        )
+
+    assert_within_budget(*merged(draw, rows * out_features), ["y", "dx", "dweight", "dbias"])
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("rows", "in_features", "out_features"), SHAPES)
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("linear_gelu"))
+def test_without_gradients(backend, dtype, rows, in_features, out_features, with_bias):
+    device = device_of(backend)
+
+    def draw():
+        inputs, _ = inputs_for(rows, in_features, out_features, dtype, with_bias)
+        ours = linear_gelu(*(None if t is None else t.to(device, dtype) for t in inputs), backend=backend)
+        return [ours], [plain(*(None if t is None else t.to(dtype) for t in inputs))], [plain(*inputs)]
+
+    assert_within_budget(*merged(draw, rows * out_features), ["y"])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("linear_gelu"))
+def test_no_rows(backend, dtype):
+    device = device_of(backend)
+    x = torch.zeros(0, 8, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.ones(5, 8, device=device, dtype=dtype, requires_grad=True)
+    bias = torch.ones(5, device=device, dtype=dtype, requires_grad=True)
+    linear_gelu(x, weight, bias, backend=backend).sum().backward()
+    assert all((t.grad == 0).all() for t in (weight, bias))
+    assert linear_gelu(x.detach(), weight.detach(), bias.detach(), backend=backend).shape == (0, 5)
+
+
+def test_gelu_of_extreme_values():
+    x = torch.tensor([[-1e4], [-20.0], [0.0], [20.0], [1e4]], requires_grad=True)
+    y = linear_gelu(x, torch.ones(1, 1), None)
+    y.backward(torch.ones_like(y))
+    assert torch.equal(y.detach().flatten(), torch.tensor([0.0, 0.0, 0.0, 20.0, 1e4]))
+    assert torch.equal(x.grad.flatten(), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"expected \(rows, in_features\) and \(out_features, in_features\)"):
+        linear_gelu(torch.zeros(2, 4), torch.zeros(3, 5), None)
+    with pytest.raises(ValueError, match=r"bias has shape \(4,\), expected \(3,\)"):
+        linear_gelu(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(4))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("rows", "in_features", "out_features"), SHAPES)
+def test_linear(rows, in_features, out_features, with_bias):
+    def draw():
+        inputs, dy = inputs_for(rows, in_features, out_features, torch.float32, with_bias)
+        return tuple(
+            gradients(function, inputs, dy, dtype)
+            for function, dtype in ((linear, torch.float32), (F.linear, torch.float32), (F.linear, torch.float64))
+        )
+
+    assert_within_budget(*merged(draw, rows * out_features), ["y", "dx", "dweight", "dbias"])
