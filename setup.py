@@ -33,22 +33,19 @@ OUTPUT_TAIL_LINES = 40
 OPS = ("attention", "add_layer_norm", "gelu_layer_norm", "linear_gelu", "mlm_loss")
 CPU_COMMON = ("csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp", "csrc/cpu/attention_schedule.cpp")
 # GCC 12 takes its own AVX-512 intrinsics for uninitialised (its bug 105593).
-CPU_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
-    "-Wall -Wextra -Wno-maybe-uninitialized"
-).split()
+CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
 INSTRUCTION_SETS = {
     "x86_64": {
         "baseline": ["-march=x86-64"],
-        "avx2": "-mavx2 -mfma".split(),
-        "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(),
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
     },
     "aarch64": {"baseline": []},
 }
 
 CUDA_OPS = ("add_layer_norm", "gelu_layer_norm")
-CUDA_COMMON = ("csrc/cuda/bindings.cpp",)
-CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden".split()
+CUDA_COMMON = ("csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu")
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = ("80", "90a", "100")
 
 
@@ -206,7 +203,7 @@ class BuildNative(build_ext):
 
 
 def headers(*folders: str) -> list[str]:
-    return sorted(str(path) for folder in folders for path in Path(folder).glob("*.h"))
+    return sorted(str(path) for folder in folders for path in Path(folder).glob("*.h*"))
 
 
 setup(

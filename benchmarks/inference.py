@@ -58,7 +58,13 @@ def main() -> None:
             results[name] = {**medians, "ratio": ratio, "share_of_matmul_rate": share, "largest_difference": difference}
             theirs_ms, ours_ms = (medians[key]["median_s"] * 1e3 for key in ("transformers", "fastbert"))
             print(f"{name:<30}{theirs_ms:>11,.1f} ms{ours_ms:>9,.1f} ms{ratio['median']:>8.2f}x{share:>15.0%}")
-    document = {"machine": machine(), "size": arguments.size, "dtype": arguments.dtype, "ceilings": limits, "results": results}
+    document = {
+        "machine": machine(),
+        "size": arguments.size,
+        "dtype": arguments.dtype,
+        "ceilings": limits,
+        "results": results,
+    }
     write_results("inference", document, arguments.save)
 
 

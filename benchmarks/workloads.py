@@ -47,3 +47,10 @@ def encoder_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:
     gemms = tokens * (4 * hidden * hidden + 2 * hidden * config.intermediate_size)
     scores = sum(2 * length * length * hidden for length in lengths)
     return 2 * config.num_hidden_layers * (gemms + scores)
+
+
+def training_flops(config: BertConfig, lengths: tuple[int, ...], labelled: float) -> float:
+    """Forward and backward of the encoder (three times the forward) and of the masked-LM head on the labelled share of rows."""
+    hidden = config.hidden_size
+    head = 2 * sum(lengths) * labelled * (hidden * hidden + hidden * config.vocab_size)
+    return 3 * (encoder_flops(config, lengths) + head)

@@ -42,9 +42,9 @@ class TileConfig(NamedTuple):
 
 # Keyed by (itemsize, BLOCK_HEAD_DIM).
 FORWARD_CONFIGS = {
-    (2, 16): TileConfig(128, 64, 4, 3),
-    (2, 32): TileConfig(128, 64, 4, 3),
-    (2, 64): TileConfig(128, 64, 4, 3),
+    (2, 16): TileConfig(128, 64, 8, 3),
+    (2, 32): TileConfig(128, 64, 8, 3),
+    (2, 64): TileConfig(128, 64, 8, 3),
     (2, 128): TileConfig(128, 64, 8, 2),
     (2, 256): TileConfig(128, 32, 8, 2),
     (4, 16): TileConfig(64, 32, 4, 2),
@@ -66,9 +66,9 @@ BACKWARD_DQ_CONFIGS = {
     (4, 256): TileConfig(32, 16, 8, 1),
 }
 BACKWARD_DKV_CONFIGS = {
-    (2, 16): TileConfig(64, 128, 4, 2),
-    (2, 32): TileConfig(64, 128, 4, 2),
-    (2, 64): TileConfig(64, 128, 8, 2),
+    (2, 16): TileConfig(64, 64, 4, 2),
+    (2, 32): TileConfig(64, 64, 4, 2),
+    (2, 64): TileConfig(64, 64, 4, 2),
     (2, 128): TileConfig(64, 64, 4, 2),
     (2, 256): TileConfig(32, 64, 8, 1),
     (4, 16): TileConfig(32, 64, 4, 1),

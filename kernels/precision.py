@@ -34,7 +34,7 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 def round_to(x, DTYPE: tl.constexpr):
     """float32 ``x`` in DTYPE, rounded to nearest even."""
     if INTERPRETED:
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             bits = x.to(tl.uint32, bitcast=True)
             bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
             x = bits.to(tl.float32, bitcast=True)

@@ -87,6 +87,12 @@ def run_command(name: str, body: Callable[[Say], CommandResult], *, json_output:
         _fail(name, str(error), FAILED, json_output, debug, error)
     except KeyboardInterrupt as interrupt:
         _fail(name, "interrupted", INTERRUPTED, json_output, debug, interrupt)
+    except Exception as error:
+        # Nothing that fastbert expects: the traceback is what a bug report needs, and --json still gets its document.
+        if json_output:
+            message = f"{type(error).__name__}: {error}"
+            _print_document({"command": name, "exit_code": FAILED, "error": message})
+        raise
     else:
         if json_output:
             _print_document({"command": name, "exit_code": result.exit_code, **result.document})

@@ -28,7 +28,9 @@ class CheckedLoading:
             model_type = getattr(found, "model_type", None)
             if found is None:
                 hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
-                model_type = hf.BertConfig.get_config_dict(config or pretrained_model_name_or_path, **hub)[0].get("model_type")
+                model_type = hf.BertConfig.get_config_dict(config or pretrained_model_name_or_path, **hub)[0].get(
+                    "model_type"
+                )
             if model_type not in (None, "bert"):
                 raise ValueError(
                     f"{pretrained_model_name_or_path} holds a model of type {model_type!r}, {cls.__name__} loads 'bert'; "
@@ -152,8 +154,10 @@ class BertModel(CheckedLoading, hf.BertModel):
         tokens = inputs_embeds if input_ids is None else input_ids
         if position_ids is None:
             if packed:
-                starts = packing.cu_seqlens[:-1].long().repeat_interleave(
-                    packing.cu_seqlens.diff().long(), output_size=tokens.shape[1]
+                starts = (
+                    packing.cu_seqlens[:-1]
+                    .long()
+                    .repeat_interleave(packing.cu_seqlens.diff().long(), output_size=tokens.shape[1])
                 )
                 position_ids = (torch.arange(tokens.shape[1], device=tokens.device) - starts).unsqueeze(0)
             else:
@@ -189,7 +193,9 @@ def model_fallback_reasons(
     if torch.jit.is_tracing():
         reasons.append("torch.jit.trace would freeze the sequence lengths of its example")
     if attention_mask is not None and torch.compiler.is_compiling():
-        reasons.append("torch.compile cannot know how many tokens a mask leaves; pass no mask, or packed inputs (cu_seq_lens_q)")
+        reasons.append(
+            "torch.compile cannot know how many tokens a mask leaves; pass no mask, or packed inputs (cu_seq_lens_q)"
+        )
     foreign = {type(layer).__qualname__ for layer in model.encoder.layer if not isinstance(layer, BertLayer)}
     if foreign:
         reasons.append(f"encoder layers are of another class: {', '.join(sorted(foreign))}")

@@ -89,7 +89,10 @@ def _op_facts(op: str, weight: nn.Parameter, head_dim: int) -> dict[str, Any]:
     picked = backends.select(op, "auto", *kind)
     order = backends.AUTO_ORDER.get(weight.device.type, ("reference",))
     passed_over = order[: order.index(picked)]
-    return {"backend": picked, "passed_over": {name: backends.not_supported_reasons(name, op, *kind) for name in passed_over}}
+    return {
+        "backend": picked,
+        "passed_over": {name: backends.not_supported_reasons(name, op, *kind) for name in passed_over},
+    }
 
 
 def _described(title: str, notes: list[str], otherwise: str) -> list[str]:

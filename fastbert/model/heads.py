@@ -140,9 +140,7 @@ def _rows_loss(
     hidden = _transform(predictions.transform, rows)
     decoder = predictions.decoder
     if is_plain_linear(decoder):
-        return mlm_loss(
-            hidden, decoder.weight, decoder.bias, labels, ignore_index=ignore_index, reduction=reduction
-        )
+        return mlm_loss(hidden, decoder.weight, decoder.bias, labels, ignore_index=ignore_index, reduction=reduction)
     logits = decoder(hidden)
     loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction=reduction)
     return loss, (logits.argmax(-1) == labels) & (labels != ignore_index)

@@ -114,9 +114,7 @@ def _backward(
 ) -> Tensor:
     check_shape("dout", dout, tuple(out.shape), "the shape of attention's output")
     module = implementation_for("attention", backend, qkv, qkv.shape[-1])
-    return module.attention_backward(
-        dout, qkv, out, lse, cu_seqlens, max_seqlen, softmax_scale, dropout_p, seed, stream
-    )
+    return module.attention_backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, softmax_scale, dropout_p, seed, stream)
 
 
 _DROPOUT = "float dropout_p, Tensor? seed, int stream, str backend"

@@ -115,5 +115,7 @@ def report() -> dict[str, Any]:
                 if name != picked["float32"]
             }
             ops[op][device_type] = {"auto": picked, "not_picked": others}
-    backends = {name: {"available": unavailable_reason(name) is None, "reason": unavailable_reason(name)} for name in BACKENDS}
+    backends = {
+        name: {"available": unavailable_reason(name) is None, "reason": unavailable_reason(name)} for name in BACKENDS
+    }
     return {"ops": ops, "backends": backends}

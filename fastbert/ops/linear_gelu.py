@@ -36,7 +36,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     return torch.ops.fastbert.linear_gelu(x.contiguous(), weight, bias, keep, backend)[0]
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     """An operator returns tensors only: a pre-activation that is not kept comes back empty."""
     module = implementation_for("linear_gelu", backend, x)
     y, u = module.linear_gelu_forward(x, weight, bias, keep_preactivation)

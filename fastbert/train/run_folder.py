@@ -39,7 +39,8 @@ def check_output_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
     holds_run = (output / RUN_NAME).is_file()
     checkpoints = checkpoint_folders(output) if output.is_dir() else []
     if resume and not checkpoints:
-        raise SettingsError(f"{output} holds no checkpoint: there is nothing to resume (leave out --resume to start a run)")
+        instead = "--overwrite starts the run anew" if holds_run else "leave out --resume to start a run"
+        raise SettingsError(f"{output} holds no checkpoint: there is nothing to resume ({instead})")
     if holds_run and not (resume or overwrite):
         raise SettingsError(
             f"{output} already holds a run: --resume continues it, --overwrite deletes it, --output names another folder"

@@ -56,7 +56,10 @@ class RunState:
 def save_run(
     output: Path, state: RunState, learner: Learner, tokenizer: PreTrainedTokenizerBase, comparison: Comparison | None
 ) -> Path:
-    """Writes ``checkpoint-<step>`` and returns its path. ``comparison``: the one that is still under way, if any."""
+    """Writes ``checkpoint-<step>`` and returns its path. ``comparison``: the one that is still under way, if any.
+
+    Raises ``OSError`` where the disk takes no more; the checkpoints before it stay.
+    """
 
     def write(folder: Path) -> None:
         learner.save(folder)

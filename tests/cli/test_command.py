@@ -84,13 +84,12 @@ def test_debug_shows_where_an_error_comes_from():
         run_command("test", raises(CommandFailure("no good")), json_output=False, debug=True)
 
 
-def test_other_errors_are_not_hidden():
+def test_other_errors_are_not_hidden(capsys):
     with pytest.raises(ZeroDivisionError):
-        run_command("test", raises(ZeroDivisionError()), json_output=True, debug=False)
+        run_command("test", raises(ZeroDivisionError("a bug")), json_output=True, debug=False)
+    assert json.loads(capsys.readouterr().out) == {"command": "test", "exit_code": 1, "error": "ZeroDivisionError: a bug"}
 
 
 def test_the_command_line_imports_nothing_heavy():
-    code = (
-        "import sys, fastbert.cli.main; print(sorted({'torch', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules)))"
-    )
+    code = "import sys, fastbert.cli.main; print(sorted({'torch', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -112,7 +113,8 @@ def test_ctrl_c_keeps_a_checkpoint_that_resume_finishes(corpora, tmp_path):
     steps = 300
     command = [sys.executable, "-m", "fastbert.cli", "pretrain", "--corpus", *corpora, *OPTIONS, "--json"]
     command += ["--steps", str(steps), "--log-steps", "1", "--output", str(output)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and len(read_metrics(metrics)) > 2):

@@ -10,10 +10,10 @@ from fastbert.data.corpus import Document
 from fastbert.data.tokens import TokenizedCorpus
 
 CLS, SEP, MASK = 2, 3, 4
-_SUBJECTS = "the old captain|a tall ship|my neighbour|every sailor|the harbour|a grey gull|the lighthouse keeper".split("|")
-_VERBS = "watched|remembered|followed|painted|answered|forgot|carried".split("|")
-_OBJECTS = "the quiet sea|a letter from home|seven lanterns|the north wind|nothing at all|a broken compass".split("|")
-_ENDS = "before dawn|in the winter of 1912|without a word|near the pier|for many years|again and again".split("|")
+_SUBJECTS = ["the old captain", "a tall ship", "my neighbour", "every sailor", "the harbour", "a grey gull", "the lighthouse keeper"]
+_VERBS = ["watched", "remembered", "followed", "painted", "answered", "forgot", "carried"]
+_OBJECTS = ["the quiet sea", "a letter from home", "seven lanterns", "the north wind", "nothing at all", "a broken compass"]
+_ENDS = ["before dawn", "in the winter of 1912", "without a word", "near the pier", "for many years", "again and again"]
 
 
 def story(number: int, paragraphs: int) -> Document:

@@ -13,7 +13,10 @@ from .helpers import BATCH, LENGTH, inputs_for, small_config
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_ids": torch.full((BATCH, LENGTH), 130)}, r"input_ids holds 130, expected 0 to 129 \(config.vocab_size is 130\)"),
+        (
+            {"input_ids": torch.full((BATCH, LENGTH), 130)},
+            r"input_ids holds 130, expected 0 to 129 \(config.vocab_size is 130\)",
+        ),
         ({"input_ids": torch.full((BATCH, LENGTH), -1)}, "input_ids holds -1"),
         ({"token_type_ids": torch.full((BATCH, LENGTH), 2)}, "token_type_ids holds 2, expected 0 to 1"),
         ({"position_ids": torch.full((BATCH, LENGTH), 40)}, "position_ids holds 40, expected 0 to 39"),
@@ -21,7 +24,10 @@ from .helpers import BATCH, LENGTH, inputs_for, small_config
         ({"token_type_ids": torch.zeros(BATCH, 3, dtype=torch.long)}, r"token_type_ids has shape \(6, 3\)"),
         ({"labels": torch.zeros(BATCH, 3, dtype=torch.long)}, r"labels has shape \(6, 3\), expected \(6, 21\)"),
         ({"labels": torch.full((BATCH, LENGTH), 130)}, "labels hold 130, expected 0 to 129"),
-        ({"next_sentence_label": torch.zeros(2, dtype=torch.long)}, r"next_sentence_label has shape \(2,\), expected \(6,\)"),
+        (
+            {"next_sentence_label": torch.zeros(2, dtype=torch.long)},
+            r"next_sentence_label has shape \(2,\), expected \(6,\)",
+        ),
         ({"input_ids": None}, "exactly one of input_ids or inputs_embeds"),
         ({"input_ids": torch.zeros(4, dtype=torch.long)}, r"expected \(batch, length\)|expected \(4,\)"),
     ],

@@ -54,9 +54,7 @@ def real_batches(minilm, data_folder) -> list[dict[str, torch.Tensor]]:
     tokenizer.backend_tokenizer.no_truncation()
     lines = (data_folder / "glue/SST-2/train.tsv").read_text(encoding="utf-8").split("\n")[1:201]
     sentences = [line.split("\t")[0] for line in lines]
-    return [
-        dict(tokenizer(sentences[i : i + 25], padding=True, return_tensors="pt")) for i in range(0, len(sentences), 25)
-    ]
+    return [dict(tokenizer(sentences[i : i + 25], padding=True, return_tensors="pt")) for i in range(0, len(sentences), 25)]
 
 
 def test_outputs_on_a_real_checkpoint(minilm, real_batches):

@@ -18,7 +18,12 @@ def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0)
     others = {key: value for key, value in batch.items() if value.shape[:2] != real.shape}
-    lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS)}
+    lengths = {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max(LENGTHS),
+        "max_length_k": max(LENGTHS),
+    }
     return {**rows, **others, **lengths, "position_ids": positions}
 
 
@@ -76,5 +81,7 @@ def test_bad_packing_is_named(change, message):
 
 def test_packed_inputs_need_the_packed_forward_pass():
     _, ours = pair("BertModel", attn_implementation="eager")
-    with pytest.raises(ValueError, match="packed inputs .* need the packed forward pass, but attn_implementation is 'eager'"):
+    with pytest.raises(
+        ValueError, match="packed inputs .* need the packed forward pass, but attn_implementation is 'eager'"
+    ):
         ours(**packed(inputs_for("BertModel")))

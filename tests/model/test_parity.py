@@ -10,7 +10,18 @@ import transformers
 
 import fastbert
 
-from .helpers import BATCH, LENGTH, LENGTHS, NAMES, assert_same_gradients, inputs_for, mask, on_real_tokens, pair, small_config
+from .helpers import (
+    BATCH,
+    LENGTH,
+    LENGTHS,
+    NAMES,
+    assert_same_gradients,
+    inputs_for,
+    mask,
+    on_real_tokens,
+    pair,
+    small_config,
+)
 
 
 def assert_same_outputs(ours, theirs, tolerance: float = 2e-6) -> None:
@@ -163,7 +174,9 @@ def test_decoder_with_cache_runs_as_transformers_does():
     expected, got = theirs(**batch), ours(**batch)
     torch.testing.assert_close(got.loss, expected.loss)
     ids = batch["input_ids"][:, :5]
-    assert torch.equal(ours.generate(ids, max_new_tokens=4, do_sample=False), theirs.generate(ids, max_new_tokens=4, do_sample=False))
+    assert torch.equal(
+        ours.generate(ids, max_new_tokens=4, do_sample=False), theirs.generate(ids, max_new_tokens=4, do_sample=False)
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

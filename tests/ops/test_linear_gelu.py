@@ -16,7 +16,10 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
 def inputs_for(rows, in_features, out_features, dtype, with_bias):
-    x, weight = torch.randn(rows, in_features, dtype=torch.float64), torch.randn(out_features, in_features, dtype=torch.float64)
+    x, weight = (
+        torch.randn(rows, in_features, dtype=torch.float64),
+        torch.randn(out_features, in_features, dtype=torch.float64),
+    )
     bias = torch.randn(out_features, dtype=torch.float64) if with_bias else None
     return rounded(x, weight, bias, dtype=dtype), torch.randn(rows, out_features, dtype=torch.float64).to(dtype).double()
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastbert.train.settings import PretrainSettings
 
 NOUNS = "time water light house river stone paper table garden winter summer music"
 OTHERS = "little great early green young small happy quiet walks sleeps sings reads writes opens closes"
 WORDS = f"{NOUNS} {OTHERS}".split()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Toy tensors have nothing to share, and threads that wait for each other on a busy machine take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,7 @@ def test_means_weigh_by_counts():
     sums.add(scores(mlm_loss=1.0, mlm_correct=3, mlm_count=3, nsp_loss=0.2, nsp_correct=1, nsp_count=1))
     sums.add(scores(mlm_loss=3.0, mlm_correct=0, mlm_count=1, nsp_loss=0.6, nsp_correct=0, nsp_count=3))
     means = sums.means()
-    assert means == pytest.approx(
-        {"mlm_loss": 1.5, "nsp_loss": 0.5, "loss": 2.0, "mlm_accuracy": 0.75, "nsp_accuracy": 0.25}
-    )
+    assert means == pytest.approx({"mlm_loss": 1.5, "nsp_loss": 0.5, "loss": 2.0, "mlm_accuracy": 0.75, "nsp_accuracy": 0.25})
 
 
 def test_scores_as_one_tensor():

@@ -89,6 +89,7 @@ def test_from_text_to_a_model_that_transformers_loads(toy_settings):
 
 def test_a_stopped_and_continued_run_is_the_same_run(toy_settings, tmp_path, monkeypatch):
     """With dropout, in the middle of an average; after Ctrl-C, and after the newest checkpoint has broken."""
+    torch.set_num_threads(2)
     straight = toy_settings(output=str(tmp_path / "straight"))
     pretrain(straight, quiet)
     stopped = toy_settings(output=str(tmp_path / "stopped"))
@@ -124,10 +125,7 @@ def test_a_comparison_is_continued_too(toy_settings, tmp_path, monkeypatch):
     result = pretrain(toy_settings(output=stopped.output, compare=True, compare_steps=6, resume=True), quiet)
     assert result.comparison["compared_steps"] == 6
     losses = [
-        [
-            (step["loss"], step["transformers_loss"])
-            for step in json.loads((Path(folder) / "compare.json").read_text())["steps"]
-        ]
+        [(step["loss"], step["transformers_loss"]) for step in json.loads((Path(folder) / "compare.json").read_text())["steps"]]
         for folder in (straight.output, stopped.output)
     ]
     assert losses[0] == losses[1]

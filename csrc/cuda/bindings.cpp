@@ -1,0 +1,86 @@
+// fastbert._cuda: Python integers become a Params struct and go to the launcher; fastbert/ops/cuda.py is the other side.
+
+#include <pybind11/pybind11.h>
+
+#include "cuda/launch.h"
+
+namespace py = pybind11;
+using namespace fastbert;
+
+namespace {
+
+using Address = uintptr_t;  // of a tensor's first element in device memory, 0 for None
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Dropout make_dropout(uint32_t threshold, float scale, Address seed, uint32_t stream) {
+  return {threshold, scale, pointer<const int64_t>(seed), stream};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "The CUDA kernels of fastbert, on raw pointers. Use fastbert.ops.";
+
+  py::class_<Dropout>(m, "Dropout").def(py::init(&make_dropout));
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::float32)
+      .value("bfloat16", DType::bfloat16)
+      .value("float16", DType::float16);
+
+  m.attr("MAX_HIDDEN") = cuda::kMaxHidden;
+  m.def("row_groups", &cuda::row_groups);
+
+  using Release = py::call_guard<py::gil_scoped_release>;
+
+  m.def(
+      "add_layer_norm_forward",
+      [](Address x, Address bias, Address residual, Address weight, Address ln_bias, Address y, Address z, Address mean,
+         Address rstd, int64_t rows, int64_t hidden, float eps, const Dropout& dropout, DType dtype, Address stream) {
+        cuda::add_layer_norm_forward(
+            {pointer<const void>(x), pointer<const float>(bias), pointer<const void>(residual), pointer<const float>(weight),
+             pointer<const float>(ln_bias), pointer<void>(y), pointer<void>(z), pointer<float>(mean), pointer<float>(rstd),
+             rows, hidden, eps, dropout, dtype},
+            pointer<void>(stream));
+      },
+      Release());
+
+  m.def(
+      "add_layer_norm_backward",
+      [](Address dy, Address z, Address mean, Address rstd, Address weight, Address dx, Address dresidual, Address dweight,
+         Address dln_bias, Address dbias, Address partials, int64_t rows, int64_t hidden, const Dropout& dropout,
+         DType dtype, Address stream) {
+        cuda::add_layer_norm_backward(
+            {pointer<const void>(dy), pointer<const void>(z), pointer<const float>(mean), pointer<const float>(rstd),
+             pointer<const float>(weight), pointer<void>(dx), pointer<void>(dresidual), pointer<float>(dweight),
+             pointer<float>(dln_bias), pointer<float>(dbias), pointer<float>(partials), rows, hidden, dropout, dtype},
+            pointer<void>(stream));
+      },
+      Release());
+
+  m.def(
+      "gelu_layer_norm_forward",
+      [](Address x, Address bias, Address weight, Address ln_bias, Address y, Address mean, Address rstd, int64_t rows,
+         int64_t hidden, float eps, DType dtype, Address stream) {
+        cuda::gelu_layer_norm_forward(
+            {pointer<const void>(x), pointer<const float>(bias), pointer<const float>(weight), pointer<const float>(ln_bias),
+             pointer<void>(y), pointer<float>(mean), pointer<float>(rstd), rows, hidden, eps, dtype},
+            pointer<void>(stream));
+      },
+      Release());
+
+  m.def(
+      "gelu_layer_norm_backward",
+      [](Address dy, Address x, Address bias, Address weight, Address mean, Address rstd, Address dx, Address dweight,
+         Address dln_bias, Address dbias, Address partials, int64_t rows, int64_t hidden, DType dtype, Address stream) {
+        cuda::gelu_layer_norm_backward(
+            {pointer<const void>(dy), pointer<const void>(x), pointer<const float>(bias), pointer<const float>(weight),
+             pointer<const float>(mean), pointer<const float>(rstd), pointer<void>(dx), pointer<float>(dweight),
+             pointer<float>(dln_bias), pointer<float>(dbias), pointer<float>(partials), rows, hidden, dtype},
+            pointer<void>(stream));
+      },
+      Release());
+}

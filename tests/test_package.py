@@ -1,0 +1,55 @@
+"""The package as a whole: lazy imports, the folder kernels/, one OpenMP runtime."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastbert
+
+from .conftest import REPOSITORY
+
+
+def python(code: str) -> str:
+    """What ``code`` prints in a fresh interpreter that was started in the repository."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_imports_neither_torch_nor_transformers():
+    assert python("import sys, fastbert; print({'torch', 'transformers'} & set(sys.modules))") == "set()"
+
+
+def test_every_public_name_is_there():
+    assert all(hasattr(fastbert, name) for name in fastbert.__all__)
+    assert set(dir(fastbert)) == set(fastbert.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'BertForDreams'"):
+        _ = fastbert.BertForDreams
+
+
+def test_the_folder_kernels_does_not_shadow_hugging_faces_package():
+    """transformers probes a package called kernels; from the repository's root ours must not answer."""
+    assert not (REPOSITORY / "kernels" / "__init__.py").exists()
+    assert (
+        python("from transformers import BertModel; import fastbert_kernels.attention; print(BertModel.__name__)")
+        == "BertModel"
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
+def test_the_process_holds_one_openmp_runtime():
+    """A second one would spin against the first."""
+    code = (
+        "import torch, fastbert\n"
+        "from fastbert.ops import add_layer_norm\n"
+        "x = torch.randn(4096, 64)\n"
+        "add_layer_norm(x, None, x, torch.ones(64), torch.zeros(64), 1e-12)\n"
+        "print(open('/proc/self/maps').read())"
+    )
+    runtimes = set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^\s]*", python(code)))
+    assert len(runtimes) <= 1, runtimes
