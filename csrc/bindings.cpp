@@ -28,8 +28,8 @@ Dropout make_dropout(uint32_t threshold, float scale, Address seed, uint32_t str
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU kernels of fastbert, on raw pointers. Use fastbert.ops.";
 
-  py::class_<Dropout>(m, "Dropout").def(py::init(&make_dropout));
-  py::enum_<DType>(m, "DType").value("float32", DType::float32).value("bfloat16", DType::bfloat16);
+  py::class_<Dropout>(m, "Dropout", py::module_local()).def(py::init(&make_dropout));
+  py::enum_<DType>(m, "DType", py::module_local()).value("float32", DType::float32).value("bfloat16", DType::bfloat16);
 
   m.def("supported_instruction_sets", &cpu::supported_instruction_sets);
   m.def("instruction_set", &cpu::instruction_set);

@@ -52,7 +52,8 @@ struct Part {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-FASTBERT_INLINE Vec splat(float x) { return Vec{} + x; }
+// x - 0 is x for every x, -0 too, and compiles to a broadcast alone (0 + x would not).
+FASTBERT_INLINE Vec splat(float x) { return x - Vec{}; }
 
 // With a constant size the compiler makes one move of a memcpy, with a variable one it calls the library.
 FASTBERT_INLINE void copy_elements(void* to, const void* from, Whole, int size) { std::memcpy(to, from, kWidth * size); }

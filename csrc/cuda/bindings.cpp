@@ -25,8 +25,8 @@ Dropout make_dropout(uint32_t threshold, float scale, Address seed, uint32_t str
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA kernels of fastbert, on raw pointers. Use fastbert.ops.";
 
-  py::class_<Dropout>(m, "Dropout").def(py::init(&make_dropout));
-  py::enum_<DType>(m, "DType")
+  py::class_<Dropout>(m, "Dropout", py::module_local()).def(py::init(&make_dropout));
+  py::enum_<DType>(m, "DType", py::module_local())
       .value("float32", DType::float32)
       .value("bfloat16", DType::bfloat16)
       .value("float16", DType::float16);

@@ -112,8 +112,7 @@ def _native_build() -> dict[str, Any]:
     if report is None:
         return {"reason": "never built: install the package (pip install -e .)", "modules": {}}
     modules = {
-        name: {"built": build.built, "reason": build.reason, "compiler": build.compiler}
-        for name, build in report.modules.items()
+        name: {"built": build.built, "reason": build.reason, "compiler": build.compiler} for name, build in report.modules.items()
     }
     return {"reason": None, "modules": modules}
 

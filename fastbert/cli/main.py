@@ -75,9 +75,7 @@ def pretrain(
     max_seq_length: Annotated[
         int, typer.Option(help="Tokens of a sentence pair at most, [CLS] and [SEP] included.")
     ] = PretrainSettings.max_seq_length,
-    tokens_per_batch: Annotated[
-        int, typer.Option(help="Real tokens of a step at most.")
-    ] = PretrainSettings.tokens_per_batch,
+    tokens_per_batch: Annotated[int, typer.Option(help="Real tokens of a step at most.")] = PretrainSettings.tokens_per_batch,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = PretrainSettings.steps,
     learning_rate: Annotated[
         float, typer.Option(help="Peak of the schedule: linear warmup, linear decay to 0.")
@@ -85,9 +83,7 @@ def pretrain(
     warmup_steps: Annotated[
         int | None, typer.Option(help="Steps of warmup.  [default: a tenth of --steps]")
     ] = PretrainSettings.warmup_steps,
-    weight_decay: Annotated[
-        float, typer.Option(help="AdamW's, not for biases and LayerNorm.")
-    ] = PretrainSettings.weight_decay,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's, not for biases and LayerNorm.")] = PretrainSettings.weight_decay,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.")] = PretrainSettings.max_grad_norm,
     seed: Annotated[int, typer.Option(help="Of weights, data order, masks and dropout.")] = PretrainSettings.seed,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = PretrainSettings.save_steps,
@@ -98,9 +94,7 @@ def pretrain(
     held_out_fraction: Annotated[
         float, typer.Option(help="Share of the documents that is kept for evaluation.")
     ] = PretrainSettings.held_out_fraction,
-    device: Annotated[
-        str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1.")
-    ] = PretrainSettings.device,
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1.")] = PretrainSettings.device,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Also train transformers' BERT on the same weights and batches; print both."),

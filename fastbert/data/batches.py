@@ -119,8 +119,7 @@ class PretrainingBatches:
             )
         if tokens_per_batch < max_seq_length:
             raise ValueError(
-                f"tokens_per_batch {tokens_per_batch} is below max_seq_length {max_seq_length}: "
-                "a batch must hold a whole sequence"
+                f"tokens_per_batch {tokens_per_batch} is below max_seq_length {max_seq_length}: a batch must hold a whole sequence"
             )
         if seed < 0:
             raise ValueError(f"seed must not be negative, it is {seed}")
@@ -224,7 +223,5 @@ def held_out_batches(
 
     Raises as PretrainingBatches does.
     """
-    batches = PretrainingBatches(
-        corpus, tokenizer, max_seq_length=max_seq_length, tokens_per_batch=tokens_per_batch, seed=seed
-    )
+    batches = PretrainingBatches(corpus, tokenizer, max_seq_length=max_seq_length, tokens_per_batch=tokens_per_batch, seed=seed)
     return list(islice(batches.epoch(0), max_batches))

@@ -24,7 +24,8 @@ _SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "site-packages", "dist
 _DOCUMENTATION = (".md", ".rst")
 _STANDARD_LIBRARY = "Python standard library"
 
-# A triple-quoted literal that stands first in a module or right behind the colon that ends a class or def line.
+# A triple-quoted literal that stands first in a module or right behind the colon that ends a class or def line. Docstrings in
+# single quotes are left out: one line each, three in a hundred.
 _DOCSTRING = re.compile(
     r"""(?: \A (?:[ \t]* (?:\#[^\n]*)? \n)* | : [ \t]* (?:\#[^\n]*)? \n \s* )
         (?P<literal> [rRuU]? (?P<quotes>\"{3}|'{3}) (?:[^\\]|\\.)*? (?P=quotes) )""",
@@ -33,9 +34,9 @@ _DOCSTRING = re.compile(
 _FENCE = re.compile(r"^([ \t]*)(```|~~~).*?^\1\2[ \t]*$", re.DOTALL | re.MULTILINE)
 _CODE_MARKS = (">>>", "...:", "```", "::=", "|--", "--|", "+--", "---", "===", "***", "~~~", "<div", "<img", "](http", "://")
 _MARKUP = re.compile(r":[\w:+-]+:(?=`)|[`*~]{1,2}(?=\S)|(?<=\S)[`*]{1,2}|:(?=:$)")
-_WORD = re.compile(r"[A-Za-z]{2,}")
+_WORD = re.compile(r"""(?<!\S)["'(\[]*[A-Za-z]+(?:['-][A-Za-z]+)*[.,;:!?)\]"']*(?!\S)""")
 _FEWEST_WORDS = 6
-_LETTER_SHARE = 0.9
+_WORD_SHARE = 0.75
 
 
 def embedded_documents(max_characters: int = 12_000_000) -> tuple[list[Document], CorpusReport]:
@@ -158,7 +159,5 @@ def _prose(text: str) -> Iterator[str]:
 
 
 def _is_prose(paragraph: str) -> bool:
-    if len(_WORD.findall(paragraph)) < _FEWEST_WORDS or not paragraph.isprintable():
-        return False
-    plain = sum(map(len, _WORD.findall(paragraph))) + paragraph.count(" ")
-    return plain >= _LETTER_SHARE * len(paragraph)
+    words = len(_WORD.findall(paragraph))
+    return words >= max(_FEWEST_WORDS, _WORD_SHARE * (paragraph.count(" ") + 1)) and paragraph.isprintable()

@@ -71,6 +71,4 @@ def _words_are_independent(backend: Tokenizer) -> bool:
     """
     parts = json.loads(backend.to_str())
     types = [(parts[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
-    return types == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and all(
-        token["special"] for token in parts["added_tokens"]
-    )
+    return types == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and all(token["special"] for token in parts["added_tokens"])

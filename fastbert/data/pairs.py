@@ -62,9 +62,7 @@ class SentencePairs:
         return ids
 
 
-def make_pairs(
-    corpus: TokenizedCorpus, max_seq_length: int, *, seed: int, epoch: int, cls_id: int, sep_id: int
-) -> SentencePairs:
+def make_pairs(corpus: TokenizedCorpus, max_seq_length: int, *, seed: int, epoch: int, cls_id: int, sep_id: int) -> SentencePairs:
     """Draws the pairs of an epoch: a function of (corpus, max_seq_length, seed, epoch) alone, in shuffled order.
 
     Each document is walked once: sentences are taken until they fill a target length (max_seq_length - 3; for 10% of the

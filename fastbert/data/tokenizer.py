@@ -55,9 +55,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, *, lowercase: bool = 
     # The trainer numbers the "##" characters in the random order of a hash map and breaks ties between pairs by these
     # numbers; given beforehand, in a fixed order, as "special" tokens, they cannot vary.
     inner_alphabet = [
-        _CONTINUATION + character
-        for character in alphabet
-        if len(backend.pre_tokenizer.pre_tokenize_str("a" + character)) == 1
+        _CONTINUATION + character for character in alphabet if len(backend.pre_tokenizer.pre_tokenize_str("a" + character)) == 1
     ]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -129,11 +127,7 @@ def _from_json(path: Path, options: dict[str, Any]) -> PreTrainedTokenizerFast:
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises nothing narrower
         raise TokenizerError(f"{path}: not a readable tokenizer.json ({error})") from error
-    known = {
-        name: value
-        for name, value in options.items()
-        if name not in SPECIAL_TOKENS or backend.token_to_id(value) is not None
-    }
+    known = {name: value for name, value in options.items() if name not in SPECIAL_TOKENS or backend.token_to_id(value) is not None}
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=inputs, **known)
 

@@ -26,14 +26,22 @@ def register(
     """Defines ``fastbert::<name>`` with ``schema`` (arguments and results) for every device.
 
     ``fake`` computes result shapes, dtypes and devices without data; ``setup_context(ctx, inputs, output)`` and
-    ``backward(ctx, *grads)`` are autograd's, both or neither.
+    ``backward(ctx, *grads)`` are autograd's. Without them, as for the operators that are a backward themselves, asking for a
+    derivative is an error.
     """
     _library.define(name + schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    if backward is None:
+
+        def backward(ctx, *grads):
+            raise RuntimeError(
+                f"{qualified} has no derivative: fastbert's ops can be differentiated once; for second derivatives load the "
+                "model with attn_implementation='eager'"
+            )
+
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
 
 
 def check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...], meaning: str) -> None:

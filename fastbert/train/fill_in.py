@@ -54,17 +54,13 @@ def fill_in_examples(
         FilledMask(
             text=_shown_text(input_ids[i], int(positions[i]), tokenizer),
             truth=tokenizer.convert_ids_to_tokens(int(truths[i])),
-            predictions=list(
-                zip(tokenizer.convert_ids_to_tokens(best.indices[i].tolist()), best.values[i].tolist(), strict=True)
-            ),
+            predictions=list(zip(tokenizer.convert_ids_to_tokens(best.indices[i].tolist()), best.values[i].tolist(), strict=True)),
         )
         for i in range(len(chosen))
     ]
 
 
-def _mask_logits(
-    model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, positions: Tensor, input_ids: Tensor
-) -> Tensor:
+def _mask_logits(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, positions: Tensor, input_ids: Tensor) -> Tensor:
     """The logits (sequences, vocabulary), float32 on the CPU, at the masked position of each sequence."""
     training = model.training
     model.eval()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -27,9 +30,7 @@ class Learner:
         self.model = model
         self.max_grad_norm = settings.max_grad_norm
         self.optimizer = build_optimizer(model, settings.learning_rate, settings.weight_decay)
-        self.schedule = build_schedule(
-            self.optimizer, settings.effective_warmup_steps, settings.steps, start_step=start_step
-        )
+        self.schedule = build_schedule(self.optimizer, settings.effective_warmup_steps, settings.steps, start_step=start_step)
 
     @property
     def learning_rate(self) -> float:
@@ -53,7 +54,8 @@ class Learner:
         """Writes config.json, model.safetensors (one file) and optimizer.safetensors."""
         save_model(self.model, folder)
         tensors = {name: tensor.contiguous() for name, tensor in optimizer_tensors(self.model, self.optimizer).items()}
-        save_file(tensors, folder / OPTIMIZER_NAME)
+        with os_errors(folder):
+            save_file(tensors, folder / OPTIMIZER_NAME)
 
     def load(self, folder: Path) -> None:
         """Reads what :meth:`save` wrote. Raises :class:`TrainingError` where it is of another model."""
@@ -69,10 +71,20 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        model.save_pretrained(folder, max_shard_size=sum(parameter.nbytes for parameter in model.parameters()) + 1)
+        with os_errors(folder):
+            model.save_pretrained(folder, max_shard_size=sum(parameter.nbytes for parameter in model.parameters()) + 1)
     finally:
         if shown:
             enable_progress_bar()
+
+
+@contextmanager
+def os_errors(folder: Path) -> Iterator[None]:
+    """safetensors reports a full disk as an error of its own; here it is an ``OSError`` that names ``folder``, like any other."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write to {folder}: {error}") from error
 
 
 def synchronize(device: torch.device) -> None:

@@ -93,8 +93,7 @@ def _scores(result: PretrainResult) -> str:
     ]
     lines = ["| | before training | after training |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     return (
-        "\n".join(lines)
-        + f"\n\nMeasured on {result.data['scored_tokens']:,} held-out tokens, with the same sentence pairs and "
+        "\n".join(lines) + f"\n\nMeasured on {result.data['scored_tokens']:,} held-out tokens, with the same sentence pairs and "
         "masks each time. `loss.png` shows the way there, `metrics.jsonl` has the numbers."
     )
 

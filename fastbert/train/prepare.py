@@ -83,9 +83,7 @@ def fingerprint(corpus: TokenizedCorpus) -> str:
     return digest.hexdigest()
 
 
-def build_model(
-    settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None
-) -> BertForPreTraining:
+def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None) -> BertForPreTraining:
     """The model in float32 on the CPU: of the ``checkpoint``'s shape for a continued run, from ``--model`` else.
 
     Fresh weights follow torch's seed. Raises :class:`SettingsError` where tokenizer, lengths and model do not fit together,
@@ -135,9 +133,7 @@ def _documents(settings: PretrainSettings, say: Say) -> tuple[list[Document], Co
     return documents, report
 
 
-def _tokenizer(
-    settings: PretrainSettings, documents: list[Document], say: Say, checkpoint: Path | None
-) -> PreTrainedTokenizerFast:
+def _tokenizer(settings: PretrainSettings, documents: list[Document], say: Say, checkpoint: Path | None) -> PreTrainedTokenizerFast:
     name = checkpoint or settings.tokenizer or (settings.model if settings.continues_checkpoint else None)
     if name is not None:
         return load_tokenizer(name)

@@ -223,8 +223,7 @@ def _say_results(result: PretrainResult, report: ComparisonReport | None, say: S
 
 def _scores_text(scores: dict[str, float]) -> str:
     return (
-        f"MLM loss {scores['mlm_loss']:.3f}, MLM accuracy {scores['mlm_accuracy']:.1%}, "
-        f"NSP accuracy {scores['nsp_accuracy']:.1%}"
+        f"MLM loss {scores['mlm_loss']:.3f}, MLM accuracy {scores['mlm_accuracy']:.1%}, NSP accuracy {scores['nsp_accuracy']:.1%}"
     )
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import write_checkpoint
 from .compare import Comparison
-from .learner import Learner
+from .learner import Learner, os_errors
 from .metrics import Window
 from .run_folder import STATE_NAME
 
@@ -64,7 +64,8 @@ def save_run(
     def write(folder: Path) -> None:
         learner.save(folder)
         tokenizer.save_pretrained(folder)
-        save_file(_rng_states(learner.model.device), folder / RNG_NAME)
+        with os_errors(folder):
+            save_file(_rng_states(learner.model.device), folder / RNG_NAME)
         if comparison is not None:
             comparison.save(folder)
         state.write(folder)

@@ -10,7 +10,15 @@ from fastbert.data.corpus import Document
 from fastbert.data.tokens import TokenizedCorpus
 
 CLS, SEP, MASK = 2, 3, 4
-_SUBJECTS = ["the old captain", "a tall ship", "my neighbour", "every sailor", "the harbour", "a grey gull", "the lighthouse keeper"]
+_SUBJECTS = [
+    "the old captain",
+    "a tall ship",
+    "my neighbour",
+    "every sailor",
+    "the harbour",
+    "a grey gull",
+    "the lighthouse keeper",
+]
 _VERBS = ["watched", "remembered", "followed", "painted", "answered", "forgot", "carried"]
 _OBJECTS = ["the quiet sea", "a letter from home", "seven lanterns", "the north wind", "nothing at all", "a broken compass"]
 _ENDS = ["before dawn", "in the winter of 1912", "without a word", "near the pier", "for many years", "again and again"]
@@ -40,6 +48,4 @@ def numbered_corpus(document_lengths: list[list[int]]) -> TokenizedCorpus:
 def random_lengths(documents: int, seed: int) -> list[list[int]]:
     """Documents of 1 to 30 sentences of 1 to 40 tokens, and some sentences of 150."""
     draw = random.Random(seed)
-    return [
-        [draw.randint(1, 40) if draw.random() < 0.97 else 150 for _ in range(draw.randint(1, 30))] for _ in range(documents)
-    ]
+    return [[draw.randint(1, 40) if draw.random() < 0.97 else 150 for _ in range(draw.randint(1, 30))] for _ in range(documents)]

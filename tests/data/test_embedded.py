@@ -60,7 +60,9 @@ def test_docstrings_are_cleaned_and_nothing_is_imported(tmp_path: Path, monkeypa
     (package / "__init__.py").write_text(MODULE)
     (package / "copy.py").write_text(MODULE)
     (package / "tests" / "test_it.py").write_text('"""Docstrings of the tests of a package are never part of it."""')
-    (package / "GUIDE.md").write_text("# Guide\n\nThe guide tells new captains where to anchor.\n\n```\nnot this line, it is code\n```\n")
+    (package / "GUIDE.md").write_text(
+        "# Guide\n\nThe guide tells new captains where to anchor.\n\n```\nnot this line, it is code\n```\n"
+    )
     (package / "LICENSE.md").write_text("Permission is hereby granted to anyone who asks politely for it.")
     (package / "dangling.md").symlink_to(tmp_path / "nowhere")
     monkeypatch.setattr(embedded, "_packages", lambda: [("harbour", package)])
@@ -91,20 +93,20 @@ def test_an_installation_without_sources_is_an_error(tmp_path: Path, monkeypatch
 def test_the_search_finds_the_docstrings_that_a_parser_finds() -> None:
     library = Path(sysconfig.get_path("stdlib"))
     files = [*sorted(library.glob("*.py")), *sorted((library / "email").rglob("*.py"))]
-    parsed = found = right = 0
+    parsed = found = 0
     for file in files:
         source = file.read_text(encoding="utf-8", errors="ignore")
         nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         truth = {
             text
             for node in ast.walk(ast.parse(source))
-            if isinstance(node, nodes) and (text := ast.get_docstring(node, clean=False)) and len(text.split()) > 6
+            if isinstance(node, nodes) and (text := ast.get_docstring(node, clean=False)) and "\n" in text
         }
-        ours = {text for text in embedded._docstrings(source) if len(text.split()) > 6}
-        parsed, found, right = parsed + len(truth), found + len(truth & ours), right + len(ours & truth)
+        ours = {text for text in embedded._docstrings(source) if "\n" in text}
+        parsed, found = parsed + len(truth), found + len(truth & ours)
         assert len(ours - truth) <= 2, file
     assert parsed > 2000
-    assert found >= 0.98 * parsed
+    assert found >= 0.995 * parsed
 
 
 def test_this_installation_gives_prose_in_a_fixed_order_up_to_the_cap() -> None:
@@ -119,7 +121,7 @@ def test_this_installation_gives_prose_in_a_fixed_order_up_to_the_cap() -> None:
     paragraphs = [paragraph for document in documents for paragraph in document.paragraphs]
     assert len(set(paragraphs)) == len(paragraphs)
     for paragraph in paragraphs:
-        assert ">>>" not in paragraph and "\n" not in paragraph and len(paragraph.split()) >= 4
+        assert ">>>" not in paragraph and "\n" not in paragraph and len(paragraph.split()) >= 6
         paragraph.encode()
     smaller, _ = embedded_documents(300_000)
     assert smaller[:-1] == documents[: len(smaller) - 1]

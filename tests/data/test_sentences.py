@@ -40,7 +40,45 @@ def test_examples(paragraph: str, sentences: list[str] | int) -> None:
 
 def test_no_text_is_lost_and_no_sentence_is_empty() -> None:
     draw = random.Random(7)
-    pieces = [*[".", "!", "?", "…", "。", "！", '"', "'", "”", ")", "]", "[", "(", "-", "Mr", "Dr.", "e.g.", "No.", "5", "1.", "U.S.", "The", "the", "ÀB", "ß", "中", "文", "\xa0", "\u2028", "\t", "\x1c", "\n"], " ", "  ", ""]
+    pieces = [
+        *[
+            ".",
+            "!",
+            "?",
+            "…",
+            "。",
+            "！",
+            '"',
+            "'",
+            "”",
+            ")",
+            "]",
+            "[",
+            "(",
+            "-",
+            "Mr",
+            "Dr.",
+            "e.g.",
+            "No.",
+            "5",
+            "1.",
+            "U.S.",
+            "The",
+            "the",
+            "ÀB",
+            "ß",
+            "中",
+            "文",
+            "\xa0",
+            "\u2028",
+            "\t",
+            "\x1c",
+            "\n",
+        ],
+        " ",
+        "  ",
+        "",
+    ]
     for _ in range(5000):
         paragraph = "".join(draw.choices(pieces, k=draw.randint(0, 30)))
         sentences = split_sentences(paragraph)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertForPreTraining
 
 from fastbert.data.corpus import CorpusError
@@ -153,6 +154,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy_settings):
         pretrain(settings, quiet)
     newest = checkpoint_folders(Path(settings.output))[0]
     assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder(toy_settings, monkeypatch):
+    def full(tensors, filename, metadata=None):
+        if "checkpoint-6" in str(filename):
+            raise SafetensorError("I/O error: No space left on device")
+        save_file(tensors, filename, metadata)
+
+    monkeypatch.setattr("fastbert.train.learner.save_file", full)
+    settings = toy_settings()
+    with pytest.raises(OSError, match="checkpoint-6: I/O error: No space left"):
+        pretrain(settings, quiet)
+    assert [folder.name for folder in checkpoint_folders(Path(settings.output))] == ["checkpoint-3"]
+    monkeypatch.undo()
+    assert pretrain(toy_settings(resume=True), quiet).steps == 8
 
 
 def test_overwriting_deletes_the_run_and_only_when_its_text_is_good(toy_settings, tmp_path):
