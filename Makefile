@@ -14,8 +14,9 @@ demo: $(VENV)/installed
 	$(BIN)/fastbert pretrain --compare --overwrite --output runs/demo --model tiny --vocab-size 8000 \
 		--steps 200 --compare-steps 60 --max-seq-length 128 --tokens-per-batch 4096 --warmup-steps 20 --learning-rate 1e-3
 
+# One process per core: most of the time goes into Triton's interpreter, which is single-threaded Python.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q --durations=8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=worksteal --durations=8
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import dropout_arguments, keep_tile
+from .dropout import dropout_arguments, interleaved_columns, keep_tile
 from .launch import device_guard
 from .precision import dot, dot_precision, round_to
 
@@ -63,7 +63,7 @@ BACKWARD_DQ_CONFIGS = {
     (4, 32): TileConfig(64, 32, 4, 1),
     (4, 64): TileConfig(64, 32, 8, 1),
     (4, 128): TileConfig(32, 32, 8, 1),
-    (4, 256): TileConfig(32, 16, 8, 1),
+    (4, 256): TileConfig(32, 32, 8, 1),
 }
 BACKWARD_DKV_CONFIGS = {
     (2, 16): TileConfig(64, 64, 4, 2),
@@ -90,14 +90,14 @@ def _program(cu_seqlens_ptr, num_blocks, num_heads: tl.constexpr):
 
 
 @triton.jit
-def _tile_pointers(ptr, first_row, row_stride: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEAD_DIM: tl.constexpr):
-    offsets = tl.arange(0, BLOCK_ROWS)[:, None] * row_stride + tl.arange(0, BLOCK_HEAD_DIM)[None, :]
+def _tile_pointers(ptr, first_row, rows, row_stride: tl.constexpr, BLOCK_HEAD_DIM: tl.constexpr):
+    offsets = rows[:, None] * row_stride + tl.arange(0, BLOCK_HEAD_DIM)[None, :]
     return ptr + tl.cast(first_row, tl.int64) * row_stride + offsets
 
 
 @triton.jit
-def _tile_mask(num_rows, head_dim: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEAD_DIM: tl.constexpr):
-    mask = (tl.arange(0, BLOCK_ROWS) < num_rows)[:, None]
+def _tile_mask(rows, num_rows, head_dim: tl.constexpr, BLOCK_HEAD_DIM: tl.constexpr):
+    mask = (rows < num_rows)[:, None]
     if head_dim != BLOCK_HEAD_DIM:
         mask = mask & (tl.arange(0, BLOCK_HEAD_DIM) < head_dim)[None, :]
     return mask
@@ -105,33 +105,19 @@ def _tile_mask(num_rows, head_dim: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK
 
 @triton.jit
 def _load_tile(
-    ptr,
-    first_row,
-    num_rows,
-    row_stride: tl.constexpr,
-    head_dim: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_HEAD_DIM: tl.constexpr,
+    ptr, first_row, rows, num_rows, row_stride: tl.constexpr, head_dim: tl.constexpr, BLOCK_HEAD_DIM: tl.constexpr
 ):
-    """Rows first_row .. first_row + BLOCK_ROWS - 1 of a (num_rows, head_dim) matrix, zero outside of it."""
-    pointers = _tile_pointers(ptr, first_row, row_stride, BLOCK_ROWS, BLOCK_HEAD_DIM)
-    mask = _tile_mask(num_rows - first_row, head_dim, BLOCK_ROWS, BLOCK_HEAD_DIM)
-    return tl.load(pointers, mask=mask, other=0.0)
+    """Rows first_row + rows of a (num_rows, head_dim) matrix, zero outside of it; ``rows`` (R,) are those of one block."""
+    pointers = _tile_pointers(ptr, first_row, rows, row_stride, BLOCK_HEAD_DIM)
+    return tl.load(pointers, mask=_tile_mask(rows, num_rows - first_row, head_dim, BLOCK_HEAD_DIM), other=0.0)
 
 
 @triton.jit
 def _store_tile(
-    ptr,
-    tile,
-    first_row,
-    num_rows,
-    row_stride: tl.constexpr,
-    head_dim: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_HEAD_DIM: tl.constexpr,
+    ptr, tile, first_row, rows, num_rows, row_stride: tl.constexpr, head_dim: tl.constexpr, BLOCK_HEAD_DIM: tl.constexpr
 ):
-    pointers = _tile_pointers(ptr, first_row, row_stride, BLOCK_ROWS, BLOCK_HEAD_DIM)
-    mask = _tile_mask(num_rows - first_row, head_dim, BLOCK_ROWS, BLOCK_HEAD_DIM)
+    pointers = _tile_pointers(ptr, first_row, rows, row_stride, BLOCK_HEAD_DIM)
+    mask = _tile_mask(rows, num_rows - first_row, head_dim, BLOCK_HEAD_DIM)
     tl.store(pointers, round_to(tile, ptr.dtype.element_ty), mask=mask)
 
 
@@ -163,18 +149,18 @@ def _forward_kernel(
         return
     q_ptr = qkv_ptr + start.to(tl.int64) * (3 * hidden) + head * head_dim
     k_ptr, v_ptr = q_ptr + hidden, q_ptr + 2 * hidden
-    queries = first_query + tl.arange(0, BLOCK_QUERIES)
+    queries = tl.arange(0, BLOCK_QUERIES)
+    keys = interleaved_columns(BLOCK_KEYS)
 
-    q = _load_tile(q_ptr, first_query, length, 3 * hidden, head_dim, BLOCK_QUERIES, BLOCK_HEAD_DIM)
+    q = _load_tile(q_ptr, first_query, queries, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
     row_max = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_QUERIES,), tl.float32)
     acc = tl.zeros((BLOCK_QUERIES, BLOCK_HEAD_DIM), tl.float32)
     zeros = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32)
     for first_key in range(0, length, BLOCK_KEYS):
-        k = _load_tile(k_ptr, first_key, length, 3 * hidden, head_dim, BLOCK_KEYS, BLOCK_HEAD_DIM)
+        k = _load_tile(k_ptr, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
         scores = dot(q, tl.trans(k), zeros, PRECISION)
-        valid = first_key + tl.arange(0, BLOCK_KEYS) < length
-        scores = tl.where(valid[None, :], scores, float("-inf"))
+        scores = tl.where((first_key + keys < length)[None, :], scores, float("-inf"))
         # Every block of keys has a valid one, so the maximum is finite and no row becomes NaN.
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         p = tl.exp2(tl.fma(scores, scale_log2, -new_max[:, None]))
@@ -182,18 +168,18 @@ def _forward_kernel(
         row_sum = row_sum * correction + tl.sum(p, 1)
         row_max = new_max
         if DROPOUT:
-            keep = keep_tile(seed_ptr, start + queries, first_key, head, stream, threshold, BLOCK_KEYS)
+            keep = keep_tile(seed_ptr, start + first_query + queries, first_key, head, stream, threshold, BLOCK_KEYS, True)
             p = tl.where(keep, p, 0.0)
-        v = _load_tile(v_ptr, first_key, length, 3 * hidden, head_dim, BLOCK_KEYS, BLOCK_HEAD_DIM)
+        v = _load_tile(v_ptr, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
         acc = dot(round_to(p, v.dtype), v, acc * correction[:, None], PRECISION)
 
     normalizer = 1.0 / row_sum
     if DROPOUT:
         normalizer *= dropout_scale
     out_ptr += start.to(tl.int64) * hidden + head * head_dim
-    _store_tile(out_ptr, acc * normalizer[:, None], first_query, length, hidden, head_dim, BLOCK_QUERIES, BLOCK_HEAD_DIM)
-    lse_ptr += head.to(tl.int64) * total + start
-    tl.store(lse_ptr + queries, (row_max + tl.log2(row_sum)) * LN_2, mask=queries < length)
+    _store_tile(out_ptr, acc * normalizer[:, None], first_query, queries, length, hidden, head_dim, BLOCK_HEAD_DIM)
+    lse_ptr += head.to(tl.int64) * total + start + first_query
+    tl.store(lse_ptr + queries, (row_max + tl.log2(row_sum)) * LN_2, mask=first_query + queries < length)
 
 
 @triton.jit(do_not_specialize=["total", "num_blocks", "threshold", "stream"])
@@ -226,38 +212,38 @@ def _backward_dq_kernel(
     if first_query >= length:
         return
     q_offset = start.to(tl.int64) * (3 * hidden) + head * head_dim
-    out_offset = start.to(tl.int64) * hidden + head * head_dim
-    row_offset = head.to(tl.int64) * total + start
     q_ptr = qkv_ptr + q_offset
     k_ptr, v_ptr = q_ptr + hidden, q_ptr + 2 * hidden
-    queries = first_query + tl.arange(0, BLOCK_QUERIES)
+    out_offset = start.to(tl.int64) * hidden + head * head_dim
+    row_offset = head.to(tl.int64) * total + start + first_query
+    queries = tl.arange(0, BLOCK_QUERIES)
+    keys = interleaved_columns(BLOCK_KEYS)
+    inside = first_query + queries < length
 
-    q = _load_tile(q_ptr, first_query, length, 3 * hidden, head_dim, BLOCK_QUERIES, BLOCK_HEAD_DIM)
-    do = _load_tile(dout_ptr + out_offset, first_query, length, hidden, head_dim, BLOCK_QUERIES, BLOCK_HEAD_DIM)
-    out = _load_tile(out_ptr + out_offset, first_query, length, hidden, head_dim, BLOCK_QUERIES, BLOCK_HEAD_DIM)
+    q = _load_tile(q_ptr, first_query, queries, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
+    do = _load_tile(dout_ptr + out_offset, first_query, queries, length, hidden, head_dim, BLOCK_HEAD_DIM)
+    out = _load_tile(out_ptr + out_offset, first_query, queries, length, hidden, head_dim, BLOCK_HEAD_DIM)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + row_offset + queries, delta, mask=queries < length)
-    lse_log2 = tl.load(lse_ptr + row_offset + queries, mask=queries < length, other=0.0) * LOG2_E
+    tl.store(delta_ptr + row_offset + queries, delta, mask=inside)
+    lse_log2 = tl.load(lse_ptr + row_offset + queries, mask=inside, other=0.0) * LOG2_E
 
     scale_log2 = softmax_scale * LOG2_E
     acc = tl.zeros((BLOCK_QUERIES, BLOCK_HEAD_DIM), tl.float32)
     zeros = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32)
     for first_key in range(0, length, BLOCK_KEYS):
-        k = _load_tile(k_ptr, first_key, length, 3 * hidden, head_dim, BLOCK_KEYS, BLOCK_HEAD_DIM)
-        v = _load_tile(v_ptr, first_key, length, 3 * hidden, head_dim, BLOCK_KEYS, BLOCK_HEAD_DIM)
-        scores = dot(q, tl.trans(k), zeros, PRECISION)
-        p = tl.exp2(tl.fma(scores, scale_log2, -lse_log2[:, None]))
+        k = _load_tile(k_ptr, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
+        v = _load_tile(v_ptr, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
+        p = tl.exp2(tl.fma(dot(q, tl.trans(k), zeros, PRECISION), scale_log2, -lse_log2[:, None]))
         # A key past the end has score 0, whose exp2(-lse) may be infinite.
-        valid = first_key + tl.arange(0, BLOCK_KEYS) < length
-        p = tl.where(valid[None, :], p, 0.0)
+        p = tl.where((first_key + keys < length)[None, :], p, 0.0)
         dp = dot(do, tl.trans(v), zeros, PRECISION)
         if DROPOUT:
-            keep = keep_tile(seed_ptr, start + queries, first_key, head, stream, threshold, BLOCK_KEYS)
+            keep = keep_tile(seed_ptr, start + first_query + queries, first_key, head, stream, threshold, BLOCK_KEYS, True)
             dp = tl.where(keep, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
         acc = dot(round_to(ds, k.dtype), k, acc, PRECISION)
     dq_ptr = dqkv_ptr + q_offset
-    _store_tile(dq_ptr, acc * softmax_scale, first_query, length, 3 * hidden, head_dim, BLOCK_QUERIES, BLOCK_HEAD_DIM)
+    _store_tile(dq_ptr, acc * softmax_scale, first_query, queries, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["total", "num_blocks", "threshold", "stream"])
@@ -292,38 +278,39 @@ def _backward_dkv_kernel(
     q_ptr = qkv_ptr + q_offset
     dout_ptr += start.to(tl.int64) * hidden + head * head_dim
     row_offset = head.to(tl.int64) * total + start
-    lse_ptr += row_offset
-    delta_ptr += row_offset
+    queries = tl.arange(0, BLOCK_QUERIES)
+    keys = interleaved_columns(BLOCK_KEYS)
 
-    k = _load_tile(q_ptr + hidden, first_key, length, 3 * hidden, head_dim, BLOCK_KEYS, BLOCK_HEAD_DIM)
-    v = _load_tile(q_ptr + 2 * hidden, first_key, length, 3 * hidden, head_dim, BLOCK_KEYS, BLOCK_HEAD_DIM)
+    k = _load_tile(q_ptr + hidden, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
+    v = _load_tile(q_ptr + 2 * hidden, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
     scale_log2 = softmax_scale * LOG2_E
     dk = tl.zeros((BLOCK_KEYS, BLOCK_HEAD_DIM), tl.float32)
     dv = tl.zeros((BLOCK_KEYS, BLOCK_HEAD_DIM), tl.float32)
-    zeros = tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32)
-    # Scores are transposed, (keys, queries), so that probabilities are the left operand of both accumulating products.
+    zeros = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32)
     for first_query in range(0, length, BLOCK_QUERIES):
-        queries = first_query + tl.arange(0, BLOCK_QUERIES)
-        q = _load_tile(q_ptr, first_query, length, 3 * hidden, head_dim, BLOCK_QUERIES, BLOCK_HEAD_DIM)
-        do = _load_tile(dout_ptr, first_query, length, hidden, head_dim, BLOCK_QUERIES, BLOCK_HEAD_DIM)
+        q = _load_tile(q_ptr, first_query, queries, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
+        do = _load_tile(dout_ptr, first_query, queries, length, hidden, head_dim, BLOCK_HEAD_DIM)
         # An infinite log-sum-exp makes the probabilities of queries past the end zero.
-        lse_log2 = tl.load(lse_ptr + queries, mask=queries < length, other=float("inf")) * LOG2_E
-        delta = tl.load(delta_ptr + queries, mask=queries < length, other=0.0)
-        p = tl.exp2(tl.fma(dot(k, tl.trans(q), zeros, PRECISION), scale_log2, -lse_log2[None, :]))
-        dp = dot(v, tl.trans(do), zeros, PRECISION)
+        rows = row_offset + first_query + queries
+        inside = first_query + queries < length
+        lse_log2 = tl.load(lse_ptr + rows, mask=inside, other=float("inf")) * LOG2_E
+        delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+        p = tl.exp2(tl.fma(dot(q, tl.trans(k), zeros, PRECISION), scale_log2, -lse_log2[:, None]))
         p_dropped = p
         if DROPOUT:
-            keep = tl.trans(keep_tile(seed_ptr, start + queries, first_key, head, stream, threshold, BLOCK_KEYS))
+            keep = keep_tile(seed_ptr, start + first_query + queries, first_key, head, stream, threshold, BLOCK_KEYS, True)
             p_dropped = tl.where(keep, p, 0.0)
+        dv = dot(tl.trans(round_to(p_dropped, do.dtype)), do, dv, PRECISION)
+        dp = dot(do, tl.trans(v), zeros, PRECISION)
+        if DROPOUT:
             dp = tl.where(keep, dp * dropout_scale, 0.0)
-        dv = dot(round_to(p_dropped, do.dtype), do, dv, PRECISION)
-        ds = p * (dp - delta[None, :])
-        dk = dot(round_to(ds, q.dtype), q, dk, PRECISION)
+        ds = p * (dp - delta[:, None])
+        dk = dot(tl.trans(round_to(ds, q.dtype)), q, dk, PRECISION)
     if DROPOUT:
         dv *= dropout_scale
     dk_ptr = dqkv_ptr + q_offset + hidden
-    _store_tile(dk_ptr, dk * softmax_scale, first_key, length, 3 * hidden, head_dim, BLOCK_KEYS, BLOCK_HEAD_DIM)
-    _store_tile(dk_ptr + hidden, dv, first_key, length, 3 * hidden, head_dim, BLOCK_KEYS, BLOCK_HEAD_DIM)
+    _store_tile(dk_ptr, dk * softmax_scale, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
+    _store_tile(dk_ptr + hidden, dv, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
 
 
 def attention_forward(

@@ -1,9 +1,8 @@
 // Attention within each sequence of a packed batch, forward and backward.
 //
-// An item is one head of one sequence (or some of its queries): its keys and values are packed once into float32, then blocks of
-// queries pass by. The whole rows of scores of a block stay in the second-level cache, so that the softmax needs no online
+// The keys and values of one head of one sequence are packed once into float32, then blocks of queries pass by. The whole rows of scores of a block stay in the second-level cache, so that the softmax needs no online
 // rescaling: BERT's sequences are short. The backward pass recomputes the probabilities from the saved log-sum-exp (Dao et al.,
-// 2022, algorithm 4); one item owns all of its head's dK and dV, so there are no atomics and the result is deterministic.
+// 2022, algorithm 4); one thread owns all of a head's dK and dV, so there are no atomics and the result is deterministic.
 
 #include "cpu/attention_schedule.h"
 #include "cpu/gemm.h"
@@ -17,7 +16,6 @@ namespace {
 
 constexpr int64_t kMaxQueryBlock = 96, kMinQueryBlock = 24;
 constexpr int64_t kScoreFloats = 48 * 1024;  // of a block of queries: 192 KB of the second-level cache
-constexpr int64_t kItemsPerThread = 3;
 
 // What an item needs to know of a head's size, and the leading dimensions of the packed copies.
 struct Shape {
@@ -136,17 +134,17 @@ struct Softmax {
 
 // Overwrites a row of scores with exp(score - max), and the padding with 0.
 Softmax exponentiate_row(float* scores, const Shape& shape) {
-  for (int64_t column = shape.length; column < shape.padded_length; ++column) scores[column] = -__builtin_inff();
-  Vec maxima = load(scores), sums{};
-  for (int64_t column = kWidth; column < shape.padded_length; column += kWidth) {
-    maxima = maximum(load(scores + column), maxima);
-  }
-  const float max = max_lanes(maxima);
-  for (int64_t column = 0; column < shape.padded_length; column += kWidth) {
-    const Vec e = exp(load(scores + column) - max);
+  Vec maxima[kSlots], sums{};
+  for (Vec& slot : maxima) slot = splat(-__builtin_inff());
+  for_columns_in_slots(shape.length, [&](int64_t column, auto extent, int slot) {
+    maxima[slot] = maximum(within(load(scores + column), -__builtin_inff(), extent), maxima[slot]);
+  });
+  const float max = max_slots(maxima);
+  for_columns(shape.length, [&](int64_t column, auto extent) {
+    const Vec e = within(exp(load(scores + column) - max), 0.0f, extent);
     sums += e;
     store(scores + column, e);
-  }
+  });
   return {max, sum_lanes(sums)};
 }
 
@@ -157,15 +155,17 @@ void drop_row(float* scores, const uint16_t* bits, int64_t length, uint32_t thre
 }
 
 template <typename T>
-void forward_item(const AttentionForwardParams& p, const AttentionItem& item) {
-  const Shape shape(item.length, p.head_dim);
-  Arena arena(thread_scratch(scratch_floats<ForwardScratch>(shape)));
-  const ForwardScratch scratch(arena, shape);
-
+void forward_head(const AttentionForwardParams& p, const AttentionItem& item, int64_t head, const Shape& shape,
+                  const ForwardScratch& scratch) {
   const int64_t hidden = p.num_heads * p.head_dim;
-  const T* queries = static_cast<const T*>(p.qkv) + item.start * 3 * hidden + item.head * p.head_dim;
-  T* out = static_cast<T*>(p.out) + item.start * hidden + item.head * p.head_dim;
-  float* lse = p.lse + item.head * p.total + item.start;
+  const T* queries = static_cast<const T*>(p.qkv) + item.start * 3 * hidden + head * p.head_dim;
+  T* out = static_cast<T*>(p.out) + item.start * hidden + head * p.head_dim;
+  float* lse = p.lse + head * p.total + item.start;
+  Prefetcher prefetcher(shape.length, count_tiles(item.num_queries, shape.length, p.head_dim) +
+                                          count_tiles(item.num_queries, p.head_dim, shape.length));
+  if (head + 1 < item.last_head) {
+    for (int i = 0; i < 3; ++i) prefetcher.add(queries + p.head_dim + i * hidden, p.head_dim * sizeof(T), 3 * hidden * sizeof(T));
+  }
   pack_transposed(queries + hidden, 3 * hidden, shape, scratch.keys);
   pack_rows(queries + 2 * hidden, 3 * hidden, shape.length, shape, 1.0f, scratch.values);
 
@@ -174,7 +174,7 @@ void forward_item(const AttentionForwardParams& p, const AttentionItem& item) {
     const int64_t rows = end - first < shape.query_block ? end - first : shape.query_block;
     pack_rows(queries + first * 3 * hidden, 3 * hidden, rows, shape, p.softmax_scale, scratch.queries);
     multiply(rows, shape.padded_length, shape.head_dim, {scratch.queries, shape.padded_head_dim, 1}, {scratch.keys, 0},
-             scratch.scores, shape.score_leading, false);
+             scratch.scores, shape.score_leading, false, prefetcher);
     float scales[kMaxQueryBlock];
     for (int64_t row = 0; row < rows; ++row) {
       float* scores = scratch.scores + row * shape.score_leading;
@@ -182,13 +182,13 @@ void forward_item(const AttentionForwardParams& p, const AttentionItem& item) {
       lse[first + row] = softmax.max + __builtin_logf(softmax.sum);
       scales[row] = 1.0f / softmax.sum;
       if (p.dropout.threshold > 0) {
-        dropout_bits(scratch.bits, shape.length, item.start + first + row, item.head, p.dropout);
+        dropout_bits(scratch.bits, shape.length, item.start + first + row, head, p.dropout);
         drop_row(scores, scratch.bits, shape.length, p.dropout.threshold);
         scales[row] *= p.dropout.scale;
       }
     }
     multiply(rows, shape.padded_head_dim, shape.length, {scratch.scores, shape.score_leading, 1},
-             {scratch.values, shape.padded_head_dim}, scratch.out, shape.padded_head_dim, false);
+             {scratch.values, shape.padded_head_dim}, scratch.out, shape.padded_head_dim, false, prefetcher);
     for (int64_t row = 0; row < rows; ++row) {
       unpack_rows(scratch.out + row * shape.padded_head_dim, 1, shape, scales[row], out + (first + row) * hidden, hidden);
     }
@@ -222,19 +222,24 @@ void differentiate_row(float* scores, float* gradients, const Shape& shape, floa
 }
 
 template <typename T>
-void backward_item(const AttentionBackwardParams& p, const AttentionItem& item) {
-  const Shape shape(item.length, p.head_dim);
-  Arena arena(thread_scratch(scratch_floats<BackwardScratch>(shape)));
-  const BackwardScratch scratch(arena, shape);
-
+void backward_head(const AttentionBackwardParams& p, const AttentionItem& item, int64_t head, const Shape& shape,
+                   const BackwardScratch& scratch) {
   const int64_t hidden = p.num_heads * p.head_dim;
-  const int64_t qkv_offset = item.start * 3 * hidden + item.head * p.head_dim;
-  const int64_t out_offset = item.start * hidden + item.head * p.head_dim;
+  const int64_t qkv_offset = item.start * 3 * hidden + head * p.head_dim;
+  const int64_t out_offset = item.start * hidden + head * p.head_dim;
   const T* queries = static_cast<const T*>(p.qkv) + qkv_offset;
   const T* out = static_cast<const T*>(p.out) + out_offset;
   const T* dout = static_cast<const T*>(p.dout) + out_offset;
   T* dqueries = static_cast<T*>(p.dqkv) + qkv_offset;
-  const float* lse = p.lse + item.head * p.total + item.start;
+  const float* lse = p.lse + head * p.total + item.start;
+  Prefetcher prefetcher(shape.length, 2 * count_tiles(shape.length, shape.length, p.head_dim) +
+                                          3 * count_tiles(shape.length, p.head_dim, shape.length));
+  if (head + 1 < item.last_head) {
+    const int64_t bytes = p.head_dim * sizeof(T), stride = hidden * sizeof(T);
+    for (int i = 0; i < 3; ++i) prefetcher.add(queries + p.head_dim + i * hidden, bytes, 3 * stride);
+    prefetcher.add(dout + p.head_dim, bytes, stride);
+    prefetcher.add(out + p.head_dim, bytes, stride);
+  }
   pack_transposed(queries + hidden, 3 * hidden, shape, scratch.keys_transposed);
   pack_transposed(queries + 2 * hidden, 3 * hidden, shape, scratch.values_transposed);
   pack_rows(queries + hidden, 3 * hidden, shape.length, shape, 1.0f, scratch.keys);
@@ -244,51 +249,62 @@ void backward_item(const AttentionBackwardParams& p, const AttentionItem& item) 
     pack_rows(queries + first * 3 * hidden, 3 * hidden, rows, shape, p.softmax_scale, scratch.queries);
     pack_rows(dout + first * hidden, hidden, rows, shape, 1.0f, scratch.douts);
     multiply(rows, shape.padded_length, shape.head_dim, {scratch.queries, shape.padded_head_dim, 1},
-             {scratch.keys_transposed, 0}, scratch.probabilities, shape.score_leading, false);
+             {scratch.keys_transposed, 0}, scratch.probabilities, shape.score_leading, false, prefetcher);
     multiply(rows, shape.padded_length, shape.head_dim, {scratch.douts, shape.padded_head_dim, 1},
-             {scratch.values_transposed, 0}, scratch.dscores, shape.score_leading, false);
+             {scratch.values_transposed, 0}, scratch.dscores, shape.score_leading, false, prefetcher);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t query = first + row;
       const float delta = inner_product(dout + query * hidden, out + query * hidden, shape.head_dim);
       float* scores = scratch.probabilities + row * shape.score_leading;
       float* gradients = scratch.dscores + row * shape.score_leading;
       if (p.dropout.threshold > 0) {
-        dropout_bits(scratch.bits, shape.length, item.start + query, item.head, p.dropout);
+        dropout_bits(scratch.bits, shape.length, item.start + query, head, p.dropout);
         differentiate_row<true>(scores, gradients, shape, lse[query], delta, scratch.bits, p.dropout);
       } else {
         differentiate_row<false>(scores, gradients, shape, lse[query], delta, nullptr, p.dropout);
       }
     }
     multiply(rows, shape.padded_head_dim, shape.length, {scratch.dscores, shape.score_leading, 1},
-             {scratch.keys, shape.padded_head_dim}, scratch.dqueries, shape.padded_head_dim, false);
+             {scratch.keys, shape.padded_head_dim}, scratch.dqueries, shape.padded_head_dim, false, prefetcher);
     unpack_rows(scratch.dqueries, rows, shape, p.softmax_scale, dqueries + first * 3 * hidden, 3 * hidden);
     // The packed queries carry the softmax scale already, and with it dK.
     multiply(shape.length, shape.padded_head_dim, rows, {scratch.dscores, 1, shape.score_leading},
-             {scratch.queries, shape.padded_head_dim}, scratch.dkeys, shape.padded_head_dim, first > 0);
+             {scratch.queries, shape.padded_head_dim}, scratch.dkeys, shape.padded_head_dim, first > 0, prefetcher);
     multiply(shape.length, shape.padded_head_dim, rows, {scratch.probabilities, 1, shape.score_leading},
-             {scratch.douts, shape.padded_head_dim}, scratch.dvalues, shape.padded_head_dim, first > 0);
+             {scratch.douts, shape.padded_head_dim}, scratch.dvalues, shape.padded_head_dim, first > 0, prefetcher);
   }
   unpack_rows(scratch.dkeys, shape.length, shape, 1.0f, dqueries + hidden, 3 * hidden);
   unpack_rows(scratch.dvalues, shape.length, shape, 1.0f, dqueries + 2 * hidden, 3 * hidden);
 }
 
+// Runs head(item, head, shape, scratch) for every head of the batch.
+template <typename Scratch, typename Head>
+void for_heads(const AttentionSchedule& schedule, int64_t total, int64_t num_heads, int64_t head_dim, int num_threads,
+               const Head& head) {
+  const int64_t elements = total * schedule.max_length() * num_heads;
+  parallel_for(schedule.num_items(), elements < kElementsWorthThreads ? 1 : num_threads, [&](int64_t index) {
+    const AttentionItem& item = schedule.item(index);
+    const Shape shape(item.length, head_dim);
+    Arena arena(thread_scratch(scratch_floats<Scratch>(shape)));
+    const Scratch scratch(arena, shape);
+    for (int64_t h = item.first_head; h < item.last_head; ++h) head(item, h, shape, scratch);
+  });
+}
+
 }  // namespace
 
 void attention_forward(const AttentionForwardParams& p, int num_threads) {
-  const AttentionSchedule schedule(p.cu_seqlens, p.batch, p.num_heads, kItemsPerThread * num_threads, kMinQueryBlock);
-  const int64_t elements = p.total * schedule.max_length() * p.num_heads;
-  parallel_for(schedule.num_items(), elements < kElementsWorthThreads ? 1 : num_threads, [&](int64_t index) {
-    const AttentionItem& item = schedule.item(index);
-    p.dtype == DType::float32 ? forward_item<float>(p, item) : forward_item<BFloat16>(p, item);
+  const AttentionSchedule schedule(p.cu_seqlens, p.batch, p.num_heads, num_threads, kMinQueryBlock);
+  for_heads<ForwardScratch>(schedule, p.total, p.num_heads, p.head_dim, num_threads, [&](auto&... head) {
+    p.dtype == DType::float32 ? forward_head<float>(p, head...) : forward_head<BFloat16>(p, head...);
   });
 }
 
 void attention_backward(const AttentionBackwardParams& p, int num_threads) {
-  const AttentionSchedule schedule(p.cu_seqlens, p.batch, p.num_heads, 1, kMinQueryBlock);
-  const int64_t elements = p.total * schedule.max_length() * p.num_heads;
-  parallel_for(schedule.num_items(), elements < kElementsWorthThreads ? 1 : num_threads, [&](int64_t index) {
-    const AttentionItem& item = schedule.item(index);
-    p.dtype == DType::float32 ? backward_item<float>(p, item) : backward_item<BFloat16>(p, item);
+  constexpr int64_t whole_sequences = INT64_MAX;
+  const AttentionSchedule schedule(p.cu_seqlens, p.batch, p.num_heads, num_threads, whole_sequences);
+  for_heads<BackwardScratch>(schedule, p.total, p.num_heads, p.head_dim, num_threads, [&](auto&... head) {
+    p.dtype == DType::float32 ? backward_head<float>(p, head...) : backward_head<BFloat16>(p, head...);
   });
 }
 

@@ -4,7 +4,7 @@
 
 namespace fastbert::cpu {
 
-AttentionSchedule::AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, int64_t num_heads, int64_t min_items,
+AttentionSchedule::AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, int64_t num_heads, int num_threads,
                                      int64_t min_queries) {
   struct Sequence {
     int64_t start, length;
@@ -16,14 +16,19 @@ AttentionSchedule::AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, i
   }
   std::stable_sort(sequences.begin(), sequences.end(), [](auto& a, auto& b) { return a.length > b.length; });
 
+  // So many items per thread that the last ones to finish do not keep the others waiting for long.
+  constexpr int64_t items_per_thread = 8, pieces_per_thread = 3;
   const int64_t heads_total = std::max<int64_t>(static_cast<int64_t>(sequences.size()) * num_heads, 1);
-  const int64_t wanted_pieces = (min_items + heads_total - 1) / heads_total;
+  const int64_t heads_per_item =
+      num_threads == 1 ? num_heads : std::clamp<int64_t>(heads_total / (items_per_thread * num_threads), 1, num_heads);
+  const int64_t wanted_pieces = num_threads == 1 ? 1 : (pieces_per_thread * num_threads + heads_total - 1) / heads_total;
   for (const Sequence& sequence : sequences) {
     const int64_t pieces = std::clamp<int64_t>(sequence.length / min_queries, 1, wanted_pieces);
-    for (int64_t head = 0; head < num_heads; ++head) {
+    for (int64_t head = 0; head < num_heads; head += heads_per_item) {
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t first = piece * sequence.length / pieces, last = (piece + 1) * sequence.length / pieces;
-        items_.push_back({sequence.start, sequence.length, head, first, last - first});
+        const int64_t last_head = std::min(head + heads_per_item, num_heads);
+        items_.push_back({sequence.start, sequence.length, head, last_head, first, last - first});
       }
     }
   }

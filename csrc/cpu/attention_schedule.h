@@ -7,18 +7,19 @@
 
 namespace fastbert::cpu {
 
-// Some queries of one head of one sequence, which see all keys of the sequence.
+// Some heads of one sequence, and some of its queries, which see all keys of the sequence.
 struct AttentionItem {
-  int64_t start, length;  // of the sequence, in rows of the packed batch
-  int64_t head;
+  int64_t start, length;             // of the sequence, in rows of the packed batch
+  int64_t first_head, last_head;     // last_head is not included
   int64_t first_query, num_queries;  // within the sequence
 };
 
 // The items of a packed batch, long sequences first, so that no thread ends with a long one when the others are done.
 class AttentionSchedule {
  public:
-  // min_items: sequences are cut into pieces of at least min_queries queries until there are this many items; 1 cuts nothing.
-  AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, int64_t num_heads, int64_t min_items, int64_t min_queries);
+  // A thread gets neighbouring heads where there is enough for all, and a few of a head's queries, at least min_queries, where
+  // there are fewer heads than threads.
+  AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, int64_t num_heads, int num_threads, int64_t min_queries);
   AttentionSchedule(const AttentionSchedule&) = delete;
   ~AttentionSchedule();
 

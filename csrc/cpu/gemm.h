@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cpu/prefetch.h"
 #include "cpu/vec.h"
 
 namespace fastbert::cpu::FASTBERT_ISA {
@@ -69,10 +70,11 @@ FASTBERT_INLINE void multiply_rows(int64_t rows, int64_t depth, LeftMatrix a, co
 
 template <int Vectors = kPanelVectors>
 FASTBERT_INLINE void multiply_panel(int64_t vectors, int64_t rows, int64_t depth, LeftMatrix a, const float* b,
-                                    int64_t b_leading, float* c, int64_t c_leading, bool accumulate) {
+                                    int64_t b_leading, float* c, int64_t c_leading, bool accumulate,
+                                    Prefetcher& prefetcher) {
   if constexpr (Vectors > 1) {
     if (vectors < Vectors) {
-      return multiply_panel<Vectors - 1>(vectors, rows, depth, a, b, b_leading, c, c_leading, accumulate);
+      return multiply_panel<Vectors - 1>(vectors, rows, depth, a, b, b_leading, c, c_leading, accumulate, prefetcher);
     }
   }
   // Groups of nearly equal size: a last group of one row would leave most of the arithmetic units idle.
@@ -81,13 +83,15 @@ FASTBERT_INLINE void multiply_panel(int64_t vectors, int64_t rows, int64_t depth
     const int64_t first = group * rows / groups, last = (group + 1) * rows / groups;
     const LeftMatrix a_rows{a.data + first * a.row_stride, a.row_stride, a.depth_stride};
     multiply_rows<Vectors>(last - first, depth, a_rows, b, b_leading, c + first * c_leading, c_leading, accumulate);
+    prefetcher.step();
   }
 }
 
 // C (rows, columns) = A B, or C += A B. columns is a multiple of kWidth. Each element of C is a sum of sums over
 // kDepthBlock products (whose rounding errors grow with the block, not with the depth), the same in whatever tile it falls.
+// The prefetcher makes a step per tile.
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, LeftMatrix a, RightMatrix b, float* c, int64_t c_leading,
-                     bool accumulate) {
+                     bool accumulate, Prefetcher& prefetcher) {
   for (int64_t first_k = 0; first_k < depth; first_k += kDepthBlock) {
     const int64_t block = depth - first_k < kDepthBlock ? depth - first_k : kDepthBlock;
     const LeftMatrix a_block{a.data + first_k * a.depth_stride, a.row_stride, a.depth_stride};
@@ -96,9 +100,16 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, LeftMatrix a,
       const bool packed = b.leading == 0;
       const int64_t leading = packed ? vectors * kWidth : b.leading;
       const float* panel = b.data + (packed ? column * depth : column) + first_k * leading;
-      multiply_panel(vectors, rows, block, a_block, panel, leading, c + column, c_leading, accumulate || first_k > 0);
+      multiply_panel(vectors, rows, block, a_block, panel, leading, c + column, c_leading, accumulate || first_k > 0,
+                     prefetcher);
     }
   }
+}
+
+// How many tiles, and so steps of the prefetcher, multiply() makes.
+constexpr int64_t count_tiles(int64_t rows, int64_t columns, int64_t depth) {
+  return (rows + kTileRows - 1) / kTileRows * ((columns + kPanelColumns - 1) / kPanelColumns) *
+         ((depth + kDepthBlock - 1) / kDepthBlock);
 }
 
 }  // namespace fastbert::cpu::FASTBERT_ISA

@@ -15,12 +15,12 @@ struct Moments {
 // difference of the mean square and the squared mean loses its digits where the mean is large.
 inline Moments row_moments(const float* row, int64_t hidden, Vec sums, float eps) {
   const float mean = sum_lanes(sums) / static_cast<float>(hidden);
-  Vec squares{};
-  for_columns(hidden, [&](int64_t column, auto extent) {
+  Vec squares[kSlots]{};
+  for_columns_in_slots(hidden, [&](int64_t column, auto extent, int slot) {
     const Vec centred = load(row + column, extent) - mean;
-    squares += within(centred * centred, 0.0f, extent);
+    squares[slot] += within(centred * centred, 0.0f, extent);
   });
-  const float variance = sum_lanes(squares) / static_cast<float>(hidden);
+  const float variance = sum_slots(squares) / static_cast<float>(hidden);
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
@@ -101,14 +101,14 @@ struct RowMeans {
 // z: the LayerNorm's input, float32 or the dtype of dy.
 template <typename T, typename Z>
 RowMeans row_means(const T* dy, const Z* z, Moments moments, const float* weight, int64_t hidden) {
-  Vec products{}, gradients{};
-  for_columns(hidden, [&](int64_t column, auto extent) {
+  Vec products[kSlots]{}, gradients[kSlots]{};
+  for_columns_in_slots(hidden, [&](int64_t column, auto extent, int slot) {
     const Vec dx_hat = load(dy + column, extent) * load(weight + column, extent);
     const Vec x_hat = (load(z + column, extent) - moments.mean) * moments.rstd;
-    products += dx_hat * x_hat;
-    gradients += dx_hat;
+    products[slot] += dx_hat * x_hat;
+    gradients[slot] += dx_hat;
   });
-  return {sum_lanes(products) / static_cast<float>(hidden), sum_lanes(gradients) / static_cast<float>(hidden)};
+  return {sum_slots(products) / static_cast<float>(hidden), sum_slots(gradients) / static_cast<float>(hidden)};
 }
 
 // The gradient of the LayerNorm's input in these columns; adds to the sums of dweight and dln_bias.

@@ -17,22 +17,23 @@ template <typename T>
 void forward(const MlmLossForwardParams& p, int num_threads) {
   for_rows(p.rows, p.block, num_threads, [&](int64_t row) {
     const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
-    Vec maxima = splat(-__builtin_inff()), logit_sums{};
-    for_columns(p.block, [&](int64_t column, auto extent) {
+    Vec maxima[kSlots], logit_sums[kSlots]{};
+    for (Vec& slot : maxima) slot = splat(-__builtin_inff());
+    for_columns_in_slots(p.block, [&](int64_t column, auto extent, int slot) {
       const Vec scores = load_scores(logits, p.bias, column, extent);
-      maxima = maximum(within(scores, -__builtin_inff(), extent), maxima);
-      logit_sums += scores;
+      maxima[slot] = maximum(within(scores, -__builtin_inff(), extent), maxima[slot]);
+      logit_sums[slot] += scores;
     });
-    const float block_max = max_lanes(maxima);
+    const float block_max = max_slots(maxima);
     const float max = p.row_max[row] > block_max ? p.row_max[row] : block_max;
-    Vec sums{};
-    for_columns(p.block, [&](int64_t column, auto extent) {
-      sums += within(exp(load_scores(logits, p.bias, column, extent) - max), 0.0f, extent);
+    Vec sums[kSlots]{};
+    for_columns_in_slots(p.block, [&](int64_t column, auto extent, int slot) {
+      sums[slot] += within(exp(load_scores(logits, p.bias, column, extent) - max), 0.0f, extent);
     });
     const float rescale = exp(splat(p.row_max[row] - max))[0];
-    p.row_sum[row] = p.row_sum[row] * rescale + sum_lanes(sums);
+    p.row_sum[row] = p.row_sum[row] * rescale + sum_slots(sums);
     p.row_max[row] = max;
-    if (p.logit_sum != nullptr) p.logit_sum[row] += sum_lanes(logit_sums);
+    if (p.logit_sum != nullptr) p.logit_sum[row] += sum_slots(logit_sums);
     const int64_t column = p.labels[row] - p.first_class;
     if (column >= 0 && column < p.block) {
       p.label_logit[row] = to_float(logits[column]) + (p.bias == nullptr ? 0.0f : p.bias[column]);

@@ -105,10 +105,11 @@ FASTBERT_INLINE float to_float(BFloat16 x) {
 }
 
 // v where the extent has a column, otherwise elsewhere.
-template <typename Extent>
-FASTBERT_INLINE Vec within(Vec v, float otherwise, Extent extent) {
-  for (int lane = extent.count; lane < kWidth; ++lane) v[lane] = otherwise;
-  return v;
+FASTBERT_INLINE Vec within(Vec v, float, Whole) { return v; }
+FASTBERT_INLINE Vec within(Vec v, float otherwise, Part part) {
+  VecInt lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  return lane < part.count ? v : splat(otherwise);
 }
 
 // Calls body(first, extent) for the columns first .. first + extent.count - 1, in whole vectors and one part at the end.
@@ -117,6 +118,18 @@ FASTBERT_INLINE void for_columns(int64_t columns, Body&& body) {
   int64_t first = 0;
   for (; first + kWidth <= columns; first += kWidth) body(first, Whole{});
   if (first < columns) body(first, Part{static_cast<int>(columns - first)});
+}
+
+// The same with a third argument that counts 0 1 2 3 0 1 ...: sums kept in four vectors need not wait for one another.
+constexpr int kSlots = 4;
+template <typename Body>
+FASTBERT_INLINE void for_columns_in_slots(int64_t columns, Body&& body) {
+  int64_t first = 0;
+  for (; first + kSlots * kWidth <= columns; first += kSlots * kWidth) {
+#pragma GCC unroll 4
+    for (int slot = 0; slot < kSlots; ++slot) body(first + slot * kWidth, Whole{}, slot);
+  }
+  for_columns(columns - first, [&](int64_t column, auto extent) { body(first + column, extent, 0); });
 }
 
 template <int... Lane>
@@ -140,13 +153,40 @@ FASTBERT_INLINE Vec reduce_lanes(Vec v, Combine combine) {
   return v;
 }
 
-// The larger of two; b where a is NaN.
-FASTBERT_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+// The larger and the smaller of two; b where either is NaN. (A comparison and a blend would be two instructions on x86-64.)
+FASTBERT_INLINE Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (Vec)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+FASTBERT_INLINE Vec minimum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (Vec)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 FASTBERT_INLINE float sum_lanes(Vec v) {
   return reduce_lanes(v, [](Vec a, Vec b) { return a + b; })[0];
 }
 FASTBERT_INLINE float max_lanes(Vec v) { return reduce_lanes(v, maximum)[0]; }
+
+FASTBERT_INLINE float sum_slots(const Vec (&v)[kSlots]) { return sum_lanes((v[0] + v[1]) + (v[2] + v[3])); }
+FASTBERT_INLINE float max_slots(const Vec (&v)[kSlots]) {
+  return max_lanes(maximum(maximum(v[0], v[1]), maximum(v[2], v[3])));
+}
 
 // a0 b0 a1 b1 ..., in two vectors.
 template <int... Lane>

@@ -22,11 +22,11 @@ FASTBERT_INLINE Vec exp(Vec x) {
   constexpr float log2_e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the lowest bits
 
-  const Vec clamped = x > 88.0f ? splat(88.0f) : x;
+  const Vec clamped = minimum(splat(88.0f), x);
   const Vec shifted = clamped * log2_e + round_to_integer;
   const Vec n = shifted - round_to_integer;
   const Vec r = (clamped - n * ln2_high) - n * ln2_low;
-  const Vec mantissa = polynomial(r, q) * (r * r) + r + 1.0f;
+  const Vec mantissa = (polynomial(r, q) * r + 1.0f) * r + 1.0f;
   const Vec y = (Vec)((VecInt)mantissa + ((VecInt)shifted << 23));
   return x < -87.0f ? Vec{} : y;
 }
@@ -48,7 +48,7 @@ FASTBERT_INLINE Normal normal_distribution(Vec u) {
   constexpr float inverse_sqrt_two_pi = 0.3989422804014327f;
 
   const Vec magnitude = u < 0.0f ? -u : u;
-  const Vec a = magnitude > 20.0f ? splat(20.0f) : magnitude;
+  const Vec a = minimum(splat(20.0f), magnitude);
   const Vec square = u * u;
   const Vec bell = exp(-0.5f * square);
   const Vec tail = bell * polynomial((a - 3.0f) / (a + 3.0f), t);

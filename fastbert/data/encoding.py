@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 _MOST_WORDS_KEPT = 500_000
-_LARGEST_UINT16_VOCABULARY = 1 << 16
+_LARGEST_UINT16_VOCABULARY = int(np.iinfo(np.uint16).max) + 1
 
 
 class SentenceEncoder:

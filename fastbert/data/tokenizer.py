@@ -54,9 +54,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, *, lowercase: bool = 
         raise CorpusError("there is no text to train a vocabulary on")
     # The trainer numbers the "##" characters in the random order of a hash map and breaks ties between pairs by these
     # numbers; given beforehand, in a fixed order, as "special" tokens, they cannot vary.
-    inner_alphabet = [
-        _CONTINUATION + character for character in alphabet if len(backend.pre_tokenizer.pre_tokenize_str("a" + character)) == 1
-    ]
+    inner_alphabet = [_CONTINUATION + character for character in alphabet if _can_continue_a_word(character, backend)]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -67,9 +65,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, *, lowercase: bool = 
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer, length=len(texts))
-    fixed = [*SPECIAL_TOKENS.values(), *alphabet, *inner_alphabet]
-    merges = sorted(backend.get_vocab().items(), key=lambda item: item[1])
-    tokens = [*fixed, *(token for token, _ in merges if token not in set(fixed))]
+    trained = backend.get_vocab()
+    tokens = dict.fromkeys([*SPECIAL_TOKENS.values(), *alphabet, *inner_alphabet, *sorted(trained, key=trained.__getitem__)])
     return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, do_lower_case=lowercase)
 
 
@@ -84,6 +81,11 @@ def _alphabet(texts: Iterable[str], backend: Tokenizer, size: int) -> list[str]:
             if not normalized.isspace():
                 counts[normalized] += count
     return sorted(sorted(counts, key=lambda character: (-counts[character], character))[:size])
+
+
+def _can_continue_a_word(character: str, backend: Tokenizer) -> bool:
+    """False of punctuation and of Chinese characters, which BERT's pre-tokenizer makes words of their own."""
+    return len(backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str("a" + character))) == 1
 
 
 def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:

@@ -23,6 +23,8 @@ from .run_state import RunState, save_run
 from .settings import PretrainSettings
 
 SECONDS_BETWEEN_LINES = 10.0
+# The numbers first: tqdm gives the bar what is left of a narrow terminal.
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Stopwatch:
@@ -95,7 +97,7 @@ class TrainingLoop:
         self.learner.model.train()
         with (
             stop.deferred(),
-            tqdm(total=settings.steps, initial=state.step, desc="pretrain", unit="step", disable=None) as bar,
+            tqdm(total=settings.steps, initial=state.step, desc="pretrain", bar_format=BAR_FORMAT, disable=None) as bar,
         ):
             self._clock.lap()
             while state.step < settings.steps:
@@ -169,6 +171,6 @@ class TrainingLoop:
 
 def _progress_text(row: dict[str, float]) -> str:
     return (
-        f"loss {row['loss']:.3f}, MLM accuracy {row['mlm_accuracy']:.1%}, NSP accuracy {row['nsp_accuracy']:.1%}, "
+        f"loss {row['loss']:.3f}, accuracy MLM {row['mlm_accuracy']:.1%} NSP {row['nsp_accuracy']:.1%}, "
         f"{row['tokens_per_second']:,.0f} tokens/s"
     )

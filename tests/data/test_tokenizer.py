@@ -46,7 +46,7 @@ def test_the_vocabulary_is_laid_out_and_free_of_repeats(tokenizer: PreTrainedTok
 def test_training_gives_the_same_vocabulary_on_every_run() -> None:
     # Random letters make countless ties between pairs, which an arbitrary order of characters would break differently.
     draw = random.Random(1)
-    letters = "abcdefghijklmnopqrstuvwxyzäöüßéα" + "".join(map(chr, range(0x4E00, 0x4E40)))
+    letters = "abcdefghijklmnopqrstuvwxyzßαβγδ" + "".join(map(chr, range(0x0430, 0x0450)))
     lines = [" ".join("".join(draw.choices(letters, k=draw.randint(1, 7))) for _ in range(12)) for _ in range(400)]
     vocabularies = [train_wordpiece(iter(lines), 600).get_vocab() for _ in range(4)]
     assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
@@ -55,18 +55,25 @@ def test_training_gives_the_same_vocabulary_on_every_run() -> None:
 
 def test_lowercase_is_a_choice(stories: list[Document]) -> None:
     cased = train_wordpiece(texts(stories), 400, lowercase=False)
-    assert "[UNK]" not in cased.tokenize("The Captain")
+    assert "[UNK]" not in cased.tokenize("The old captain")
     assert cased.decode(cased("The captain").input_ids, skip_special_tokens=True) == "The captain"
     uncased = train_wordpiece(["the cafe was open " * 3], 200)
     assert uncased.tokenize("THE CAFÉ") == uncased.tokenize("the cafe")
 
 
 def test_rare_characters_make_way_in_a_small_vocabulary() -> None:
-    common = "the quick brown fox jumps over the lazy dog 0123456789 , . ; ! ? "
-    rare = "".join(map(chr, range(0x4E00, 0x4E00 + 500)))
-    tokenizer = train_wordpiece([common * 50, rare], 300)
-    assert not set(rare) & set(tokenizer.get_vocab())
-    assert set("thequickbrownfxjmpsvlazydg0123456789,.;!?") <= set(tokenizer.get_vocab())
+    common = "съешь ещё этих мягких французских булок , да выпей чаю : 0123456789 в чащах юга жил бы цитрус ? да ! "
+    rare = "".join(map(chr, range(0x0250, 0x02B0)))
+    characters = {token for token in train_wordpiece([common * 50, rare], 300, lowercase=False).get_vocab() if len(token) == 1}
+    assert len(characters) == 64
+    assert set(common.replace(" ", "")) <= characters
+
+
+def test_only_characters_that_can_continue_a_word_have_a_continuation() -> None:
+    vocabulary = train_wordpiece(["some words, some more; 中文 and dashes - of all kinds! " * 3], 300).get_vocab()
+    assert {",", ";", "!", "-", "中", "文", "o"} <= set(vocabulary)
+    assert not {"##,", "##;", "##!", "##-", "##中", "##文"} & set(vocabulary)
+    assert "##o" in vocabulary
 
 
 @pytest.mark.parametrize("vocab_size", [0, 199])
@@ -107,8 +114,8 @@ def test_padding_and_truncation_baked_into_a_tokenizer_json_are_turned_off(
     backend.enable_truncation(max_length=8)
     backend.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path)
-    assert loaded(SENTENCE)["input_ids"] == tokenizer(SENTENCE)["input_ids"]
     assert loaded.backend_tokenizer.padding is None and loaded.backend_tokenizer.truncation is None
+    assert loaded(SENTENCE)["input_ids"] == tokenizer(SENTENCE)["input_ids"]
 
 
 def test_a_cased_tokenizer_json_stays_cased_without_a_config(stories: list[Document], tmp_path: Path) -> None:
@@ -183,6 +190,7 @@ def test_a_hub_name_is_loaded(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTra
     hub = PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", {"nobody/bert": hub}.__getitem__)
     assert load_tokenizer("nobody/bert") is hub
+    assert hub.backend_tokenizer.padding is None
     assert hub("the sea")["input_ids"] == tokenizer("the sea")["input_ids"]
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: object())
     with pytest.raises(TokenizerError, match="object is not backed by the tokenizers library"):

@@ -92,11 +92,13 @@ def test_padding_and_truncation_of_the_tokenizer_are_ignored(tokenizer: PreTrain
     assert backend.padding is not None and backend.truncation is not None
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.int32)])
-def test_ids_are_as_small_as_the_vocabulary_allows(tokenizer: PreTrainedTokenizerFast, vocab_size: int, dtype: type) -> None:
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.add_special_tokens([f"<{number}>" for number in range(vocab_size - len(tokenizer))])
-    assert SentenceEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)).dtype == dtype
+@pytest.mark.parametrize(("too_many", "dtype"), [(0, np.uint16), (1, np.int32)])
+def test_ids_are_as_small_as_the_vocabulary_allows(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, too_many: int, dtype: type
+) -> None:
+    monkeypatch.setattr(encoding, "_LARGEST_UINT16_VOCABULARY", len(tokenizer) - too_many)
+    ids, _ = SentenceEncoder(tokenizer).encode(["The quiet sea."])
+    assert ids.dtype == dtype
 
 
 # --- tokenize_documents ----------------------------------------------------------------------------------------------------

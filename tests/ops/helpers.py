@@ -25,6 +25,8 @@ def backend_cases(op: str) -> list:
         device = "cpu" if backend == "native" else DEVICE
         for dtype in FLOATS:
             reasons = backends.not_supported_reasons(backend, op, device, dtype)
+            if backend == "triton" and device == "cpu" and dtype == torch.float16:
+                reasons = ["in the interpreter float16 takes the same path as bfloat16, and time"]
             marks = [pytest.mark.skip(reason=f"{backend}: {'; '.join(reasons)}")] if reasons else []
             cases.append(pytest.param(backend, dtype, id=f"{backend}-{NAMES[dtype]}", marks=marks))
     return cases
@@ -71,8 +73,8 @@ Draw = tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]
 
 
 def merged(draw: Callable[[], Draw], elements: int) -> Draw:
-    """(ours, plain, truth) of enough draws for some thousand elements: the largest error of a handful is a matter of luck."""
-    draws = [draw() for _ in range(max(1, 2000 // max(elements, 1)))]
+    """(ours, plain, truth) of several draws where one has few elements: the largest error of a handful is a matter of luck."""
+    draws = [draw() for _ in range(min(20, max(1, 2000 // max(elements, 1))))]
 
     def together(results: Sequence[Tensor | None]) -> Tensor | None:
         return None if results[0] is None else torch.cat([r.flatten() for r in results])
