@@ -133,7 +133,7 @@ struct Softmax {
 };
 
 // Overwrites a row of scores with exp(score - max), and the padding with 0.
-Softmax exponentiate_row(float* scores, const Shape& shape) {
+FASTBERT_INLINE Softmax exponentiate_row(float* scores, const Shape& shape) {
   Vec maxima[kSlots], sums{};
   for (Vec& slot : maxima) slot = splat(-__builtin_inff());
   for_columns_in_slots(shape.length, [&](int64_t column, auto extent, int slot) {
@@ -163,8 +163,10 @@ void forward_head(const AttentionForwardParams& p, const AttentionItem& item, in
   float* lse = p.lse + head * p.total + item.start;
   Prefetcher prefetcher(shape.length, count_tiles(item.num_queries, shape.length, p.head_dim) +
                                           count_tiles(item.num_queries, p.head_dim, shape.length));
+  const int64_t bytes = p.head_dim * sizeof(T), stride = hidden * sizeof(T);
+  prefetcher.add(out, bytes, stride);
   if (head + 1 < item.last_head) {
-    for (int i = 0; i < 3; ++i) prefetcher.add(queries + p.head_dim + i * hidden, p.head_dim * sizeof(T), 3 * hidden * sizeof(T));
+    for (int i = 0; i < 3; ++i) prefetcher.add(queries + p.head_dim + i * hidden, bytes, 3 * stride);
   }
   pack_transposed(queries + hidden, 3 * hidden, shape, scratch.keys);
   pack_rows(queries + 2 * hidden, 3 * hidden, shape.length, shape, 1.0f, scratch.values);
@@ -205,7 +207,7 @@ float inner_product(const T* a, const T* b, int64_t n) {
 
 // Overwrites a row of scores with the dropped probabilities, and a row of their gradients with those of the scores.
 template <bool kDropout>
-void differentiate_row(float* scores, float* gradients, const Shape& shape, float lse, float delta, const uint16_t* bits,
+FASTBERT_INLINE void differentiate_row(float* scores, float* gradients, const Shape& shape, float lse, float delta, const uint16_t* bits,
                        const Dropout& dropout) {
   for (int64_t column = 0; column < shape.padded_length; column += kWidth) {
     const Vec probability = exp(load(scores + column) - lse);
@@ -234,8 +236,9 @@ void backward_head(const AttentionBackwardParams& p, const AttentionItem& item, 
   const float* lse = p.lse + head * p.total + item.start;
   Prefetcher prefetcher(shape.length, 2 * count_tiles(shape.length, shape.length, p.head_dim) +
                                           3 * count_tiles(shape.length, p.head_dim, shape.length));
+  const int64_t bytes = p.head_dim * sizeof(T), stride = hidden * sizeof(T);
+  for (int i = 0; i < 3; ++i) prefetcher.add(dqueries + i * hidden, bytes, 3 * stride);
   if (head + 1 < item.last_head) {
-    const int64_t bytes = p.head_dim * sizeof(T), stride = hidden * sizeof(T);
     for (int i = 0; i < 3; ++i) prefetcher.add(queries + p.head_dim + i * hidden, bytes, 3 * stride);
     prefetcher.add(dout + p.head_dim, bytes, stride);
     prefetcher.add(out + p.head_dim, bytes, stride);

@@ -24,7 +24,7 @@ class Prefetcher {
     for (credit_ += rows_; credit_ >= steps_ && next_row_ < rows_; credit_ -= steps_, ++next_row_) {
       for (int i = 0; i < count_; ++i) {
         const char* row = matrices_[i].first + next_row_ * matrices_[i].stride_bytes;
-        for (int64_t byte = 0; byte < matrices_[i].row_bytes; byte += kCacheLine) (void)row;
+        for (int64_t byte = 0; byte < matrices_[i].row_bytes; byte += kCacheLine) __builtin_prefetch(row + byte, 0, 2);
       }
     }
   }

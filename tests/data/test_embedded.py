@@ -61,7 +61,8 @@ def test_docstrings_are_cleaned_and_nothing_is_imported(tmp_path: Path, monkeypa
     (package / "copy.py").write_text(MODULE)
     (package / "tests" / "test_it.py").write_text('"""Docstrings of the tests of a package are never part of it."""')
     (package / "GUIDE.md").write_text(
-        "# Guide\n\nThe guide tells new captains where to anchor.\n\n```\nnot this line, it is code\n\nand not these words of the same code either\n\nnor the last of it\n```\n"
+        "# Guide\n\nThe guide tells new captains where to anchor.\n\n"
+        "```\nnot this line, it is code\n\nand not these words of the same code either\n\nnor the last of it\n```\n"
     )
     (package / "LICENSE.md").write_text("Permission is hereby granted to anyone who asks politely for it.")
     (package / "dangling.md").symlink_to(tmp_path / "nowhere")
