@@ -33,7 +33,17 @@ OUTPUT_TAIL_LINES = 40
 OPS = ("attention", "add_layer_norm", "gelu_layer_norm", "linear_gelu", "mlm_loss")
 CPU_COMMON = ("csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp", "csrc/cpu/attention_schedule.cpp")
 # GCC 12 takes its own AVX-512 intrinsics for uninitialised (its bug 105593).
-CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+CPU_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+]
 INSTRUCTION_SETS = {
     "x86_64": {
         "baseline": ["-march=x86-64"],
@@ -129,7 +139,9 @@ def build_cpu(temp: Path, target: str) -> str:
     torch has loaded (fastbert/ops/native.py sees to that).
     """
     if sys.platform != "linux" or platform.machine() not in INSTRUCTION_SETS:
-        raise NativeBuildError(f"the C++ backend is for Linux on x86-64 and AArch64, this is {sys.platform} on {platform.machine()}")
+        raise NativeBuildError(
+            f"the C++ backend is for Linux on x86-64 and AArch64, this is {sys.platform} on {platform.machine()}"
+        )
     cxx = find_cxx()
     version = run_command([*cxx, "--version"]).splitlines()[0]
     flags = [*CPU_FLAGS, *include_flags()]

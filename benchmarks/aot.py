@@ -82,9 +82,15 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
         name = str(dtype).removeprefix("torch.")
         for dropout_p in (0.1,) if quick else (0.0, 0.1):
             for head_dim in (64,) if quick else (32, 64, 128):
-                yield f"attention {name} head_dim {head_dim} p {dropout_p}", functools.partial(_attention, dtype, head_dim, dropout_p)
+                yield (
+                    f"attention {name} head_dim {head_dim} p {dropout_p}",
+                    functools.partial(_attention, dtype, head_dim, dropout_p),
+                )
             for hidden in (768,) if quick else (256, 768, 1024):
-                yield f"add_layer_norm {name} hidden {hidden} p {dropout_p}", functools.partial(_add_layer_norm, dtype, hidden, dropout_p)
+                yield (
+                    f"add_layer_norm {name} hidden {hidden} p {dropout_p}",
+                    functools.partial(_add_layer_norm, dtype, hidden, dropout_p),
+                )
         for hidden in (768,) if quick else (256, 768, 1024):
             yield f"gelu_layer_norm {name} hidden {hidden}", functools.partial(_gelu_layer_norm, dtype, hidden)
         yield f"mlm_loss {name}", functools.partial(_mlm_loss, dtype)
@@ -128,7 +134,9 @@ def resources(kernel: Any) -> dict[str, int]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
-            usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+            usage = subprocess.run(
+                [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
         registers = int(re.search(r"REG:(\d+)", usage).group(1))
         spills = int(re.search(r"LOCAL:(\d+)", usage).group(1)) + int(re.search(r"STACK:(\d+)", usage).group(1))
     return {
@@ -157,8 +165,9 @@ def main() -> None:
                 row = {"target": name, "case": label, "kernel": kernel_name, **resources(kernel)}
                 rows.append(row)
                 title = f"{label}: {kernel_name.strip('_')}"
-                numbers = f"{row['registers']:>5}{row['spilled_bytes']:>8}{row['shared_memory']:>9}{row['matrix_instructions']:>7}"
-                print(f"{name:<8}{title:<66}{numbers}{row['num_warps']:>6}")
+                columns = {"registers": 5, "spilled_bytes": 8, "shared_memory": 9, "matrix_instructions": 7, "num_warps": 6}
+                numbers = "".join(f"{row[key]:>{width}}" for key, width in columns.items())
+                print(f"{name:<8}{title:<66}{numbers}")
                 if row["spilled_bytes"] or row["shared_memory"] > shared_limit:
                     failures.append(f"{name} {title}")
     for failure in failures:

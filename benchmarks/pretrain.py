@@ -66,9 +66,7 @@ def main() -> None:
 def labelled_batch(lengths: tuple[int, ...], padded_to: int, device: str) -> dict[str, torch.Tensor]:
     batch = padded_batch(lengths, padded_to, device)
     generator = torch.Generator().manual_seed(1)
-    chosen = (torch.rand(batch["input_ids"].shape, generator=generator) < LABELLED).to(device) & (
-        batch["attention_mask"] == 1
-    )
+    chosen = (torch.rand(batch["input_ids"].shape, generator=generator) < LABELLED).to(device) & (batch["attention_mask"] == 1)
     words = torch.randint(1000, VOCABULARY, chosen.shape, generator=generator).to(device)
     next_sentence = torch.randint(2, (len(lengths),), generator=generator).to(device)
     return {**batch, "labels": torch.where(chosen, words, -100), "next_sentence_label": next_sentence}

@@ -35,10 +35,7 @@ def test_every_public_name_is_there():
 def test_the_folder_kernels_does_not_shadow_hugging_faces_package():
     """transformers probes a package called kernels; from the repository's root ours must not answer."""
     assert not (REPOSITORY / "kernels" / "__init__.py").exists()
-    assert (
-        python("from transformers import BertModel; import fastbert_kernels.attention; print(BertModel.__name__)")
-        == "BertModel"
-    )
+    assert python("from transformers import BertModel; import fastbert_kernels.attention; print(BertModel.__name__)") == "BertModel"
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")

@@ -28,9 +28,7 @@ class CheckedLoading:
             model_type = getattr(found, "model_type", None)
             if found is None:
                 hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
-                model_type = hf.BertConfig.get_config_dict(config or pretrained_model_name_or_path, **hub)[0].get(
-                    "model_type"
-                )
+                model_type = hf.BertConfig.get_config_dict(config or pretrained_model_name_or_path, **hub)[0].get("model_type")
             if model_type not in (None, "bert"):
                 raise ValueError(
                     f"{pretrained_model_name_or_path} holds a model of type {model_type!r}, {cls.__name__} loads 'bert'; "
@@ -125,8 +123,7 @@ class BertModel(CheckedLoading, hf.BertModel):
         if recorded.states is not None:
             last = output.last_hidden_state
             output.hidden_states = tuple(
-                None if state is None else last if state is hidden_states else packing.pad(state)
-                for state in recorded.states
+                None if state is None else last if state is hidden_states else packing.pad(state) for state in recorded.states
             )
         return output.to_tuple() if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False else output
 
@@ -155,9 +152,7 @@ class BertModel(CheckedLoading, hf.BertModel):
         if position_ids is None:
             if packed:
                 starts = (
-                    packing.cu_seqlens[:-1]
-                    .long()
-                    .repeat_interleave(packing.cu_seqlens.diff().long(), output_size=tokens.shape[1])
+                    packing.cu_seqlens[:-1].long().repeat_interleave(packing.cu_seqlens.diff().long(), output_size=tokens.shape[1])
                 )
                 position_ids = (torch.arange(tokens.shape[1], device=tokens.device) - starts).unsqueeze(0)
             else:
@@ -166,9 +161,7 @@ class BertModel(CheckedLoading, hf.BertModel):
         rows = [None if x is None else packing.unpad(x).unsqueeze(0) for x in (input_ids, token_type_ids, position_ids)]
         embeds = None if inputs_embeds is None else packing.unpad(inputs_embeds).unsqueeze(0)
         check_token_ids(self, *rows, unpadded=packing.indices is not None)
-        return self.embeddings(
-            input_ids=rows[0], token_type_ids=rows[1], position_ids=rows[2], inputs_embeds=embeds
-        ).squeeze(0)
+        return self.embeddings(input_ids=rows[0], token_type_ids=rows[1], position_ids=rows[2], inputs_embeds=embeds).squeeze(0)
 
 
 def model_fallback_reasons(
@@ -193,9 +186,7 @@ def model_fallback_reasons(
     if torch.jit.is_tracing():
         reasons.append("torch.jit.trace would freeze the sequence lengths of its example")
     if attention_mask is not None and torch.compiler.is_compiling():
-        reasons.append(
-            "torch.compile cannot know how many tokens a mask leaves; pass no mask, or packed inputs (cu_seq_lens_q)"
-        )
+        reasons.append("torch.compile cannot know how many tokens a mask leaves; pass no mask, or packed inputs (cu_seq_lens_q)")
     foreign = {type(layer).__qualname__ for layer in model.encoder.layer if not isinstance(layer, BertLayer)}
     if foreign:
         reasons.append(f"encoder layers are of another class: {', '.join(sorted(foreign))}")

@@ -309,9 +309,7 @@ class BertLMHeadModel(_LMHead, hf.BertLMHeadModel):
                 logits_to_keep=logits_to_keep, **kwargs,
             )  # fmt: skip
         num_items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.bert(
-            input_ids, **arguments, past_key_values=past_key_values, use_cache=False, return_dict=True, **kwargs
-        )
+        outputs = self.bert(input_ids, **arguments, past_key_values=past_key_values, use_cache=False, return_dict=True, **kwargs)
         predictions = self.cls.predictions
         next_tokens = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         rows, row_labels = _labelled_rows(outputs, next_tokens)

@@ -23,9 +23,7 @@ def check_inputs(
     if input_ids is not None and input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (batch, length)")
     if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size):
-        raise ValueError(
-            f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {config.hidden_size})"
-        )
+        raise ValueError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {config.hidden_size})")
     batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
@@ -35,9 +33,7 @@ def check_inputs(
             f"the sequences have {length} tokens, the model has positions for {config.max_position_embeddings} "
             "(config.max_position_embeddings); truncate them, e.g. tokenizer(..., truncation=True)"
         )
-    if (
-        attention_mask is not None and attention_mask.dim() == 2 and not config.is_decoder
-    ):  # a decoder's also covers its cache
+    if attention_mask is not None and attention_mask.dim() == 2 and not config.is_decoder:  # a decoder's also covers its cache
         _check_same_shape("attention_mask", attention_mask, batch, length)
     if token_type_ids is not None:
         _check_same_shape("token_type_ids", token_type_ids, batch, length)
@@ -56,9 +52,7 @@ def _check_same_shape(name: str, tensor: Tensor, batch: int, length: int) -> Non
 
 def _check_packed(config, batch, length, attention_mask, cu_seqlens, kwargs) -> None:
     if batch != 1:
-        raise ValueError(
-            f"packed inputs (cu_seq_lens_q) hold all sequences in one row, but the batch size is {batch}; expected 1"
-        )
+        raise ValueError(f"packed inputs (cu_seq_lens_q) hold all sequences in one row, but the batch size is {batch}; expected 1")
     if attention_mask is not None:
         raise ValueError("packed inputs (cu_seq_lens_q) have no padding: pass attention_mask=None")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:

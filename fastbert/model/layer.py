@@ -157,14 +157,10 @@ def layer_notes(layer: hf.BertLayer) -> list[str]:
     if not all(is_plain_linear(m) for m in (attention_module.query, attention_module.key, attention_module.value)):
         notes.append("query, key and value are called one by one: not all are plain nn.Linear without hooks")
     if not (is_plain_linear(layer.intermediate.dense) and is_exact_gelu(layer.intermediate.intermediate_act_fn)):
-        notes.append(
-            "intermediate's Linear and activation run one by one: not a plain nn.Linear and an erf-GELU without hooks"
-        )
+        notes.append("intermediate's Linear and activation run one by one: not a plain nn.Linear and an erf-GELU without hooks")
     for name, module in (("attention.output", layer.attention.output), ("output", layer.output)):
         if not is_plain_linear(module.dense):
-            notes.append(
-                f"{name}.dense is called as a module, its bias is not fused: it is not a plain nn.Linear without hooks"
-            )
+            notes.append(f"{name}.dense is called as a module, its bias is not fused: it is not a plain nn.Linear without hooks")
     return notes
 
 
@@ -177,9 +173,7 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
     if not all(is_plain_linear(linear) for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    views_help = not (
-        torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or x.dtype != weights[0].dtype
-    )
+    views_help = not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or x.dtype != weights[0].dtype)
     if views_help and _are_adjacent(weights, biases):
         return _QKVLinear.apply(x, *weights, *biases)
     return linear(x, torch.cat(weights), None if biases[0] is None else torch.cat(biases))

@@ -78,7 +78,7 @@ class LazyOutput:
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 (this is get)
 
     def items(self):
         self._compute_all()

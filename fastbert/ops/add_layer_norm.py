@@ -38,9 +38,7 @@ def add_layer_norm(
         check_shape(name, parameter, (x.shape[1],), "(hidden,)")
     check_dropout(dropout_p, seed)
     seed = seed if dropout_p > 0.0 else None
-    bias, residual, weight, ln_bias = (
-        None if t is None else t.to(x.dtype).contiguous() for t in (bias, residual, weight, ln_bias)
-    )
+    bias, residual, weight, ln_bias = (None if t is None else t.to(x.dtype).contiguous() for t in (bias, residual, weight, ln_bias))
     return torch.ops.fastbert.add_layer_norm(
         x.contiguous(), bias, residual, weight, ln_bias, eps, dropout_p, seed, stream, backend
     )[0]

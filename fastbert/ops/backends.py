@@ -50,9 +50,7 @@ def unavailable_reason(backend: str) -> str | None:
     return importlib.import_module(f"fastbert.ops.{backend}").unavailable_reason()
 
 
-def not_supported_reasons(
-    backend: str, op: str, device_type: str, dtype: torch.dtype, head_dim: int | None = None
-) -> list[str]:
+def not_supported_reasons(backend: str, op: str, device_type: str, dtype: torch.dtype, head_dim: int | None = None) -> list[str]:
     """Every reason why ``backend`` cannot run ``op`` on this kind of input; empty where it can."""
     reason = unavailable_reason(backend)
     reasons = [reason] if reason else []
@@ -115,7 +113,5 @@ def report() -> dict[str, Any]:
                 if name != picked["float32"]
             }
             ops[op][device_type] = {"auto": picked, "not_picked": others}
-    backends = {
-        name: {"available": unavailable_reason(name) is None, "reason": unavailable_reason(name)} for name in BACKENDS
-    }
+    backends = {name: {"available": unavailable_reason(name) is None, "reason": unavailable_reason(name)} for name in BACKENDS}
     return {"ops": ops, "backends": backends}

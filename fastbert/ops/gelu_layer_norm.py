@@ -81,8 +81,7 @@ register(
 )
 register(
     "gelu_layer_norm_backward",
-    "(Tensor dy, Tensor x, Tensor? bias, Tensor weight, Tensor mean, Tensor rstd, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor? bias, Tensor weight, Tensor mean, Tensor rstd, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

@@ -36,9 +36,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     return torch.ops.fastbert.linear_gelu(x.contiguous(), weight, bias, keep, backend)[0]
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool, backend: str) -> tuple[Tensor, Tensor]:
     """An operator returns tensors only: a pre-activation that is not kept comes back empty."""
     module = implementation_for("linear_gelu", backend, x)
     y, u = module.linear_gelu_forward(x, weight, bias, keep_preactivation)
@@ -66,9 +64,7 @@ def _autograd_backward(ctx, dy: Tensor | None, _du: Tensor | None):
     return dx, dweight, None if bias is None else dbias, None, None
 
 
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Without a bias its gradient comes back empty."""
     dx, dweight, dbias = implementation_for("linear_gelu", backend, x).linear_gelu_backward(dy, x, weight, bias, u)
     return dx, dweight, weight.new_empty(0) if dbias is None else dbias

@@ -242,9 +242,7 @@ def gelu_layer_norm_backward(
     return dx, None if dbias is None else dbias.to(bias_dtype), dweight.to(dtype), dln_bias.to(dtype)
 
 
-def linear_gelu_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool
-) -> tuple[Tensor, Tensor | None]:
+def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool) -> tuple[Tensor, Tensor | None]:
     """See :func:`reference.linear_gelu_forward`. Where nobody needs u, oneDNN applies bias and GELU as it stores."""
     if not keep_preactivation and takes_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none"), None

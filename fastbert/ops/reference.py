@@ -284,9 +284,7 @@ def gelu_derivative(u: Tensor) -> Tensor:
 # --- Linear + bias + GELU -------------------------------------------------------------------------------------------------
 
 
-def linear_gelu_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool
-) -> tuple[Tensor, Tensor | None]:
+def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool) -> tuple[Tensor, Tensor | None]:
     """y = gelu(u + bias) with u = x weight^T, and u itself where it is to be kept for the backward pass (else None).
 
     x: (rows, in_features), weight: (out_features, in_features), bias: (out_features,) or None; y, u: (rows, out_features).

@@ -81,7 +81,5 @@ def test_bad_packing_is_named(change, message):
 
 def test_packed_inputs_need_the_packed_forward_pass():
     _, ours = pair("BertModel", attn_implementation="eager")
-    with pytest.raises(
-        ValueError, match="packed inputs .* need the packed forward pass, but attn_implementation is 'eager'"
-    ):
+    with pytest.raises(ValueError, match="packed inputs .* need the packed forward pass, but attn_implementation is 'eager'"):
         ours(**packed(inputs_for("BertModel")))

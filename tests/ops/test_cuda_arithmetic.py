@@ -41,8 +41,8 @@ def printed(tmp_path_factory) -> list[str]:
     (folder / "main.cpp").write_text(PROGRAM, encoding="utf-8")
     seed, threshold = int(new_seed()), reference.dropout_threshold(0.3)
     defines = [f"-DSEED={seed}ull", f"-DTHRESHOLD={threshold}u"]
-    command = [compiler, "-std=c++17", "-O1", f"-I{REPOSITORY / 'csrc'}", *defines, str(folder / "main.cpp"), "-o", str(folder / "main")]
-    subprocess.run(command, check=True)
+    files = [str(folder / "main.cpp"), "-o", str(folder / "main")]
+    subprocess.run([compiler, "-std=c++17", "-O1", f"-I{REPOSITORY / 'csrc'}", *defines, *files], check=True)
     return subprocess.run([str(folder / "main")], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
