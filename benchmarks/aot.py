@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 import triton
-from fastbert_kernels import add_layer_norm, attention, gelu_layer_norm, mlm_loss
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from fastbert_kernels import add_layer_norm, attention, gelu_layer_norm, mlm_loss
 
 # name -> (target, bytes of shared memory that a block may have)
 TARGETS = {

@@ -23,6 +23,7 @@ from .dropout import dropout_arguments, keep_tile
 from .launch import device_guard
 from .layer_norm import (
     BACKWARD_CONFIGS,
+    BACKWARD_STAGES,
     FORWARD_CONFIGS,
     block_hidden,
     empty_partials,
@@ -110,7 +111,7 @@ def _backward_kernel(
     dln_bias = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), tl.float32)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), tl.float32)
 
-    for first_row in range(program * BLOCK_ROWS, rows, num_programs * BLOCK_ROWS):
+    for first_row in tl.range(program * BLOCK_ROWS, rows, num_programs * BLOCK_ROWS, num_stages=BACKWARD_STAGES):
         row = first_row + tl.arange(0, BLOCK_ROWS)
         inside_rows = row < rows
         inside = inside_rows[:, None] & inside_columns[None, :]
