@@ -43,6 +43,7 @@ CPU_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 ]
 INSTRUCTION_SETS = {
     "x86_64": {

@@ -52,7 +52,7 @@ FORWARD_CONFIGS = {
     (4, 32): TileConfig(64, 32, 8, 2),
     (4, 64): TileConfig(64, 32, 8, 2),
     (4, 128): TileConfig(64, 32, 16, 2),
-    (4, 256): TileConfig(16, 32, 8, 2),
+    (4, 256): TileConfig(16, 32, 16, 2),
 }
 BACKWARD_DQ_CONFIGS = {
     (2, 16): TileConfig(64, 64, 4, 2),
@@ -74,7 +74,7 @@ BACKWARD_DKV_CONFIGS = {
     (2, 256): TileConfig(32, 32, 8, 1),
     (4, 16): TileConfig(32, 32, 8, 1),
     (4, 32): TileConfig(32, 32, 8, 1),
-    (4, 64): TileConfig(16, 32, 8, 1),
+    (4, 64): TileConfig(16, 32, 4, 1),
     (4, 128): TileConfig(16, 32, 8, 1),
     (4, 256): TileConfig(16, 32, 16, 1),
 }

@@ -49,7 +49,7 @@ BACKWARD_CONFIGS = {
     64: TileConfig(16, 4, 4),
     128: TileConfig(8, 4, 4),
     256: TileConfig(4, 4, 4),
-    512: TileConfig(2, 4, 4),
+    512: TileConfig(4, 8, 2),
     1024: TileConfig(1, 4, 4),
     2048: TileConfig(1, 8, 2),
     4096: TileConfig(1, 16, 1),

@@ -1,8 +1,9 @@
 // Attention within each sequence of a packed batch, forward and backward.
 //
-// The keys and values of one head of one sequence are packed once into float32, then blocks of queries pass by. The whole rows of scores of a block stay in the second-level cache, so that the softmax needs no online
-// rescaling: BERT's sequences are short. The backward pass recomputes the probabilities from the saved log-sum-exp (Dao et al.,
-// 2022, algorithm 4); one thread owns all of a head's dK and dV, so there are no atomics and the result is deterministic.
+// The keys and values of one head of one sequence are packed once into float32, then blocks of queries pass by. The whole
+// rows of scores of a block stay in the second-level cache, so that the softmax needs no online rescaling: BERT's sequences
+// are short. The backward pass recomputes the probabilities from the saved log-sum-exp (Dao et al., 2022, algorithm 4); one
+// thread owns all of a head's dK and dV, so there are no atomics and the result is deterministic.
 
 #include "cpu/attention_schedule.h"
 #include "cpu/gemm.h"
@@ -21,7 +22,7 @@ constexpr int64_t kScoreFloats = 48 * 1024;  // of a block of queries: 192 KB of
 struct Shape {
   int64_t length, head_dim;
   int64_t padded_length, padded_head_dim;  // whole vectors
-  int64_t score_leading;                   // an odd number of cache lines: walking down a column touches all sets of the cache
+  int64_t score_leading;  // an odd number of cache lines: walking down a column touches all sets of the cache
   int64_t query_block;
 
   Shape(int64_t length, int64_t head_dim)
@@ -149,9 +150,8 @@ FASTBERT_INLINE Softmax exponentiate_row(float* scores, const Shape& shape) {
 }
 
 void drop_row(float* scores, const uint16_t* bits, int64_t length, uint32_t threshold) {
-  for_columns(length, [&](int64_t column, auto) {
-    store(scores + column, drop(load(scores + column), bits + column, threshold));
-  });
+  for_columns(length,
+              [&](int64_t column, auto) { store(scores + column, drop(load(scores + column), bits + column, threshold)); });
 }
 
 template <typename T>
@@ -207,8 +207,8 @@ float inner_product(const T* a, const T* b, int64_t n) {
 
 // Overwrites a row of scores with the dropped probabilities, and a row of their gradients with those of the scores.
 template <bool kDropout>
-FASTBERT_INLINE void differentiate_row(float* scores, float* gradients, const Shape& shape, float lse, float delta, const uint16_t* bits,
-                       const Dropout& dropout) {
+FASTBERT_INLINE void differentiate_row(float* scores, float* gradients, const Shape& shape, float lse, float delta,
+                                       const uint16_t* bits, const Dropout& dropout) {
   for (int64_t column = 0; column < shape.padded_length; column += kWidth) {
     const Vec probability = exp(load(scores + column) - lse);
     Vec gradient = load(gradients + column);

@@ -17,8 +17,8 @@ struct AttentionItem {
 // The items of a packed batch, long sequences first, so that no thread ends with a long one when the others are done.
 class AttentionSchedule {
  public:
-  // A thread gets neighbouring heads where there is enough for all, and a few of a head's queries, at least min_queries, where
-  // there are fewer heads than threads.
+  // A thread gets neighbouring heads where there is enough for all, and a few of a head's queries, at least min_queries,
+  // where there are fewer heads than threads.
   AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, int64_t num_heads, int num_threads, int64_t min_queries);
   AttentionSchedule(const AttentionSchedule&) = delete;
   ~AttentionSchedule();

@@ -87,10 +87,10 @@ int64_t row_chunks(int64_t rows) {
   return std::clamp<int64_t>((rows + min_rows - 1) / min_rows, 1, max_chunks);
 }
 
-#define FASTBERT_LAUNCHER(kernel, Params)               \
-  void kernel(const Params& params, int num_threads) {  \
-    require_supported(params.dtype);                    \
-    current->kernel(params, num_threads);               \
+#define FASTBERT_LAUNCHER(kernel, Params)              \
+  void kernel(const Params& params, int num_threads) { \
+    require_supported(params.dtype);                   \
+    current->kernel(params, num_threads);              \
   }
 FASTBERT_FOR_EACH_KERNEL(FASTBERT_LAUNCHER)
 

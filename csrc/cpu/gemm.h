@@ -1,5 +1,5 @@
-// Small matrix products on packed float32: a tile of C stays in registers while the depth runs, each element of A is broadcast
-// and multiplied with a few vectors of B.
+// Small matrix products on packed float32: a tile of C stays in registers while the depth runs, each element of A is
+// broadcast and multiplied with a few vectors of B.
 
 #pragma once
 
@@ -8,7 +8,8 @@
 
 namespace fastbert::cpu::FASTBERT_ISA {
 
-// kTileRows x kPanelVectors accumulators, a row of B and a broadcast of A fill the registers: 24 + 4 + 1 of 32, 12 + 2 + 1 of 16.
+// kTileRows x kPanelVectors accumulators, a row of B and a broadcast of A fill the registers: 24 + 4 + 1 of 32, 12 + 2 + 1
+// of 16.
 constexpr int kTileRows = 6;
 constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;
 constexpr int kPanelColumns = kPanelVectors * kWidth;
@@ -21,8 +22,8 @@ struct LeftMatrix {
   int64_t row_stride, depth_stride;
 };
 
-// B: element (k, column) is data[k * leading + column]; or, with leading 0, packed in panels: kPanelColumns columns, then the
-// next, each (depth, width), the last one as wide as what is left.
+// B: element (k, column) is data[k * leading + column]; or, with leading 0, packed in panels: kPanelColumns columns, then
+// the next, each (depth, width), the last one as wide as what is left.
 struct RightMatrix {
   const float* data;
   int64_t leading;

@@ -57,7 +57,8 @@ void for_row_chunks(int64_t rows, int64_t hidden, int num_threads, const Body& b
 }
 
 // sum (columns,) = the sum of the chunks' partials, chunk_stride elements apart, in order.
-inline void sum_chunks(const float* partials, int64_t chunks, int64_t chunk_stride, int64_t columns, int num_threads, float* sum) {
+inline void sum_chunks(const float* partials, int64_t chunks, int64_t chunk_stride, int64_t columns, int num_threads,
+                       float* sum) {
   constexpr int64_t columns_per_item = 256;
   const int64_t items = (columns + columns_per_item - 1) / columns_per_item;
   parallel_for(items, chunks * columns < kElementsWorthThreads ? 1 : num_threads, [&](int64_t item) {

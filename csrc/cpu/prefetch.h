@@ -1,7 +1,7 @@
 // Fetching the next head's rows while this one is computed.
 //
-// The rows of one head are short pieces (256 bytes for 64 float32) in long strides, which no hardware prefetcher follows, and at
-// BERT's sequence lengths waiting for them takes as long as the arithmetic.
+// The rows of one head are short pieces (256 bytes for 64 float32) in long strides, which no hardware prefetcher follows,
+// and at BERT's sequence lengths waiting for them takes as long as the arithmetic.
 
 #pragma once
 

@@ -28,7 +28,8 @@ struct Job {
 void work(void* data) {
   Job& job = *static_cast<Job*>(data);
   try {
-    for (int64_t index; (index = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.body(job.context, index);
+    for (int64_t index; (index = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;)
+      job.body(job.context, index);
   } catch (...) {
     job.next = job.count;
     const std::lock_guard<std::mutex> lock(job.error_mutex);

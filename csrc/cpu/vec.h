@@ -1,8 +1,8 @@
 // A vector of float32 as wide as the instruction set allows, on the vector extensions of GCC and clang.
 //
-// Each op's source is compiled once per instruction set, with FASTBERT_ISA naming it; everything that such a source defines or
-// instantiates lives in the namespace of that name, so that the linker can never replace a function of one instruction set by
-// its twin of another.
+// Each op's source is compiled once per instruction set, with FASTBERT_ISA naming it; everything that such a source defines
+// or instantiates lives in the namespace of that name, so that the linker can never replace a function of one instruction
+// set by its twin of another.
 
 #pragma once
 
@@ -57,7 +57,9 @@ FASTBERT_INLINE Vec splat(float x) { return x - Vec{}; }
 
 // With a constant size the compiler makes one move of a memcpy, with a variable one it calls the library.
 FASTBERT_INLINE void copy_elements(void* to, const void* from, Whole, int size) { std::memcpy(to, from, kWidth * size); }
-FASTBERT_INLINE void copy_elements(void* to, const void* from, Part part, int size) { std::memcpy(to, from, part.count * size); }
+FASTBERT_INLINE void copy_elements(void* to, const void* from, Part part, int size) {
+  std::memcpy(to, from, part.count * size);
+}
 
 template <typename Extent = Whole>
 FASTBERT_INLINE Vec load(const float* from, Extent extent = {}) {

@@ -14,8 +14,8 @@ FASTBERT_INLINE Vec polynomial(Vec x, const float (&coefficients)[N]) {
   return y;
 }
 
-// exp(x) to 1 unit in the last place or so; 0 below -87 (the results there would be close to denormal), exp(88) above 88, NaN
-// for NaN. x = n ln 2 + r, exp(x) = 2^n exp(r), and exp(r) = 1 + r + r^2 q(r) with q good to 3.1e-9.
+// exp(x) to 1 unit in the last place or so; 0 below -87 (the results there would be close to denormal), exp(88) above 88,
+// NaN for NaN. x = n ln 2 + r, exp(x) = 2^n exp(r), and exp(r) = 1 + r + r^2 q(r) with q good to 3.1e-9.
 FASTBERT_INLINE Vec exp(Vec x) {
   constexpr float q[] = {0.49999993431891704f, 0.16666520396767037f, 0.04166839083115681f, 0.008368745320396876f,
                          0.001381453790346389f};
@@ -36,14 +36,15 @@ struct Normal {
   Vec pdf;  // phi(u)
 };
 
-// The standard normal distribution, both tails to a relative error of a few 1e-7: Phi is not made of 1 + erf, which loses all
-// its digits for u below -3. Near 0 Phi(u) = 1/2 + u s(u^2), good to 3e-12; beyond 1 Phi(-a) = exp(-a^2 / 2) t((a - 3) / (a + 3)),
-// good to 1.1e-8 (the variable is that of Shepherd and Laframboise, "Chebyshev approximation of (1 + 2x) exp(x^2) erfc x", 1981).
+// The standard normal distribution, both tails to a relative error of a few 1e-7: Phi is not made of 1 + erf, which loses
+// all its digits for u below -3. Near 0 Phi(u) = 1/2 + u s(u^2), good to 3e-12; beyond 1 Phi(-a) = exp(-a^2 / 2) t((a - 3) /
+// (a + 3)), good to 1.1e-8 (the variable is that of Shepherd and Laframboise, "Chebyshev approximation of (1 + 2x) exp(x^2)
+// erfc x", 1981).
 FASTBERT_INLINE Normal normal_distribution(Vec u) {
-  constexpr float s[] = {0.3989422917366028f,     -0.06649038195610046f,  0.009973541833460331f,  -0.00118725944776088f,
+  constexpr float s[] = {0.3989422917366028f,     -0.06649038195610046f,  0.009973541833460331f, -0.00118725944776088f,
                          0.00011527063907124102f, -9.23337120184442e-06f, 5.243601890470018e-07f};
-  constexpr float t[] = {0.12151394784450531f,  -0.20640261471271515f, 0.12322478741407394f,
-                         -0.046213336288928986f, 0.0061364020220935345f, 0.002901966916397214f,
+  constexpr float t[] = {0.12151394784450531f,    -0.20640261471271515f,    0.12322478741407394f,
+                         -0.046213336288928986f,  0.0061364020220935345f,   0.002901966916397214f,
                          -0.0010088972048833966f, -0.00031570743885822594f, 0.00016180217789951712f};
   constexpr float inverse_sqrt_two_pi = 0.3989422804014327f;
 
