@@ -1,12 +1,13 @@
 """z = dropout(x + bias) + residual; y = LayerNorm(z) * weight + ln_bias: the end of both halves of an encoder layer.
 
-Fused because every part of it waits for memory: apart, bias, dropout, addition and LayerNorm read and write the hidden states
-seven times over and store a mask. Here the forward reads x and residual and writes y and z, 8 bytes per element in a 16-bit
-dtype; the backward reads dy and z and writes dz and, with dropout, dx: 8 bytes, 6 without dropout, with all parameter
-gradients. Some 20 FLOPs per element (30 integer operations more for a mask) stay below the time of the bytes.
+Fused because every part of it waits for memory: apart, bias, dropout, addition and LayerNorm read and write the hidden
+states nine times over and store a mask. Here the forward reads x and residual and writes y and z, 8 bytes per element in a
+16-bit dtype; the backward reads dy and z and writes dz and, with dropout, dx: 8 bytes, 6 without dropout, with all parameter
+gradients. Some 20 FLOPs per element (12 integer operations more for a mask) stay below the time of the bytes.
 
-Rows are whole in registers, so the statistics are exact two-pass ones. The backward keeps a fixed number of programs that walk
-over the rows in strides and sum the parameter gradients on the way (reduction.py adds up the programs): bitwise repeatable.
+Rows are whole in registers, so the statistics are exact two-pass ones. The backward keeps a fixed number of programs that
+walk over the rows in strides and sum the parameter gradients on the way (reduction.py adds up the programs): bitwise
+repeatable on one kind of GPU.
 
 All tensors are contiguous; x, residual and the gradients are float32, bfloat16 or float16, as are the parameters, whose
 dtype may differ (autocast).

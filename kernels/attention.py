@@ -1,15 +1,18 @@
-"""Bidirectional attention within each sequence of a packed batch, with dropout (FlashAttention: Dao et al., 2022; Dao, 2023).
+"""Bidirectional attention within each sequence of a packed batch, with dropout (Dao et al., 2022; Dao, 2023).
 
-Fused so that scores and probabilities, (length, length) per head, never reach memory: the forward reads qkv and writes out, 8
-bytes per hidden element and token in a 16-bit dtype, and keeps one number per query and head, the log-sum-exp; the backward
-recomputes the probabilities from it and reads and writes 16 bytes. FLOPs per head and sequence: 4 * length^2 * head_dim
-forward, 14 backward (two passes, 10 of them necessary), one exponential per score and pass.
+Fused so that scores and probabilities, (length, length) per head, never reach memory: the forward reads qkv and writes out,
+8 bytes per hidden element and token in a 16-bit dtype, and keeps one number per query and head, the log-sum-exp; the
+backward recomputes the probabilities from it and reads and writes 16 bytes and more. FLOPs per head and sequence:
+4 * length^2 * head_dim forward, 14 backward (two passes, 10 of them necessary), one exponential per score and pass.
 
 A program takes one block of queries (the dK/dV kernel: of keys) of one head and sequence and streams over the other side.
 Blocks past the end of a sequence leave at once, so the grid is that of the longest sequence. The backward has no atomics and
 is bitwise repeatable: one kernel owns dQ (and delta = rowsum(dout * out) as a by-product), the next dK and dV.
 
-Exponentials are base 2, with log2(e) folded into the scale. Row offsets within a batch are 64-bit.
+Within a tile keys stand in the order of ``dropout.interleaved_columns``, which lets each thread draw the dropout mask of its
+own probabilities; softmax and products over keys do not mind. Exponentials are base 2, with log2(e) folded into the scale.
+
+All tensors are contiguous, float32, bfloat16 or float16; row offsets within a batch are 64-bit.
 """
 
 from __future__ import annotations
@@ -40,8 +43,9 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
-# Keyed by (itemsize, BLOCK_HEAD_DIM): tiles that compile for sm_80 to sm_100 without spilling registers. float32 shares its
-# tiles between the plain ("ieee") products, which hold their operands in registers, and the matrix units ("tf32").
+# Keyed by (itemsize, BLOCK_HEAD_DIM): tiles that compile for sm_80 and sm_90 without spilling registers (16 bytes of the dQ
+# kernel for float32 and 256 apart). float32 shares its tiles between the plain ("ieee") products, which hold their operands
+# in registers, and the matrix units ("tf32").
 FORWARD_CONFIGS = {
     (2, 16): TileConfig(64, 64, 4, 3),
     (2, 32): TileConfig(64, 64, 4, 3),

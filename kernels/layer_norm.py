@@ -66,7 +66,7 @@ def block_hidden(hidden: int) -> int:
 
 
 def num_backward_programs(x: Tensor, config: TileConfig) -> int:
-    """Programs of a backward launch over the rows of ``x`` (rows, hidden): a few per multiprocessor, at most one per tile."""
+    """Programs of a backward launch over the rows of ``x`` (rows, hidden): a few per processor, at most one per tile."""
     return min(triton.cdiv(x.shape[0], config.block_rows), num_processors(x) * config.programs_per_processor)
 
 

@@ -1,8 +1,8 @@
 """Products and roundings of tiles, the same on a GPU and in Triton's interpreter.
 
-The interpreter (``TRITON_INTERPRET=1`` when the module is imported) keeps bfloat16 as raw 16-bit integers: its ``tl.dot`` would
-multiply those, and its casts cut the mantissa off instead of rounding to nearest even. These two functions give it the
-arithmetic of the hardware, so that what the tests measure there holds on a GPU.
+The interpreter (``TRITON_INTERPRET=1`` when the module is imported) keeps bfloat16 as raw 16-bit integers: its ``tl.dot``
+would multiply those, and its casts cut the mantissa off instead of rounding to nearest even. These two functions give it
+the arithmetic of the hardware, so that what the tests measure there holds on a GPU.
 """
 
 from __future__ import annotations
