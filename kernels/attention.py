@@ -109,9 +109,7 @@ def _tile_mask(rows, num_rows, head_dim: tl.constexpr, BLOCK_HEAD_DIM: tl.conste
 
 
 @triton.jit
-def _load_tile(
-    ptr, first_row, rows, num_rows, row_stride: tl.constexpr, head_dim: tl.constexpr, BLOCK_HEAD_DIM: tl.constexpr
-):
+def _load_tile(ptr, first_row, rows, num_rows, row_stride: tl.constexpr, head_dim: tl.constexpr, BLOCK_HEAD_DIM: tl.constexpr):
     """Rows first_row + rows of a (num_rows, head_dim) matrix, zero outside of it; ``rows`` (R,) are those of one block."""
     pointers = _tile_pointers(ptr, first_row, rows, row_stride, BLOCK_HEAD_DIM)
     return tl.load(pointers, mask=_tile_mask(rows, num_rows - first_row, head_dim, BLOCK_HEAD_DIM), other=0.0)
