@@ -236,9 +236,8 @@ def _backward_dq_kernel(
     for first_key in range(0, length, BLOCK_KEYS):
         k = _load_tile(k_ptr, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
         v = _load_tile(v_ptr, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
-        p = tl.exp2(tl.fma(dot(q, tl.trans(k), zeros, PRECISION), scale_log2, -lse_log2[:, None]))
-        # A key past the end has score 0, whose exp2(-lse) may be infinite.
-        p = tl.where((first_key + keys < length)[None, :], p, 0.0)
+        exponent = tl.fma(dot(q, tl.trans(k), zeros, PRECISION), scale_log2, -lse_log2[:, None])
+        p = tl.exp2(tl.where((first_key + keys < length)[None, :], exponent, float("-inf")))
         dp = dot(do, tl.trans(v), zeros, PRECISION)
         if DROPOUT:
             keep = keep_tile(seed_ptr, start + first_query + queries, first_key, head, stream, threshold, BLOCK_KEYS, True)
