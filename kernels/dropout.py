@@ -67,3 +67,36 @@ def interleaved_columns(BLOCK_COLUMNS: tl.constexpr):
     """
     place = tl.arange(0, BLOCK_COLUMNS)
     return place // 32 * 32 + ((place & 6) << 2) + ((place & 24) >> 2) + (place & 1)
+
+
+@triton.jit
+def keep_tile_transposed(seed_ptr, rows, first_column, plane, stream, threshold, BLOCK_COLUMNS: tl.constexpr):
+    """The keep-mask (BLOCK_COLUMNS, rows), bool: that of :func:`keep_tile` transposed, its columns in the order of
+    :func:`paired_rows`; first_column and BLOCK_COLUMNS are multiples of 16.
+
+    Threads that share a group of eight columns draw it once and pass its words on.
+    """
+    groups = first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8)
+    word0, word1, word2, word3 = tl.philox(
+        tl.load(seed_ptr),
+        groups[:, None].to(tl.uint32),
+        rows[None, :].to(tl.uint32),
+        tl.cast(plane, tl.uint32),
+        tl.cast(stream, tl.uint32),
+    )
+    words = tl.permute(tl.join(tl.join(word0, word2), tl.join(word1, word3)), (0, 2, 3, 1))
+    words = tl.reshape(words, (BLOCK_COLUMNS // 16, 1, 8, rows.shape[0]))
+    halves = tl.arange(0, 2)[None, :, None, None].to(tl.uint32)
+    bits = (words >> (16 * halves)) & 0xFFFF
+    return tl.reshape(bits, (BLOCK_COLUMNS, rows.shape[0])) >= tl.cast(threshold, tl.uint32)
+
+
+@triton.jit
+def paired_rows(BLOCK_ROWS: tl.constexpr):
+    """The order of rows that suits a transposed tile of matrix-unit results, int32 (BLOCK_ROWS,), a multiple of 16.
+
+    There a thread holds rows g and g + 8 of every sixteen: place 16c + 8h + g taken by row 16c + 2g + h makes them the two
+    that share one word of a Philox call.
+    """
+    place = tl.arange(0, BLOCK_ROWS)
+    return place // 16 * 16 + ((place & 7) << 1) + ((place & 8) >> 3)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import triton
 from torch import Tensor
 
+from .precision import INTERPRETED
+
 INTERPRETER_PROCESSORS = 2
+INTERPRETER_CAPABILITY = 90
 
 
 def device_guard(x: Tensor) -> AbstractContextManager:
@@ -20,3 +24,14 @@ def num_processors(x: Tensor) -> int:
     if not x.is_cuda:
         return INTERPRETER_PROCESSORS
     return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def cuda_capability() -> int:
+    """The compute capability of the GPU that would be launched on, 90 for 9.0; 0 for one that is not NVIDIA's.
+
+    The interpreter runs what Hopper would: its kernels are the ones that no other check of their numbers reaches.
+    """
+    if INTERPRETED.value:
+        return INTERPRETER_CAPABILITY
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
