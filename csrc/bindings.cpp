@@ -40,6 +40,35 @@ PYBIND11_MODULE(_cpu, m) {
   using Release = py::call_guard<py::gil_scoped_release>;
 
   m.def(
+      "embedding_layer_norm_forward",
+      [](Address input_ids, Address token_type_ids, Address position_ids, Address word, Address position, Address token_type,
+         Address weight, Address ln_bias, Address y, Address mean, Address rstd, int64_t rows, int64_t hidden, float eps,
+         const Dropout& dropout, DType dtype, int num_threads) {
+        cpu::embedding_layer_norm_forward(
+            {pointer<const int64_t>(input_ids), pointer<const int64_t>(token_type_ids), pointer<const int64_t>(position_ids),
+             pointer<const void>(word), pointer<const void>(position), pointer<const void>(token_type),
+             pointer<const float>(weight), pointer<const float>(ln_bias), pointer<void>(y), pointer<float>(mean),
+             pointer<float>(rstd), rows, hidden, eps, dropout, dtype},
+            num_threads);
+      },
+      Release());
+
+  m.def(
+      "embedding_layer_norm_backward",
+      [](Address dy, Address input_ids, Address token_type_ids, Address position_ids, Address word, Address position,
+         Address token_type, Address mean, Address rstd, Address weight, Address dz, Address dweight, Address dln_bias,
+         Address partials, int64_t rows, int64_t hidden, const Dropout& dropout, DType dtype, int num_threads) {
+        cpu::embedding_layer_norm_backward(
+            {pointer<const void>(dy), pointer<const int64_t>(input_ids), pointer<const int64_t>(token_type_ids),
+             pointer<const int64_t>(position_ids), pointer<const void>(word), pointer<const void>(position),
+             pointer<const void>(token_type), pointer<const float>(mean), pointer<const float>(rstd),
+             pointer<const float>(weight), pointer<float>(dz), pointer<float>(dweight), pointer<float>(dln_bias),
+             pointer<float>(partials), rows, hidden, dropout, dtype},
+            num_threads);
+      },
+      Release());
+
+  m.def(
       "attention_forward",
       [](Address qkv, Address cu_seqlens, Address out, Address lse, int64_t total, int64_t batch, int64_t num_heads,
          int64_t head_dim, float softmax_scale, const Dropout& dropout, DType dtype, int num_threads) {

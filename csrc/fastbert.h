@@ -47,6 +47,46 @@ struct AttentionBackwardParams {
   DType dtype;  // of dout, qkv, out and dqkv
 };
 
+// z = word[input_ids] + token_type[token_type_ids] + position[position_ids]; y = dropout(LayerNorm(z) * weight + ln_bias)
+// The caller has checked that every id is a row of its table.
+struct EmbeddingLayerNormForwardParams {
+  const int64_t* input_ids;       // (rows,)
+  const int64_t* token_type_ids;  // (rows,)
+  const int64_t* position_ids;    // (rows,)
+  const void* word;               // (ids, hidden)
+  const void* position;           // (ids, hidden)
+  const void* token_type;         // (ids, hidden)
+  const float* weight;            // (hidden,)
+  const float* ln_bias;           // (hidden,)
+  void* y;                        // (rows, hidden)
+  float* mean;                    // (rows,)
+  float* rstd;                    // (rows,)
+  int64_t rows, hidden;
+  float eps;
+  Dropout dropout;
+  DType dtype;  // of the tables and y
+};
+
+struct EmbeddingLayerNormBackwardParams {
+  const void* dy;                 // (rows, hidden)
+  const int64_t* input_ids;       // (rows,)
+  const int64_t* token_type_ids;  // (rows,)
+  const int64_t* position_ids;    // (rows,)
+  const void* word;               // (ids, hidden)
+  const void* position;           // (ids, hidden)
+  const void* token_type;         // (ids, hidden)
+  const float* mean;              // (rows,)
+  const float* rstd;              // (rows,)
+  const float* weight;            // (hidden,)
+  float* dz;                      // (rows, hidden), null where no table's gradient is wanted
+  float* dweight;                 // (hidden,)
+  float* dln_bias;                // (hidden,)
+  float* partials;                // (row_chunks(rows), 3, hidden): sums over a chunk of rows, the third unused
+  int64_t rows, hidden;
+  Dropout dropout;
+  DType dtype;  // of dy and the tables
+};
+
 // z = dropout(x + bias) + residual; y = LayerNorm(z) * weight + ln_bias
 struct AddLayerNormForwardParams {
   const void* x;         // (rows, hidden)
@@ -167,6 +207,8 @@ int64_t row_chunks(int64_t rows);
 
 // Each launcher returns when the work is done, on at most num_threads threads. They throw std::invalid_argument for a dtype
 // other than float32 and bfloat16.
+void embedding_layer_norm_forward(const EmbeddingLayerNormForwardParams& params, int num_threads);
+void embedding_layer_norm_backward(const EmbeddingLayerNormBackwardParams& params, int num_threads);
 void attention_forward(const AttentionForwardParams& params, int num_threads);
 void attention_backward(const AttentionBackwardParams& params, int num_threads);
 void add_layer_norm_forward(const AddLayerNormForwardParams& params, int num_threads);

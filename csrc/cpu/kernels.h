@@ -5,16 +5,18 @@
 #include "cpu/runtime.h"
 #include "fastbert.h"
 
-#define FASTBERT_FOR_EACH_KERNEL(X)                        \
-  X(attention_forward, AttentionForwardParams)             \
-  X(attention_backward, AttentionBackwardParams)           \
-  X(add_layer_norm_forward, AddLayerNormForwardParams)     \
-  X(add_layer_norm_backward, AddLayerNormBackwardParams)   \
-  X(gelu_layer_norm_forward, GeluLayerNormForwardParams)   \
-  X(gelu_layer_norm_backward, GeluLayerNormBackwardParams) \
-  X(bias_gelu_forward, BiasGeluForwardParams)              \
-  X(bias_gelu_backward, BiasGeluBackwardParams)            \
-  X(mlm_loss_forward, MlmLossForwardParams)                \
+#define FASTBERT_FOR_EACH_KERNEL(X)                                  \
+  X(embedding_layer_norm_forward, EmbeddingLayerNormForwardParams)   \
+  X(embedding_layer_norm_backward, EmbeddingLayerNormBackwardParams) \
+  X(attention_forward, AttentionForwardParams)                       \
+  X(attention_backward, AttentionBackwardParams)                     \
+  X(add_layer_norm_forward, AddLayerNormForwardParams)               \
+  X(add_layer_norm_backward, AddLayerNormBackwardParams)             \
+  X(gelu_layer_norm_forward, GeluLayerNormForwardParams)             \
+  X(gelu_layer_norm_backward, GeluLayerNormBackwardParams)           \
+  X(bias_gelu_forward, BiasGeluForwardParams)                        \
+  X(bias_gelu_backward, BiasGeluBackwardParams)                      \
+  X(mlm_loss_forward, MlmLossForwardParams)                          \
   X(mlm_loss_backward, MlmLossBackwardParams)
 
 #define FASTBERT_DECLARE_KERNEL(name, Params) void name(const Params& params, int num_threads);

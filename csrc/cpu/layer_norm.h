@@ -1,4 +1,4 @@
-// What the two ops that end in a LayerNorm share: rows of float32 that stay in the first-level cache between their passes.
+// What the ops with a LayerNorm share: rows of float32 that stay in the first-level cache between their passes.
 
 #pragma once
 
@@ -24,12 +24,20 @@ inline Moments row_moments(const float* row, int64_t hidden, Vec sums, float eps
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
-template <typename T>
-void normalise_row(const float* row, int64_t hidden, Moments moments, const float* weight, const float* ln_bias, T* y) {
+// y = finish(the LayerNorm of row, column, extent).
+template <typename T, typename Finish>
+void normalise_row(const float* row, int64_t hidden, Moments moments, const float* weight, const float* ln_bias, T* y,
+                   const Finish& finish) {
   for_columns(hidden, [&](int64_t column, auto extent) {
     const Vec normalised = (load(row + column, extent) - moments.mean) * moments.rstd;
-    store(y + column, normalised * load(weight + column, extent) + load(ln_bias + column, extent), extent);
+    const Vec v = normalised * load(weight + column, extent) + load(ln_bias + column, extent);
+    store(y + column, finish(v, column, extent), extent);
   });
+}
+
+template <typename T>
+void normalise_row(const float* row, int64_t hidden, Moments moments, const float* weight, const float* ln_bias, T* y) {
+  normalise_row(row, hidden, moments, weight, ln_bias, y, [](Vec v, int64_t, auto) { return v; });
 }
 
 // A piece of the work on rows that is large enough to be worth a thread's attention and small enough to share out.

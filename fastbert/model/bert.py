@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers.models.bert import modeling_bert as hf
 
-from .inputs import check_inputs, check_token_ids
+from .embeddings import embed
+from .inputs import check_inputs
 from .layer import BertLayer
 from .outputs import BertModelOutput, Deferred
 from .packing import Packing
@@ -107,7 +108,7 @@ class BertModel(CheckedLoading, hf.BertModel):
         tokens = inputs_embeds if input_ids is None else input_ids
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         packing = self._packing(tokens, attention_mask, cu_seqlens, kwargs.get("max_length_q"))
-        hidden_states = self._embed(packing, input_ids, token_type_ids, position_ids, inputs_embeds, cu_seqlens is not None)
+        hidden_states = embed(self, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
 
         config = self.config
         wanted = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
@@ -138,30 +139,9 @@ class BertModel(CheckedLoading, hf.BertModel):
     def _packing(self, tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_length: int | None) -> Packing:
         shape = tuple(tokens.shape[:2])
         if cu_seqlens is None:
-            packing = Packing.from_mask(mask, shape, tokens.device)
-        else:
-            cu_seqlens = cu_seqlens.to(torch.int32)
-            packing = Packing(cu_seqlens, int(cu_seqlens.diff().max()) if max_length is None else int(max_length), shape)
-        if self.training and (self.config.hidden_dropout_prob > 0.0 or self.config.attention_probs_dropout_prob > 0.0):
-            packing.seed = torch.randint(2**62, (1,), device=tokens.device)
-        return packing
-
-    def _embed(self, packing, input_ids, token_type_ids, position_ids, inputs_embeds, packed) -> Tensor:
-        """(total, hidden): the embeddings of the real tokens only."""
-        tokens = inputs_embeds if input_ids is None else input_ids
-        if position_ids is None:
-            if packed:
-                starts = (
-                    packing.cu_seqlens[:-1].long().repeat_interleave(packing.cu_seqlens.diff().long(), output_size=tokens.shape[1])
-                )
-                position_ids = (torch.arange(tokens.shape[1], device=tokens.device) - starts).unsqueeze(0)
-            else:
-                position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        position_ids = position_ids.expand(packing.shape)
-        rows = [None if x is None else packing.unpad(x).unsqueeze(0) for x in (input_ids, token_type_ids, position_ids)]
-        embeds = None if inputs_embeds is None else packing.unpad(inputs_embeds).unsqueeze(0)
-        check_token_ids(self, *rows, unpadded=packing.indices is not None)
-        return self.embeddings(input_ids=rows[0], token_type_ids=rows[1], position_ids=rows[2], inputs_embeds=embeds).squeeze(0)
+            return Packing.from_mask(mask, shape, tokens.device)
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        return Packing(cu_seqlens, int(cu_seqlens.diff().max()) if max_length is None else int(max_length), shape)
 
 
 def model_fallback_reasons(

@@ -10,6 +10,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from ..ops import backends
 from .bert import BertModel, model_fallback_reasons
+from .embeddings import embedding_notes
 from .heads import head_notes
 from .layer import BertLayer, layer_notes
 
@@ -18,14 +19,15 @@ from .layer import BertLayer, layer_notes
 class Explanation:
     """What runs where. ``str()`` gives a table, :meth:`to_dict` plain data.
 
-    encoder: reasons why whole calls run transformers' forward pass (empty: they run packed). layers: notes per layer index
-    (an empty list: fully fused). head: notes of the language-model head, None where the model has none. ops: the backend that
-    ``"auto"`` picks for the device and dtype of the weights, with the reasons against the ones before it in the order.
+    encoder: reasons why whole calls run transformers' forward pass (empty: they run packed). embeddings: notes on them. layers:
+    notes per layer index (an empty list: fully fused). head: notes of the language-model head, None where the model has none.
+    ops: the backend that ``"auto"`` picks for the device and dtype of the weights, with the reasons against the ones before it.
     """
 
     device: str
     dtype: str
     encoder: list[str]
+    embeddings: list[str]
     layers: dict[int, list[str]]
     head: list[str] | None
     ops: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -33,25 +35,26 @@ class Explanation:
     @property
     def fast(self) -> bool:
         """Whether nothing falls back."""
-        fallbacks = [self.encoder, *self.layers.values(), self.head or []]
+        fallbacks = [self.encoder, self.embeddings, *self.layers.values(), self.head or []]
         return not any(fallbacks) and not any(op["passed_over"] for op in self.ops.values())
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "fast": self.fast}
 
     def __str__(self) -> str:
-        lines = [f"weights   {self.dtype} on {self.device}"]
+        lines = [f"weights    {self.dtype} on {self.device}"]
         lines += _described("encoder", self.encoder, "packed: no work on padding")
+        lines += _described("embeddings", self.embeddings, "fused")
         fused = [index for index, notes in self.layers.items() if not notes]
         if fused:
-            lines.append(f"layers    {_ranges(fused)}: fused")
+            lines.append(f"layers     {_ranges(fused)}: fused")
         for index, notes in self.layers.items():
-            lines += [f"layer {index:<3} {note}" for note in notes]
+            lines += [f"layer {index:<4} {note}" for note in notes]
         if self.head is not None:
             lines += _described("MLM head", self.head, "fused, on labelled rows only")
         for op, facts in self.ops.items():
-            lines.append(f"{op:<16} {facts['backend']}")
-            lines += [f"{'':<16} not {name}: {'; '.join(reasons)}" for name, reasons in facts["passed_over"].items()]
+            lines.append(f"{op:<20} {facts['backend']}")
+            lines += [f"{'':<20} not {name}: {'; '.join(reasons)}" for name, reasons in facts["passed_over"].items()]
         return "\n".join(lines)
 
 
@@ -65,9 +68,10 @@ def explain(model: nn.Module) -> Explanation:
         raise TypeError(f"{type(model).__qualname__} contains no transformers or fastbert BertModel")
     weight = encoder.embeddings.LayerNorm.weight
     if isinstance(encoder, BertModel):
-        reasons = model_fallback_reasons(encoder)
+        reasons, notes = model_fallback_reasons(encoder), embedding_notes(encoder.embeddings)
     else:
         reasons = [f"it is {type(encoder).__module__}.{type(encoder).__qualname__}, not fastbert.BertModel"]
+        notes = ["called as transformers' module by its forward pass"]
     layers = {
         index: layer_notes(layer) if isinstance(layer, BertLayer) else [f"is {type(layer).__qualname__}, not fastbert's"]
         for index, layer in enumerate(encoder.encoder.layer)
@@ -78,6 +82,7 @@ def explain(model: nn.Module) -> Explanation:
         device=str(weight.device),
         dtype=str(weight.dtype).removeprefix("torch."),
         encoder=reasons,
+        embeddings=notes,
         layers=layers,
         head=None if head is None else head_notes(head),
         ops={op: _op_facts(op, weight, head_dim) for op in backends.OPS},
@@ -96,7 +101,7 @@ def _op_facts(op: str, weight: nn.Parameter, head_dim: int) -> dict[str, Any]:
 
 
 def _described(title: str, notes: list[str], otherwise: str) -> list[str]:
-    return [f"{title:<9} {note}" for note in notes] or [f"{title:<9} {otherwise}"]
+    return [f"{title:<10} {note}" for note in notes] or [f"{title:<10} {otherwise}"]
 
 
 def _ranges(indices: list[int]) -> str:

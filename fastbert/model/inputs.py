@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.registration import check_ids
+
 
 def check_inputs(
     config: Any,
@@ -84,15 +86,11 @@ def check_token_ids(
         ("token_type_ids", token_type_ids, embeddings.token_type_embeddings, "config.type_vocab_size"),
         ("position_ids", position_ids, embeddings.position_embeddings, "config.max_position_embeddings"),
     ):
-        if ids is None or ids.numel() == 0 or not (ids.device.type == "cpu" or (unpadded and ids.device.type == "cuda")):
+        if ids is None or not (ids.device.type == "cpu" or (unpadded and ids.device.type == "cuda")):
             continue
-        limit = getattr(table, "num_embeddings", None)
-        if limit is None:
-            continue
-        smallest, largest = (int(x) for x in ids.aminmax())
-        if smallest < 0 or largest >= limit:
-            wrong = smallest if smallest < 0 else largest
-            raise ValueError(f"{name} holds {wrong}, expected 0 to {limit - 1} ({limit_name} is {limit})")
+        num_ids = getattr(table, "num_embeddings", None)
+        if num_ids is not None:
+            check_ids(name, ids, num_ids, limit_name)
 
 
 def check_labels(labels: Tensor, expected: tuple[int, ...], name: str = "labels") -> None:

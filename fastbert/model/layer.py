@@ -21,8 +21,8 @@ from ..ops import add_layer_norm, attention, linear_gelu
 from ..ops.linear import linear, linear_forward
 from .packing import Packing
 
-# Streams of the dropout generator: one for each op of each layer.
-_STREAMS_PER_LAYER = 3
+# Streams of the dropout generator: one for each op of each layer, and after them one for the embeddings.
+STREAMS_PER_LAYER = 3
 _flatten_lock = threading.Lock()
 
 
@@ -36,7 +36,7 @@ class BertLayer(hf.BertLayer):
         if layer_fallback_reasons(self):
             padded = super().forward(packing.to_sequences(hidden_states), packing.sequence_mask)
             return packing.from_sequences(padded)
-        first_stream = (self.attention.self.layer_idx or 0) * _STREAMS_PER_LAYER
+        first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
         intermediate = _intermediate(self.intermediate, hidden_states)
@@ -45,13 +45,14 @@ class BertLayer(hf.BertLayer):
 
 def _self_attention(module: nn.Module, hidden_states: Tensor, packing: Packing, stream: int) -> Tensor:
     qkv = _project_qkv(module, hidden_states).view(-1, 3, module.num_attention_heads, module.attention_head_size)
+    dropout_p = active_dropout_p(module.dropout)
     return attention(
         qkv,
         packing.cu_seqlens,
         packing.max_seqlen,
         softmax_scale=module.scaling,
-        dropout_p=_dropout_p(module.dropout),
-        seed=packing.seed,
+        dropout_p=dropout_p,
+        seed=packing.seed_for(dropout_p),
         stream=stream,
     ).flatten(1)
 
@@ -63,9 +64,10 @@ def _output(module: nn.Module, x: Tensor, residual: Tensor, packing: Packing, st
         x, bias = linear(x, dense.weight, None), dense.bias
     else:
         x, bias = dense(x), None
+    dropout_p = active_dropout_p(module.dropout)
     return add_layer_norm(
         x, bias, residual, norm.weight, norm.bias, norm.eps,
-        dropout_p=_dropout_p(module.dropout), seed=packing.seed, stream=stream,
+        dropout_p=dropout_p, seed=packing.seed_for(dropout_p), stream=stream,
     )  # fmt: skip
 
 
@@ -77,7 +79,8 @@ def _intermediate(module: nn.Module, x: Tensor) -> Tensor:
     return activation(dense(x))
 
 
-def _dropout_p(dropout: nn.Dropout) -> float:
+def active_dropout_p(dropout: nn.Dropout) -> float:
+    """The probability that this module drops with in its present mode."""
     return dropout.p if dropout.training else 0.0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,14 +16,13 @@ class Packing:
     cu_seqlens: (num_sequences + 1,) int32, the running sum of the sequence lengths; max_seqlen: the longest one.
     shape: (batch, length) of the tensors that the caller passed and gets back. indices: (total,) int64, the flat position of
     each row in that shape, or None where nothing was padding and rows and positions are the same.
-    seed: (1,) int64, from which every dropout mask of this forward pass is drawn, or None.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     shape: tuple[int, int]
     indices: Tensor | None = None
-    seed: Tensor | None = None
+    _seed: Tensor | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def from_mask(cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Packing:
@@ -38,6 +37,28 @@ class Packing:
                 return cls(cu_seqlens, int(lengths.max()) if batch else 0, shape, indices)
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         return cls(cu_seqlens, length, shape)
+
+    def seed_for(self, dropout_p: float) -> Tensor | None:
+        """(1,) int64, the one that every dropout mask of this forward pass is drawn from; None without dropout.
+
+        Drawn when it is first asked for, because a dropout module may be active in a model that is not (Monte Carlo dropout),
+        and kept, because recomputed layers must draw the same masks.
+        """
+        if dropout_p == 0.0:
+            return None
+        if self._seed is None:
+            self._seed = torch.randint(2**62, (1,), device=self.cu_seqlens.device)
+        return self._seed
+
+    @property
+    def default_positions(self) -> Tensor:
+        """The positions of tokens whose caller names none, (1, length): columns, in a packed row counted from each start."""
+        length, device = self.shape[1], self.cu_seqlens.device
+        columns = torch.arange(length, device=device).unsqueeze(0)
+        if self.shape[0] == self.num_sequences:
+            return columns
+        starts = self.cu_seqlens[:-1].long().repeat_interleave(self.cu_seqlens.diff().long(), output_size=length)
+        return columns - starts
 
     def unpad(self, x: Tensor) -> Tensor:
         """(batch, length, ...) -> (total, ...)."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-OPS = ("attention", "add_layer_norm", "linear_gelu", "gelu_layer_norm", "mlm_loss")
+OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "linear_gelu", "gelu_layer_norm", "mlm_loss")
 BACKENDS = ("reference", "native", "triton", "cuda")
 AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 
@@ -30,7 +30,6 @@ _DTYPES = {
 }
 _DEVICES = {"native": ("cpu",), "cuda": ("cuda",)}
 _OPS_OF = {
-    "triton": ("attention", "add_layer_norm", "gelu_layer_norm", "mlm_loss"),
     "cuda": ("add_layer_norm", "gelu_layer_norm"),
 }
 MAX_HEAD_DIM = 256

@@ -113,6 +113,68 @@ def _row_sums(rows: int, *shape: int) -> Tensor:
     return _empty(_cpu.row_chunks(rows), *shape)
 
 
+def embedding_layer_norm_forward(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`reference.embedding_layer_norm_forward`."""
+    rows, hidden = input_ids.shape[0], word.shape[1]
+    weight, ln_bias = _float32(weight), _float32(ln_bias)
+    y, mean, rstd = word.new_empty(rows, hidden), _empty(rows), _empty(rows)
+    _cpu.embedding_layer_norm_forward(
+        input_ids.data_ptr(), token_type_ids.data_ptr(), position_ids.data_ptr(),
+        word.data_ptr(), position.data_ptr(), token_type.data_ptr(), weight.data_ptr(), ln_bias.data_ptr(),
+        y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+        rows, hidden, eps, _dropout(dropout_p, seed, stream), _DTYPES[word.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def embedding_layer_norm_backward(
+    dy: Tensor,
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    padding_idx: int,
+    needs: tuple[bool, bool, bool],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """See :func:`reference.embedding_layer_norm_backward`, whose scatter into the tables this is."""
+    rows, hidden = dy.shape
+    dtype, weight = weight.dtype, _float32(weight)
+    dz = _empty(rows, hidden) if any(needs) else None
+    dweight, dln_bias = _empty(hidden), _empty(hidden)
+    partials = _row_sums(rows, 3, hidden)
+    _cpu.embedding_layer_norm_backward(
+        dy.data_ptr(), input_ids.data_ptr(), token_type_ids.data_ptr(), position_ids.data_ptr(),
+        word.data_ptr(), position.data_ptr(), token_type.data_ptr(), mean.data_ptr(), rstd.data_ptr(), weight.data_ptr(),
+        _pointer(dz), dweight.data_ptr(), dln_bias.data_ptr(), partials.data_ptr(),
+        rows, hidden, _dropout(dropout_p, seed, stream), _DTYPES[dy.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    tables = reference.embedding_table_gradients(
+        dz, input_ids, token_type_ids, position_ids, word, position, token_type, padding_idx, needs
+    )
+    return *tables, dweight.to(dtype), dln_bias.to(dtype)
+
+
 def attention_forward(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -256,9 +318,10 @@ def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep_pre
 
 
 def linear_gelu_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`reference.linear_gelu_backward`."""
+    u = linear_forward(x, weight, None) if u is None else u
     rows, columns = u.shape
     du, dbias, partials = torch.empty_like(u), _empty(columns), _row_sums(rows, columns)
     bias32 = _float32(bias)

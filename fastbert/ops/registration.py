@@ -50,6 +50,16 @@ def check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}: {meaning}")
 
 
+def check_ids(name: str, ids: torch.Tensor, num_ids: int, meaning: str) -> None:
+    """Raises ValueError where ids are no rows of a table of ``num_ids`` rows. Reads data: on a GPU it waits for it."""
+    if ids.numel() == 0:
+        return
+    smallest, largest = (int(x) for x in ids.aminmax())
+    if smallest < 0 or largest >= num_ids:
+        wrong = smallest if smallest < 0 else largest
+        raise ValueError(f"{name} holds {wrong}, expected 0 to {num_ids - 1} ({meaning} is {num_ids})")
+
+
 def check_dropout(dropout_p: float, seed: torch.Tensor | None) -> None:
     """Raises ValueError where dropout has no probability or no seed to draw its mask from."""
     if not 0.0 <= dropout_p <= 1.0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def test_round_trip_through_plain_transformers(name, tmp_path):
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
     theirs.save_pretrained(tmp_path / "back")
     again = getattr(fastbert, name).from_pretrained(tmp_path / "back")
-    got = again(**batch)
+    # Weights that lie in a mapped file start anywhere, and matmul libraries round differently there than on aligned memory.
+    got = copy.deepcopy(again)(**batch)
     for key in expected:
         assert torch.equal(got[key], expected[key]), key
 

@@ -11,7 +11,7 @@ import torch
 
 from fastbert.ops import backends, linear_gelu, native
 
-from . import test_add_layer_norm, test_attention, test_gelu_layer_norm, test_linear_gelu, test_mlm_loss
+from . import test_add_layer_norm, test_attention, test_embedding_layer_norm, test_gelu_layer_norm, test_linear_gelu, test_mlm_loss
 from .helpers import gradients
 from .test_registration import arguments_of
 
@@ -34,6 +34,7 @@ def test_every_instruction_set_is_right(instruction_set, dtype, nan_filled_memor
         test_attention.check("native", dtype, [17, 0, 1, 66], heads=2, head_dim=head_dim, dropout_p=0.2)
     for hidden in (7, 96, 768):
         test_add_layer_norm.check("native", dtype, 21, hidden, dropout_p=0.2)
+        test_embedding_layer_norm.check("native", dtype, 21, hidden, dropout_p=0.2)
         test_gelu_layer_norm.test_shapes("native", dtype, 21, hidden, True, 2.0)
     test_linear_gelu.test_with_gradients("native", dtype, 40, 96, 130, True)
     test_mlm_loss.test_loss_and_gradients("native", dtype, "mean", True, 0.1, False)
@@ -64,6 +65,11 @@ def _run_large(op: str) -> list[torch.Tensor]:
         out, lse = native.attention_forward(qkv, cu_seqlens, 200, 0.125)
         return [out, lse, native.attention_backward(dout, qkv, out, lse, cu_seqlens, 200, 0.125)]
     x, dy, weight, bias = torch.randn(500, 256), torch.randn(500, 256), torch.randn(256), torch.randn(256)
+    if op == "embedding_layer_norm":
+        ids, table = [torch.randint(40, (500,)) for _ in range(3)], torch.randn(40, 256)
+        y, mean, rstd = native.embedding_layer_norm_forward(*ids, table, table, table, weight, bias, 1e-12)
+        arguments = (dy, *ids, table, table, table, weight, mean, rstd, -1, (True, True, True))
+        return [y, *native.embedding_layer_norm_backward(*arguments)]
     if op == "add_layer_norm":
         y, z, mean, rstd = native.add_layer_norm_forward(x, bias, dy, weight, bias, 1e-12)
         return [y, z, *(t for t in native.add_layer_norm_backward(dy, z, mean, rstd, weight, True) if t is not None)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fastbert.ops import add_layer_norm, attention, backends, gelu_layer_norm, linear_gelu, mlm_loss
+from fastbert.ops import add_layer_norm, attention, backends, embedding_layer_norm, gelu_layer_norm, linear_gelu, mlm_loss
 
 from .helpers import DEVICE, device_of, new_seed
 
@@ -31,6 +31,13 @@ def arguments_of(op: str, dropout_p: float, dtype: torch.dtype, device: str = "c
             qkv, cu_seqlens, 5, dropout_p=dropout_p, seed=seed, stream=2, backend=backend
         )
         return leaves, call, lambda backend: (*leaves, cu_seqlens, 5, 0.5, dropout_p, seed, 2, backend)
+    if op == "embedding_layer_norm":
+        ids = [torch.tensor(i, device=device) for i in ([1, 4, 4, 2, 0], [0, 1, 1, 0, 1], [0, 1, 2, 0, 1])]
+        leaves = [leaf(5, 7), leaf(3, 7), leaf(2, 7), leaf(7), leaf(7)]
+        call = lambda *a, backend: embedding_layer_norm(  # noqa: E731
+            *ids, *a, 1e-5, dropout_p=dropout_p, seed=seed, stream=2, backend=backend
+        )
+        return leaves, call, lambda backend: (*ids, *leaves, 0, 1e-5, dropout_p, seed, 2, backend)
     if op == "add_layer_norm":
         leaves = [leaf(5, 7), leaf(7), leaf(5, 7), leaf(7), leaf(7)]
         call = lambda *a, backend: add_layer_norm(  # noqa: E731

@@ -1,0 +1,118 @@
+"""The embeddings of the real tokens: one fused op instead of three gathers, two additions, LayerNorm and dropout.
+
+Embeddings that are not exactly what transformers builds (another class, hooks, a table that does more than hold rows) are called
+as a module, so that what they add takes part; :func:`embedding_notes` says why.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.models.bert import modeling_bert as hf
+
+from ..ops import embedding_layer_norm
+from .inputs import check_token_ids
+from .layer import STREAMS_PER_LAYER, active_dropout_p, has_hooks
+from .packing import Packing
+
+
+def embed(
+    model: hf.BertModel,
+    packing: Packing,
+    input_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Tensor:
+    """(total, hidden): the embeddings of the real tokens of a call of ``model``, with its arguments, each (batch, length, ...)."""
+    if position_ids is None:
+        position_ids = packing.default_positions
+    position_ids = packing.unpad(position_ids.expand(packing.shape))
+    input_ids, token_type_ids, inputs_embeds = (
+        None if x is None else packing.unpad(x) for x in (input_ids, token_type_ids, inputs_embeds)
+    )
+    check_token_ids(model, input_ids, token_type_ids, position_ids, unpadded=packing.indices is not None)
+    module = model.embeddings
+    if input_ids is None or embedding_notes(module):
+        rows = (None if x is None else x.unsqueeze(0) for x in (input_ids, token_type_ids, position_ids, inputs_embeds))
+        return module(**dict(zip(_ARGUMENTS, rows, strict=True))).squeeze(0)
+    dropout_p, norm = active_dropout_p(module.dropout), module.LayerNorm
+    padding_idx = module.word_embeddings.padding_idx
+    embedded = embedding_layer_norm(
+        input_ids,
+        torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
+        position_ids,
+        module.word_embeddings.weight,
+        module.position_embeddings.weight,
+        module.token_type_embeddings.weight,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        padding_idx=-1 if padding_idx is None else padding_idx,
+        dropout_p=dropout_p,
+        seed=packing.seed_for(dropout_p),
+        stream=model.config.num_hidden_layers * STREAMS_PER_LAYER,
+    )
+    if _asks_for_gradients(module.word_embeddings) and torch.is_grad_enabled():
+        embedded.requires_grad_()
+    return embedded
+
+
+_ARGUMENTS = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+_EXPECTED_TYPES = {**dict.fromkeys(_TABLES, nn.Embedding), "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}
+
+
+def embedding_notes(embeddings: nn.Module) -> list[str]:
+    """Why the embeddings of token ids run as transformers' module; empty where they run fused."""
+    if type(embeddings) is not hf.BertEmbeddings:
+        reasons = [f"they are {type(embeddings).__module__}.{type(embeddings).__qualname__}"]
+    else:
+        reasons = ["they have hooks"] if has_hooks(embeddings) else []
+        for name, expected in _EXPECTED_TYPES.items():
+            part = getattr(embeddings, name, None)
+            if type(part) is not expected:
+                reasons.append(f"{name} is {type(part).__module__}.{type(part).__qualname__}")
+            elif has_hooks(part) and not _asks_for_gradients(part):
+                reasons.append(f"{name} has hooks")
+        reasons = reasons or _parameter_reasons(embeddings)
+    return [f"called as transformers' module: {'; '.join(reasons)}"] if reasons else []
+
+
+def _asks_for_gradients(table: nn.Module) -> bool:
+    """Whether the one hook is that of transformers' gradient checkpointing, which lets the output of a frozen table require grad.
+
+    :func:`embed` does that itself: torch's dropout in the module would draw other masks than the op does without checkpointing.
+    """
+    hooks = [
+        *table._forward_hooks.values(),
+        *table._forward_pre_hooks.values(),
+        *table._backward_hooks.values(),
+        *table._backward_pre_hooks.values(),
+    ]
+    return len(hooks) == 1 and getattr(hooks[0], "__qualname__", "") == _GRADIENT_HOOK
+
+
+_GRADIENT_HOOK = "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads"
+
+
+def _parameter_reasons(embeddings: hf.BertEmbeddings) -> list[str]:
+    """What their options and parameters ask for that reading the tables' rows would not do."""
+    reasons = []
+    for name in _TABLES:
+        table = getattr(embeddings, name)
+        if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+            reasons.append(f"{name} has max_norm, scale_grad_by_freq or sparse set")
+        if name != "word_embeddings" and table.padding_idx is not None:
+            reasons.append(f"{name} has a padding_idx")
+    norm = embeddings.LayerNorm
+    parameters = [*(getattr(embeddings, name).weight for name in _TABLES), norm.weight, norm.bias]
+    if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in parameters):
+        reasons.append("not all parameters are there and plain")
+        return reasons
+    dtype, device_type = parameters[0].dtype, parameters[0].device.type
+    if any(parameter.dtype != dtype for parameter in parameters):
+        reasons.append("their parameters differ in dtype")
+    if dtype != torch.float32 and torch.is_autocast_enabled(device_type):
+        reasons.append("under autocast torch decides which dtype LayerNorm gives for tables that are not float32")
+    return reasons
