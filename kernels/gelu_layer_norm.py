@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gelu import gaussian
 from .launch import device_guard
 from .layer_norm import (
     BACKWARD_CONFIGS,
@@ -30,14 +31,6 @@ from .layer_norm import (
 )
 from .precision import round_to
 from .reduction import sum_partials
-
-SQRT_HALF = tl.constexpr(0.7071067811865476)
-RSQRT_TWO_PI = tl.constexpr(0.3989422804014327)
-
-
-@triton.jit
-def _gaussian_cdf(u):
-    return 0.5 + 0.5 * tl.erf(u * SQRT_HALF)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -64,7 +57,8 @@ def _forward_kernel(
     u = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         u += load_columns(bias_ptr, columns, inside_columns)
-    z = u * _gaussian_cdf(u)
+    cdf, _ = gaussian(u)
+    z = u * cdf
     mean, rstd = row_statistics(z, inside_columns, eps, hidden)
     weight = load_columns(weight_ptr, columns, inside_columns)
     ln_bias = load_columns(ln_bias_ptr, columns, inside_columns)
@@ -109,12 +103,12 @@ def _backward_kernel(
         mean = tl.load(mean_ptr + row, mask=inside_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + row, mask=inside_rows, other=0.0)[:, None]
 
-        cdf = _gaussian_cdf(u)
+        cdf, density = gaussian(u)
         x_hat = tl.where(inside_columns[None, :], (u * cdf - mean) * rstd, 0.0)
         dz = layer_norm_gradient(dy, x_hat, weight, rstd, hidden)
         dweight += dy * x_hat
         dln_bias += dy
-        dx = dz * (cdf + u * tl.exp(-0.5 * u * u) * RSQRT_TWO_PI)
+        dx = dz * (cdf + u * density)
         tl.store(dx_ptr + offsets, round_to(dx, dx_ptr.dtype.element_ty), mask=inside)
         if bias_ptr is not None:
             dbias += dx

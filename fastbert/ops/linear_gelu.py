@@ -1,8 +1,8 @@
 """``linear_gelu``: the first half of the feed-forward network, gelu(x W^T + b), one pass after (or inside) the matmul.
 
-The matmul is a library's. With gradients the pre-activation is kept, without its bias: one pass reads it and writes the
-activation, and in the backward one pass makes its gradient and the bias's. Without gradients the GELU happens as the matmul
-stores its result, where the backend can.
+With gradients the pre-activation is kept, without its bias, and in the backward one pass makes its gradient and the bias's; or
+it is computed again there, which takes a third more FLOPs and saves the layer's widest saved tensor. Bias and GELU happen as
+the matmul stores its result where the backend can: Triton's own matmul always, oneDNN's (CPU) without gradients.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from .backends import implementation_for
 from .registration import check_shape, contiguous_grad, register
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "auto") -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, recompute: bool = False, backend: str = "auto") -> Tensor:
     """gelu(x weight^T + bias) with the exact erf-GELU (Hendrycks and Gimpel, 2016).
 
     x: (rows, in_features), float32, bfloat16, float16 or float64; weight: (out_features, in_features); bias: (out_features,)
-    or None; both are converted to x's dtype where they differ, and x to autocast's where that is on.
+    or None; both are converted to x's dtype where they differ, and x to autocast's where that is on. recompute: keep only x for
+    the backward pass, rows * out_features elements less, and repeat the matmul there.
 
     Returns (rows, out_features) in x's dtype. Raises ValueError for shapes that do not fit, RuntimeError where an explicitly
     named backend cannot do it.
@@ -32,7 +33,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     weight, bias = weight.to(x.dtype).contiguous(), None if bias is None else bias.to(x.dtype).contiguous()
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    keep = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     return torch.ops.fastbert.linear_gelu(x.contiguous(), weight, bias, keep, backend)[0]
 
 
@@ -51,7 +52,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bo
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, keep_preactivation, ctx.backend = inputs
     _, u = output
-    ctx.save_for_backward(x, weight, bias, u)
+    ctx.save_for_backward(x, weight, bias, u if keep_preactivation else None)
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
 
@@ -64,7 +65,9 @@ def _autograd_backward(ctx, dy: Tensor | None, _du: Tensor | None):
     return dx, dweight, None if bias is None else dbias, None, None
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Without a bias its gradient comes back empty."""
     dx, dweight, dbias = implementation_for("linear_gelu", backend, x).linear_gelu_backward(dy, x, weight, bias, u)
     return dx, dweight, weight.new_empty(0) if dbias is None else dbias
@@ -84,7 +87,7 @@ register(
 )
 register(
     "linear_gelu_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor u, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? u, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from fastbert.ops import linear_gelu
 from fastbert.ops.linear import linear
 
-from .helpers import assert_within_budget, backend_cases, device_of, gradients, merged, rounded
+from .helpers import DEVICE, assert_within_budget, backend_cases, device_of, gradients, merged, rounded
 
-SHAPES = [(1, 8, 5), (3, 7, 33), (40, 96, 130), (130, 40, 64)]
+SHAPES = [(1, 8, 5), (3, 7, 33), (40, 96, 130), (130, 40, 64), (70, 136, 264)]
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
@@ -28,21 +28,46 @@ def plain(x, weight, bias):
     return F.gelu(F.linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize(("rows", "in_features", "out_features"), SHAPES)
-@pytest.mark.parametrize(("backend", "dtype"), backend_cases("linear_gelu"))
-def test_with_gradients(backend, dtype, rows, in_features, out_features, with_bias):
+def check_gradients(backend, dtype, rows, in_features, out_features, with_bias, recompute):
     device = device_of(backend)
 
     def draw():
         inputs, dy = inputs_for(rows, in_features, out_features, dtype, with_bias)
         return (
-            gradients(lambda *leaves: linear_gelu(*leaves, backend=backend), inputs, dy, dtype, device),
+            gradients(lambda *leaves: linear_gelu(*leaves, recompute=recompute, backend=backend), inputs, dy, dtype, device),
             gradients(plain, inputs, dy, dtype),
             gradients(plain, inputs, dy, torch.float64),
         )
 
     assert_within_budget(*merged(draw, rows * out_features), ["y", "dx", "dweight", "dbias"])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("rows", "in_features", "out_features"), SHAPES)
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("linear_gelu"))
+def test_with_gradients(backend, dtype, rows, in_features, out_features, with_bias, recompute):
+    check_gradients(backend, dtype, rows, in_features, out_features, with_bias, recompute)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("rows", "in_features", "out_features"), [(3, 7, 33), (40, 96, 130), (130, 40, 64)])
+def test_float32_on_matrix_units(rows, in_features, out_features, recompute, monkeypatch):
+    """Where torch allows TF32, float32 takes Triton's own matmul. The interpreter multiplies in float32 all the same."""
+    if DEVICE == "cuda":
+        pytest.skip("TF32 is as inexact as its name says; on a CPU the interpreter shows that nothing else is")
+    monkeypatch.setattr("fastbert_kernels.linear_gelu.dot_precision", lambda: "tf32")
+    check_gradients("triton", torch.float32, rows, in_features, out_features, True, recompute)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("linear_gelu"))
+def test_recomputing_keeps_no_preactivation(backend, dtype):
+    device = device_of(backend)
+    x, weight = (torch.randn(n, 8, device=device, dtype=dtype, requires_grad=True) for n in (6, 16))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        linear_gelu(x, weight, None, recompute=True, backend=backend)
+    assert sum(saved) == x.numel() + weight.numel()
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
