@@ -91,29 +91,30 @@ class OnChipForwardConfig(NamedTuple):
     num_warps: int
 
 
-# 16-bit dtypes on Hopper and later, keyed by BLOCK_HEAD_DIM. Forward: the first whose tiles hold the longest sequence.
-ON_CHIP_MIN_CAPABILITY = 90
+# On chip, for 16-bit dtypes: of an architecture (compute capability // 10: Hopper, Blackwell) and BLOCK_HEAD_DIM the first whose
+# tiles hold the longest sequence. What is missing here spills registers.
+_ONE_TILE, _TWO_TILES, _TWO_LARGE_TILES = (
+    OnChipForwardConfig(64, 64, 1, 4),
+    OnChipForwardConfig(64, 64, 2, 4),
+    OnChipForwardConfig(64, 128, 2, 4),
+)
 ON_CHIP_FORWARD_CONFIGS = {
-    width: (
-        OnChipForwardConfig(64, 64, 1, 4),
-        OnChipForwardConfig(64, 64, 2, 4),
-        OnChipForwardConfig(64, 128, 2, 4),
-    )
-    for width in (16, 32, 64, 128)
+    **{(9, width): (_ONE_TILE, _TWO_TILES, _TWO_LARGE_TILES) for width in (16, 32, 64)},
+    **{(9, 128): (_ONE_TILE, _TWO_TILES)},
+    **{(10, width): (_ONE_TILE, _TWO_TILES) for width in (16, 32, 64)},
 }
 # What an upper bound on the scores may be, in powers of 2: exponentials reach down to 2 ** (-2 * bound), where bfloat16 still
 # has all its digits and float16 those that count.
 ON_CHIP_BOUND_LIMITS = {torch.bfloat16: 60.0, torch.float16: 5.0}
-# Backward, keyed by (BLOCK_HEAD_DIM, dropout). One program per head: where there are fewer heads than multiprocessors, the two
-# kernels that split a head keep more of them busy.
+# Backward, keyed by architecture, BLOCK_HEAD_DIM and whether there is dropout. One program per head: where there are fewer heads
+# than multiprocessors, the two kernels that split a head keep more of them busy.
 ON_CHIP_BACKWARD_MAX_SEQLEN = 512
+_STAGED, _UNSTAGED = TileConfig(64, 128, 8, 2), TileConfig(64, 128, 8, 1)
 ON_CHIP_BACKWARD_CONFIGS = {
-    (16, False): TileConfig(64, 128, 8, 2),
-    (16, True): TileConfig(64, 128, 8, 2),
-    (32, False): TileConfig(64, 128, 8, 2),
-    (32, True): TileConfig(64, 128, 8, 2),
-    (64, False): TileConfig(64, 128, 8, 2),
-    (64, True): TileConfig(64, 128, 8, 1),
+    **{(9, width, dropout): _STAGED for width in (16, 32) for dropout in (False, True)},
+    (9, 64, False): _STAGED,
+    (9, 64, True): _UNSTAGED,
+    **{(10, width, dropout): _UNSTAGED for width in (16, 32, 64) for dropout in (False, True)},
 }
 
 
@@ -158,7 +159,7 @@ def attention_forward(
             num_blocks = triton.cdiv(max_seqlen, config.block_queries)
             forward_kernel[(heads * num_blocks,)](
                 qkv, cu_seqlens, seed, out, lse, total, num_blocks, softmax_scale, threshold, scale, stream,
-                **constants, **_tile_options(config),
+                **constants, **_tile_options(config, qkv.dtype),
             )  # fmt: skip
     return out, lse
 
@@ -202,11 +203,11 @@ def attention_backward(
             key_blocks = triton.cdiv(max_seqlen, dkv_config.block_keys)
             backward_dq_kernel[(heads * query_blocks,)](
                 dout, qkv, out, lse, cu_seqlens, seed, dqkv, delta, total, query_blocks, softmax_scale, threshold, scale, stream,
-                **constants, **_tile_options(dq_config),
+                **constants, **_tile_options(dq_config, qkv.dtype),
             )  # fmt: skip
             backward_dkv_kernel[(heads * key_blocks,)](
                 dout, qkv, lse, delta, cu_seqlens, seed, dqkv, total, key_blocks, softmax_scale, threshold, scale, stream,
-                **constants, **_tile_options(dkv_config),
+                **constants, **_tile_options(dkv_config, qkv.dtype),
             )  # fmt: skip
     return dqkv
 
@@ -217,26 +218,20 @@ def _block_head_dim(head_dim: int) -> int:
     return max(MIN_BLOCK_HEAD_DIM, triton.next_power_of_2(head_dim))
 
 
-def _has_on_chip_kernels(qkv: Tensor) -> bool:
-    return qkv.itemsize == 2 and cuda_capability() >= ON_CHIP_MIN_CAPABILITY
-
-
 def _on_chip_forward_config(qkv: Tensor, max_seqlen: int, width: int) -> OnChipForwardConfig | None:
-    if not _has_on_chip_kernels(qkv):
-        return None
-    configs = ON_CHIP_FORWARD_CONFIGS.get(width, ())
+    configs = ON_CHIP_FORWARD_CONFIGS.get((cuda_capability() // 10, width), ()) if qkv.itemsize == 2 else ()
     return next((config for config in configs if max_seqlen <= config.num_tiles * config.block_keys), None)
 
 
 def _on_chip_backward_config(qkv: Tensor, max_seqlen: int, width: int, heads: int, dropout_p: float) -> TileConfig | None:
-    if not _has_on_chip_kernels(qkv) or max_seqlen > ON_CHIP_BACKWARD_MAX_SEQLEN or heads < num_processors(qkv):
+    if qkv.itemsize != 2 or max_seqlen > ON_CHIP_BACKWARD_MAX_SEQLEN or heads < num_processors(qkv):
         return None
-    return ON_CHIP_BACKWARD_CONFIGS.get((width, dropout_p > 0.0))
+    return ON_CHIP_BACKWARD_CONFIGS.get((cuda_capability() // 10, width, dropout_p > 0.0))
 
 
-def _tile_options(config: TileConfig) -> dict[str, object]:
+def _tile_options(config: TileConfig, dtype: torch.dtype) -> dict[str, object]:
     return {
-        "PRECISION": dot_precision(),
+        "PRECISION": dot_precision(dtype),
         "BLOCK_QUERIES": config.block_queries,
         "BLOCK_KEYS": config.block_keys,
         "num_warps": config.num_warps,

@@ -225,6 +225,8 @@ def on_chip_backward_kernel(
             ds = round_to(p * (dp - delta[None, :]), q.dtype)
             dk = dot(ds, q, dk, "ieee")
             dq = dot(tl.trans(ds), k, tl.zeros((BLOCK_QUERIES, BLOCK_HEAD_DIM), tl.float32), "ieee")
+            # Scaled before the branches: triton 3.6 cannot wait inside of one for a product that was started outside.
+            dq *= softmax_scale
             if dq_sum_ptr is not None:
                 sum_pointers = tile_pointers(dq_sum_ptr + out_offset, first_query, queries, hidden, BLOCK_HEAD_DIM)
                 mask = tile_mask(queries, length - first_query, head_dim, BLOCK_HEAD_DIM)
@@ -232,7 +234,7 @@ def on_chip_backward_kernel(
                 if first_key + BLOCK_KEYS < length:
                     tl.store(sum_pointers, dq, mask=mask)
             if first_key + BLOCK_KEYS >= length:
-                store_tile(dq_ptr, dq * softmax_scale, first_query, queries, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
+                store_tile(dq_ptr, dq, first_query, queries, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
         if DROPOUT:
             dv *= dropout_scale
         store_tile(dq_ptr + hidden, dk * softmax_scale, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)

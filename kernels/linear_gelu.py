@@ -201,7 +201,7 @@ def linear_gelu_backward(
 
 
 def _matrix_units_take(x: Tensor) -> bool:
-    return x.dtype != torch.float32 or dot_precision() == "tf32"
+    return x.dtype != torch.float32 or dot_precision(x.dtype) == "tf32"
 
 
 def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, u: Tensor | None) -> None:
@@ -223,7 +223,7 @@ def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, u: Tensor |
         operand(y, config.block_rows, config.block_columns),
         operand(u, config.block_rows, config.block_columns),
         rows,
-        depth=x.shape[1], num_columns=out_features, DTYPE=_TRITON_DTYPES[x.dtype], TMA=tma, PRECISION=dot_precision(),
+        depth=x.shape[1], num_columns=out_features, DTYPE=_TRITON_DTYPES[x.dtype], TMA=tma, PRECISION=dot_precision(x.dtype),
         BLOCK_ROWS=config.block_rows, BLOCK_COLUMNS=config.block_columns, BLOCK_DEPTH=config.block_depth,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -6,7 +6,8 @@ each row's running maximum and sum (Milakov and Gimelshein, 2018); the backward 
 (4 bytes, one exponential and 5 FLOPs), summing the bias's gradient on the way. Apart, in torch, cast, bias, maximum,
 exponential, sums and label would pass over it ten times.
 
-logits: float32, bfloat16 or float16, the last dimension contiguous, any row stride; statistics float32.
+logits: float32, bfloat16 or float16, the last dimension contiguous, any row stride; statistics float32. The number of classes in
+a block follows the number of labelled rows, another one in every step: the kernels are compiled for none in particular.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _forward_kernel(
     logit_sum_ptr,
     row_stride,
     first_class,
-    num_classes: tl.constexpr,
+    num_classes,
     BLOCK_CLASSES: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -95,7 +96,7 @@ def _backward_kernel(
     first_class,
     label_smoothing,
     smoothing_share,
-    num_classes: tl.constexpr,
+    num_classes,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
@@ -154,7 +155,7 @@ def mlm_loss_forward(
     with device_guard(logits):
         _forward_kernel[(rows,)](
             logits, bias, labels, row_max, row_sum, label_logit, logit_sum, logits.stride(0), first_class,
-            num_classes=num_classes, BLOCK_CLASSES=FORWARD_CONFIG.block_classes, num_warps=FORWARD_CONFIG.num_warps,
+            num_classes, BLOCK_CLASSES=FORWARD_CONFIG.block_classes, num_warps=FORWARD_CONFIG.num_warps,
         )  # fmt: skip
 
 
@@ -188,8 +189,8 @@ def mlm_loss_backward(
         with device_guard(logits):
             _backward_kernel[(column_programs, row_programs)](
                 logits, bias, labels, row_max, row_sum, dloss, partials, logits.stride(0), rows, first_class,
-                label_smoothing, label_smoothing / num_classes,
-                num_classes=block, BLOCK_ROWS=config.block_rows, BLOCK_CLASSES=config.block_classes,
+                label_smoothing, label_smoothing / num_classes, block,
+                BLOCK_ROWS=config.block_rows, BLOCK_CLASSES=config.block_classes,
                 num_warps=config.num_warps,
             )  # fmt: skip
     if dbias is not None:

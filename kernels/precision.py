@@ -14,12 +14,13 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def dot_precision() -> str:
-    """``input_precision`` of a float32 ``tl.dot``: torch's own setting for matmuls (``allow_tf32`` and its successors).
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of a ``tl.dot``: for float32 torch's own setting for matmuls (``allow_tf32`` and its successors).
 
-    Read through ``fp32_precision``, because reading ``allow_tf32`` raises once a program has used the newer setting.
+    The other dtypes have but one, whatever is set, or a changed setting would compile their kernels anew. Read through
+    ``fp32_precision``, because reading ``allow_tf32`` raises once a program has used the newer setting.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit

@@ -71,15 +71,20 @@ def mlm_loss(
 
 
 def _blocks(hidden: Tensor, num_classes: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(first class, end class, buffer) of each block; the buffer (rows, end - first) is the same memory every time."""
+    """(first class, end class, buffer) of each block; the buffer (rows, end - first) is the same memory every time.
+
+    Its rows start at multiples of 64 elements: BERT's 30,522 classes are no multiple of 8, and matmuls that store to rows of
+    such a length, as kernels that read them, cannot move 16 bytes at a time.
+    """
     rows = hidden.shape[0]
     budget = _BLOCK_ELEMENTS.get(hidden.device.type, _BLOCK_ELEMENTS["cuda"])
     block = max(_SMALLEST_BLOCK, budget // max(rows, 1) // _BLOCK_MULTIPLE * _BLOCK_MULTIPLE)
     block = min(block, num_classes)
-    buffer = hidden.new_empty(rows * block)
+    stride = -(-block // _BLOCK_MULTIPLE) * _BLOCK_MULTIPLE
+    buffer = hidden.new_empty(rows, stride)
     for first in range(0, num_classes, block):
         end = min(first + block, num_classes)
-        yield first, end, buffer[: rows * (end - first)].view(rows, end - first)
+        yield first, end, buffer[:, : end - first]
 
 
 def _forward(

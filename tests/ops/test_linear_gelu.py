@@ -56,7 +56,7 @@ def test_float32_on_matrix_units(rows, in_features, out_features, recompute, mon
     """Where torch allows TF32, float32 takes Triton's own matmul. The interpreter multiplies in float32 all the same."""
     if DEVICE == "cuda":
         pytest.skip("TF32 is as inexact as its name says; on a CPU the interpreter shows that nothing else is")
-    monkeypatch.setattr("fastbert_kernels.linear_gelu.dot_precision", lambda: "tf32")
+    monkeypatch.setattr("fastbert_kernels.linear_gelu.dot_precision", lambda dtype: "tf32")
     check_gradients("triton", torch.float32, rows, in_features, out_features, True, recompute)
 
 
