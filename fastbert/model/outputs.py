@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers.models.bert.modeling_bert import BertForPreTrainingOutput as H
 
 @dataclass
 class Deferred:
-    """A tensor that is computed on first use, by ``compute``, under the grad mode of the forward pass it belongs to.
+    """A tensor that is computed on first use, by ``compute``, under the grad mode and autocast of the forward pass it belongs to.
 
     ``parameters``: what ``compute`` reads. Where one has been changed in place since (an optimizer step), the result would
     not be that of this forward pass, and asking for it is an error.
@@ -35,6 +36,8 @@ class Deferred:
 
     def __post_init__(self) -> None:
         self._grad_enabled = torch.is_grad_enabled()
+        device_types = {p.device.type for p in self.parameters}
+        self._autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in device_types & {"cpu", "cuda"}}
         # Tensors made under inference_mode count no versions; nothing trains them either.
         self._versions = [None if p.is_inference() else p._version for p in self.parameters]
 
@@ -44,7 +47,10 @@ class Deferred:
                 f"outputs.{name} is computed when it is first read, and the model's parameters have changed since the forward "
                 f"pass; read outputs.{name} before the optimizer step"
             )
-        with torch.set_grad_enabled(self._grad_enabled):
+        with ExitStack() as modes:
+            modes.enter_context(torch.set_grad_enabled(self._grad_enabled))
+            for device_type, (enabled, dtype) in self._autocast.items():
+                modes.enter_context(torch.autocast(device_type, dtype, enabled))
             return self.compute()
 
 

@@ -80,3 +80,21 @@ def test_logits_after_an_optimizer_step_are_refused():
     optimizer.step()
     with pytest.raises(RuntimeError, match="read outputs.logits before the optimizer step"):
         _ = output.logits
+
+
+@pytest.mark.parametrize("forward_in_autocast", [True, False])
+def test_logits_are_those_of_the_forward_passs_autocast(forward_in_autocast):
+    """Whatever autocast is on where they are read: Trainer reads them after its autocast context has ended."""
+    _, ours = pair("BertForMaskedLM")
+    inputs = inputs_for("BertForMaskedLM")
+
+    def autocast(enabled):
+        return torch.autocast("cpu", torch.bfloat16, enabled)
+
+    with autocast(forward_in_autocast):
+        expected = ours(**inputs).logits
+        output = ours(**inputs)
+    with autocast(not forward_in_autocast):
+        logits = output.logits
+    assert logits.dtype == (torch.bfloat16 if forward_in_autocast else torch.float32)
+    assert torch.equal(logits, expected)
