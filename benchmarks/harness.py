@@ -1,14 +1,12 @@
-"""Timing that can be trusted on a noisy machine: contenders take turns, medians and paired ratios are quoted, and the
-machine's own ceilings (matmul rate, copy bandwidth) are measured in the same run.
+"""Timing that can be trusted on a noisy machine: contenders take turns, medians and paired ratios are quoted. The machine's own
+ceilings, which every figure is set beside, are in ``machine``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import platform
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,10 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
-
-import fastbert
-from fastbert.ops import backends
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,10 +24,17 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each contender in each round, A B C A B C ..., after one round that is not counted."""
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", limit_s: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, A B C A B C ..., after one round that is not counted.
+
+    Stops after fewer rounds, but never fewer than 3, once ``limit_s`` seconds have been measured.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(rounds + 1):
+        if round_number > 3 and sum(map(sum, seconds.values())) > limit_s:
+            break
         for name, run in contenders.items():
             synchronize(device)
             start = time.perf_counter()
@@ -56,48 +57,49 @@ def paired_ratio(slower: list[float], faster: list[float]) -> dict[str, float]:
     return {"median": float(median), "q25": float(low), "q75": float(high)}
 
 
-def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Matmul rate in FLOP/s at a BERT-sized shape and copy bandwidth in B/s (read + write), the best of several runs."""
-    rows, width = (2048, 768) if device == "cpu" else (16384, 4096)
-    a, b = torch.randn(rows, width, device=device, dtype=dtype), torch.randn(4 * width, width, device=device, dtype=dtype)
-    source = torch.randn(1 << (25 if device == "cpu" else 28), device=device)
-    target = torch.empty_like(source)
-    runs = interleaved(
-        {"matmul": lambda: torch.nn.functional.linear(a, b), "copy": lambda: target.copy_(source)}, rounds=10, device=device
-    )
-    return {
-        "matmul_flops": 2 * rows * width * 4 * width / min(runs["matmul"]),
-        "copy_bytes": 2 * source.numel() * source.element_size() / min(runs["copy"]),
-    }
+# 256 MB is more than any GPU's L2 cache; a GPU's clock is about 2 GHz; its queue holds about 1,000 launches.
+_COLD_BYTES, _CYCLES_PER_SECOND, _QUEUED_RUNS, _LONGEST_SLEEP = 1 << 28, 2e9, 20, 0.1
 
 
-def machine() -> dict[str, Any]:
-    """Everything that a figure depends on beside the code."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    ).stdout.strip()
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "fastbert": fastbert.__version__,
-        "commit": commit or None,
-        "backends": {op: backends.select(op, "auto", "cpu", torch.float32) for op in backends.OPS},
-    }
+def kernel_seconds(
+    run: Callable[..., Any], device: str, rounds: int, seconds: float = math.inf, setup: Callable[[], tuple] = tuple
+) -> list[float]:
+    """Seconds of ``run(*setup())``, without those of ``setup``: up to ``rounds`` times, at least 3 where ``seconds`` are spent.
 
-
-def cpu_name() -> str:
-    """The processor's family name and widest instructions: virtual machines often hide the model."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    name = re.search(r"model name\s*:\s*(.+)", text)
-    flags = re.search(r"flags\s*:\s*(.+)", text)
-    widest = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flags and f in flags.group(1).split()]
-    return f"{name.group(1).strip() if name else platform.processor()} ({', '.join(widest[:2]) or platform.machine()})"
+    On a GPU they are the GPU's own (events around each run, the L2 cache overwritten before it): the GPU sleeps while Python
+    queues runs, so that what Python costs is not measured. triton.testing.do_bench has no such head start and measures the
+    host wherever a kernel is shorter than its launch.
+    """
+    run(*setup())  # compiles
+    times: list[float] = []
+    if device != "cuda":
+        while len(times) < rounds and (len(times) < 3 or sum(times) < seconds):
+            arguments = setup()
+            start = time.perf_counter()
+            run(*arguments)
+            times.append(time.perf_counter() - start)
+        return times
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run(*setup())
+    queued = time.perf_counter() - start
+    torch.cuda.synchronize()
+    rounds = int(min(rounds, max(3, seconds / (time.perf_counter() - start))))
+    cold = torch.empty(_COLD_BYTES, dtype=torch.int8, device=device)
+    while len(times) < rounds:
+        events = []
+        torch.cuda._sleep(int(min(queued * _QUEUED_RUNS, _LONGEST_SLEEP) * _CYCLES_PER_SECOND))
+        for _ in range(min(_QUEUED_RUNS, rounds - len(times))):
+            arguments = setup()
+            cold.zero_()
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
+            run(*arguments)
+            after.record()
+            events.append((before, after))
+        torch.cuda.synchronize()
+        times += [before.elapsed_time(after) / 1e3 for before, after in events]
+    return times
 
 
 def write_results(name: str, document: dict[str, Any], folder: str | None) -> None:
@@ -105,7 +107,14 @@ def write_results(name: str, document: dict[str, Any], folder: str | None) -> No
     document = {"benchmark": name, "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]), **document}
     if folder is not None:
         path = RESULTS / folder / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_json(path, document)
         print(f"written to {path}", file=sys.stderr)
     print(json.dumps(document))
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Whoever reads the file finds the old document or the new one, never a part of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)

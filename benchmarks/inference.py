@@ -15,7 +15,8 @@ import transformers
 
 import fastbert
 
-from .harness import ceilings, interleaved, machine, paired_ratio, summary, write_results
+from .harness import interleaved, paired_ratio, summary, write_results
+from .machine import ceilings, machine
 from .workloads import BATCHES, SIZES, config_for, encoder_flops, padded_batch
 
 
@@ -59,7 +60,7 @@ def main() -> None:
             theirs_ms, ours_ms = (medians[key]["median_s"] * 1e3 for key in ("transformers", "fastbert"))
             print(f"{name:<30}{theirs_ms:>11,.1f} ms{ours_ms:>9,.1f} ms{ratio['median']:>8.2f}x{share:>15.0%}")
     document = {
-        "machine": machine(),
+        "machine": machine(device, dtype),
         "size": arguments.size,
         "dtype": arguments.dtype,
         "ceilings": limits,

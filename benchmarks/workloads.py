@@ -10,6 +10,10 @@ VOCABULARY = 30522
 MNLI_LENGTHS = (
     12, 15, 17, 19, 20, 22, 24, 25, 26, 28, 29, 30, 31, 33, 34, 35, 37, 38, 40, 41, 43, 44, 46, 48, 50, 53, 55, 58, 62, 66, 73, 89,
 )  # fmt: skip
+# Sequence pairs of Wikipedia cut at 512 tokens fill half of them: evenly spread lengths with the mean 254 that MLPerf's data has.
+WIKIPEDIA_LENGTHS = tuple(8 + 492 * i // 31 for i in range(32))
+# kind -> (name, one cycle of lengths, padded to)
+REAL_LENGTHS = {"mnli": ("MNLI", MNLI_LENGTHS, 128), "wikipedia": ("Wikipedia", WIKIPEDIA_LENGTHS, 512)}
 # name -> (lengths, padded to)
 BATCHES = {
     "32 x 128": ((128,) * 32, 128),
@@ -36,6 +40,36 @@ def padded_batch(lengths: tuple[int, ...], padded_to: int, device: str = "cpu") 
     ids = torch.randint(1000, VOCABULARY, (len(lengths), padded_to), generator=generator)
     mask = (torch.arange(padded_to) < shuffled[:, None]).long()
     return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
+
+
+def training_batches(kinds: list[str], tokens: int) -> dict[str, tuple[tuple[int, ...], int]]:
+    """name -> (lengths, padded to), each of about ``tokens`` tokens with its padding: "128" and "512" have none, "mnli" has
+    MNLI's lengths padded to 128, "wikipedia" Wikipedia's padded to 512 (whole cycles of their 32 lengths, at least one)."""
+    batches = {}
+    for kind in kinds:
+        if kind in ("128", "512"):
+            length = int(kind)
+            sequences = max(1, tokens // length)
+            batches[f"{sequences} x {length}"] = ((length,) * sequences, length)
+        else:
+            name, cycle, padded_to = REAL_LENGTHS[kind]
+            batches[f"{name} lengths, padded to {padded_to}"] = (cycle * max(1, tokens // padded_to // len(cycle)), padded_to)
+    return batches
+
+
+def packed_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
+    """A padded batch as one row of its real tokens, with the sequences' bounds: what a packing data loader makes."""
+    real = batch["attention_mask"] == 1
+    lengths = real.sum(1)
+    longest = int(lengths.max())
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    rows = {key: value[real].unsqueeze(0) for key, value in batch.items() if value.shape == real.shape and key != "attention_mask"}
+    others = {key: value for key, value in batch.items() if value.shape != real.shape}
+    positions = torch.arange(real.shape[1], device=real.device).expand(real.shape)[real].unsqueeze(0)
+    return {
+        **rows, **others, "position_ids": positions,
+        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
 
 
 def encoder_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:

@@ -12,14 +12,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# The tests of these files stay on the CPU on every machine.
+CPU_ONLY = ("tests/ops/test_native.py", "tests/ops/test_cuda_arithmetic.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m picks tests by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` need a GPU."""
-    if torch.cuda.is_available():
-        return
+    """Marks ``gpu`` what a GPU takes part in where there is one (``-m gpu`` selects it): the ops on every backend but the CPU's.
+
+    The same tests run on CPUs. Those marked ``cuda`` cannot, and are skipped there.
+    """
     for item in items:
-        if "gpu" in item.keywords:
+        path = item.path.relative_to(REPOSITORY).as_posix()
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        needs_cuda = item.get_closest_marker("cuda") is not None
+        if needs_cuda or (path.startswith("tests/ops/") and path not in CPU_ONLY and backend != "native"):
+            item.add_marker("gpu")
+        if needs_cuda and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
 
 

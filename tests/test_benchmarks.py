@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+
+from benchmarks import goals, gpu, op_cases, work
+from benchmarks.workloads import config_for, training_batches, training_flops
 
 from .conftest import REPOSITORY
 
 
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize("name", ["inference", "pretrain"])
 def test_toy_run(name):
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--size", "tiny", "--rounds", "1", "--device", "cpu"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = run(f"benchmarks.{name}", "--size", "tiny", "--rounds", "1", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["benchmark"] == name
@@ -22,3 +33,148 @@ def test_toy_run(name):
     for result in document["results"].values():
         assert result["ratio"]["median"] > 0
         assert 0 < result["share_of_matmul_rate"] < 2
+
+
+@pytest.fixture(scope="module")
+def rehearsal() -> dict:
+    """What `make gpu` does, every kind of step at toy size."""
+    done = run("benchmarks.gpu", "--rehearse")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.timeout(600)  # a dozen processes, each of which imports torch
+def test_rehearsal_of_make_gpu(rehearsal):
+    statuses = {name: step["status"] for name, step in rehearsal["steps"].items()}
+    assert statuses.pop("compute-sanitizer memcheck") == "not present"
+    assert statuses.pop("build") in ("ok", "not present")  # it needs setuptools and pybind11
+    assert set(statuses.values()) == {"ok"}, statuses
+    assert rehearsal["machine"]["triton"]
+    assert rehearsal["ceilings"]["matmul_flops"] > 0
+    assert rehearsal["steps"]["tests"]["result"]["passed"] > 0
+    assert rehearsal["steps"]["sanitized"]["result"]["ops"]
+    assert len(rehearsal["goals"]) == len(goals.GOALS)
+
+
+@pytest.mark.timeout(600)
+def test_every_op_is_measured_in_both_directions(rehearsal):
+    figures = [r for r in rehearsal["steps"]["ops"]["result"]["results"] if "median_s" in r]
+    for direction in ("forward", "backward"):
+        assert {r["op"] for r in figures if r["direction"] == direction} == set(op_cases._MAKERS)
+    for contender in ("fastbert triton", "torch eager", "torch.compile"):
+        assert any(r["contender"] == contender for r in figures), contender
+    finetuning = rehearsal["steps"]["finetune"]["result"]["results"]["MNLI lengths, padded to 128"]
+    assert {"transformers", "transformers compiled", "fastbert", "fastbert packed"} <= finetuning.keys()
+
+
+def test_steps_on_a_gpu_are_those_that_the_goals_need(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    steps = {step.name: step for step in gpu.gpu_steps(tmp_path)}
+    assert documents(1.0).keys() <= steps.keys()
+    assert steps["build"].environment["FASTBERT_CUDA_ARCHS"] == "90a"
+    first_benchmark = next(i for i, name in enumerate(steps) if name.startswith("ops "))
+    assert sum(step.limit_s for step in list(steps.values())[:first_benchmark]) < gpu.BUDGET_S - 200
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_make_gpu_without_a_gpu():
+    done = run("benchmarks.gpu")
+    assert done.returncode == 2
+    assert "no CUDA device: --rehearse" in done.stderr
+
+
+def test_a_step_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+    program = (
+        "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    step = gpu.Step("hangs", gpu.python("-c", program), 16.0, result=str.strip)
+    started = time.monotonic()
+    record = gpu.run_step(dataclasses.replace(step, limit_s=gpu.SHORTEST_STEP_S), 100.0, gpu.import_path(), tmp_path)
+    assert time.monotonic() - started < 40
+    assert record["status"] == "failed"
+    assert record["reason"] == "stopped after its limit of 15 s"
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # init takes a moment to bury it
+            os.kill(int(record["result"]), 0)
+            time.sleep(0.05)
+
+
+def test_a_step_without_time_is_reported_as_not_run(tmp_path):
+    record = gpu.run_step(gpu.Step("late", gpu.python("-c", "print(1)"), 60.0), 3.0, "", tmp_path)
+    assert record["status"] == "not run"
+    assert "3 s of the budget" in record["reason"]
+
+
+def test_a_step_that_fails_says_how(tmp_path):
+    step = gpu.Step("fails", gpu.python("-c", "print('{}'); raise ValueError('like this')"), 60.0)
+    record = gpu.run_step(step, 60.0, gpu.import_path(), tmp_path)
+    assert (record["status"], record["reason"]) == ("failed", "exit code 1")
+    assert record["output"][-1] == "ValueError: like this"
+
+
+def documents(scale: float) -> dict:
+    """Of a run in which everything is ``scale`` times what one second, one byte and one token per second would be."""
+    full = op_cases.SCALES["full"]
+    names = {"attention": [f"S{length}" for length in full.lengths], "mlm_loss": ["9830 of 65536 rows"]}
+    common = {"hidden": 768, "flops_per_s": 1e12 * scale, "share_of_ceiling": 0.5 * scale, "extra_bytes": 1e9 / scale}
+    result = {
+        f"ops {op}": {
+            "results": [
+                {
+                    **common,
+                    "case": case,
+                    "contender": c,
+                    "dropout_p": p,
+                    "direction": d,
+                    "median_s": 1.0 if c == "plain linear" else 1 / scale,
+                }
+                for case in names.get(op, ["65536 rows"])
+                for c in ("fastbert triton", "plain linear")
+                for p in (0.0, 0.1)
+                for d in ("forward", "backward")
+            ]
+        }
+        for op in op_cases._MAKERS
+    }
+    rates = {key: {"tokens_per_s": 1.0, "sequences_per_s": 1.0} for key in ("transformers", "transformers compiled")}
+    ours = {key: {"tokens_per_s": scale, "sequences_per_s": scale} for key in ("fastbert", "fastbert packed")}
+    batches = training_batches(["128", "512", "mnli", "wikipedia"], 32 * 128)
+    steps = [f"{step} {size}" for step in ("pretrain", "finetune", "compile") for size in ("base", "large")]
+    return result | {step: {"results": {batch: {**rates, **ours, "ratios": {}} for batch in batches}} for step in steps}
+
+
+@pytest.mark.parametrize(("scale", "met"), [(1e7, True), (0.01, False)])
+def test_goals_find_what_was_measured(scale, met):
+    rows = goals.compare(documents(scale))
+    assert [row["name"] for row in rows if row["met"] is not met] == []
+    assert ("not met" in goals.table(rows)) == (not met)
+
+
+def test_goals_that_were_not_measured():
+    rows = goals.compare({})
+    assert all(row["measured"] is None and row["met"] is None for row in rows)
+    assert goals.table(rows).count("not measured") == len(goals.GOALS)
+
+
+def test_work_of_attention():
+    """At 128 tokens a forward pass does 64 FLOPs per byte, a backward pass 80; at 512 four times as many."""
+    for length, factor in ((128, 1), (512, 4)):
+        shape = {"lengths": (length,) * 3, "num_heads": 12, "head_dim": 64}
+        for direction, intensity in (("forward", 64), ("backward", 80)):
+            flops, bytes_ = work.flops("attention", direction, **shape), work.bytes("attention", direction, **shape)
+            assert flops / bytes_ == factor * intensity
+
+
+def test_work_of_a_matmul_and_of_rows():
+    assert work.flops("linear_gelu", "forward", rows=3, in_features=5, out_features=7) == 2 * 3 * 5 * 7
+    assert work.flops("mlm_loss", "backward", rows=3, hidden=5, vocabulary=7) == 2 * 2 * 3 * 5 * 7
+    assert work.bytes("add_layer_norm", "forward", rows=3, hidden=5) == 4 * 3 * 5 * 2
+    assert work.bytes("add_layer_norm", "backward", rows=3, hidden=5, dropout=False) == 3 * 3 * 5 * 2
+    assert work.floor_seconds(work.Work(10, 4), {"matmul_flops": 5.0, "copy_bytes": 1.0}) == 4.0
+
+
+@pytest.mark.parametrize(("size", "length", "megaflops"), [("base", 128, 545), ("base", 512, 588), ("large", 128, 1879)])
+def test_flops_of_a_pretraining_token(size, length, megaflops):
+    flops = training_flops(config_for(size), (length,) * 4, 0.15) / (4 * length)
+    assert flops == pytest.approx(megaflops * 1e6, rel=0.01)

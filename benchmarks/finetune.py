@@ -1,0 +1,30 @@
+"""A fine-tuning step (forward, backward, AdamW) of sequence classification with 3 labels, as for MNLI: fastbert beside
+transformers (sdpa) on the same weights and batches.
+
+    python -m benchmarks.finetune [--size mini] [--rounds 5] [--device cpu] [--save FOLDER]
+    python -m benchmarks.finetune --size base --dtype bfloat16 --packed
+
+Batches of 32 sequences: 128 tokens each, and MNLI's lengths padded to 128. Tokens/s counts real tokens. The last line of stdout
+is one JSON document; --save keeps it in benchmarks/results/FOLDER.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .training import Task, argument_parser, run
+
+
+def main() -> None:
+    arguments = argument_parser(__doc__, size="mini", tokens=32 * 128).parse_args()
+    run(Task("finetune", "BertForSequenceClassification", with_labels), arguments)
+
+
+def with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(2, (len(batch["input_ids"]),), generator=generator)
+    return {**batch, "labels": labels.to(batch["input_ids"].device)}
+
+
+if __name__ == "__main__":
+    main()
