@@ -1,179 +1,178 @@
 """Compiles every Triton kernel for GPUs that need not be there, and shows what the compiler made of it.
 
-    python -m benchmarks.aot [--targets sm_80 sm_90 sm_100 gfx942] [--quick]
+    python -m benchmarks.aot [--targets sm_80 sm_90 sm_100 gfx942] [--quick] [--jobs N]
 
-The ops' own launchers run on small CPU tensors with a driver that names a target instead of having one, and stop before the
-launch: what is compiled is what would be launched. Per kernel and configuration: registers and spilled bytes, shared memory
-against the chip's limit, and matrix instructions (wgmma on sm_90, mma elsewhere, mfma on AMD). Exits with 1 where a kernel spills
-or needs more shared memory than the chip has. The last line of stdout is one JSON document.
+All ops that have a kernel, forward and backward, over dtypes, widths, dropout and sequence lengths; a kernel that several of
+these share stands there once, for the first. Per kernel: registers and spilled bytes per thread, shared memory per block, blocks
+that a multiprocessor holds and the share of its warps that they fill (``compiled.py``), matrix instructions in the machine code;
+and the least FLOPs and bytes of the whole op on a batch of 16,384 tokens (``work.py``). Exits with 1 where a kernel spills, needs
+more shared memory than a block may have, or does not compile. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from tqdm import tqdm
 
-from fastbert_kernels import add_layer_norm, attention, gelu_layer_norm, mlm_loss
+from fastbert.cli.warmup import available_cores
+from fastbert.gpus import GPUS
+from fastbert.ops.launches import DIRECTIONS, DTYPES, Case, has_kernel
+from fastbert.ops.offline import Kernel, compile_kernel, compiler_processes, in_parallel, kernels_of, target_name, target_of
 
-# name -> (target, bytes of shared memory that a block may have)
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
-}
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-MATRIX_INSTRUCTIONS = {"ptx": r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", "amdgcn": r"v_mfma"}
+from .compiled import occupancy, resources
+from .work import Work, work
 
-
-class OfflineDriver:
-    """What Triton asks a driver for before it launches. Each target is a device of its own, so that none gets another's code."""
-
-    def __init__(self, target: GPUTarget, device: int) -> None:
-        self._target, self._device = target, device
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return self._device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+HEAD_DIMS = (32, 64, 80, 96, 128)
+NUM_HEADS = 12
+LENGTHS = (128, 256, 512, 2048)
+HIDDEN_SIZES = (256, 768, 1024)
+# One vocabulary that 16 divides and BERT's own, which it does not.
+VOCABULARIES = (30522, 30528)
+POSITIONS, TOKEN_TYPES = 512, 2
+BATCH_TOKENS, LABELLED_ROWS = 16384, 2458
+TITLE_WIDTH = 118
 
 
-def compiled_by(call: Callable[[], Any], target: GPUTarget, device: int) -> list[tuple[str, Any]]:
-    """(name, compiled kernel) of every launch in ``call``, none of which happens."""
-    kernels = []
-    run = JITFunction.run
-
-    @functools.wraps(run)
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        kernels.append((self.fn.__name__, kernel))
-        return kernel
-
-    triton.runtime.driver.set_active(OfflineDriver(target, device))
-    JITFunction.run = compile_only
-    try:
-        call()
-    finally:
-        JITFunction.run = run
-    return kernels
+def cases(quick: bool) -> Iterator[Case]:
+    """Every shipped configuration, or BERT-base's in bfloat16."""
+    for dtype in ("bfloat16",) if quick else DTYPES:
+        for op, shape in _shapes(quick):
+            if has_kernel(op):
+                for direction in DIRECTIONS:
+                    yield Case(op, direction, dtype, shape)
 
 
-def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(label, forward and backward of an op) over dtypes, shapes and dropout."""
-    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32)
-    for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
-        for dropout_p in (0.1,) if quick else (0.0, 0.1):
-            for head_dim in (64,) if quick else (32, 64, 128):
-                yield (
-                    f"attention {name} head_dim {head_dim} p {dropout_p}",
-                    functools.partial(_attention, dtype, head_dim, dropout_p),
-                )
-            for hidden in (768,) if quick else (256, 768, 1024):
-                yield (
-                    f"add_layer_norm {name} hidden {hidden} p {dropout_p}",
-                    functools.partial(_add_layer_norm, dtype, hidden, dropout_p),
-                )
-        for hidden in (768,) if quick else (256, 768, 1024):
-            yield f"gelu_layer_norm {name} hidden {hidden}", functools.partial(_gelu_layer_norm, dtype, hidden)
-        yield f"mlm_loss {name}", functools.partial(_mlm_loss, dtype)
+def _shapes(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    for dropout_p in (0.1,) if quick else (0.1, 0.0):
+        for head_dim in (64,) if quick else HEAD_DIMS:
+            for length in LENGTHS:
+                yield "attention", {"num_heads": NUM_HEADS, "head_dim": head_dim, "dropout_p": dropout_p, "lengths": (length,)}
+        for hidden in (768,) if quick else HIDDEN_SIZES:
+            yield "add_layer_norm", {"hidden": hidden, "dropout_p": dropout_p}
+            tables = (VOCABULARIES[0], POSITIONS, TOKEN_TYPES)
+            yield "embedding_layer_norm", {"hidden": hidden, "tables": tables, "dropout_p": dropout_p}
+    for hidden in (768,) if quick else HIDDEN_SIZES:
+        for recompute in (False,) if quick else (False, True):
+            yield "linear_gelu", {"in_features": hidden, "out_features": 4 * hidden, "recompute": recompute}
+        yield "gelu_layer_norm", {"hidden": hidden}
+    for vocabulary in VOCABULARIES[:1] if quick else VOCABULARIES:
+        yield "mlm_loss", {"vocabulary": vocabulary}
 
 
-def _attention(dtype: torch.dtype, head_dim: int, dropout_p: float) -> None:
-    qkv, cu_seqlens = torch.zeros(512, 3, 4, head_dim, dtype=dtype), torch.tensor([0, 512], dtype=torch.int32)
-    dropout = (dropout_p, torch.ones(1, dtype=torch.int64) if dropout_p else None, 1)
-    out, lse = attention.attention_forward(qkv, cu_seqlens, 512, 0.125, *dropout)
-    attention.attention_backward(out, qkv, out, lse, cu_seqlens, 512, 0.125, *dropout)
-
-
-def _add_layer_norm(dtype: torch.dtype, hidden: int, dropout_p: float) -> None:
-    x, weight = torch.zeros(4096, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype)
-    dropout = (dropout_p, torch.ones(1, dtype=torch.int64) if dropout_p else None, 1)
-    _, z, mean, rstd = add_layer_norm.add_layer_norm_forward(x, weight, x, weight, weight, 1e-12, *dropout)
-    add_layer_norm.add_layer_norm_backward(x, z, mean, rstd, weight, True, *dropout)
-
-
-def _gelu_layer_norm(dtype: torch.dtype, hidden: int) -> None:
-    x, weight = torch.zeros(4096, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype)
-    _, mean, rstd = gelu_layer_norm.gelu_layer_norm_forward(x, weight, weight, weight, 1e-12)
-    gelu_layer_norm.gelu_layer_norm_backward(x, x, weight, weight, mean, rstd)
-
-
-def _mlm_loss(dtype: torch.dtype) -> None:
-    logits, bias, labels = torch.zeros(640, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype), torch.zeros(640, dtype=torch.int64)
-    rows = [torch.ones(640) for _ in range(4)]
-    mlm_loss.mlm_loss_forward(logits, bias, labels, 0, *rows[:3], None)
-    mlm_loss.mlm_loss_backward(logits, bias, labels, 0, 30522, rows[0], rows[1], rows[2], 0.0, bias)
-
-
-def resources(kernel: Any) -> dict[str, int]:
-    """registers and spilled bytes per thread, shared_memory per block in bytes, matrix instructions in the program text."""
-    assembly = "ptx" if "ptx" in kernel.asm else "amdgcn"
-    text = kernel.asm[assembly]
-    if assembly == "amdgcn":
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
-        spills = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1))
+def least_work(case: Case) -> Work:
+    """FLOPs and bytes of the case's op on a batch; of ``mlm_loss`` what lies between its matmuls: a pass over the logits."""
+    shape = dict(case.shape)
+    element_size = DTYPES[case.dtype].itemsize
+    if case.op == "mlm_loss":
+        passes = 1 if case.direction == "forward" else 2
+        return Work(0, passes * LABELLED_ROWS * shape["vocabulary"] * element_size)
+    shape.pop("recompute", None)
+    if "dropout_p" in shape:
+        dropout_p = shape.pop("dropout_p")
+        if case.op != "embedding_layer_norm":
+            shape["dropout"] = dropout_p > 0.0
+    if case.op == "attention":
+        length = max(shape["lengths"])
+        shape["lengths"] = (length,) * (BATCH_TOKENS // length)
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            usage = subprocess.run(
-                [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-            ).stdout
-        registers = int(re.search(r"REG:(\d+)", usage).group(1))
-        spills = int(re.search(r"LOCAL:(\d+)", usage).group(1)) + int(re.search(r"STACK:(\d+)", usage).group(1))
-    return {
-        "registers": registers,
-        "spilled_bytes": spills,
-        "shared_memory": kernel.metadata.shared,
-        "matrix_instructions": len(re.findall(MATRIX_INSTRUCTIONS[assembly], text)),
-        "num_warps": kernel.metadata.num_warps,
+        shape["rows"] = LABELLED_ROWS if case.op == "gelu_layer_norm" else BATCH_TOKENS
+    if case.op == "embedding_layer_norm":
+        shape["vocabulary"] = shape.pop("tables")[0]
+    return work(case.op, case.direction, element_size=element_size, **shape)
+
+
+def _list_kernels(task: tuple[Case, str]) -> list[Kernel]:
+    case, target = task
+    return kernels_of(case, target_of(target))
+
+
+def _row(kernel: Kernel) -> dict[str, Any]:
+    """A row of the table, with ``"failures"``: what is wrong with the kernel."""
+    target, required = target_name(kernel.target), least_work(kernel.case)
+    row = {
+        "target": target,
+        "kernel": kernel.name,
+        "case": str(kernel.case),
+        "op_flops": required.flops,
+        "op_bytes": required.bytes,
     }
+    try:
+        binary, _ = compile_kernel(kernel)
+    except Exception as error:  # a compiler fails in many ways; the rest of the table is still wanted
+        return {**row, "failures": [f"does not compile: {type(error).__name__}: {error}"]}
+    facts = resources(binary)
+    gpu, failures = GPUS[target], []
+    blocks, share = occupancy(gpu, *(facts[name] for name in ("registers", "shared_memory", "warps", "tensor_memory")))
+    if facts["spilled_bytes"]:
+        failures.append(f"spills {facts['spilled_bytes']} bytes ({facts['spill_instructions']} instructions)")
+    if facts["shared_memory"] > gpu.shared_per_block:
+        failures.append(f"needs {facts['shared_memory']} bytes of shared memory, a block may have {gpu.shared_per_block}")
+    return {**row, **facts, "blocks_per_multiprocessor": blocks, "share_of_warps": round(share, 4), "failures": failures}
+
+
+def compile_all(targets: list[str], quick: bool, jobs: int) -> list[dict[str, Any]]:
+    """A row per kernel, in the order of targets and cases."""
+    tasks = [(case, target) for target in targets for case in cases(quick)]
+    with compiler_processes(jobs) as pool:
+        listed = [kernel for kernels in pool.map(_list_kernels, tasks) for kernel in kernels]
+        kernels: dict[tuple[Any, str, str], Kernel] = {}
+        for kernel in listed:
+            kernels.setdefault((kernel.target, kernel.name, kernel.key), kernel)
+        rows = list(tqdm(in_parallel(_row, kernels.values(), pool), total=len(kernels), unit="kernel", disable=None))
+    places = {(target_name(kernel.target), kernel.name, str(kernel.case)): place for place, kernel in enumerate(listed)}
+    return sorted(rows, key=lambda row: places[row["target"], row["kernel"], row["case"]])
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    columns = ("regs", 5), ("spilled", 8), ("shared", 8), ("blocks", 7), ("warps", 7), ("matrix", 14), ("GFLOP", 8), ("MB", 6)
+    print(f"{'target':<8}{'case: kernel':<{TITLE_WIDTH}}" + "".join(f"{name:>{width}}" for name, width in columns))
+    for row in rows:
+        start = f"{row['target']:<8}{row['case'] + ': ' + row['kernel'].partition('.')[2].strip('_'):<{TITLE_WIDTH}}"
+        if "registers" not in row:
+            print(f"{start} does not compile")
+            continue
+        facts = (
+            row["registers"],
+            row["spilled_bytes"],
+            row["shared_memory"],
+            row["blocks_per_multiprocessor"],
+            f"{row['share_of_warps']:.0%}",
+            " ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items()),
+            f"{row['op_flops'] / 1e9:.1f}",
+            f"{row['op_bytes'] / 1e6:.0f}",
+        )
+        print(start + "".join(f"{fact:>{width}}" for fact, (_, width) in zip(facts, columns, strict=True)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=GPUS, default=list(TARGETS))
     parser.add_argument("--quick", action="store_true", help="bfloat16 and BERT-base's shapes only")
+    parser.add_argument("--jobs", type=int, default=available_cores(), help="processes that compile (default: one per core)")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
 
-    rows, failures = [], []
-    print(f"{'target':<8}{'kernel':<66}{'regs':>5}{'spilled':>8}{'shared':>9}{'matrix':>7}{'warps':>6}")
-    for device, name in enumerate(arguments.targets):
-        target, shared_limit = TARGETS[name]
-        for label, call in cases(arguments.quick):
-            for kernel_name, kernel in compiled_by(call, target, device):
-                row = {"target": name, "case": label, "kernel": kernel_name, **resources(kernel)}
-                rows.append(row)
-                title = f"{label}: {kernel_name.strip('_')}"
-                columns = {"registers": 5, "spilled_bytes": 8, "shared_memory": 9, "matrix_instructions": 7, "num_warps": 6}
-                numbers = "".join(f"{row[key]:>{width}}" for key, width in columns.items())
-                print(f"{name:<8}{title:<66}{numbers}")
-                if row["spilled_bytes"] or row["shared_memory"] > shared_limit:
-                    failures.append(f"{name} {title}")
+    begin = time.perf_counter()
+    rows = compile_all(arguments.targets, arguments.quick, arguments.jobs)
+    seconds = time.perf_counter() - begin
+    print_table(rows)
+    failures = [f"{row['target']} {row['kernel']}: {row['case']}: {failure}" for row in rows for failure in row["failures"]]
     for failure in failures:
-        print(f"spills, or needs more shared memory than the chip has: {failure}", file=sys.stderr)
-    print(json.dumps({"benchmark": "aot", "triton": triton.__version__, "kernels": rows, "failures": failures}))
+        print(failure, file=sys.stderr)
+    print(f"{len(rows)} kernels, {len(failures)} of them in trouble, {seconds:.0f} s with {arguments.jobs} processes")
+    document = {"benchmark": "aot", "torch": torch.__version__, "triton": triton.__version__, "quick": arguments.quick}
+    print(json.dumps({**document, "seconds": round(seconds, 1), "kernels": rows, "failures": failures}))
     sys.exit(1 if failures else 0)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fastbert import __version__
+from fastbert.gpus import GPUS
 from fastbert.train.settings import MODEL_PRESETS, PretrainSettings
 
 from .command import DebugOption, JsonOption, SeveralValuesCommand, given_options, run_command
@@ -41,6 +42,44 @@ def doctor(json_output: JsonOption = False, debug: DebugOption = False) -> None:
     from .doctor import doctor as body
 
     run_command("doctor", body, json_output=json_output, debug=debug)
+
+
+@app.command(cls=SeveralValuesCommand)
+def warmup(
+    model: Annotated[str, typer.Option(help=f"{', '.join(MODEL_PRESETS)}, or a checkpoint (folder or Hub name).")] = "base",
+    dtype: Annotated[
+        list[str],
+        typer.Option(
+            help="bfloat16, float16, float32, tf32 (float32 with TF32 products allowed); several may follow.", metavar="DTYPE..."
+        ),
+    ] = ("bfloat16",),  # type: ignore[assignment]
+    max_seq_length: Annotated[
+        int, typer.Option(min=1, help="Tokens of a sequence at most; never more than the checkpoint has positions.")
+    ] = 512,
+    inference: Annotated[bool, typer.Option("--inference", help="Only what inference launches: no gradients, no dropout.")] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"GPUs to compile for, there or not: {', '.join(GPUS)}; several may follow. Left out: this machine's.",
+            metavar="GPU...",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compile.  [default: one per core]", show_default=False)
+    ] = None,
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compile the Triton kernels of a model ahead of its first step, also for GPUs that are not there (TRITON_CACHE_DIR)."""
+    from .warmup import warmup as body
+
+    run_command(
+        "warmup",
+        lambda say: body(model, list(dtype), max_seq_length, inference, list(target or ()), jobs, say),
+        json_output=json_output,
+        debug=debug,
+    )
 
 
 @app.command(cls=SeveralValuesCommand)
