@@ -41,8 +41,9 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
-# Streaming, keyed by (itemsize, BLOCK_HEAD_DIM): tiles that compile for sm_80 and sm_90 without spilling registers (16 bytes of
-# the dQ kernel for float32 and 256 apart). float32 shares its tiles between the plain ("ieee") products, which hold their
+# Streaming, keyed by itemsize and BLOCK_HEAD_DIM, and by architecture (compute capability // 10: Ampere and Ada are 8) where the
+# tiles of the others would spill registers there. Those that still do, 8 bytes each on sm_80: the float32 forward at 128 without
+# dropout; at 256, dQ in float32 (16 bytes). float32 shares its tiles between the plain ("ieee") products, which hold their
 # operands in registers, and the matrix units ("tf32").
 FORWARD_CONFIGS = {
     (2, 16): TileConfig(64, 64, 4, 3),
@@ -61,23 +62,26 @@ BACKWARD_DQ_CONFIGS = {
     (2, 32): TileConfig(64, 64, 4, 2),
     (2, 64): TileConfig(64, 64, 4, 2),
     (2, 128): TileConfig(64, 32, 4, 2),
+    (2, 128, 8): TileConfig(64, 32, 8, 2),
     (2, 256): TileConfig(32, 32, 8, 2),
     (4, 16): TileConfig(64, 32, 4, 2),
-    (4, 32): TileConfig(64, 32, 8, 2),
+    (4, 32): TileConfig(32, 32, 4, 2),
     (4, 64): TileConfig(64, 32, 8, 2),
     (4, 128): TileConfig(16, 32, 8, 2),
+    (4, 128, 8): TileConfig(16, 32, 4, 2),
     (4, 256): TileConfig(16, 32, 8, 2),
 }
 BACKWARD_DKV_CONFIGS = {
     (2, 16): TileConfig(64, 64, 4, 2),
     (2, 32): TileConfig(64, 64, 4, 2),
     (2, 64): TileConfig(64, 64, 4, 3),
+    (2, 64, 8): TileConfig(64, 64, 8, 3),
     (2, 128): TileConfig(32, 64, 8, 2),
     (2, 256): TileConfig(32, 32, 8, 1),
     (4, 16): TileConfig(32, 32, 8, 1),
     (4, 32): TileConfig(32, 32, 8, 1),
     (4, 64): TileConfig(16, 32, 4, 1),
-    (4, 128): TileConfig(16, 32, 8, 1),
+    (4, 128): TileConfig(16, 32, 4, 1),
     (4, 256): TileConfig(16, 32, 16, 1),
 }
 
@@ -91,8 +95,8 @@ class OnChipForwardConfig(NamedTuple):
     num_warps: int
 
 
-# On chip, for 16-bit dtypes: of an architecture (compute capability // 10: Hopper, Blackwell) and BLOCK_HEAD_DIM the first whose
-# tiles hold the longest sequence. What is missing here spills registers.
+# On chip, for 16-bit dtypes: of an architecture (Hopper is 9, Blackwell 10) and BLOCK_HEAD_DIM the first whose tiles hold the
+# longest sequence. What is missing here spills registers.
 _ONE_TILE, _TWO_TILES, _TWO_LARGE_TILES = (
     OnChipForwardConfig(64, 64, 1, 4),
     OnChipForwardConfig(64, 64, 2, 4),
@@ -155,7 +159,7 @@ def attention_forward(
                 BLOCK_KEYS=on_chip.block_keys, num_warps=on_chip.num_warps, num_stages=1, **constants,
             )  # fmt: skip
         else:
-            config = FORWARD_CONFIGS[qkv.itemsize, width]
+            config = _streaming_config(FORWARD_CONFIGS, qkv, width)
             num_blocks = triton.cdiv(max_seqlen, config.block_queries)
             forward_kernel[(heads * num_blocks,)](
                 qkv, cu_seqlens, seed, out, lse, total, num_blocks, softmax_scale, threshold, scale, stream,
@@ -197,8 +201,8 @@ def attention_backward(
                 num_warps=on_chip.num_warps, **constants,
             )  # fmt: skip
         else:
-            dq_config = BACKWARD_DQ_CONFIGS[qkv.itemsize, width]
-            dkv_config = BACKWARD_DKV_CONFIGS[qkv.itemsize, width]
+            dq_config = _streaming_config(BACKWARD_DQ_CONFIGS, qkv, width)
+            dkv_config = _streaming_config(BACKWARD_DKV_CONFIGS, qkv, width)
             query_blocks = triton.cdiv(max_seqlen, dq_config.block_queries)
             key_blocks = triton.cdiv(max_seqlen, dkv_config.block_keys)
             backward_dq_kernel[(heads * query_blocks,)](
@@ -216,6 +220,11 @@ def _block_head_dim(head_dim: int) -> int:
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"the Triton attention kernels take a head_dim from 1 to {MAX_HEAD_DIM}, got {head_dim}")
     return max(MIN_BLOCK_HEAD_DIM, triton.next_power_of_2(head_dim))
+
+
+def _streaming_config(configs: dict[tuple[int, ...], TileConfig], qkv: Tensor, width: int) -> TileConfig:
+    key = (qkv.itemsize, width)
+    return configs.get((*key, cuda_capability() // 10), configs[key])
 
 
 def _on_chip_forward_config(qkv: Tensor, max_seqlen: int, width: int) -> OnChipForwardConfig | None:

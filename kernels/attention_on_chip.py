@@ -12,8 +12,8 @@ over the queries, and computes the transposed scores, so that probabilities and 
 into the next ones. dQ is summed up over the blocks of keys in a float32 buffer that stays in the L2 cache and that no other
 program touches: no atomics, the same bits in every run.
 
-Not taken: K and V of 512 keys on chip in the forward. Their 128 KiB leave one program of 8 warps to a multiprocessor, and the
-compiler spills the addresses of all the tiles. Streaming with twice the queries per program reads them as rarely.
+Not taken: K and V of 512 keys on chip in the forward. Their 128 KiB leave one program of 8 warps to a multiprocessor, nothing to
+run while it waits, and the compiler spills the addresses of so many tiles. Longer sequences stream.
 """
 
 from __future__ import annotations

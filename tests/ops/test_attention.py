@@ -7,7 +7,7 @@ import torch
 
 from fastbert.ops import attention, reference
 
-from .helpers import SMALLEST, assert_within_budget, backend_cases, device_of, gradients, new_seed, rounded
+from .helpers import DEVICE, SMALLEST, assert_within_budget, backend_cases, device_of, gradients, new_seed, rounded
 
 LENGTHS = {
     "one token": [1, 5],
@@ -89,6 +89,27 @@ def test_max_seqlen_is_a_bound(backend, dtype, dropout_p):
 @pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
 def test_large_scores_do_not_overflow(backend, dtype):
     check(backend, dtype, [20, 5], heads=2, head_dim=16, scale=8.0)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
+def test_scores_far_below_every_bound_on_them(backend, dtype):
+    """All keys alike and the query opposite: scores of -40, where |query| |key| allows for 40. Their softmax is uniform."""
+    device = device_of(backend)
+    qkv, cu_seqlens, longest = packed([5, 70], 1, 16)
+    qkv[:, 0], qkv[:, 1] = 3.0, -3.0
+    (qkv,) = rounded(qkv, dtype=dtype)
+    scale = 40 / (16 * 9)
+    out = attention(qkv.to(device, dtype), cu_seqlens.to(device), longest, softmax_scale=scale, backend=backend)
+    means = [values.mean(0, keepdim=True).expand_as(values) for values in qkv[:, 2].split([5, 70])]
+    torch.testing.assert_close(out.cpu().double(), torch.cat(means), rtol=0, atol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0])
+def test_float16_in_the_interpreter(scale):
+    """float16 takes bfloat16's way, except that the range of its probabilities allows for smaller bounds on the scores."""
+    if DEVICE == "cuda":
+        pytest.skip("on a GPU all tests run in float16")
+    check("triton", torch.float16, [70, 9], heads=2, head_dim=32, dropout_p=0.1, scale=scale)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
