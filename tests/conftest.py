@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    # At once: a kernel is interpreted or compiled for good when it is imported, and a test may change the variable before that.
+    if importlib.util.find_spec("triton"):
+        import fastbert_kernels
+
+        for module in pkgutil.iter_modules(fastbert_kernels.__path__, "fastbert_kernels."):
+            importlib.import_module(module.name)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The tests of these files stay on the CPU on every machine.
