@@ -123,7 +123,7 @@ def gpu_steps(scratch: Path) -> list[Step]:
     matters less comes last."""
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
-    sanitizer = find_sanitizer()
+    sanitizer = find_cuda_tool("compute-sanitizer")
     bfloat16 = ("--dtype", "bfloat16")
     steps = [
         Step("machine", benchmark("machine", *bfloat16), 40),
@@ -142,7 +142,7 @@ def gpu_steps(scratch: Path) -> list[Step]:
                     "9",
                     *benchmark("sanitized", "--backend", "cuda"),
                 ],
-                30,
+                45,
                 # torch's cache hands out parts of large blocks, whose ends would then not be seen.
                 environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 absent=None if sanitizer else "compute-sanitizer is neither on PATH nor in CUDA_HOME",
@@ -198,7 +198,8 @@ def build_step(architecture: str, scratch: Path) -> Step:
         (folder / name).symlink_to(REPOSITORY / name)
     environment = {"FASTBERT_CUDA_ARCHS": architecture, "FASTBERT_CUDA": "1"}
     missing = [name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None]
-    absent = f"{' and '.join(missing)} not installed" if missing else None
+    missing += [] if find_cuda_tool("nvcc") else ["nvcc"]
+    absent = f"not installed: {', '.join(missing)}" if missing else None
     return Step("build", python("setup.py", "build_ext", "--inplace"), 75, environment, build_report, absent, folder)
 
 
@@ -215,9 +216,9 @@ def test_step(scratch: Path, selected: list[str], processes: int, limit_s: float
     return Step("tests", [*command, str(record), *parallel, *selected], limit_s, environment, lambda _: summarized(record))
 
 
-def find_sanitizer() -> Path | None:
-    found = shutil.which("compute-sanitizer")
-    places = [Path(home, "bin", "compute-sanitizer") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+def find_cuda_tool(name: str) -> Path | None:
+    found = shutil.which(name)
+    places = [Path(home, "bin", name) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     return Path(found) if found else next((place for place in places if place.exists()), None)
 
 
@@ -280,7 +281,8 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def last_line(printed: str) -> Any:
-    return json.loads(printed.splitlines()[-1])
+    """The benchmark's document; compute-sanitizer prints its summary behind it."""
+    return json.loads([line for line in printed.splitlines() if not line.startswith("=====")][-1])
 
 
 def import_path() -> str:

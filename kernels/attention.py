@@ -29,7 +29,8 @@ from .launch import cuda_capability, device_guard, num_processors
 from .precision import dot_precision
 
 MIN_BLOCK_HEAD_DIM = 16
-MAX_HEAD_DIM = 256
+# By itemsize.
+MAX_HEAD_DIM = {2: 256, 4: 128}
 
 
 class TileConfig(NamedTuple):
@@ -43,8 +44,8 @@ class TileConfig(NamedTuple):
 
 # Streaming, keyed by itemsize and BLOCK_HEAD_DIM, and by architecture (compute capability // 10: Ampere and Ada are 8) where the
 # tiles of the others would spill registers there. Those that still do, 8 bytes each on sm_80: the float32 forward at 128 without
-# dropout; at 256, dQ in float32 (16 bytes). float32 shares its tiles between the plain ("ieee") products, which hold their
-# operands in registers, and the matrix units ("tf32").
+# dropout. float32 shares its tiles between the plain ("ieee") products, which hold their operands in registers, and the matrix
+# units ("tf32"); beyond 128 its tiles fill the shared memory of small GPUs.
 FORWARD_CONFIGS = {
     (2, 16): TileConfig(64, 64, 4, 3),
     (2, 32): TileConfig(64, 64, 4, 3),
@@ -55,7 +56,6 @@ FORWARD_CONFIGS = {
     (4, 32): TileConfig(64, 32, 8, 2),
     (4, 64): TileConfig(64, 32, 8, 2),
     (4, 128): TileConfig(64, 32, 16, 2),
-    (4, 256): TileConfig(16, 32, 16, 2),
 }
 BACKWARD_DQ_CONFIGS = {
     (2, 16): TileConfig(64, 64, 4, 2),
@@ -69,7 +69,6 @@ BACKWARD_DQ_CONFIGS = {
     (4, 64): TileConfig(64, 32, 8, 2),
     (4, 128): TileConfig(16, 32, 8, 2),
     (4, 128, 8): TileConfig(16, 32, 4, 2),
-    (4, 256): TileConfig(16, 32, 8, 2),
 }
 BACKWARD_DKV_CONFIGS = {
     (2, 16): TileConfig(64, 64, 4, 2),
@@ -82,7 +81,6 @@ BACKWARD_DKV_CONFIGS = {
     (4, 32): TileConfig(32, 32, 8, 1),
     (4, 64): TileConfig(16, 32, 4, 1),
     (4, 128): TileConfig(16, 32, 4, 1),
-    (4, 256): TileConfig(16, 32, 16, 1),
 }
 
 
@@ -133,9 +131,10 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Bidirectional attention within each sequence of a packed batch.
 
-    qkv: (total, 3, num_heads, head_dim) contiguous, head_dim at most 256; cu_seqlens: (batch + 1,) int32, from 0 to total,
-    not decreasing; max_seqlen: the longest sequence; softmax_scale: positive; seed: one int64 on qkv's device where
-    dropout_p > 0. Returns out (total, num_heads, head_dim) and lse (num_heads, total) float32.
+    qkv: (total, 3, num_heads, head_dim) contiguous, head_dim at most 256 (128 in float32); cu_seqlens: (batch + 1,) int32, from
+    0 to total, not decreasing; max_seqlen: at least the longest sequence, or results are undefined; softmax_scale: positive;
+    seed: one int64 on qkv's device where dropout_p > 0.
+    Returns out (total, num_heads, head_dim) and lse (num_heads, total) float32.
     """
     total, _, num_heads, head_dim = qkv.shape
     if softmax_scale <= 0.0:
@@ -146,10 +145,10 @@ def attention_forward(
         return out, lse
     threshold, scale = dropout_arguments(dropout_p)
     heads = (cu_seqlens.numel() - 1) * num_heads
-    width = _block_head_dim(head_dim)
+    width = _block_head_dim(qkv)
     constants = {"num_heads": num_heads, "head_dim": head_dim, "BLOCK_HEAD_DIM": width, "DROPOUT": dropout_p > 0.0}
-    on_chip = _on_chip_forward_config(qkv, max_seqlen, width)
     with device_guard(qkv):
+        on_chip = _on_chip_forward_config(qkv, max_seqlen, width)
         if on_chip is not None:
             # A program walks over all blocks of queries of its head, or over a share where there are few heads.
             num_blocks = min(triton.cdiv(max_seqlen, on_chip.block_queries), triton.cdiv(2 * num_processors(qkv), heads))
@@ -188,10 +187,10 @@ def attention_backward(
     delta = torch.empty(lse.shape, dtype=torch.float32, device=qkv.device)
     threshold, scale = dropout_arguments(dropout_p)
     heads = (cu_seqlens.numel() - 1) * num_heads
-    width = _block_head_dim(head_dim)
+    width = _block_head_dim(qkv)
     constants = {"num_heads": num_heads, "head_dim": head_dim, "BLOCK_HEAD_DIM": width, "DROPOUT": dropout_p > 0.0}
-    on_chip = _on_chip_backward_config(qkv, max_seqlen, width, heads, dropout_p)
     with device_guard(qkv):
+        on_chip = _on_chip_backward_config(qkv, max_seqlen, width, heads, dropout_p)
         if on_chip is not None:
             one_block = max_seqlen <= on_chip.block_keys
             dq_sum = None if one_block else torch.empty(out.shape, dtype=torch.float32, device=qkv.device)
@@ -216,9 +215,10 @@ def attention_backward(
     return dqkv
 
 
-def _block_head_dim(head_dim: int) -> int:
-    if not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"the Triton attention kernels take a head_dim from 1 to {MAX_HEAD_DIM}, got {head_dim}")
+def _block_head_dim(qkv: Tensor) -> int:
+    head_dim, limit = qkv.shape[-1], MAX_HEAD_DIM[qkv.itemsize]
+    if not 0 < head_dim <= limit:
+        raise ValueError(f"the Triton attention kernels take a head_dim from 1 to {limit} in {qkv.dtype}, got {head_dim}")
     return max(MIN_BLOCK_HEAD_DIM, triton.next_power_of_2(head_dim))
 
 

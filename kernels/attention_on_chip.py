@@ -216,6 +216,8 @@ def on_chip_backward_kernel(
                 rows = start + first_query + queries
                 keep = keep_tile_transposed(seed_ptr, rows, first_key, head, stream, threshold, BLOCK_KEYS)
             p = tl.exp2(tl.fma(dot(k, tl.trans(q), zeros, "ieee"), scale_log2, -lse_log2[None, :]))
+            # A key past the end is 0 and so is its part of dQ, but not where its probability, exp(-lse), has become infinite.
+            p = tl.where((first_key + keys < length)[:, None], p, 0.0)
             dp = dot(v, tl.trans(do), zeros, "ieee")
             p_dropped = p
             if DROPOUT:

@@ -213,7 +213,10 @@ def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, u: Tensor |
     config = (TMA_GEMM_CONFIGS if tma else GEMM_CONFIGS)[x.itemsize]
 
     def operand(matrix: Tensor | None, block_rows: int, block_columns: int) -> Tensor | TensorDescriptor | None:
-        return TensorDescriptor.from_tensor(matrix, [block_rows, block_columns]) if tma and matrix is not None else matrix
+        if not tma or matrix is None:
+            return matrix
+        # Not the tensor's own strides: those of a single row may be anything.
+        return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [block_rows, block_columns])
 
     tiles = triton.cdiv(rows, config.block_rows) * triton.cdiv(out_features, config.block_columns)
     _gemm_kernel[(min(tiles, num_processors(x) * config.programs_per_processor),)](

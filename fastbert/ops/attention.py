@@ -24,7 +24,8 @@ def attention(
 
     qkv: (total, 3, num_heads, head_dim), float32, bfloat16, float16 or float64; ``total`` counts the tokens of all sequences,
     one after the other. cu_seqlens: (batch + 1,) int32, where sequence i holds the tokens cu_seqlens[i] to
-    cu_seqlens[i + 1] - 1; it starts at 0 and ends at ``total``. max_seqlen: length of the longest one. softmax_scale: default
+    cu_seqlens[i + 1] - 1; it starts at 0 and ends at ``total``. max_seqlen: length of the longest one, or more; nobody
+    checks either on a GPU, which would have to be waited for. softmax_scale: default
     head_dim ** -0.5. dropout_p, seed (int64, one element), stream: see ``reference.dropout_keep``.
 
     Returns (total, num_heads, head_dim) in qkv's dtype. Raises ValueError for shapes and dtypes that do not fit, RuntimeError

@@ -32,7 +32,7 @@ _DEVICES = {"native": ("cpu",), "cuda": ("cuda",)}
 _OPS_OF = {
     "cuda": ("add_layer_norm", "gelu_layer_norm"),
 }
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM, TRITON_MAX_FLOAT32_HEAD_DIM = 256, 128
 
 
 def _triton_interprets() -> bool:
@@ -61,8 +61,9 @@ def not_supported_reasons(backend: str, op: str, device_type: str, dtype: torch.
         reasons.append("Triton compiles for GPUs only (TRITON_INTERPRET=1 interprets its kernels on a CPU, for tests)")
     if dtype not in _DTYPES[backend]:
         reasons.append(f"it has no kernels for {str(dtype).removeprefix('torch.')}")
-    if head_dim is not None and head_dim > MAX_HEAD_DIM and backend != "reference":
-        reasons.append(f"head_dim is {head_dim}, its kernels go up to {MAX_HEAD_DIM}")
+    limit = TRITON_MAX_FLOAT32_HEAD_DIM if (backend, dtype) == ("triton", torch.float32) else MAX_HEAD_DIM
+    if head_dim is not None and head_dim > limit and backend != "reference":
+        reasons.append(f"head_dim is {head_dim}, its kernels go up to {limit} in {str(dtype).removeprefix('torch.')}")
     return reasons
 
 

@@ -95,6 +95,15 @@ def test_no_rows(backend, dtype):
     assert linear_gelu(x.detach(), weight.detach(), bias.detach(), backend=backend).shape == (0, 5)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("linear_gelu"))
+def test_a_row_of_a_wider_matrix(backend, dtype):
+    """One row counts as contiguous whatever the distance to the next one would be."""
+    device = device_of(backend)
+    x = torch.randn(1, 20, device=device, dtype=dtype)[:, :8]
+    weight = torch.randn(16, 8, device=device, dtype=dtype)
+    assert torch.equal(linear_gelu(x, weight, None, backend=backend), linear_gelu(x.clone(), weight, None, backend=backend))
+
+
 def test_gelu_of_extreme_values():
     x = torch.tensor([[-1e4], [-20.0], [0.0], [20.0], [1e4]], requires_grad=True)
     y = linear_gelu(x, torch.ones(1, 1), None)

@@ -39,13 +39,13 @@ def arguments_of(op: str, dropout_p: float, dtype: torch.dtype, device: str = "c
         )
         return leaves, call, lambda backend: (*ids, *leaves, 0, 1e-5, dropout_p, seed, 2, backend)
     if op == "add_layer_norm":
-        leaves = [leaf(5, 7), leaf(7), leaf(5, 7), leaf(7), leaf(7)]
+        leaves = [leaf(5, 8), leaf(8), leaf(5, 8), leaf(8), leaf(8)]
         call = lambda *a, backend: add_layer_norm(  # noqa: E731
             *a, 1e-5, dropout_p=dropout_p, seed=seed, stream=2, backend=backend
         )
         return leaves, call, lambda backend: (*leaves, 1e-5, dropout_p, seed, 2, backend)
     if op == "gelu_layer_norm":
-        leaves = [leaf(5, 7), leaf(7), leaf(7), leaf(7)]
+        leaves = [leaf(5, 8), leaf(8), leaf(8), leaf(8)]
         call = lambda *a, backend: gelu_layer_norm(*a, 1e-5, backend=backend)  # noqa: E731
         return leaves, call, lambda backend: (*leaves, 1e-5, backend)
     if op == "linear_gelu":
