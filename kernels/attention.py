@@ -42,10 +42,11 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
-# Streaming, keyed by itemsize and BLOCK_HEAD_DIM, and by architecture (compute capability // 10: Ampere and Ada are 8) where the
-# tiles of the others would spill registers there. Those that still do, 8 bytes each on sm_80: the float32 forward at 128 without
-# dropout. float32 shares its tiles between the plain ("ieee") products, which hold their operands in registers, and the matrix
-# units ("tf32"); beyond 128 its tiles fill the shared memory of small GPUs.
+# Streaming, keyed by itemsize and BLOCK_HEAD_DIM, and by architecture where the tiles of the others would spill registers there
+# (compute capability // 10: 8 for Ampere and Ada, 9 for Hopper, 10 for Blackwell, 0 for AMD). Those that still do are float32 at
+# 128: the forward on sm_80 (8 bytes) and dQ on sm_90 and sm_100 (16). float32 shares its tiles between the plain ("ieee")
+# products, which hold their operands in registers, and the matrix units ("tf32", 24 bytes in the forward on sm_90 at head_dim
+# 80); beyond 128 they would fill the shared memory of small GPUs.
 FORWARD_CONFIGS = {
     (2, 16): TileConfig(64, 64, 4, 3),
     (2, 32): TileConfig(64, 64, 4, 3),
@@ -56,6 +57,7 @@ FORWARD_CONFIGS = {
     (4, 32): TileConfig(64, 32, 8, 2),
     (4, 64): TileConfig(64, 32, 8, 2),
     (4, 128): TileConfig(64, 32, 16, 2),
+    (4, 128, 0): TileConfig(64, 32, 8, 2),
 }
 BACKWARD_DQ_CONFIGS = {
     (2, 16): TileConfig(64, 64, 4, 2),
@@ -67,7 +69,9 @@ BACKWARD_DQ_CONFIGS = {
     (4, 16): TileConfig(64, 32, 4, 2),
     (4, 32): TileConfig(32, 32, 4, 2),
     (4, 64): TileConfig(64, 32, 8, 2),
+    (4, 64, 0): TileConfig(32, 32, 4, 2),
     (4, 128): TileConfig(16, 32, 8, 2),
+    (4, 128, 0): TileConfig(16, 32, 4, 2),
     (4, 128, 8): TileConfig(16, 32, 4, 2),
 }
 BACKWARD_DKV_CONFIGS = {
@@ -76,6 +80,8 @@ BACKWARD_DKV_CONFIGS = {
     (2, 64): TileConfig(64, 64, 4, 3),
     (2, 64, 8): TileConfig(64, 64, 8, 3),
     (2, 128): TileConfig(32, 64, 8, 2),
+    (2, 128, 0): TileConfig(32, 32, 4, 1),
+    (2, 128, 10): TileConfig(32, 64, 8, 1),
     (2, 256): TileConfig(32, 32, 8, 1),
     (4, 16): TileConfig(32, 32, 8, 1),
     (4, 32): TileConfig(32, 32, 8, 1),
@@ -93,8 +99,8 @@ class OnChipForwardConfig(NamedTuple):
     num_warps: int
 
 
-# On chip, for 16-bit dtypes: of an architecture (Hopper is 9, Blackwell 10) and BLOCK_HEAD_DIM the first whose tiles hold the
-# longest sequence. What is missing here spills registers.
+# On chip, for 16-bit dtypes: of an architecture and BLOCK_HEAD_DIM the first whose tiles hold the longest sequence. What is
+# missing here spills registers.
 _ONE_TILE, _TWO_TILES, _TWO_LARGE_TILES = (
     OnChipForwardConfig(64, 64, 1, 4),
     OnChipForwardConfig(64, 64, 2, 4),
