@@ -27,14 +27,13 @@ from .layer_norm import (
     BACKWARD_STAGES,
     FORWARD_CONFIGS,
     block_hidden,
-    empty_partials,
     layer_norm_gradient,
     load_columns,
     num_backward_programs,
     row_statistics,
 )
 from .precision import round_to
-from .reduction import sum_partials
+from .reduction import empty_partials, sum_partials
 
 
 @triton.jit(do_not_specialize=["rows", "threshold", "stream"])

@@ -28,14 +28,13 @@ from .layer_norm import (
     BACKWARD_STAGES,
     FORWARD_CONFIGS,
     block_hidden,
-    empty_partials,
     layer_norm_gradient,
     load_columns,
     num_backward_programs,
     row_statistics,
 )
 from .precision import round_to
-from .reduction import sum_partials
+from .reduction import empty_partials, sum_partials
 from .table_gradient import table_gradient
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -68,11 +67,6 @@ def block_hidden(hidden: int) -> int:
 def num_backward_programs(x: Tensor, config: TileConfig) -> int:
     """Programs of a backward launch over the rows of ``x`` (rows, hidden): a few per processor, at most one per tile."""
     return min(triton.cdiv(x.shape[0], config.block_rows), num_processors(x) * config.programs_per_processor)
-
-
-def empty_partials(x: Tensor, num_gradients: int, num_programs: int) -> Tensor:
-    """The buffer for ``reduction.sum_partials``: (num_gradients, num_programs, columns of x) float32, not initialised."""
-    return torch.empty((num_gradients, num_programs, x.shape[1]), dtype=torch.float32, device=x.device)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .gelu import gaussian, gaussian_distribution
 from .launch import cuda_capability, device_guard, num_processors
 from .precision import dot, dot_precision, round_to
-from .reduction import sum_partials
+from .reduction import empty_partials, num_row_programs, sum_partials
 
 
 class GemmConfig(NamedTuple):
@@ -237,11 +237,8 @@ def _gelu_pass(u: Tensor, bias: Tensor | None, dy: Tensor | None, out: Tensor, d
     rows, columns = u.shape
     config = PASS_CONFIG
     column_programs = triton.cdiv(columns, config.block_columns)
-    wanted_programs = num_processors(u) * config.programs_per_processor
-    row_programs = min(triton.cdiv(rows, config.block_rows), triton.cdiv(wanted_programs, column_programs))
-    partials = None
-    if dbias is not None:
-        partials = torch.empty((1, row_programs, columns), dtype=torch.float32, device=u.device)
+    row_programs = num_row_programs(u, config.block_rows, column_programs, config.programs_per_processor)
+    partials = None if dbias is None else empty_partials(u, 1, row_programs)
     _pass_kernel[(column_programs, row_programs)](
         u, bias, dy, out, partials, rows, num_columns=columns,
         BLOCK_ROWS=config.block_rows, BLOCK_COLUMNS=config.block_columns, num_warps=config.num_warps,

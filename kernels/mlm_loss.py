@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard, num_processors
+from .launch import device_guard
 from .precision import round_to
-from .reduction import sum_partials
+from .reduction import empty_partials, num_row_programs, sum_partials
 
 
 class TileConfig(NamedTuple):
@@ -180,11 +179,8 @@ def mlm_loss_backward(
     rows, block = logits.shape
     config = BACKWARD_CONFIG
     column_programs = triton.cdiv(block, config.block_classes)
-    wanted_programs = num_processors(logits) * BACKWARD_PROGRAMS_PER_PROCESSOR
-    row_programs = min(triton.cdiv(rows, config.block_rows), triton.cdiv(wanted_programs, column_programs))
-    partials = None
-    if dbias is not None:
-        partials = torch.empty((1, row_programs, block), dtype=torch.float32, device=logits.device)
+    row_programs = num_row_programs(logits, config.block_rows, column_programs, BACKWARD_PROGRAMS_PER_PROCESSOR)
+    partials = None if dbias is None else empty_partials(logits, 1, row_programs)
     if rows > 0:
         with device_guard(logits):
             _backward_kernel[(column_programs, row_programs)](

@@ -7,11 +7,12 @@ same bits. The buffer is a few MB whatever the number of rows is, so the second 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
+from .launch import device_guard, num_processors
 from .precision import round_to
 
 BLOCK_PROGRAMS, BLOCK_COLUMNS, NUM_WARPS = 64, 32, 4
@@ -46,6 +47,18 @@ def _sum_partials_kernel(
     if out2_ptr is not None:
         if gradient == 2:
             tl.store(out2_ptr + offsets, round_to(column_sum, out2_ptr.dtype.element_ty), mask=inside)
+
+
+def num_row_programs(x: Tensor, block_rows: int, column_programs: int, programs_per_processor: int) -> int:
+    """Programs along the rows of ``x`` (rows, columns), beside those along its columns: enough to fill the GPU, one tile each at
+    the least."""
+    wanted_programs = num_processors(x) * programs_per_processor
+    return min(triton.cdiv(x.shape[0], block_rows), triton.cdiv(wanted_programs, column_programs))
+
+
+def empty_partials(x: Tensor, num_gradients: int, num_programs: int) -> Tensor:
+    """The buffer for :func:`sum_partials`: (num_gradients, num_programs, columns of x) float32, not initialised."""
+    return torch.empty((num_gradients, num_programs, x.shape[1]), dtype=torch.float32, device=x.device)
 
 
 def sum_partials(partials: Tensor, *outputs: Tensor) -> None:
