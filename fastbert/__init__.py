@@ -14,9 +14,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "BertConfig": "transformers",
     "BertModel": "fastbert.model.bert",
-    "BertForPreTraining": "fastbert.model.heads",
-    "BertForMaskedLM": "fastbert.model.heads",
-    "BertLMHeadModel": "fastbert.model.heads",
+    "BertForPreTraining": "fastbert.model.lm_heads",
+    "BertForMaskedLM": "fastbert.model.lm_heads",
+    "BertLMHeadModel": "fastbert.model.lm_heads",
     "BertForNextSentencePrediction": "fastbert.model.heads",
     "BertForSequenceClassification": "fastbert.model.heads",
     "BertForMultipleChoice": "fastbert.model.heads",
@@ -33,15 +33,13 @@ if TYPE_CHECKING:
     from .model.bert import BertModel
     from .model.explain import explain
     from .model.heads import (
-        BertForMaskedLM,
         BertForMultipleChoice,
         BertForNextSentencePrediction,
-        BertForPreTraining,
         BertForQuestionAnswering,
         BertForSequenceClassification,
         BertForTokenClassification,
-        BertLMHeadModel,
     )
+    from .model.lm_heads import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from .inputs import check_inputs
 from .layer import BertLayer
 from .outputs import BertModelOutput, Deferred
 from .packing import Packing
+from .swap import replaces, use_fast_classes
 
 
 class CheckedLoading:
@@ -41,19 +42,15 @@ class CheckedLoading:
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
-def use_packed_classes(model: torch.nn.Module) -> None:
-    """Gives every transformers BertModel and BertLayer inside ``model`` the class that also works on packed rows.
+class PackedHead(CheckedLoading):
+    """Mixin of every head: whatever transformers' constructor built, its encoder works on packed rows."""
 
-    Class and instance keep parameters, hooks and gradient checkpointing; binding a new ``forward`` on instances instead turns
-    checkpointing off without a word.
-    """
-    for module in model.modules():
-        if type(module) is hf.BertModel:
-            module.__class__ = BertModel
-        elif type(module) is hf.BertLayer:
-            module.__class__ = BertLayer
+    def __init__(self, config):
+        super().__init__(config)
+        use_fast_classes(self)
 
 
+@replaces(hf.BertModel)
 class BertModel(CheckedLoading, hf.BertModel):
     """transformers' BertModel: the same arguments, outputs, state dict and configuration.
 
@@ -64,7 +61,7 @@ class BertModel(CheckedLoading, hf.BertModel):
 
     def __init__(self, config, add_pooling_layer=True):
         super().__init__(config, add_pooling_layer=add_pooling_layer)
-        use_packed_classes(self.encoder)
+        use_fast_classes(self.encoder)
 
     def forward(
         self,

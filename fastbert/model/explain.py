@@ -11,8 +11,8 @@ from transformers.models.bert import modeling_bert as hf
 from ..ops import backends
 from .bert import BertModel, model_fallback_reasons
 from .embeddings import embedding_notes
-from .heads import head_notes
 from .layer import BertLayer, layer_notes
+from .lm_heads import head_notes
 
 
 @dataclass

@@ -20,12 +20,14 @@ from transformers.models.bert import modeling_bert as hf
 from ..ops import add_layer_norm, attention, linear_gelu
 from ..ops.linear import linear, linear_forward
 from .packing import Packing
+from .swap import replaces
 
 # Streams of the dropout generator: one for each op of each layer, and after them one for the embeddings.
 STREAMS_PER_LAYER = 3
 _flatten_lock = threading.Lock()
 
 
+@replaces(hf.BertLayer)
 class BertLayer(hf.BertLayer):
     """transformers' BertLayer; given a :class:`Packing` in the place of the attention mask it works on (total, hidden)."""
 

@@ -1,0 +1,46 @@
+"""Which of our classes stands for which of transformers', and the change of a live model from one to the other.
+
+Class and instance keep parameters, hooks and gradient checkpointing; binding a new ``forward`` on instances instead turns
+checkpointing off without a word. Our classes therefore add methods, never state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+_FAST: dict[type, type] = {}
+_THEIRS: dict[type, type] = {}
+
+
+def replaces(theirs: type) -> Callable[[type], type]:
+    """Class decorator: live modules of exactly the class ``theirs`` can become the decorated class, and back."""
+
+    def register(ours: type) -> type:
+        _FAST[theirs], _THEIRS[ours] = ours, theirs
+        return ours
+
+    return register
+
+
+def use_fast_classes(model: nn.Module) -> list[nn.Module]:
+    """Gives every module inside ``model`` that has a fast counterpart its class; returns those that changed."""
+    return _swap(model, _FAST)
+
+
+def use_their_classes(model: nn.Module) -> list[nn.Module]:
+    """The inverse of :func:`use_fast_classes`."""
+    return _swap(model, _THEIRS)
+
+
+def counterparts() -> dict[type, type]:
+    """transformers' class -> ours, of all modules that have been imported."""
+    return dict(_FAST)
+
+
+def _swap(model: nn.Module, classes: dict[type, type]) -> list[nn.Module]:
+    changed = [module for module in model.modules() if type(module) in classes]
+    for module in changed:
+        module.__class__ = classes[type(module)]
+    return changed
