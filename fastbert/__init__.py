@@ -22,6 +22,8 @@ _HOMES = {
     "BertForMultipleChoice": "fastbert.model.heads",
     "BertForTokenClassification": "fastbert.model.heads",
     "BertForQuestionAnswering": "fastbert.model.heads",
+    "accelerate": "fastbert.model.accelerate",
+    "restore": "fastbert.model.accelerate",
     "explain": "fastbert.model.explain",
 }
 
@@ -30,6 +32,7 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from transformers import BertConfig
 
+    from .model.accelerate import accelerate, restore
     from .model.bert import BertModel
     from .model.explain import explain
     from .model.heads import (

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.models.bert import modeling_bert as hf
 
 from ..ops import embedding_layer_norm
 from .inputs import check_token_ids
-from .layer import STREAMS_PER_LAYER, active_dropout_p, has_hooks
+from .layer import STREAMS_PER_LAYER, active_dropout_p, is_watched
 from .packing import Packing
 
 
 def embed(
-    model: hf.BertModel,
+    model: nn.Module,
     packing: Packing,
     input_ids: Tensor | None,
     token_type_ids: Tensor | None,
@@ -25,17 +24,32 @@ def embed(
     inputs_embeds: Tensor | None,
 ) -> Tensor:
     """(total, hidden): the embeddings of the real tokens of a call of ``model``, with its arguments, each (batch, length, ...)."""
+    if input_ids is None or embedding_notes(model):
+        rows = _their_embeddings(model, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
+    else:
+        rows = _fused_embeddings(model, packing, input_ids, token_type_ids, position_ids)
+    project = getattr(model, "embeddings_project", None)  # ELECTRA's embeddings may be narrower than its layers
+    return rows if project is None else project(rows)
+
+
+def _their_embeddings(model, packing, input_ids, token_type_ids, position_ids, inputs_embeds) -> Tensor:
+    """The module itself in the caller's layout, with the arguments that transformers would give it."""
+    if position_ids is None and packing.shape[0] != packing.num_sequences:
+        position_ids = model.default_positions(packing, input_ids)
+    parts = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+    real = {name: None if x is None else packing.unpad(x.expand(packing.shape)) for name, x in parts.items()}
+    check_token_ids(model, **real, unpadded=packing.indices is not None)
+    return packing.unpad(model.embeddings(**parts, inputs_embeds=inputs_embeds))
+
+
+def _fused_embeddings(model, packing, input_ids, token_type_ids, position_ids) -> Tensor:
     if position_ids is None:
-        position_ids = packing.default_positions
+        position_ids = model.default_positions(packing, input_ids)
     position_ids = packing.unpad(position_ids.expand(packing.shape))
-    input_ids, token_type_ids, inputs_embeds = (
-        None if x is None else packing.unpad(x) for x in (input_ids, token_type_ids, inputs_embeds)
-    )
+    input_ids = packing.unpad(input_ids)
+    token_type_ids = None if token_type_ids is None else packing.unpad(token_type_ids)
     check_token_ids(model, input_ids, token_type_ids, position_ids, unpadded=packing.indices is not None)
     module = model.embeddings
-    if input_ids is None or embedding_notes(module):
-        rows = (None if x is None else x.unsqueeze(0) for x in (input_ids, token_type_ids, position_ids, inputs_embeds))
-        return module(**dict(zip(_ARGUMENTS, rows, strict=True))).squeeze(0)
     dropout_p, norm = active_dropout_p(module.dropout), module.LayerNorm
     padding_idx = module.word_embeddings.padding_idx
     embedded = embedding_layer_norm(
@@ -43,7 +57,7 @@ def embed(
         torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
         position_ids,
         module.word_embeddings.weight,
-        module.position_embeddings.weight,
+        _without_padding_gradient(module.position_embeddings),
         module.token_type_embeddings.weight,
         norm.weight,
         norm.bias,
@@ -58,23 +72,32 @@ def embed(
     return embedded
 
 
-_ARGUMENTS = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+def _without_padding_gradient(table: nn.Embedding) -> Tensor:
+    """The rows of a table whose padding row (RoBERTa's positions have one) gets no gradient."""
+    if table.padding_idx is None or not (table.weight.requires_grad and torch.is_grad_enabled()):
+        return table.weight
+    weight = table.weight.view_as(table.weight)
+    weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([table.padding_idx], device=gradient.device), 0))
+    return weight
+
+
 _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 _EXPECTED_TYPES = {**dict.fromkeys(_TABLES, nn.Embedding), "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}
 
 
-def embedding_notes(embeddings: nn.Module) -> list[str]:
+def embedding_notes(model: nn.Module) -> list[str]:
     """Why the embeddings of token ids run as transformers' module; empty where they run fused."""
-    if type(embeddings) is not hf.BertEmbeddings:
+    embeddings = model.embeddings
+    if type(embeddings) is not model.embeddings_class:
         reasons = [f"they are {type(embeddings).__module__}.{type(embeddings).__qualname__}"]
     else:
-        reasons = ["they have hooks"] if has_hooks(embeddings) else []
+        reasons = ["they have hooks, or another forward than their class"] if is_watched(embeddings) else []
         for name, expected in _EXPECTED_TYPES.items():
             part = getattr(embeddings, name, None)
             if type(part) is not expected:
                 reasons.append(f"{name} is {type(part).__module__}.{type(part).__qualname__}")
-            elif has_hooks(part) and not _asks_for_gradients(part):
-                reasons.append(f"{name} has hooks")
+            elif is_watched(part) and not _asks_for_gradients(part):
+                reasons.append(f"{name} has hooks, or another forward than its class")
         reasons = reasons or _parameter_reasons(embeddings)
     return [f"called as transformers' module: {'; '.join(reasons)}"] if reasons else []
 
@@ -96,14 +119,14 @@ def _asks_for_gradients(table: nn.Module) -> bool:
 _GRADIENT_HOOK = "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads"
 
 
-def _parameter_reasons(embeddings: hf.BertEmbeddings) -> list[str]:
+def _parameter_reasons(embeddings: nn.Module) -> list[str]:
     """What their options and parameters ask for that reading the tables' rows would not do."""
     reasons = []
     for name in _TABLES:
         table = getattr(embeddings, name)
         if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
             reasons.append(f"{name} has max_norm, scale_grad_by_freq or sparse set")
-        if name != "word_embeddings" and table.padding_idx is not None:
+        if name == "token_type_embeddings" and table.padding_idx is not None:
             reasons.append(f"{name} has a padding_idx")
     norm = embeddings.LayerNorm
     parameters = [*(getattr(embeddings, name).weight for name in _TABLES), norm.weight, norm.bias]

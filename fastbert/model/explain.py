@@ -9,9 +9,9 @@ from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
 from ..ops import backends
-from .bert import BertModel, model_fallback_reasons
 from .embeddings import embedding_notes
-from .layer import BertLayer, layer_notes
+from .encoder import PackedEncoder, model_fallback_reasons
+from .layer import FusedLayer, layer_notes
 from .lm_heads import head_notes
 
 
@@ -67,13 +67,13 @@ def explain(model: nn.Module) -> Explanation:
     if encoder is None:
         raise TypeError(f"{type(model).__qualname__} contains no transformers or fastbert BertModel")
     weight = encoder.embeddings.LayerNorm.weight
-    if isinstance(encoder, BertModel):
-        reasons, notes = model_fallback_reasons(encoder), embedding_notes(encoder.embeddings)
+    if isinstance(encoder, PackedEncoder):
+        reasons, notes = model_fallback_reasons(encoder), embedding_notes(encoder)
     else:
         reasons = [f"it is {type(encoder).__module__}.{type(encoder).__qualname__}, not fastbert.BertModel"]
         notes = ["called as transformers' module by its forward pass"]
     layers = {
-        index: layer_notes(layer) if isinstance(layer, BertLayer) else [f"is {type(layer).__qualname__}, not fastbert's"]
+        index: layer_notes(layer) if isinstance(layer, FusedLayer) else [f"is {type(layer).__qualname__}, not fastbert's"]
         for index, layer in enumerate(encoder.encoder.layer)
     }
     head = next((m for m in model.modules() if isinstance(m, hf.BertLMPredictionHead)), None)

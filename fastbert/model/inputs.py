@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,31 +12,38 @@ from ..ops.registration import check_ids
 
 
 def check_inputs(
-    config: Any,
+    model: Any,
+    *,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
+    past_key_values: Any,
     kwargs: dict[str, Any],
 ) -> None:
-    """Raises ValueError for shapes that do not fit; reads no data, so it never waits for a GPU."""
+    """Raises ValueError for what does not fit ``model``; on a GPU it reads no data, so it never waits for one."""
+    config = model.config
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if input_ids is not None and input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (batch, length)")
-    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size):
-        raise ValueError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {config.hidden_size})")
-    batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
-    cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if cu_seqlens is not None:
-        _check_packed(config, batch, length, attention_mask, cu_seqlens, kwargs)
-    elif length > config.max_position_embeddings and position_ids is None:
+    width = getattr(config, "embedding_size", config.hidden_size)
+    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width):
+        raise ValueError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {width})")
+    tokens = inputs_embeds if input_ids is None else input_ids
+    batch, length = tokens.shape[:2]
+    if kwargs.get("cu_seq_lens_q") is not None:
+        _check_packed(model, tokens, attention_mask, position_ids, kwargs)
+    elif kwargs.get("cu_seq_lens_k") is not None:
+        raise ValueError("cu_seq_lens_k is given without cu_seq_lens_q: packed inputs need both, or cu_seq_lens_q alone")
+    elif length > config.max_position_embeddings and position_ids is None and model.first_position == 0:
         raise ValueError(
             f"the sequences have {length} tokens, the model has positions for {config.max_position_embeddings} "
             "(config.max_position_embeddings); truncate them, e.g. tokenizer(..., truncation=True)"
         )
-    if attention_mask is not None and attention_mask.dim() == 2 and not config.is_decoder:  # a decoder's also covers its cache
+    covers_cache = config.is_decoder or past_key_values is not None  # PEFT's prefixes are a cache for an encoder
+    if attention_mask is not None and attention_mask.dim() == 2 and not covers_cache:
         _check_same_shape("attention_mask", attention_mask, batch, length)
     if token_type_ids is not None:
         _check_same_shape("token_type_ids", token_type_ids, batch, length)
@@ -52,22 +60,54 @@ def _check_same_shape(name: str, tensor: Tensor, batch: int, length: int) -> Non
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({batch}, {length}) like the tokens")
 
 
-def _check_packed(config, batch, length, attention_mask, cu_seqlens, kwargs) -> None:
+def _check_packed(
+    model: Any, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    cu_seqlens, keys, max_length = (kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"))
+    batch, total = tokens.shape[:2]
     if batch != 1:
         raise ValueError(f"packed inputs (cu_seq_lens_q) hold all sequences in one row, but the batch size is {batch}; expected 1")
     if attention_mask is not None:
         raise ValueError("packed inputs (cu_seq_lens_q) have no padding: pass attention_mask=None")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)}, expected (num_sequences + 1,)")
-    keys = kwargs.get("cu_seq_lens_k")
-    if keys is not None and keys.shape != cu_seqlens.shape:
-        raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: in self-attention keys and queries are the same tokens")
-    longest = kwargs.get("max_length_q")
-    if longest is not None and longest > config.max_position_embeddings:
         raise ValueError(
-            f"max_length_q is {longest}, the model has positions for {config.max_position_embeddings} tokens "
-            "(config.max_position_embeddings)"
+            f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)}, expected (num_sequences + 1,): 0 and the sums of the lengths"
         )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seq_lens_q is {cu_seqlens.dtype}, expected int32 or int64")
+    if cu_seqlens.device != tokens.device:
+        raise ValueError(f"cu_seq_lens_q is on {cu_seqlens.device}, expected {tokens.device} like the tokens")
+    if keys is not None and keys.shape != cu_seqlens.shape:
+        raise ValueError(_OTHER_KEYS)
+    longest = max_length
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        longest = _check_boundaries(cu_seqlens.tolist(), total, max_length)
+        if keys is not None and keys is not cu_seqlens and keys.tolist() != cu_seqlens.tolist():
+            raise ValueError(_OTHER_KEYS)
+    limit = model.config.max_position_embeddings - model.first_position
+    if longest is not None and longest > limit and position_ids is None:
+        raise ValueError(
+            f"the longest packed sequence has {longest} tokens, the model has positions for {limit} "
+            f"(config.max_position_embeddings); truncate them, e.g. tokenizer(..., truncation=True)"
+        )
+
+
+_OTHER_KEYS = "cu_seq_lens_k differs from cu_seq_lens_q: in self-attention keys and queries are the same tokens"
+
+
+def _check_boundaries(boundaries: list[int], total: int, max_length: int | None) -> int:
+    """The longest of the sequences between ``boundaries``; empty ones are allowed."""
+    if boundaries[0] != 0:
+        raise ValueError(f"cu_seq_lens_q starts at {boundaries[0]}, expected 0, where the first sequence starts")
+    if boundaries[-1] != total:
+        raise ValueError(f"cu_seq_lens_q ends at {boundaries[-1]}, expected {total}, the number of tokens in the row")
+    for index, (start, end) in enumerate(pairwise(boundaries)):
+        if end < start:
+            raise ValueError(f"cu_seq_lens_q falls from {start} to {end} at index {index + 1}, expected sums that never fall")
+    longest = max(end - start for start, end in pairwise(boundaries))
+    if max_length is not None and max_length < longest:
+        raise ValueError(f"max_length_q is {int(max_length)}, but the longest sequence between cu_seq_lens_q has {longest} tokens")
+    return longest
 
 
 def check_token_ids(

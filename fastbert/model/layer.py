@@ -11,10 +11,13 @@ fused layer sends the whole layer to transformers' own forward. :func:`layer_not
 from __future__ import annotations
 
 import threading
+from itertools import chain
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert import modeling_bert as hf
 
 from ..ops import add_layer_norm, attention, linear_gelu
@@ -27,22 +30,77 @@ STREAMS_PER_LAYER = 3
 _flatten_lock = threading.Lock()
 
 
-@replaces(hf.BertLayer)
-class BertLayer(hf.BertLayer):
-    """transformers' BertLayer; given a :class:`Packing` in the place of the attention mask it works on (total, hidden)."""
+def expected_types(modeling: ModuleType, prefix: str) -> dict[str, type | None]:
+    """The class that each submodule of a fused layer must have; None: any, it is called where it is not the usual one.
+
+    modeling: transformers' module of a model family, prefix: what its classes' names begin with.
+    """
+    return {
+        "attention": getattr(modeling, f"{prefix}Attention"),
+        "attention.self": getattr(modeling, f"{prefix}SelfAttention"),
+        "attention.self.query": None,
+        "attention.self.key": None,
+        "attention.self.value": None,
+        "attention.self.dropout": nn.Dropout,
+        "attention.output": getattr(modeling, f"{prefix}SelfOutput"),
+        "attention.output.dense": None,
+        "attention.output.dropout": nn.Dropout,
+        "attention.output.LayerNorm": nn.LayerNorm,
+        "intermediate": getattr(modeling, f"{prefix}Intermediate"),
+        "intermediate.dense": None,
+        "intermediate.intermediate_act_fn": None,
+        "output": getattr(modeling, f"{prefix}Output"),
+        "output.dense": None,
+        "output.dropout": nn.Dropout,
+        "output.LayerNorm": nn.LayerNorm,
+    }
+
+
+class FusedLayer:
+    """Mixin in front of transformers' layer class; given a :class:`Packing` for a mask it does the work of packed rows fused."""
+
+    expected_types: dict[str, type | None]
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | Packing | None = None, *args, **kwargs) -> Tensor:
         if not isinstance(attention_mask, Packing):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         packing = attention_mask
+        if hidden_states.dim() == 3:
+            return packing.to_sequences(self._fused(packing.from_sequences(hidden_states), packing))
+        return self._fused(hidden_states, packing)
+
+    def on_packed_rows(self, rows: Tensor, packing: Packing) -> Tensor:
+        """A call of this layer on (total, hidden); who watches it sees padded (batch, length, hidden), as in transformers."""
+        if "forward" in vars(self):
+            # Whoever replaced it may have kept transformers' own, which knows tensors only.
+            mask = _padding_mask(self, rows, packing)
+            return packing.from_sequences(self(packing.to_sequences(rows), mask))
+        if has_hooks(self):
+            return packing.from_sequences(self(packing.to_sequences(rows), packing))
+        return self(rows, packing)
+
+    def _fused(self, hidden_states: Tensor, packing: Packing) -> Tensor:
         if layer_fallback_reasons(self):
-            padded = super().forward(packing.to_sequences(hidden_states), packing.sequence_mask)
-            return packing.from_sequences(padded)
+            mask = _padding_mask(self, hidden_states, packing)
+            return packing.from_sequences(super().forward(packing.to_sequences(hidden_states), mask))
         first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
         intermediate = _intermediate(self.intermediate, hidden_states)
         return _output(self.output, intermediate, hidden_states, packing, first_stream + 2)
+
+
+@replaces(hf.BertLayer)
+class BertLayer(FusedLayer, hf.BertLayer):
+    """transformers' BertLayer; see :class:`FusedLayer`."""
+
+    expected_types = expected_types(hf, "Bert")
+
+
+def _padding_mask(layer: nn.Module, rows: Tensor, packing: Packing) -> Tensor | None:
+    """The mask that transformers' attention takes, in the form that the configured attention implementation wants."""
+    embeds = rows.new_empty(1).expand(*packing.padded_shape, rows.shape[-1])
+    return create_bidirectional_mask(layer.attention.self.config, inputs_embeds=embeds, attention_mask=packing.padding_mask)
 
 
 def _self_attention(module: nn.Module, hidden_states: Tensor, packing: Packing, stream: int) -> Tensor:
@@ -89,9 +147,25 @@ def active_dropout_p(dropout: nn.Dropout) -> float:
 # --- what may be fused ---------------------------------------------------------------------------------------------------
 
 
+# transformers records hidden states and attention weights with hooks that stay for good and do nothing in other calls;
+# torch's sharding gathers parameters in them, whatever the shape of the inputs.
+_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "torch.distributed.")
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether someone watches or changes the calls of this module, so that it has to be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether someone watches or changes the calls of this module, so that it has to be called as transformers would."""
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+        return False
+    hooks = chain(
+        module._forward_hooks.values(), module._forward_pre_hooks.values(),
+        module._backward_hooks.values(), module._backward_pre_hooks.values(),
+    )  # fmt: skip
+    return any(not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS_HOOKS) for hook in hooks)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module does more than its class says: it has hooks, or somebody put another ``forward`` on the instance."""
+    return "forward" in vars(module) or has_hooks(module)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -100,73 +174,60 @@ def is_plain_linear(module: nn.Module) -> bool:
     PEFT's LoRA class is also *named* Linear, and quantisers put tensor subclasses in the place of the weight: reading
     ``weight`` would ignore the one and break the other.
     """
-    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and not has_hooks(module)
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and not is_watched(module)
 
 
 def is_exact_gelu(activation: nn.Module) -> bool:
     """Whether an activation is the erf-GELU of the BERT paper and nothing else."""
     exact = type(activation) is GELUActivation or (type(activation) is nn.GELU and activation.approximate == "none")
-    return exact and not has_hooks(activation)
+    return exact and not is_watched(activation)
 
 
-def layer_fallback_reasons(layer: hf.BertLayer) -> list[str]:
+def layer_fallback_reasons(layer: nn.Module) -> list[str]:
     """Why this layer has to run transformers' own forward, on padded rows; empty where it runs fused."""
     reasons = []
     if layer.chunk_size_feed_forward:
         reasons.append(f"chunk_size_feed_forward is {layer.chunk_size_feed_forward}")
-    attention_module = layer.attention
-    containers = {
-        "attention": attention_module,
-        "attention.self": attention_module.self,
-        "attention.output": attention_module.output,
-        "intermediate": layer.intermediate,
-        "output": layer.output,
-        "attention.self.dropout": attention_module.self.dropout,
-        "attention.output.dropout": attention_module.output.dropout,
-        "attention.output.LayerNorm": attention_module.output.LayerNorm,
-        "output.dropout": layer.output.dropout,
-        "output.LayerNorm": layer.output.LayerNorm,
-    }
-    expected = _EXPECTED_TYPES
-    for name, module in containers.items():
-        if type(module) is not expected[name]:
-            reasons.append(f"{name} is {type(module).__module__}.{type(module).__qualname__}")
-        elif name not in _HOOKABLE and has_hooks(module):
-            reasons.append(f"{name} has hooks")
+    for path, expected in layer.expected_types.items():
+        module = layer.get_submodule(path)
+        if expected is not None and type(module) is not expected:
+            reasons.append(f"{path} is {type(module).__module__}.{type(module).__qualname__}")
+        elif has_hooks(module) or (type(module) is not nn.Linear and any(map(has_hooks, module.modules()))):
+            reasons.append(f"{path} has hooks")
+        elif expected is not None and "forward" in vars(module):
+            reasons.append(f"{path} has another forward than its class")
     return reasons
 
 
-_EXPECTED_TYPES = {
-    "attention": hf.BertAttention,
-    "attention.self": hf.BertSelfAttention,
-    "attention.output": hf.BertSelfOutput,
-    "intermediate": hf.BertIntermediate,
-    "output": hf.BertOutput,
-    "attention.self.dropout": nn.Dropout,
-    "attention.output.dropout": nn.Dropout,
-    "attention.output.LayerNorm": nn.LayerNorm,
-    "output.dropout": nn.Dropout,
-    "output.LayerNorm": nn.LayerNorm,
-}
-# transformers hooks every self-attention to record attention weights; they exist only in eager attention, which is never fused.
-_HOOKABLE = ("attention.self",)
-
-
-def layer_notes(layer: hf.BertLayer) -> list[str]:
+def layer_notes(layer: nn.Module) -> list[str]:
     """What runs slower than it could in this layer, and why; empty for a fully fused one."""
+    if "forward" in vars(layer):
+        return ["its forward was replaced on the instance: called on padded rows"]
     reasons = layer_fallback_reasons(layer)
     if reasons:
         return [f"the whole layer runs transformers' forward on padded rows: {'; '.join(reasons)}"]
-    notes = []
+    notes = ["has hooks, which are shown padded rows"] if has_hooks(layer) else []
     attention_module = layer.attention.self
-    if not all(is_plain_linear(m) for m in (attention_module.query, attention_module.key, attention_module.value)):
-        notes.append("query, key and value are called one by one: not all are plain nn.Linear without hooks")
-    if not (is_plain_linear(layer.intermediate.dense) and is_exact_gelu(layer.intermediate.intermediate_act_fn)):
-        notes.append("intermediate's Linear and activation run one by one: not a plain nn.Linear and an erf-GELU without hooks")
+    projections = {name: getattr(attention_module, name) for name in ("query", "key", "value")}
+    if changed := [_what_is(name, module) for name, module in projections.items() if not is_plain_linear(module)]:
+        notes.append(f"query, key and value are called one by one: {', '.join(changed)}")
+    dense, activation = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
+    if not is_plain_linear(dense):
+        notes.append(f"intermediate's Linear and activation run one by one: {_what_is('dense', dense)}")
+    elif not is_exact_gelu(activation):
+        notes.append(f"intermediate's Linear and activation run one by one: {_what_is('the activation', activation)}, no erf-GELU")
     for name, module in (("attention.output", layer.attention.output), ("output", layer.output)):
         if not is_plain_linear(module.dense):
-            notes.append(f"{name}.dense is called as a module, its bias is not fused: it is not a plain nn.Linear without hooks")
+            notes.append(f"{name}.dense is called as a module, its bias is not fused: {_what_is('it', module.dense)}")
     return notes
+
+
+def _what_is(name: str, module: nn.Module) -> str:
+    if "forward" in vars(module):
+        return f"{name} has another forward than its class"
+    if type(module) is nn.Linear:
+        return f"{name} has a weight of type {type(module.weight).__module__}.{type(module.weight).__qualname__}"
+    return f"{name} is {type(module).__module__}.{type(module).__qualname__}"
 
 
 # --- query, key and value in one GEMM ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ..ops.linear import linear
 from .bert import PackedHead
 from .inputs import check_labels
 from .layer import has_hooks, is_exact_gelu, is_plain_linear
-from .outputs import BertForMaskedLMOutput, BertForPreTrainingOutput, BertLMHeadOutput, BertModelOutput, Deferred
+from .outputs import BertForMaskedLMOutput, BertForPreTrainingOutput, BertLMHeadOutput, Deferred, EncoderOutput
 from .packing import Packing
 from .swap import replaces
 
@@ -72,14 +72,14 @@ def _rows_loss(
 
 def _all_logits(predictions: nn.Module, outputs: Any) -> Tensor:
     """(batch, length, vocabulary): logits of every token, 0 on padding where the encoder ran packed."""
-    if not isinstance(outputs, BertModelOutput):
+    if not isinstance(outputs, EncoderOutput):
         return predictions(outputs.last_hidden_state)
     return outputs.packing.pad(predictions.decoder(_transform(predictions.transform, outputs.packed)))
 
 
 def _labelled_rows(outputs: Any, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
     """The encoder's rows (n, hidden) that carry a label, and those labels (n,)."""
-    if isinstance(outputs, BertModelOutput):
+    if isinstance(outputs, EncoderOutput):
         packing: Packing = outputs.packing
         rows, row_labels = outputs.packed, packing.unpad(labels)
     else:

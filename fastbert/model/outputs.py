@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
     MaskedLMOutput,
@@ -103,9 +104,18 @@ class LazyOutput:
         return super().__reduce__()
 
 
-@dataclass
-class BertModelOutput(LazyOutput, BaseModelOutputWithPoolingAndCrossAttentions):
+class EncoderOutput(LazyOutput):
     """Beside transformers' fields: ``packed`` (total, hidden), the encoder's rows before padding, and their ``packing``."""
+
+
+@dataclass
+class PooledEncoderOutput(EncoderOutput, BaseModelOutputWithPoolingAndCrossAttentions):
+    """The output of an encoder that may have a pooler."""
+
+
+@dataclass
+class PlainEncoderOutput(EncoderOutput, BaseModelOutputWithPastAndCrossAttentions):
+    """The output of an encoder that never has one (ELECTRA)."""
 
 
 @dataclass

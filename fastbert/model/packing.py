@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass
@@ -33,10 +34,29 @@ class Packing:
             lengths = mask.sum(1, dtype=torch.int32)
             indices = mask.flatten().nonzero().squeeze(1)
             if indices.numel() != batch * length:
-                cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+                cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
                 return cls(cu_seqlens, int(lengths.max()) if batch else 0, shape, indices)
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         return cls(cu_seqlens, length, shape)
+
+    @classmethod
+    def from_positions(cls, position_ids: Tensor, shape: tuple[int, int], first_position: int = 0) -> Packing | None:
+        """The sequences of one row whose ``position_ids`` (1, length) say where each starts; None where they say nothing.
+
+        A packed row's positions begin at ``first_position``, rise by one, and begin again at least once: what transformers'
+        DataCollatorWithFlattening makes. Looking waits for a GPU.
+        """
+        batch, length = shape
+        if batch != 1 or length < 2 or position_ids.shape != shape:
+            return None
+        positions = position_ids[0]
+        starts = positions == first_position
+        rises = starts[1:] | (positions[1:] == positions[:-1] + 1)
+        starts = (starts & starts[0] & rises.all()).nonzero().squeeze(1)
+        if starts.numel() < 2:
+            return None
+        cu_seqlens = F.pad(starts.to(torch.int32), (0, 1), value=length)
+        return cls(cu_seqlens, int(cu_seqlens.diff().max()), shape)
 
     def seed_for(self, dropout_p: float) -> Tensor | None:
         """(1,) int64, the one that every dropout mask of this forward pass is drawn from; None without dropout.
@@ -75,40 +95,56 @@ class Packing:
     def first_positions(self, x: Tensor) -> Tensor:
         """(total, ...) -> (num_sequences, ...): what stands at each sequence's first position, the [CLS] that BERT pools.
 
-        Of a padded batch it is column 0, as in transformers, hence 0 where that column is padding.
+        Of a padded batch it is column 0, as in transformers, hence 0 where that column is padding, and so of empty sequences.
         """
+        if x.shape[0] == 0:
+            return x.new_zeros(self.num_sequences, *x.shape[1:])
         rows = self.cu_seqlens[:-1]
-        if self.indices is None or x.shape[0] == 0:
-            return x.index_select(0, rows) if x.shape[0] else x.new_zeros(self.num_sequences, *x.shape[1:])
+        if self.indices is None and self._is_batch:
+            return x.index_select(0, rows)
         rows = rows.clamp(max=x.shape[0] - 1)
-        columns = torch.arange(self.shape[0], device=rows.device) * self.shape[1]
-        return x.index_select(0, rows) * (self.indices[rows] == columns).unsqueeze(-1)
+        if self.indices is None:
+            exists = self.cu_seqlens.diff() > 0
+        else:
+            exists = self.indices[rows] == torch.arange(self.shape[0], device=rows.device) * self.shape[1]
+        return x.index_select(0, rows) * exists.unsqueeze(-1)
 
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens.numel() - 1
 
-    # A layer that cannot run packed gets one sequence per row, (num_sequences, max_seqlen, ...), whatever the caller's layout.
+    # What cannot run packed gets padded rows, one sequence each: the caller's own layout, or, of a packed row, one made for it.
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        """(batch, length) of :meth:`to_sequences`."""
+        return self.shape if self._is_batch else (self.num_sequences, self.max_seqlen)
+
+    @property
+    def _is_batch(self) -> bool:
+        return self.shape[0] == self.num_sequences
 
     def to_sequences(self, x: Tensor) -> Tensor:
-        """(total, ...) -> (num_sequences, max_seqlen, ...), zeros after each sequence's end."""
+        """(total, ...) -> (*padded_shape, ...), zeros where there is no token."""
+        if self._is_batch:
+            return self.pad(x)
         padded = x.new_zeros(self.num_sequences * self.max_seqlen, *x.shape[1:]).index_copy(0, self._sequence_rows, x)
-        return padded.view(self.num_sequences, self.max_seqlen, *x.shape[1:])
+        return padded.view(*self.padded_shape, *x.shape[1:])
 
     def from_sequences(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`to_sequences`."""
-        return x.flatten(0, 1).index_select(0, self._sequence_rows)
+        return self.unpad(x) if self._is_batch else x.flatten(0, 1).index_select(0, self._sequence_rows)
 
     @functools.cached_property
-    def sequence_mask(self) -> Tensor:
-        """(num_sequences, 1, 1, max_seqlen) bool, True on real tokens: the mask that transformers' sdpa attention takes."""
-        positions = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
-        return (positions < self.cu_seqlens.diff().unsqueeze(1))[:, None, None, :]
+    def padding_mask(self) -> Tensor:
+        """padded_shape int64, 1 on real tokens: the attention_mask of transformers' models."""
+        total = self.shape[0] * self.shape[1] if self.indices is None else self.indices.numel()
+        return self.to_sequences(torch.ones(total, dtype=torch.int64, device=self.cu_seqlens.device))
 
     @functools.cached_property
     def _sequence_rows(self) -> Tensor:
         starts = self.cu_seqlens[:-1].long()
         sequences = torch.arange(self.num_sequences, device=starts.device)
-        owner = torch.repeat_interleave(sequences, self.cu_seqlens.diff().long())
+        owner = torch.repeat_interleave(sequences, self.cu_seqlens.diff().long(), output_size=self.shape[1])
         positions = torch.arange(owner.numel(), device=starts.device) - starts[owner]
         return owner * self.max_seqlen + positions

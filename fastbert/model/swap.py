@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 _FAST: dict[type, type] = {}
 _THEIRS: dict[type, type] = {}
@@ -19,6 +21,9 @@ def replaces(theirs: type) -> Callable[[type], type]:
 
     def register(ours: type) -> type:
         _FAST[theirs], _THEIRS[ours] = ours, theirs
+        if issubclass(ours, PreTrainedModel):
+            # What transformers' constructor does: without it, a model whose class was changed records no hidden states.
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(ours), ours._can_record_outputs)
         return ours
 
     return register
@@ -32,6 +37,11 @@ def use_fast_classes(model: nn.Module) -> list[nn.Module]:
 def use_their_classes(model: nn.Module) -> list[nn.Module]:
     """The inverse of :func:`use_fast_classes`."""
     return _swap(model, _THEIRS)
+
+
+def is_fast(model: nn.Module) -> bool:
+    """Whether anything inside ``model`` is of a class of ours."""
+    return any(type(module) in _THEIRS for module in model.modules())
 
 
 def counterparts() -> dict[type, type]:

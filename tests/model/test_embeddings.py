@@ -14,7 +14,7 @@ import fastbert
 from fastbert.model import embeddings as embeddings_module
 from fastbert.ops import reference
 
-from .helpers import BATCH, LENGTH, inputs_for, mask, on_real_tokens, pair, small_config
+from .helpers import BATCH, LENGTH, inputs_for, on_real_tokens, pair, small_config
 
 
 @pytest.fixture
@@ -120,13 +120,13 @@ def test_what_is_not_plain_is_called_and_named(change, note, calls):
     assert not explanation.fast
 
 
-def test_a_hook_sees_the_embeddings():
+def test_a_hook_sees_the_embeddings_as_transformers_lays_them_out():
     ours = fastbert.BertModel(small_config()).eval()
     seen = []
     handle = ours.embeddings.register_forward_hook(lambda _, __, output: seen.append(output))
     batch = inputs_for("BertModel")
     hooked = ours(**batch).last_hidden_state
-    assert seen[0].shape == (1, int(mask().sum()), ours.config.hidden_size)
+    assert seen[0].shape == (BATCH, LENGTH, ours.config.hidden_size)
     handle.remove()
     torch.testing.assert_close(ours(**batch).last_hidden_state, hooked, atol=2e-6, rtol=2e-5)
 

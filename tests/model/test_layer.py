@@ -46,7 +46,7 @@ def test_a_replaced_linear_is_called(path):
     batch = inputs_for("BertModel")
     real = mask().unsqueeze(-1)
     torch.testing.assert_close(ours(**batch).last_hidden_state, theirs(**batch).last_hidden_state * real, atol=2e-6, rtol=2e-5)
-    assert any("plain nn.Linear" in note for note in fastbert.explain(ours).layers[1])
+    assert any("test_layer.Scaled" in note for note in fastbert.explain(ours).layers[1])
     assert not fastbert.explain(ours).layers[0]
 
 

@@ -79,7 +79,18 @@ def test_bad_packing_is_named(change, message):
         ours(**{**packed(inputs_for("BertModel")), **change})
 
 
-def test_packed_inputs_need_the_packed_forward_pass():
-    _, ours = pair("BertModel", attn_implementation="eager")
-    with pytest.raises(ValueError, match="packed inputs .* need the packed forward pass, but attn_implementation is 'eager'"):
-        ours(**packed(inputs_for("BertModel")))
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_eager_attention_takes_packed_rows_too(with_positions):
+    theirs, ours = pair("BertModel", attn_implementation="eager")
+    batch = inputs_for("BertModel")
+    expected = theirs(**batch, output_hidden_states=True, output_attentions=True)
+    row = packed(batch)
+    if not with_positions:
+        row.pop("position_ids")
+    got = ours(**row, output_hidden_states=True, output_attentions=True)
+    real = mask().bool()
+    torch.testing.assert_close(got.last_hidden_state[0], expected.last_hidden_state[real])
+    torch.testing.assert_close(got.pooler_output, expected.pooler_output)
+    for state, wanted in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(state[0], wanted[real])
+    torch.testing.assert_close(got.attentions[1].movedim(2, 1)[real], expected.attentions[1].movedim(2, 1)[real])

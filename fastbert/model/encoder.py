@@ -1,0 +1,191 @@
+"""The encoder's forward pass with padding taken out once before the first layer and put back once after the last.
+
+:class:`PackedEncoder` is a mixin in front of transformers' model class: it runs what it can on packed rows, and transformers' own
+forward for the rest, which :func:`model_fallback_reasons` names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .embeddings import embed
+from .inputs import check_inputs
+from .layer import FusedLayer, is_watched
+from .outputs import Deferred, PooledEncoderOutput
+from .packing import Packing
+from .swap import use_fast_classes
+
+
+class PackedEncoder:
+    """Mixin for transformers' BertModel and its relatives: the same arguments, outputs, state dict and configuration.
+
+    Differences: padding positions of ``last_hidden_state`` and ``hidden_states`` are 0. Given ``cu_seq_lens_q`` (and
+    ``max_length_q``), or ``position_ids`` that start again within the one row of the batch, the inputs (1, total) hold several
+    sequences one after the other: they do not see each other, their positions start anew unless ``position_ids`` says
+    otherwise, and ``pooler_output`` is (num_sequences, hidden).
+    """
+
+    # The class of embeddings that can run fused, the position of a sequence's first token, and the class of the outputs.
+    embeddings_class: type
+    first_position = 0
+    output_class = PooledEncoderOutput
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        use_fast_classes(self.encoder)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        inputs = {
+            "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        check_inputs(self, attention_mask=attention_mask, past_key_values=past_key_values, kwargs=kwargs, **inputs)
+        reasons = model_fallback_reasons(
+            self,
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            past_key_values=past_key_values,
+            output_attentions=kwargs.get("output_attentions"),
+        )
+        packing = self._packed_row(attention_mask, kwargs, **inputs)
+        if not reasons:
+            return self._packed_forward(packing, attention_mask, kwargs, **inputs)
+        decoder = {
+            "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
+            "past_key_values": past_key_values, "use_cache": use_cache,
+        }  # fmt: skip
+        if packing is None:
+            return super().forward(attention_mask=attention_mask, **inputs, **decoder, **kwargs)
+        if encoder_hidden_states is not None or past_key_values is not None:
+            raise ValueError("packed inputs (cu_seq_lens_q) cannot be combined with cross-attention or a key-value cache")
+        return self._row_through_their_forward(packing, kwargs, **inputs)
+
+    def _packed_row(self, attention_mask, kwargs, *, input_ids, position_ids, inputs_embeds, token_type_ids) -> Packing | None:
+        """The sequences of a packed row, None where the inputs are a batch with a sequence per row."""
+        tokens = inputs_embeds if input_ids is None else input_ids
+        shape = tuple(tokens.shape[:2])
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is not None:
+            cu_seqlens, longest = cu_seqlens.to(torch.int32), kwargs.get("max_length_q")
+            return Packing(cu_seqlens, int(cu_seqlens.diff().max()) if longest is None else int(longest), shape)
+        if position_ids is None or attention_mask is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        return Packing.from_positions(position_ids, shape, self.first_position)
+
+    def _packed_forward(self, packing, attention_mask, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):
+        tokens = inputs_embeds if input_ids is None else input_ids
+        if packing is None:
+            packing = Packing.from_mask(attention_mask, tuple(tokens.shape[:2]), tokens.device)
+        hidden_states = embed(self, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
+
+        config = self.config
+        wanted = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+        recorded = _HiddenStates(wanted, config.num_hidden_layers)
+        recorded.add(hidden_states)
+        for layer in self.encoder.layer:
+            hidden_states = layer.on_packed_rows(hidden_states, packing)
+            recorded.add(hidden_states)
+
+        output = self._output(hidden_states, packing)
+        if getattr(self, "pooler", None) is not None:
+            output.pooler_output = self.pooler(packing.first_positions(hidden_states).unsqueeze(1))
+        if recorded.states is not None:
+            last = output.last_hidden_state
+            output.hidden_states = tuple(
+                None if state is None else last if state is hidden_states else packing.pad(state) for state in recorded.states
+            )
+        return output.to_tuple() if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False else output
+
+    def default_positions(self, packing: Packing, input_ids: Tensor | None) -> Tensor:
+        """(1, length) or (batch, length): the positions of tokens whose caller names none."""
+        return packing.default_positions
+
+    def _output(self, hidden_states: Tensor, packing: Packing):
+        if torch.compiler.is_compiling():
+            theirs = self.output_class.__bases__[1]
+            return theirs(last_hidden_state=packing.pad(hidden_states))
+        output = self.output_class()
+        output.defer("last_hidden_state", Deferred(lambda: packing.pad(hidden_states)))
+        output.packed, output.packing = hidden_states, packing
+        return output
+
+    def _row_through_their_forward(self, packing, kwargs, **inputs):
+        """A packed row through transformers' forward, which knows padding only: one sequence per row, and back."""
+        positions = inputs["position_ids"]
+        inputs["position_ids"] = self.default_positions(packing, inputs["input_ids"]) if positions is None else positions
+        rows = {name: None if x is None else packing.to_sequences(x.flatten(0, 1)) for name, x in inputs.items()}
+        others = {k: v for k, v in kwargs.items() if k not in _PACKED_ARGUMENTS}
+        return_dict = others.pop("return_dict", getattr(self.config, "return_dict", True))
+        output = super().forward(attention_mask=packing.padding_mask, **rows, **others, return_dict=True)
+        output.last_hidden_state = packing.pad(packing.from_sequences(output.last_hidden_state))
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(
+                None if state is None else packing.pad(packing.from_sequences(state)) for state in output.hidden_states
+            )
+        return output if return_dict is not False else output.to_tuple()
+
+
+_PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def model_fallback_reasons(
+    model: nn.Module,
+    *,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    past_key_values: Any = None,
+    output_attentions: bool | None = None,
+) -> list[str]:
+    """Why a call runs transformers' own forward pass, padding included; empty where it runs packed."""
+    config = model.config
+    reasons = []
+    if config._attn_implementation == "eager":
+        reasons.append("attn_implementation is 'eager' (the one that returns attention weights)")
+    if output_attentions or (output_attentions is None and getattr(config, "output_attentions", False)):
+        reasons.append("output_attentions asks for attention weights, which fused attention never stores")
+    if config.is_decoder or encoder_hidden_states is not None or past_key_values is not None:
+        reasons.append("the model runs as a decoder (causal mask, key-value cache or cross-attention)")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        reasons.append(f"attention_mask has {attention_mask.dim()} dimensions; padding is known from (batch, length) ones")
+    if torch.jit.is_tracing():
+        reasons.append("torch.jit.trace would freeze the sequence lengths of its example")
+    if attention_mask is not None and torch.compiler.is_compiling():
+        reasons.append("torch.compile cannot know how many tokens a mask leaves; pass no mask, or packed inputs (cu_seq_lens_q)")
+    if nn.modules.module._has_any_global_hook():
+        reasons.append("hooks for all modules are registered (torch.nn.modules.module.register_module_..._hook)")
+    if is_watched(model.encoder):
+        reasons.append("the encoder has hooks, or its forward was replaced")
+    foreign = {type(layer).__qualname__ for layer in model.encoder.layer if not isinstance(layer, FusedLayer)}
+    if foreign:
+        reasons.append(f"encoder layers are of another class: {', '.join(sorted(foreign))}")
+    return reasons
+
+
+class _HiddenStates:
+    """Keeps the packed rows after the embeddings and after each layer, all of them or those whose index was asked for."""
+
+    def __init__(self, wanted: bool | int | list[int] | None, num_layers: int) -> None:
+        self.states: list[Tensor | None] | None = None if wanted is None or wanted is False else []
+        self._selected = None
+        if self.states is not None and not isinstance(wanted, bool):
+            indices = [wanted] if isinstance(wanted, int) else wanted
+            self._selected = {i % (num_layers + 1) for i in indices if -num_layers - 1 <= i <= num_layers}
+
+    def add(self, state: Tensor) -> None:
+        if self.states is not None:
+            keep = self._selected is None or len(self.states) in self._selected
+            self.states.append(state if keep else None)
