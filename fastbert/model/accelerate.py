@@ -7,7 +7,8 @@ from typing import TypeVar
 from torch import nn
 from transformers import Pipeline
 
-from . import heads, lm_heads, relatives  # noqa: F401 (they say which class stands for which)
+from . import heads, lm_heads, relative_heads, relatives  # noqa: F401 (they say which class stands for which)
+from .encoder import PackedEncoder
 from .swap import counterparts, is_fast, use_fast_classes, use_their_classes
 
 Model = TypeVar("Model")
@@ -22,9 +23,9 @@ def accelerate(model: Model) -> Model:
 
     Raises TypeError for what is no module, and where nothing in it has a fast counterpart.
     """
-    module = _module_of(model)
+    module = module_of(model)
     if not use_fast_classes(module) and not is_fast(module):
-        known = sorted(theirs.__name__ for theirs in counterparts() if theirs.__name__.endswith("Model"))
+        known = [theirs.__name__ for theirs in encoder_classes()]
         raise TypeError(
             f"{type(module).__qualname__} contains nothing that fastbert can accelerate: it knows transformers' "
             f"{', '.join(known)}, not classes derived from them"
@@ -37,11 +38,17 @@ def restore(model: Model) -> Model:
 
     Models that were made from fastbert's own classes become transformers' too. Raises TypeError for what is no module.
     """
-    use_their_classes(_module_of(model))
+    use_their_classes(module_of(model))
     return model
 
 
-def _module_of(model: object) -> nn.Module:
+def encoder_classes() -> tuple[type, ...]:
+    """transformers' encoders that have a fast counterpart."""
+    return tuple(theirs for theirs, ours in counterparts().items() if issubclass(ours, PackedEncoder))
+
+
+def module_of(model: object) -> nn.Module:
+    """The module in a pipeline, and a module itself; raises TypeError for anything else."""
     module = model.model if isinstance(model, Pipeline) else model
     if not isinstance(module, nn.Module):
         kind = f"{type(model).__module__}.{type(model).__qualname__}"

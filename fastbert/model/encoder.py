@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.registration import transform_reasons
 from .embeddings import embed
-from .inputs import check_inputs
+from .inputs import check_first_position, check_inputs
 from .layer import FusedLayer, is_watched
 from .outputs import Deferred, PooledEncoderOutput
 from .packing import Packing
@@ -53,7 +54,7 @@ class PackedEncoder:
         inputs = {
             "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
-        check_inputs(self, attention_mask=attention_mask, past_key_values=past_key_values, kwargs=kwargs, **inputs)
+        packing = self.packed_row(attention_mask, kwargs, past_key_values, **inputs)
         reasons = model_fallback_reasons(
             self,
             attention_mask=attention_mask,
@@ -61,7 +62,6 @@ class PackedEncoder:
             past_key_values=past_key_values,
             output_attentions=kwargs.get("output_attentions"),
         )
-        packing = self._packed_row(attention_mask, kwargs, **inputs)
         if not reasons:
             return self._packed_forward(packing, attention_mask, kwargs, **inputs)
         decoder = {
@@ -74,17 +74,27 @@ class PackedEncoder:
             raise ValueError("packed inputs (cu_seq_lens_q) cannot be combined with cross-attention or a key-value cache")
         return self._row_through_their_forward(packing, kwargs, **inputs)
 
-    def _packed_row(self, attention_mask, kwargs, *, input_ids, position_ids, inputs_embeds, token_type_ids) -> Packing | None:
-        """The sequences of a packed row, None where the inputs are a batch with a sequence per row."""
-        tokens = inputs_embeds if input_ids is None else input_ids
-        shape = tuple(tokens.shape[:2])
+    def packed_row(self, attention_mask, kwargs, past_key_values=None, **inputs) -> Packing | None:
+        """The sequences of a packed row, None where the inputs are a batch with a sequence per row.
+
+        Takes the arguments of a call of this model. Raises ValueError where they do not fit: see :func:`check_inputs`.
+        """
+        check_inputs(self, attention_mask=attention_mask, past_key_values=past_key_values, kwargs=kwargs, **inputs)
+        tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        position_ids, shape = inputs["position_ids"], tuple(tokens.shape[:2])
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         if cu_seqlens is not None:
             cu_seqlens, longest = cu_seqlens.to(torch.int32), kwargs.get("max_length_q")
-            return Packing(cu_seqlens, int(cu_seqlens.diff().max()) if longest is None else int(longest), shape)
-        if position_ids is None or attention_mask is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            if longest is None:  # compiled code takes a bound: it cannot know the number
+                longest = shape[1] if torch.compiler.is_compiling() else int(cu_seqlens.diff().max())
+            packing = Packing(cu_seqlens, int(longest), shape)
+        elif position_ids is None or attention_mask is not None or torch.jit.is_tracing():
             return None
-        return Packing.from_positions(position_ids, shape, self.first_position)
+        else:
+            packing = Packing.from_positions(position_ids, shape)
+        if packing is not None and position_ids is not None:
+            check_first_position(self, position_ids)
+        return packing
 
     def _packed_forward(self, packing, attention_mask, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):
         tokens = inputs_embeds if input_ids is None else input_ids
@@ -130,13 +140,23 @@ class PackedEncoder:
         rows = {name: None if x is None else packing.to_sequences(x.flatten(0, 1)) for name, x in inputs.items()}
         others = {k: v for k, v in kwargs.items() if k not in _PACKED_ARGUMENTS}
         return_dict = others.pop("return_dict", getattr(self.config, "return_dict", True))
-        output = super().forward(attention_mask=packing.padding_mask, **rows, **others, return_dict=True)
+        output = super().forward(attention_mask=packing.padding_mask, **rows, use_cache=False, **others, return_dict=True)
         output.last_hidden_state = packing.pad(packing.from_sequences(output.last_hidden_state))
         if output.hidden_states is not None:
             output.hidden_states = tuple(
                 None if state is None else packing.pad(packing.from_sequences(state)) for state in output.hidden_states
             )
         return output if return_dict is not False else output.to_tuple()
+
+
+def sequences_in_row(encoder: nn.Module, attention_mask, kwargs: dict[str, Any], past_key_values=None, **inputs) -> Packing | None:
+    """:meth:`PackedEncoder.packed_row` for the head of any encoder, whose ``kwargs`` then name what was found."""
+    if not isinstance(encoder, PackedEncoder):
+        return None
+    packing = encoder.packed_row(attention_mask, kwargs, past_key_values, **inputs)
+    if packing is not None:
+        kwargs |= {"cu_seq_lens_q": packing.cu_seqlens, "max_length_q": packing.max_seqlen}
+    return packing
 
 
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -165,6 +185,7 @@ def model_fallback_reasons(
         reasons.append("torch.jit.trace would freeze the sequence lengths of its example")
     if attention_mask is not None and torch.compiler.is_compiling():
         reasons.append("torch.compile cannot know how many tokens a mask leaves; pass no mask, or packed inputs (cu_seq_lens_q)")
+    reasons += transform_reasons()
     if nn.modules.module._has_any_global_hook():
         reasons.append("hooks for all modules are registered (torch.nn.modules.module.register_module_..._hook)")
     if is_watched(model.encoder):

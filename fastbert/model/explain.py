@@ -6,24 +6,26 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers.models.bert import modeling_bert as hf
+from transformers import Pipeline
 
 from ..ops import backends
+from .accelerate import encoder_classes, module_of
 from .embeddings import embedding_notes
 from .encoder import PackedEncoder, model_fallback_reasons
 from .layer import FusedLayer, layer_notes
-from .lm_heads import head_notes
 
 
 @dataclass
 class Explanation:
     """What runs where. ``str()`` gives a table, :meth:`to_dict` plain data.
 
-    encoder: reasons why whole calls run transformers' forward pass (empty: they run packed). embeddings: notes on them. layers:
-    notes per layer index (an empty list: fully fused). head: notes of the language-model head, None where the model has none.
-    ops: the backend that ``"auto"`` picks for the device and dtype of the weights, with the reasons against the ones before it.
+    name: the encoder's path in the model. encoder: reasons why whole calls run transformers' forward pass (empty: they run
+    packed). embeddings: notes on them. layers: notes per layer index (an empty list: fully fused). head: notes of the
+    language-model head, None where the model has none. ops: the backend that ``"auto"`` picks for the device and dtype of the
+    weights, with the reasons against the ones before it. others: the model's other encoders.
     """
 
+    name: str
     device: str
     dtype: str
     encoder: list[str]
@@ -31,18 +33,22 @@ class Explanation:
     layers: dict[int, list[str]]
     head: list[str] | None
     ops: dict[str, dict[str, Any]] = field(default_factory=dict)
+    others: list[Explanation] = field(default_factory=list)
 
     @property
     def fast(self) -> bool:
         """Whether nothing falls back."""
         fallbacks = [self.encoder, self.embeddings, *self.layers.values(), self.head or []]
-        return not any(fallbacks) and not any(op["passed_over"] for op in self.ops.values())
+        ops = not any(op["passed_over"] for op in self.ops.values())
+        return ops and not any(fallbacks) and all(other.fast for other in self.others)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "fast": self.fast}
+        others = [other.to_dict() for other in self.others]
+        return {**asdict(self), "others": others, "fast": self.fast}
 
     def __str__(self) -> str:
-        lines = [f"weights    {self.dtype} on {self.device}"]
+        where = f" ({self.name})" if self.name else ""
+        lines = [f"weights    {self.dtype} on {self.device}{where}"]
         lines += _described("encoder", self.encoder, "packed: no work on padding")
         lines += _described("embeddings", self.embeddings, "fused")
         fused = [index for index, notes in self.layers.items() if not notes]
@@ -55,38 +61,66 @@ class Explanation:
         for op, facts in self.ops.items():
             lines.append(f"{op:<20} {facts['backend']}")
             lines += [f"{'':<20} not {name}: {'; '.join(reasons)}" for name, reasons in facts["passed_over"].items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(str(other) for other in self.others)])
 
 
-def explain(model: nn.Module) -> Explanation:
-    """Explains the path of ``model``'s next forward pass with padded inputs and a (batch, length) mask, in its present state.
+def explain(model: nn.Module | Pipeline, **inputs: Any) -> Explanation:
+    """Explains the path of ``model``'s next forward pass in its present state.
 
-    Raises TypeError for a model without a BERT encoder in it.
+    inputs: arguments of that call which decide about it (attention_mask, encoder_hidden_states, past_key_values,
+    output_attentions); without them, one with padded inputs and a (batch, length) mask. Raises TypeError for a model without an
+    encoder that fastbert knows.
     """
-    encoder = next((m for m in model.modules() if isinstance(m, hf.BertModel)), None)
-    if encoder is None:
-        raise TypeError(f"{type(model).__qualname__} contains no transformers or fastbert BertModel")
-    weight = encoder.embeddings.LayerNorm.weight
+    module = module_of(model)
+    known = encoder_classes()
+    encoders = {name: m for name, m in module.named_modules() if isinstance(m, known)}
+    if not encoders:
+        names = ", ".join(theirs.__name__ for theirs in known)
+        raise TypeError(f"{type(module).__qualname__} contains no encoder that fastbert knows ({names})")
+    head = next((m for m in module.modules() if _has_language_model_head(m)), None)
+    first, *others = (_explain_encoder(name, encoder, inputs) for name, encoder in encoders.items())
+    first.head, first.others = None if head is None else _head_notes(head), others
+    return first
+
+
+def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> Explanation:
     if isinstance(encoder, PackedEncoder):
-        reasons, notes = model_fallback_reasons(encoder), embedding_notes(encoder)
+        decisive = {key: value for key, value in inputs.items() if key in _DECISIVE}
+        reasons, notes = model_fallback_reasons(encoder, **decisive), embedding_notes(encoder)
+        if "forward" in vars(encoder):
+            reasons.append("its forward was replaced on the instance, perhaps by one that calls transformers'")
     else:
-        reasons = [f"it is {type(encoder).__module__}.{type(encoder).__qualname__}, not fastbert.BertModel"]
-        notes = ["called as transformers' module by its forward pass"]
+        kind = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
+        reasons, notes = [f"it is {kind}: see fastbert.accelerate"], ["called as transformers' module by its forward pass"]
     layers = {
         index: layer_notes(layer) if isinstance(layer, FusedLayer) else [f"is {type(layer).__qualname__}, not fastbert's"]
         for index, layer in enumerate(encoder.encoder.layer)
     }
-    head = next((m for m in model.modules() if isinstance(m, hf.BertLMPredictionHead)), None)
+    weight = encoder.embeddings.LayerNorm.weight
     head_dim = encoder.config.hidden_size // encoder.config.num_attention_heads
     return Explanation(
+        name=name,
         device=str(weight.device),
         dtype=str(weight.dtype).removeprefix("torch."),
         encoder=reasons,
         embeddings=notes,
         layers=layers,
-        head=None if head is None else head_notes(head),
+        head=None,
         ops={op: _op_facts(op, weight, head_dim) for op in backends.OPS},
     )
+
+
+_DECISIVE = ("attention_mask", "encoder_hidden_states", "past_key_values", "output_attentions")
+
+
+def _has_language_model_head(module: nn.Module) -> bool:
+    return hasattr(module, "language_model_head") or type(module).__name__.endswith(("ForMaskedLM", "LMHeadModel", "ForCausalLM"))
+
+
+def _head_notes(model: nn.Module) -> list[str]:
+    if hasattr(model, "language_model_head"):
+        return model.language_model_head().notes()
+    return [f"logits of all tokens: it is {type(model).__module__}.{type(model).__qualname__}"]
 
 
 def _op_facts(op: str, weight: nn.Parameter, head_dim: int) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.utils.generic import can_return_tuple
 
 from .bert import PackedHead
+from .encoder import sequences_in_row
+from .inputs import check_labels
 from .swap import replaces
 
 
@@ -26,8 +28,35 @@ class BertForSequenceClassification(PackedHead, hf.BertForSequenceClassification
     """transformers' class; see :class:`fastbert.BertModel` for what differs inside."""
 
 
+class MultipleChoice:
+    """Mixin in front of transformers' multiple-choice class: packed inputs are an error.
+
+    Nothing in a row (1, total) says how many of its sequences are the choices of one question.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ):
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "multiple choice takes no packed inputs (cu_seq_lens_q), which do not say how many choices a question has; "
+                "pass input_ids (batch, num_choices, length) and their attention_mask"
+            )
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, labels=labels, **kwargs,
+        )  # fmt: skip
+
+
 @replaces(hf.BertForMultipleChoice)
-class BertForMultipleChoice(PackedHead, hf.BertForMultipleChoice):
+class BertForMultipleChoice(PackedHead, MultipleChoice, hf.BertForMultipleChoice):
     """transformers' class; see :class:`fastbert.BertModel` for what differs inside."""
 
 
@@ -36,12 +65,13 @@ class BertForTokenClassification(PackedHead, hf.BertForTokenClassification):
     """transformers' class; see :class:`fastbert.BertModel` for what differs inside."""
 
 
-@replaces(hf.BertForQuestionAnswering)
-class BertForQuestionAnswering(PackedHead, hf.BertForQuestionAnswering):
-    """transformers' class; see :class:`fastbert.BertModel` for what differs inside.
+class QuestionAnswering:
+    """Mixin in front of transformers' extractive question answering.
 
-    Padding is no candidate for an answer: its logits are the dtype's smallest number. transformers lets them take part in the
-    softmax of the loss with whatever the encoder makes of padding, which fastbert does not compute.
+    Padding is no candidate for an answer: its logits are the dtype's smallest number, and a position on it counts for nothing, as
+    one outside of the sequence does. transformers lets padding take part in the softmax of the loss with whatever the encoder makes
+    of it, which fastbert does not compute. Packed inputs take start_positions and end_positions (num_sequences,) that count within
+    each sequence, and give logits (1, total).
     """
 
     @can_return_tuple
@@ -56,22 +86,24 @@ class BertForQuestionAnswering(PackedHead, hf.BertForQuestionAnswering):
         end_positions: Tensor | None = None,
         **kwargs,
     ):
-        outputs = self.bert(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
-            **kwargs,
-        )
+        inputs = {
+            "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        packing = sequences_in_row(self.base_model, attention_mask, kwargs, input_ids=input_ids, **inputs)
+        outputs = self.base_model(input_ids, attention_mask=attention_mask, **inputs, return_dict=True, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            logits = logits.masked_fill((attention_mask == 0).unsqueeze(-1), torch.finfo(logits.dtype).min)
-        start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
+        real = None
+        if packing is not None:
+            real = packing.padding_mask != 0
+        elif attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask != 0
+            logits = _no_answer_on_padding(logits, real)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = (_span_loss(start_logits, start_positions) + _span_loss(end_logits, end_positions)) / 2
+            sequences = logits if packing is None else _no_answer_on_padding(packing.to_sequences(logits[0]), real)
+            start, end = sequences.unbind(-1)
+            loss = (_span_loss(start, start_positions, real, "start") + _span_loss(end, end_positions, real, "end")) / 2
+        start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
         return hf.QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,
@@ -81,7 +113,22 @@ class BertForQuestionAnswering(PackedHead, hf.BertForQuestionAnswering):
         )
 
 
-def _span_loss(logits: Tensor, positions: Tensor) -> Tensor:
+@replaces(hf.BertForQuestionAnswering)
+class BertForQuestionAnswering(PackedHead, QuestionAnswering, hf.BertForQuestionAnswering):
+    """transformers' class; see :class:`QuestionAnswering` for what differs, and :class:`fastbert.BertModel`."""
+
+
+def _no_answer_on_padding(logits: Tensor, real: Tensor) -> Tensor:
+    """(batch, length, 2) logits; ``real`` (batch, length) is False on padding."""
+    return logits.masked_fill(~real.unsqueeze(-1), torch.finfo(logits.dtype).min)
+
+
+def _span_loss(logits: Tensor, positions: Tensor, real: Tensor | None, name: str) -> Tensor:
     """Cross-entropy of (batch, length) logits; a position outside of the sequence (a truncated answer) counts for nothing."""
+    check_labels(positions.view(-1), (logits.shape[0],), f"{name}_positions")
     outside = logits.shape[1]
-    return F.cross_entropy(logits, positions.view(-1).clamp(0, outside), ignore_index=outside)
+    positions = positions.view(-1).clamp(0, outside)
+    if real is not None:
+        inside = F.pad(real, (0, 1)).gather(1, positions.unsqueeze(1)).squeeze(1)
+        positions = torch.where(inside, positions, outside)
+    return F.cross_entropy(logits, positions, ignore_index=outside)

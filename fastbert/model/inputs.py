@@ -79,8 +79,10 @@ def _check_packed(
         raise ValueError(f"cu_seq_lens_q is on {cu_seqlens.device}, expected {tokens.device} like the tokens")
     if keys is not None and keys.shape != cu_seqlens.shape:
         raise ValueError(_OTHER_KEYS)
+    if torch.compiler.is_compiling():  # nothing can be read, and max_length may be a loose bound
+        return
     longest = max_length
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if cu_seqlens.device.type == "cpu":
         longest = _check_boundaries(cu_seqlens.tolist(), total, max_length)
         if keys is not None and keys is not cu_seqlens and keys.tolist() != cu_seqlens.tolist():
             raise ValueError(_OTHER_KEYS)
@@ -108,6 +110,18 @@ def _check_boundaries(boundaries: list[int], total: int, max_length: int | None)
     if max_length is not None and max_length < longest:
         raise ValueError(f"max_length_q is {int(max_length)}, but the longest sequence between cu_seq_lens_q has {longest} tokens")
     return longest
+
+
+def check_first_position(model: Any, position_ids: Tensor) -> None:
+    """Raises ValueError where a packed row's positions are not counted as ``model`` counts them; looks on CPUs only."""
+    if model.first_position == 0 or position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    smallest = int(position_ids.min())
+    if smallest < model.first_position:
+        raise ValueError(
+            f"position_ids start at {smallest}, but {type(model).__name__} counts from {model.first_position}, after its padding "
+            f"token's id: collators take position_ids_start={model.first_position} for it"
+        )
 
 
 def check_token_ids(

@@ -22,6 +22,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from ..ops import add_layer_norm, attention, linear_gelu
 from ..ops.linear import linear, linear_forward
+from ..ops.registration import under_autocast
 from .packing import Packing
 from .swap import replaces
 
@@ -239,10 +240,13 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
     if not all(is_plain_linear(linear) for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    views_help = not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or x.dtype != weights[0].dtype)
+    views_help = not (torch.compiler.is_compiling() or under_autocast(x) or x.dtype != weights[0].dtype)
     if views_help and _are_adjacent(weights, biases):
         return _QKVLinear.apply(x, *weights, *biases)
-    return linear(x, torch.cat(weights), None if biases[0] is None else torch.cat(biases))
+    if all(bias is None for bias in biases):
+        return linear(x, torch.cat(weights), None)
+    zeros = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    return linear(x, torch.cat(weights), torch.cat(zeros))
 
 
 def _are_adjacent(weights: list[Tensor], biases: list[Tensor | None]) -> bool:
@@ -283,8 +287,8 @@ def _flatten(group: list[Tensor]) -> bool:
         and p.is_contiguous()
         and not p.is_inference()
         and p.device.type != "meta"
-        and p.untyped_storage().nbytes() == p.numel() * p.element_size()
         and not p.is_shared()
+        and _owns_its_memory(p)
         for p in group
     )
     if not ours_to_move:
@@ -294,6 +298,13 @@ def _flatten(group: list[Tensor]) -> bool:
         for parameter, part in zip(group, buffer.chunk(3), strict=True):
             parameter.data = part
     return True
+
+
+def _owns_its_memory(parameter: nn.Parameter) -> bool:
+    """Whether nobody else would miss this memory: not a part of more, no other tensor on it (FSDP's, which it gathers into)."""
+    storage = parameter.untyped_storage()
+    whole = storage.nbytes() == parameter.numel() * parameter.element_size()
+    return whole and torch._C._storage_Use_Count(storage._cdata) <= 2  # the parameter's and the one at hand
 
 
 class _QKVLinear(torch.autograd.Function):

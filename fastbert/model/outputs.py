@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import modeling_outputs
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
-    MaskedLMOutput,
 )
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput as HFBertForPreTrainingOutput
 
@@ -119,7 +119,7 @@ class PlainEncoderOutput(EncoderOutput, BaseModelOutputWithPastAndCrossAttention
 
 
 @dataclass
-class BertForMaskedLMOutput(LazyOutput, MaskedLMOutput):
+class MaskedLMOutput(LazyOutput, modeling_outputs.MaskedLMOutput):
     """Beside transformers' fields: ``mlm_correct`` and ``mlm_count``, as in :class:`BertForPreTrainingOutput`."""
 
 

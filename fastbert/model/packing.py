@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +23,8 @@ class Packing:
     shape: tuple[int, int]
     indices: Tensor | None = None
     _seed: Tensor | None = field(default=None, init=False, repr=False)
+    _padding_mask: Tensor | None = field(default=None, init=False, repr=False)
+    _rows: Tensor | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def from_mask(cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Packing:
@@ -40,19 +41,25 @@ class Packing:
         return cls(cu_seqlens, length, shape)
 
     @classmethod
-    def from_positions(cls, position_ids: Tensor, shape: tuple[int, int], first_position: int = 0) -> Packing | None:
+    def from_positions(cls, position_ids: Tensor, shape: tuple[int, int]) -> Packing | None:
         """The sequences of one row whose ``position_ids`` (1, length) say where each starts; None where they say nothing.
 
-        A packed row's positions begin at ``first_position``, rise by one, and begin again at least once: what transformers'
-        DataCollatorWithFlattening makes. Looking waits for a GPU.
+        A packed row's positions begin somewhere (0 in BERT, after the padding token's id in RoBERTa), rise by one, and begin again
+        there at least once: what transformers' DataCollatorWithFlattening makes. Looking waits for a GPU. Compiled code cannot know
+        the number of sequences: there such a row is an error when it runs.
         """
         batch, length = shape
         if batch != 1 or length < 2 or position_ids.shape != shape:
             return None
         positions = position_ids[0]
-        starts = positions == first_position
+        starts = positions == positions[0]
         rises = starts[1:] | (positions[1:] == positions[:-1] + 1)
-        starts = (starts & starts[0] & rises.all()).nonzero().squeeze(1)
+        starts = starts & rises.all()
+        if torch.compiler.is_compiling():
+            message = "position_ids start again within the row: compiled code needs cu_seq_lens_q and max_length_q, too"
+            torch._assert_async(~starts[1:].any(), message)
+            return None
+        starts = starts.nonzero().squeeze(1)
         if starts.numel() < 2:
             return None
         cu_seqlens = F.pad(starts.to(torch.int32), (0, 1), value=length)
@@ -135,16 +142,22 @@ class Packing:
         """The inverse of :meth:`to_sequences`."""
         return self.unpad(x) if self._is_batch else x.flatten(0, 1).index_select(0, self._sequence_rows)
 
-    @functools.cached_property
+    # Not functools.cached_property: before Python 3.12 it takes a lock, which torch.compile cannot trace.
+
+    @property
     def padding_mask(self) -> Tensor:
         """padded_shape int64, 1 on real tokens: the attention_mask of transformers' models."""
-        total = self.shape[0] * self.shape[1] if self.indices is None else self.indices.numel()
-        return self.to_sequences(torch.ones(total, dtype=torch.int64, device=self.cu_seqlens.device))
+        if self._padding_mask is None:
+            total = self.shape[0] * self.shape[1] if self.indices is None else self.indices.numel()
+            self._padding_mask = self.to_sequences(torch.ones(total, dtype=torch.int64, device=self.cu_seqlens.device))
+        return self._padding_mask
 
-    @functools.cached_property
+    @property
     def _sequence_rows(self) -> Tensor:
-        starts = self.cu_seqlens[:-1].long()
-        sequences = torch.arange(self.num_sequences, device=starts.device)
-        owner = torch.repeat_interleave(sequences, self.cu_seqlens.diff().long(), output_size=self.shape[1])
-        positions = torch.arange(owner.numel(), device=starts.device) - starts[owner]
-        return owner * self.max_seqlen + positions
+        """(total,) int64, where each token of a packed row stands in its padded, flattened form."""
+        if self._rows is None:
+            starts = self.cu_seqlens[:-1].long()
+            sequences = torch.arange(self.num_sequences, device=starts.device)
+            owner = torch.repeat_interleave(sequences, self.cu_seqlens.diff().long(), output_size=self.shape[1])
+            self._rows = owner * self.max_seqlen + torch.arange(owner.numel(), device=starts.device) - starts[owner]
+        return self._rows

@@ -1,0 +1,135 @@
+"""The head of a masked language model: Linear, GELU, LayerNorm and the matrix of the vocabulary, on the rows that somebody reads.
+
+A masked-LM step predicts 15% of the tokens; transformers computes, stores and differentiates logits for all of them. Here the
+labelled rows are gathered first, and their loss comes from ``ops.mlm_loss``, which never holds whole logits. Logits of all
+tokens are computed when they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import gelu_layer_norm, mlm_loss
+from ..ops.linear import linear
+from ..ops.registration import transform_reasons
+from .layer import has_hooks, is_exact_gelu, is_plain_linear, is_watched
+from .outputs import Deferred, EncoderOutput
+from .packing import Packing
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class LanguageModelHead:
+    """The parts of a model's head, whatever transformers calls them.
+
+    whole: (..., hidden) -> (..., vocabulary), transformers' modules one after the other. containers: the modules that the fused
+    path passes by, with the class that each must have. activation: None where transformers calls the function ``gelu``.
+    """
+
+    whole: Callable[[Tensor], Tensor]
+    containers: tuple[tuple[nn.Module, type], ...]
+    dense: nn.Module
+    activation: nn.Module | None
+    norm: nn.Module
+    decoder: nn.Module
+
+    def notes(self) -> list[str]:
+        """What runs unfused, and why; empty for a fully fused head."""
+        if reasons := self._container_reasons():
+            return [f"logits of all tokens come from transformers' modules: {'; '.join(reasons)}"]
+        notes = []
+        if not self._transform_is_plain():
+            notes.append("Linear, activation and LayerNorm run one by one: they are not those of BERT (erf-GELU), or changed")
+        if not is_plain_linear(self.decoder):
+            notes.append("logits of the labelled rows are stored whole: the decoder is not a plain nn.Linear")
+        return notes
+
+    def loss(
+        self, outputs: Any, labels: Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy of an encoder's ``outputs`` against ``labels`` (batch, length).
+
+        Returns the loss, and the telemetry of the labelled tokens: how many have the largest logit right, and how many there are.
+        """
+        if self._container_reasons():
+            logits, row_labels = self.whole(outputs.last_hidden_state).flatten(0, 1), labels.flatten()
+            loss, correct = _whole_loss(logits, row_labels, ignore_index, reduction)
+        else:
+            rows, row_labels = _labelled_rows(outputs, labels, ignore_index)
+            hidden, decoder = self._hidden(rows), self.decoder
+            if is_plain_linear(decoder):
+                loss, correct = mlm_loss(
+                    hidden, decoder.weight, decoder.bias, row_labels, ignore_index=ignore_index, reduction=reduction
+                )
+            else:
+                loss, correct = _whole_loss(decoder(hidden), row_labels, ignore_index, reduction)
+        return loss, correct.sum(), (row_labels != ignore_index).sum()
+
+    def logits(self, outputs: Any) -> Tensor:
+        """(batch, length, vocabulary): logits of every token, 0 on padding where the encoder ran packed."""
+        if not isinstance(outputs, EncoderOutput) or self._container_reasons():
+            return self.whole(outputs.last_hidden_state)
+        return outputs.packing.pad(self.decoder(self._hidden(outputs.packed)))
+
+    def set_logits(self, output: Any, name: str, outputs: Any, *, deferred: bool) -> None:
+        """Field ``name`` of ``output``: at once, or when it is read, which is an error once the parameters have changed."""
+        if not deferred or torch.compiler.is_compiling():
+            setattr(output, name, self.logits(outputs))
+        else:
+            parameters = [p for part in (self.dense, self.norm, self.decoder) for p in part.parameters()]
+            output.defer(name, Deferred(lambda: self.logits(outputs), tuple(parameters)))
+
+    def _container_reasons(self) -> list[str]:
+        reasons = transform_reasons()
+        for module, expected in self.containers:
+            if type(module) is not expected:
+                reasons.append(f"the head has a {type(module).__module__}.{type(module).__qualname__}")
+            elif is_watched(module):
+                reasons.append(f"{expected.__name__} has hooks, or another forward than its class")
+        for name in ("dense", "activation", "norm", "decoder"):
+            part = getattr(self, name)
+            if part is not None and any(map(has_hooks, part.modules())):
+                reasons.append(f"the head's {name} has hooks")
+        return reasons
+
+    def _transform_is_plain(self) -> bool:
+        return (
+            is_plain_linear(self.dense)
+            and (self.activation is None or is_exact_gelu(self.activation))
+            and type(self.norm) is nn.LayerNorm
+            and not is_watched(self.norm)
+        )
+
+    def _hidden(self, rows: Tensor) -> Tensor:
+        """(rows, hidden) -> what the decoder takes."""
+        norm = self.norm
+        if not self._transform_is_plain():
+            x = self.dense(rows)
+            return norm(F.gelu(x) if self.activation is None else self.activation(x))
+        x = linear(rows, self.dense.weight, None)
+        return gelu_layer_norm(x, self.dense.bias, norm.weight, norm.bias, norm.eps)
+
+
+def _whole_loss(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction=reduction)
+    return loss, (logits.argmax(-1) == labels) & (labels != ignore_index)
+
+
+def _labelled_rows(outputs: Any, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The encoder's rows (n, hidden) that carry a label, and those labels (n,)."""
+    if isinstance(outputs, EncoderOutput):
+        packing: Packing = outputs.packing
+        rows, row_labels = outputs.packed, packing.unpad(labels)
+    else:
+        rows, row_labels = outputs.last_hidden_state.flatten(0, 1), labels.flatten()
+    if torch.compiler.is_compiling():
+        return rows, row_labels
+    labelled = (row_labels != ignore_index).nonzero().squeeze(1)
+    return rows.index_select(0, labelled), row_labels.index_select(0, labelled)

@@ -1,0 +1,171 @@
+"""The task heads of BERT's relatives that do less work than transformers', or take packed inputs where transformers' could not.
+
+Heads that are not here (token classification, the discriminator of ELECTRA, ...) stay transformers' and read hidden states of an
+encoder that is fast.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.camembert import modeling_camembert as camembert
+from transformers.models.electra import modeling_electra as electra
+from transformers.models.roberta import modeling_roberta as roberta
+from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
+from transformers.utils.generic import can_return_tuple
+
+from .encoder import sequences_in_row
+from .heads import MultipleChoice, QuestionAnswering
+from .lm_head import LanguageModelHead
+from .lm_heads import MaskedLM
+from .outputs import EncoderOutput
+from .swap import replaces
+
+
+class _MeanLoss:
+    """Mixin: Trainer scales the loss for gradient accumulation itself; see :class:`fastbert.model.bert.CheckedLoading`."""
+
+    accepts_loss_kwargs = False
+
+
+class _FirstTokenClassification(_MeanLoss):
+    """Mixin in front of transformers' sequence classification, whose classifier reads the first token of each sequence."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ):
+        inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        packing = sequences_in_row(self.base_model, attention_mask, kwargs, input_ids=input_ids, **inputs)
+        outputs = self.base_model(input_ids, attention_mask=attention_mask, **inputs, return_dict=True, **kwargs)
+        if isinstance(outputs, EncoderOutput):
+            first = outputs.packing.first_positions(outputs.packed)
+        elif packing is not None:
+            first = packing.first_positions(packing.unpad(outputs.last_hidden_state))
+        else:
+            first = outputs.last_hidden_state[:, 0]
+        logits = self.classifier(first.unsqueeze(1))
+        loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class _RobertaMaskedLM(_MeanLoss, MaskedLM):
+    """Mixin: where RoBERTa and what was made from it keep the parts of their head."""
+
+    def language_model_head(self) -> LanguageModelHead:
+        head = self.lm_head
+        return LanguageModelHead(
+            whole=head,
+            containers=((head, self.lm_head_class),),
+            dense=head.dense,
+            activation=None,
+            norm=head.layer_norm,
+            decoder=head.decoder,
+        )
+
+
+@replaces(roberta.RobertaForMaskedLM)
+class RobertaForMaskedLM(_RobertaMaskedLM, roberta.RobertaForMaskedLM):
+    """transformers' class; see :class:`fastbert.model.lm_heads.MaskedLM` for what differs."""
+
+    lm_head_class = roberta.RobertaLMHead
+
+
+@replaces(xlm_roberta.XLMRobertaForMaskedLM)
+class XLMRobertaForMaskedLM(_RobertaMaskedLM, xlm_roberta.XLMRobertaForMaskedLM):
+    """transformers' class; see :class:`fastbert.model.lm_heads.MaskedLM` for what differs."""
+
+    lm_head_class = xlm_roberta.XLMRobertaLMHead
+
+
+@replaces(camembert.CamembertForMaskedLM)
+class CamembertForMaskedLM(_RobertaMaskedLM, camembert.CamembertForMaskedLM):
+    """transformers' class; see :class:`fastbert.model.lm_heads.MaskedLM` for what differs."""
+
+    lm_head_class = camembert.CamembertLMHead
+
+
+@replaces(electra.ElectraForMaskedLM)
+class ElectraForMaskedLM(_MeanLoss, MaskedLM, electra.ElectraForMaskedLM):
+    """transformers' class; see :class:`fastbert.model.lm_heads.MaskedLM` for what differs."""
+
+    def language_model_head(self) -> LanguageModelHead:
+        predictions, decoder = self.generator_predictions, self.generator_lm_head
+        return LanguageModelHead(
+            whole=lambda hidden: decoder(predictions(hidden)),
+            containers=((predictions, electra.ElectraGeneratorPredictions),),
+            dense=predictions.dense,
+            activation=predictions.activation,
+            norm=predictions.LayerNorm,
+            decoder=decoder,
+        )
+
+
+@replaces(roberta.RobertaForSequenceClassification)
+class RobertaForSequenceClassification(_FirstTokenClassification, roberta.RobertaForSequenceClassification):
+    """transformers' class; takes packed inputs, and no padding before the classifier."""
+
+
+@replaces(roberta.RobertaForQuestionAnswering)
+class RobertaForQuestionAnswering(_MeanLoss, QuestionAnswering, roberta.RobertaForQuestionAnswering):
+    """transformers' class; see :class:`fastbert.model.heads.QuestionAnswering` for what differs."""
+
+
+@replaces(roberta.RobertaForMultipleChoice)
+class RobertaForMultipleChoice(_MeanLoss, MultipleChoice, roberta.RobertaForMultipleChoice):
+    """transformers' class; packed inputs are an error."""
+
+
+@replaces(xlm_roberta.XLMRobertaForSequenceClassification)
+class XLMRobertaForSequenceClassification(_FirstTokenClassification, xlm_roberta.XLMRobertaForSequenceClassification):
+    """transformers' class; takes packed inputs, and no padding before the classifier."""
+
+
+@replaces(xlm_roberta.XLMRobertaForQuestionAnswering)
+class XLMRobertaForQuestionAnswering(_MeanLoss, QuestionAnswering, xlm_roberta.XLMRobertaForQuestionAnswering):
+    """transformers' class; see :class:`fastbert.model.heads.QuestionAnswering` for what differs."""
+
+
+@replaces(xlm_roberta.XLMRobertaForMultipleChoice)
+class XLMRobertaForMultipleChoice(_MeanLoss, MultipleChoice, xlm_roberta.XLMRobertaForMultipleChoice):
+    """transformers' class; packed inputs are an error."""
+
+
+@replaces(camembert.CamembertForSequenceClassification)
+class CamembertForSequenceClassification(_FirstTokenClassification, camembert.CamembertForSequenceClassification):
+    """transformers' class; takes packed inputs, and no padding before the classifier."""
+
+
+@replaces(camembert.CamembertForQuestionAnswering)
+class CamembertForQuestionAnswering(_MeanLoss, QuestionAnswering, camembert.CamembertForQuestionAnswering):
+    """transformers' class; see :class:`fastbert.model.heads.QuestionAnswering` for what differs."""
+
+
+@replaces(camembert.CamembertForMultipleChoice)
+class CamembertForMultipleChoice(_MeanLoss, MultipleChoice, camembert.CamembertForMultipleChoice):
+    """transformers' class; packed inputs are an error."""
+
+
+@replaces(electra.ElectraForSequenceClassification)
+class ElectraForSequenceClassification(_FirstTokenClassification, electra.ElectraForSequenceClassification):
+    """transformers' class; takes packed inputs, and no padding before the classifier."""
+
+
+@replaces(electra.ElectraForQuestionAnswering)
+class ElectraForQuestionAnswering(_MeanLoss, QuestionAnswering, electra.ElectraForQuestionAnswering):
+    """transformers' class; see :class:`fastbert.model.heads.QuestionAnswering` for what differs."""
+
+
+@replaces(electra.ElectraForMultipleChoice)
+class ElectraForMultipleChoice(_MeanLoss, MultipleChoice, electra.ElectraForMultipleChoice):
+    """transformers' class; packed inputs are an error."""
