@@ -11,6 +11,7 @@ fused layer sends the whole layer to transformers' own forward. :func:`layer_not
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from itertools import chain
 from types import ModuleType
 
@@ -31,12 +32,22 @@ STREAMS_PER_LAYER = 3
 _flatten_lock = threading.Lock()
 
 
-def expected_types(modeling: ModuleType, prefix: str) -> dict[str, type | None]:
-    """The class that each submodule of a fused layer must have; None: any, it is called where it is not the usual one.
+@dataclass(frozen=True)
+class Part:
+    """A submodule of a fused layer: where it is, and the class it must have (None: any, it is called where it is not usual)."""
 
-    modeling: transformers' module of a model family, prefix: what its classes' names begin with.
+    path: str
+    parent: int  # index of the parent's Part; -1 for the layer itself
+    name: str
+    expected: type | None
+
+
+def expected_parts(modeling: ModuleType, prefix: str) -> tuple[Part, ...]:
+    """The parts of the encoder layer in transformers' module ``modeling`` of a model family; ``prefix`` begins its classes' names.
+
+    Parents come before their children, for :func:`layer_fallback_reasons`, which every call of a layer asks.
     """
-    return {
+    classes = {
         "attention": getattr(modeling, f"{prefix}Attention"),
         "attention.self": getattr(modeling, f"{prefix}SelfAttention"),
         "attention.self.query": None,
@@ -55,12 +66,18 @@ def expected_types(modeling: ModuleType, prefix: str) -> dict[str, type | None]:
         "output.dropout": nn.Dropout,
         "output.LayerNorm": nn.LayerNorm,
     }
+    paths = list(classes)
+    parts = []
+    for path, expected in classes.items():
+        parent, _, name = path.rpartition(".")
+        parts.append(Part(path, paths.index(parent) if parent else -1, name, expected))
+    return tuple(parts)
 
 
 class FusedLayer:
     """Mixin in front of transformers' layer class; given a :class:`Packing` for a mask it does the work of packed rows fused."""
 
-    expected_types: dict[str, type | None]
+    expected_parts: tuple[Part, ...]
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | Packing | None = None, *args, **kwargs) -> Tensor:
         if not isinstance(attention_mask, Packing):
@@ -95,7 +112,7 @@ class FusedLayer:
 class BertLayer(FusedLayer, hf.BertLayer):
     """transformers' BertLayer; see :class:`FusedLayer`."""
 
-    expected_types = expected_types(hf, "Bert")
+    expected_parts = expected_parts(hf, "Bert")
 
 
 def _padding_mask(layer: nn.Module, rows: Tensor, packing: Packing) -> Tensor | None:
@@ -189,14 +206,19 @@ def layer_fallback_reasons(layer: nn.Module) -> list[str]:
     reasons = []
     if layer.chunk_size_feed_forward:
         reasons.append(f"chunk_size_feed_forward is {layer.chunk_size_feed_forward}")
-    for path, expected in layer.expected_types.items():
-        module = layer.get_submodule(path)
-        if expected is not None and type(module) is not expected:
-            reasons.append(f"{path} is {type(module).__module__}.{type(module).__qualname__}")
-        elif has_hooks(module) or (type(module) is not nn.Linear and any(map(has_hooks, module.modules()))):
-            reasons.append(f"{path} has hooks")
-        elif expected is not None and "forward" in vars(module):
-            reasons.append(f"{path} has another forward than its class")
+    modules = []
+    for part in layer.expected_parts:
+        parent = layer if part.parent < 0 else modules[part.parent]
+        module = parent._modules.get(part.name)
+        modules.append(module)
+        expected = part.expected
+        if module is None or (expected is not None and type(module) is not expected):
+            reasons.append(f"{part.path} is {type(module).__module__}.{type(module).__qualname__}")
+            return reasons  # what it is made of is not known
+        if has_hooks(module) or (expected is None and module._modules and any(map(has_hooks, module.modules()))):
+            reasons.append(f"{part.path} has hooks")
+        elif expected is not None and "forward" in module.__dict__:
+            reasons.append(f"{part.path} has another forward than its class")
     return reasons
 
 
@@ -293,7 +315,8 @@ def _flatten(group: list[Tensor]) -> bool:
     )
     if not ours_to_move:
         return False
-    with torch.no_grad():
+    # Parameters whose memory was made in inference mode could never be trained again.
+    with torch.inference_mode(False), torch.no_grad():
         buffer = torch.cat([p.detach() for p in group])
         for parameter, part in zip(group, buffer.chunk(3), strict=True):
             parameter.data = part

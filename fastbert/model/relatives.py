@@ -15,7 +15,7 @@ from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
 
 from .encoder import PackedEncoder
-from .layer import FusedLayer, expected_types
+from .layer import FusedLayer, expected_parts
 from .outputs import PlainEncoderOutput
 from .packing import Packing
 from .swap import replaces
@@ -44,7 +44,7 @@ class PositionsAfterPadding:
 class RobertaLayer(FusedLayer, roberta.RobertaLayer):
     """transformers' RobertaLayer; see :class:`fastbert.model.layer.FusedLayer`."""
 
-    expected_types = expected_types(roberta, "Roberta")
+    expected_parts = expected_parts(roberta, "Roberta")
 
 
 @replaces(roberta.RobertaModel)
@@ -58,7 +58,7 @@ class RobertaModel(PositionsAfterPadding, PackedEncoder, roberta.RobertaModel):
 class XLMRobertaLayer(FusedLayer, xlm_roberta.XLMRobertaLayer):
     """transformers' XLMRobertaLayer; see :class:`fastbert.model.layer.FusedLayer`."""
 
-    expected_types = expected_types(xlm_roberta, "XLMRoberta")
+    expected_parts = expected_parts(xlm_roberta, "XLMRoberta")
 
 
 @replaces(xlm_roberta.XLMRobertaModel)
@@ -72,7 +72,7 @@ class XLMRobertaModel(PositionsAfterPadding, PackedEncoder, xlm_roberta.XLMRober
 class CamembertLayer(FusedLayer, camembert.CamembertLayer):
     """transformers' CamembertLayer; see :class:`fastbert.model.layer.FusedLayer`."""
 
-    expected_types = expected_types(camembert, "Camembert")
+    expected_parts = expected_parts(camembert, "Camembert")
 
 
 @replaces(camembert.CamembertModel)
@@ -86,7 +86,7 @@ class CamembertModel(PositionsAfterPadding, PackedEncoder, camembert.CamembertMo
 class ElectraLayer(FusedLayer, electra.ElectraLayer):
     """transformers' ElectraLayer; see :class:`fastbert.model.layer.FusedLayer`."""
 
-    expected_types = expected_types(electra, "Electra")
+    expected_parts = expected_parts(electra, "Electra")
 
 
 @replaces(electra.ElectraModel)
