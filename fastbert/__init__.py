@@ -25,6 +25,8 @@ _HOMES = {
     "accelerate": "fastbert.model.accelerate",
     "restore": "fastbert.model.accelerate",
     "explain": "fastbert.model.explain",
+    "register": "fastbert.model.register",
+    "unregister": "fastbert.model.register",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
         BertForTokenClassification,
     )
     from .model.lm_heads import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
+    from .model.register import register, unregister
 
 
 def __getattr__(name: str) -> Any:

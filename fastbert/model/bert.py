@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from transformers.models.bert import modeling_bert as hf
 
+from .attention_interface import register_attention
 from .encoder import PackedEncoder
 from .swap import replaces, use_fast_classes
+
+# So that a checkpoint saved with attn_implementation="fastbert" loads.
+register_attention()
 
 
 class CheckedLoading:
