@@ -61,10 +61,7 @@ class PackedBatch:
             "position_ids": self.position_ids.unsqueeze(0),
             "labels": self.labels.unsqueeze(0),
             "next_sentence_label": self.next_sentence_label,
-            "cu_seq_lens_q": self.cu_seqlens,
-            "cu_seq_lens_k": self.cu_seqlens,
-            "max_length_q": self.max_seqlen,
-            "max_length_k": self.max_seqlen,
+            **boundary_arguments(self.cu_seqlens, self.max_seqlen),
         }
 
     def padded(self, pad_id: int) -> dict[str, Tensor]:
@@ -88,6 +85,16 @@ class PackedBatch:
             "labels": pad(self.labels, IGNORE_INDEX),
             "next_sentence_label": self.next_sentence_label,
         }
+
+
+def boundary_arguments(cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
+    """How transformers' and fastbert's models are told where the sequences of a packed row are; in self-attention k is q."""
+    return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": max_seqlen, "max_length_k": max_seqlen}
+
+
+def positions_within(cu_seqlens: NDArray[np.integer]) -> NDArray[np.int64]:
+    """(total,): each token's position, counted from 0 in its own sequence."""
+    return np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
 
 
 class PretrainingBatches:
@@ -188,7 +195,7 @@ class PretrainingBatches:
         ids = pairs.assemble(first, last)
         cu_seqlens = pairs.offsets[first : last + 1] - pairs.offsets[first]
         lengths = np.diff(cu_seqlens)
-        position_ids = np.arange(len(ids)) - np.repeat(cu_seqlens[:-1], lengths)
+        position_ids = positions_within(cu_seqlens)
         first_segment = np.repeat(pairs.segment_a_lengths[first:last] + 2, lengths)
         masked, labels = mask_tokens(
             ids,

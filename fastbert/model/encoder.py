@@ -15,7 +15,7 @@ from ..ops.registration import transform_reasons
 from .embeddings import embed
 from .inputs import check_first_position, check_inputs
 from .layer import FusedLayer, is_watched
-from .outputs import Deferred, PooledEncoderOutput
+from .outputs import PooledEncoderOutput
 from .packing import Packing
 from .swap import use_fast_classes
 
@@ -111,8 +111,12 @@ class PackedEncoder:
             recorded.add(hidden_states)
 
         output = self._output(hidden_states, packing)
-        if getattr(self, "pooler", None) is not None:
-            output.pooler_output = self.pooler(packing.first_positions(hidden_states).unsqueeze(1))
+        pooler = getattr(self, "pooler", None)
+        if pooler is not None:
+            # transformers' reads the first position; of another one nobody knows, nor what a hook looks at.
+            theirs = type(pooler).__module__ == self.embeddings_class.__module__ and not is_watched(pooler)
+            first = packing.first_positions(hidden_states).unsqueeze(1) if theirs else packing.to_sequences(hidden_states)
+            output.pooler_output = pooler(first)
         if recorded.states is not None:
             last = output.last_hidden_state
             output.hidden_states = tuple(
@@ -129,8 +133,7 @@ class PackedEncoder:
             theirs = self.output_class.__bases__[1]
             return theirs(last_hidden_state=packing.pad(hidden_states))
         output = self.output_class()
-        output.defer("last_hidden_state", Deferred(lambda: packing.pad(hidden_states)))
-        output.packed, output.packing = hidden_states, packing
+        output.set_rows(hidden_states, packing)
         return output
 
     def _row_through_their_forward(self, packing, kwargs, **inputs):
@@ -200,7 +203,7 @@ class _HiddenStates:
     """Keeps the packed rows after the embeddings and after each layer, all of them or those whose index was asked for."""
 
     def __init__(self, wanted: bool | int | list[int] | None, num_layers: int) -> None:
-        self.states: list[Tensor | None] | None = None if wanted is None or wanted is False else []
+        self.states: list[Tensor | None] | None = [] if wanted else None  # 0 asks for none in transformers, too
         self._selected = None
         if self.states is not None and not isinstance(wanted, bool):
             indices = [wanted] if isinstance(wanted, int) else wanted

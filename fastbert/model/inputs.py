@@ -67,11 +67,17 @@ def _check_packed(
     batch, total = tokens.shape[:2]
     if batch != 1:
         raise ValueError(f"packed inputs (cu_seq_lens_q) hold all sequences in one row, but the batch size is {batch}; expected 1")
+    if getattr(model, "_is_replica", False):
+        raise ValueError(
+            "packed inputs (cu_seq_lens_q) in torch.nn.DataParallel, which cuts them like a batch of rows; "
+            "use DistributedDataParallel, or one GPU"
+        )
     if attention_mask is not None:
         raise ValueError("packed inputs (cu_seq_lens_q) have no padding: pass attention_mask=None")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(
-            f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)}, expected (num_sequences + 1,): 0 and the sums of the lengths"
+            f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)}, expected (num_sequences + 1,): 0 and the sums of the lengths "
+            "(accelerate's dispatch_batches=True would cut it like a batch of rows)"
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seq_lens_q is {cu_seqlens.dtype}, expected int32 or int64")

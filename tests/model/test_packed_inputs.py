@@ -13,6 +13,7 @@ from fastbert.model.packing import Packing
 from fastbert.ops import backends
 
 from .helpers import BATCH, LENGTHS, NAMES, assert_same_gradients, inputs_for, mask, pair, small_config
+from .test_accelerate import TASKS, batch_for, relative
 
 TOTAL = sum(LENGTHS)
 CU_SEQLENS = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
@@ -43,9 +44,12 @@ def assert_row_is_the_batch(row, batch) -> None:
         torch.testing.assert_close(value, expected, atol=2e-5, rtol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def assert_same_as_padded(padded_model, model, name: str, layout: str) -> None:
-    batch = inputs_for(name)
-    expected, got = padded_model(**batch), model(**packed(batch, layout))
+def assert_same_as_padded(padded_model, model, name: str, layout: str, batch: dict[str, torch.Tensor] | None = None) -> None:
+    batch = inputs_for(name) if batch is None else batch
+    row = packed(batch, layout)
+    if "position_ids" in row:
+        row["position_ids"] += model.base_model.first_position
+    expected, got = padded_model(**batch), model(**row)
     assert_row_is_the_batch(got, expected)
     loss_of = (lambda output: output.pooler_output.square().sum()) if name == "BertModel" else (lambda output: output.loss)
     loss_of(expected).backward()
@@ -59,6 +63,18 @@ def test_every_class(name, layout):
     """The padded batch's results are those of transformers: test_parity.py."""
     _, ours = pair(name)
     assert_same_as_padded(copy.deepcopy(ours), ours, name, layout)
+
+
+@pytest.mark.parametrize("layout", ["positions", "boundaries"])
+@pytest.mark.parametrize("task", TASKS[:4])
+@pytest.mark.parametrize("name", ["Roberta", "Electra"])
+def test_relatives(name, task, layout):
+    """RoBERTa's positions start after the padding token's id; of a padding token among others they know by its id alone."""
+    _, ours = relative(name, task)
+    batch = batch_for(task, ours.config)
+    if layout == "positions":
+        batch["input_ids"][0, 4] = 5
+    assert_same_as_padded(copy.deepcopy(ours), ours, f"Bert{task}", layout, batch)
 
 
 @pytest.mark.parametrize("layout", ["positions", "boundaries"])
@@ -317,9 +333,8 @@ def test_compiled_code_takes_boundaries_and_refuses_positions_alone():
     _, ours = pair("BertForQuestionAnswering", num_hidden_layers=1)
     batch = inputs_for("BertForQuestionAnswering")
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
-    for layout in ("both", "boundaries"):
-        row = packed(batch, layout)
-        torch.testing.assert_close(compiled(**row).loss, ours(**row).loss)
+    row = packed(batch, "boundaries")
+    torch.testing.assert_close(compiled(**row).loss, ours(**row).loss)
     row = packed(batch, "positions")
     with pytest.raises(RuntimeError, match="compiled code needs cu_seq_lens_q and max_length_q"):
         compiled(**{key: row[key] for key in ("input_ids", "token_type_ids", "position_ids")})
@@ -356,6 +371,13 @@ def test_two_rows_are_not_packed():
     _, ours = pair("BertModel")
     with pytest.raises(ValueError, match="the batch size is 2; expected 1"):
         ours(torch.zeros(2, 5, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 2, 5]))
+
+
+def test_data_parallel_replicas_refuse_packed_rows():
+    """torch.nn.DataParallel hands each GPU a part of cu_seq_lens_q, which nobody reads there."""
+    _, ours = pair("BertModel")
+    with pytest.raises(ValueError, match="use DistributedDataParallel, or one GPU"):
+        ours._replicate_for_data_parallel()(**packed(inputs_for("BertModel")))
 
 
 def test_labels_of_another_number_of_sequences():
