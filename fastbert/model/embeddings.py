@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import embedding_layer_norm
+from ..ops.registration import under_autocast
 from .inputs import check_token_ids
 from .layer import STREAMS_PER_LAYER, active_dropout_p, is_watched
 from .packing import Packing
@@ -133,9 +134,9 @@ def _parameter_reasons(embeddings: nn.Module) -> list[str]:
     if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in parameters):
         reasons.append("not all parameters are there and plain")
         return reasons
-    dtype, device_type = parameters[0].dtype, parameters[0].device.type
+    dtype = parameters[0].dtype
     if any(parameter.dtype != dtype for parameter in parameters):
         reasons.append("their parameters differ in dtype")
-    if dtype != torch.float32 and torch.is_autocast_enabled(device_type):
+    if dtype != torch.float32 and under_autocast(norm.weight):
         reasons.append("under autocast torch decides which dtype LayerNorm gives for tables that are not float32")
     return reasons

@@ -12,7 +12,7 @@ from ..ops import backends
 from .accelerate import encoder_classes, module_of
 from .embeddings import embedding_notes
 from .encoder import PackedEncoder, model_fallback_reasons
-from .layer import FusedLayer, layer_notes
+from .layer import FusedLayer, has_own_forward, layer_notes
 
 
 @dataclass
@@ -87,7 +87,7 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
     if isinstance(encoder, PackedEncoder):
         decisive = {key: value for key, value in inputs.items() if key in _DECISIVE}
         reasons, notes = model_fallback_reasons(encoder, **decisive), embedding_notes(encoder)
-        if "forward" in vars(encoder):
+        if has_own_forward(encoder):
             reasons.append("its forward was replaced on the instance, perhaps by one that calls transformers'")
     else:
         kind = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
@@ -96,7 +96,7 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
         index: layer_notes(layer) if isinstance(layer, FusedLayer) else [f"is {type(layer).__qualname__}, not fastbert's"]
         for index, layer in enumerate(encoder.encoder.layer)
     }
-    weight = encoder.embeddings.LayerNorm.weight
+    weight = next(encoder.parameters())
     head_dim = encoder.config.hidden_size // encoder.config.num_attention_heads
     return Explanation(
         name=name,

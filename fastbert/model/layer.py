@@ -89,7 +89,7 @@ class FusedLayer:
 
     def on_packed_rows(self, rows: Tensor, packing: Packing) -> Tensor:
         """A call of this layer on (total, hidden); who watches it sees padded (batch, length, hidden), as in transformers."""
-        if "forward" in vars(self):
+        if has_own_forward(self):
             # Whoever replaced it may have kept transformers' own, which knows tensors only.
             mask = _padding_mask(self, rows, packing)
             return packing.from_sequences(self(packing.to_sequences(rows), mask))
@@ -181,9 +181,15 @@ def has_hooks(module: nn.Module) -> bool:
     return any(not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS_HOOKS) for hook in hooks)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody put another ``forward`` on the instance; accelerate leaves that of the class there when its hooks go."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether a module does more than its class says: it has hooks, or somebody put another ``forward`` on the instance."""
-    return "forward" in vars(module) or has_hooks(module)
+    return has_own_forward(module) or has_hooks(module)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -193,6 +199,11 @@ def is_plain_linear(module: nn.Module) -> bool:
     ``weight`` would ignore the one and break the other.
     """
     return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and not is_watched(module)
+
+
+def has_plain_parameters(norm: nn.LayerNorm) -> bool:
+    """Whether reading ``weight`` and ``bias`` is all there is to this LayerNorm."""
+    return type(norm.weight) in (nn.Parameter, Tensor) and type(norm.bias) in (nn.Parameter, Tensor)
 
 
 def is_exact_gelu(activation: nn.Module) -> bool:
@@ -217,14 +228,16 @@ def layer_fallback_reasons(layer: nn.Module) -> list[str]:
             return reasons  # what it is made of is not known
         if has_hooks(module) or (expected is None and module._modules and any(map(has_hooks, module.modules()))):
             reasons.append(f"{part.path} has hooks")
-        elif expected is not None and "forward" in module.__dict__:
+        elif expected is not None and has_own_forward(module):
             reasons.append(f"{part.path} has another forward than its class")
+        elif expected is nn.LayerNorm and not has_plain_parameters(module):
+            reasons.append(f"{part.path} has no weight or no bias, or they are more than parameters")
     return reasons
 
 
 def layer_notes(layer: nn.Module) -> list[str]:
     """What runs slower than it could in this layer, and why; empty for a fully fused one."""
-    if "forward" in vars(layer):
+    if has_own_forward(layer):
         return ["its forward was replaced on the instance: called on padded rows"]
     reasons = layer_fallback_reasons(layer)
     if reasons:
@@ -246,7 +259,7 @@ def layer_notes(layer: nn.Module) -> list[str]:
 
 
 def _what_is(name: str, module: nn.Module) -> str:
-    if "forward" in vars(module):
+    if has_own_forward(module):
         return f"{name} has another forward than its class"
     if type(module) is nn.Linear:
         return f"{name} has a weight of type {type(module.weight).__module__}.{type(module.weight).__qualname__}"

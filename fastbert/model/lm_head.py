@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..ops import gelu_layer_norm, mlm_loss
 from ..ops.linear import linear
 from ..ops.registration import transform_reasons
-from .layer import has_hooks, is_exact_gelu, is_plain_linear, is_watched
+from .layer import has_hooks, has_plain_parameters, is_exact_gelu, is_plain_linear, is_watched
 from .outputs import Deferred, EncoderOutput
 from .packing import Packing
 
@@ -105,6 +105,7 @@ class LanguageModelHead:
             and (self.activation is None or is_exact_gelu(self.activation))
             and type(self.norm) is nn.LayerNorm
             and not is_watched(self.norm)
+            and has_plain_parameters(self.norm)
         )
 
     def _hidden(self, rows: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput as HFBertForPreTrainingOutput
 
+from .packing import Packing
+
 
 @dataclass
 class Deferred:
@@ -106,6 +108,26 @@ class LazyOutput:
 
 class EncoderOutput(LazyOutput):
     """Beside transformers' fields: ``packed`` (total, hidden), the encoder's rows before padding, and their ``packing``."""
+
+    def set_rows(self, rows: Tensor, packing: Packing) -> None:
+        """Makes ``rows`` (total, hidden) the result, and ``last_hidden_state`` what they are with padding."""
+        self._rows, self.packing = rows, packing
+        self.defer("last_hidden_state", Deferred(lambda: packing.pad(rows)))
+
+    def _compute(self, name: str, deferred: Deferred) -> Tensor:
+        value = super()._compute(name, deferred)
+        if name == "last_hidden_state" and not value.is_inference():
+            self._padded = (value, value._version)
+        return value
+
+    @property
+    def packed(self) -> Tensor:
+        """A hook may have changed ``last_hidden_state``, by another tensor or in place: then they are the rows of that."""
+        state = object.__getattribute__(self, "last_hidden_state")
+        if isinstance(state, Deferred):
+            return self._rows
+        padded, version = vars(self).get("_padded", (None, None))
+        return self._rows if state is padded and state._version == version else self.packing.unpad(state)
 
 
 @dataclass

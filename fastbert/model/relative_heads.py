@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .encoder import sequences_in_row
 from .heads import MultipleChoice, QuestionAnswering
+from .layer import is_watched
 from .lm_head import LanguageModelHead
 from .lm_heads import MaskedLM
 from .outputs import EncoderOutput
@@ -47,12 +48,16 @@ class _FirstTokenClassification(_MeanLoss):
         packing = sequences_in_row(self.base_model, attention_mask, kwargs, input_ids=input_ids, **inputs)
         outputs = self.base_model(input_ids, attention_mask=attention_mask, **inputs, return_dict=True, **kwargs)
         if isinstance(outputs, EncoderOutput):
-            first = outputs.packing.first_positions(outputs.packed)
+            packing, rows = outputs.packing, outputs.packed
         elif packing is not None:
-            first = packing.first_positions(packing.unpad(outputs.last_hidden_state))
+            rows = packing.unpad(outputs.last_hidden_state)
+        if packing is None:
+            features = outputs.last_hidden_state
+        elif is_watched(self.classifier) or not type(self.classifier).__module__.startswith("transformers."):
+            features = packing.to_sequences(rows)  # another classifier than transformers' may look at all tokens, as a hook may
         else:
-            first = outputs.last_hidden_state[:, 0]
-        logits = self.classifier(first.unsqueeze(1))
+            features = packing.first_positions(rows).unsqueeze(1)
+        logits = self.classifier(features)
         loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -72,6 +77,25 @@ class _RobertaMaskedLM(_MeanLoss, MaskedLM):
             norm=head.layer_norm,
             decoder=head.decoder,
         )
+
+
+class _RobertaMultipleChoice(_MeanLoss, MultipleChoice):
+    """Mixin: the order of arguments that multiple choice has in RoBERTa and what was made from it."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ):
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, labels=labels, **kwargs,
+        )  # fmt: skip
 
 
 @replaces(roberta.RobertaForMaskedLM)
@@ -99,6 +123,21 @@ class CamembertForMaskedLM(_RobertaMaskedLM, camembert.CamembertForMaskedLM):
 class ElectraForMaskedLM(_MeanLoss, MaskedLM, electra.ElectraForMaskedLM):
     """transformers' class; see :class:`fastbert.model.lm_heads.MaskedLM` for what differs."""
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ):
+        return super().forward(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, labels=labels, **kwargs,
+        )  # fmt: skip
+
     def language_model_head(self) -> LanguageModelHead:
         predictions, decoder = self.generator_predictions, self.generator_lm_head
         return LanguageModelHead(
@@ -122,7 +161,7 @@ class RobertaForQuestionAnswering(_MeanLoss, QuestionAnswering, roberta.RobertaF
 
 
 @replaces(roberta.RobertaForMultipleChoice)
-class RobertaForMultipleChoice(_MeanLoss, MultipleChoice, roberta.RobertaForMultipleChoice):
+class RobertaForMultipleChoice(_RobertaMultipleChoice, roberta.RobertaForMultipleChoice):
     """transformers' class; packed inputs are an error."""
 
 
@@ -137,7 +176,7 @@ class XLMRobertaForQuestionAnswering(_MeanLoss, QuestionAnswering, xlm_roberta.X
 
 
 @replaces(xlm_roberta.XLMRobertaForMultipleChoice)
-class XLMRobertaForMultipleChoice(_MeanLoss, MultipleChoice, xlm_roberta.XLMRobertaForMultipleChoice):
+class XLMRobertaForMultipleChoice(_RobertaMultipleChoice, xlm_roberta.XLMRobertaForMultipleChoice):
     """transformers' class; packed inputs are an error."""
 
 
@@ -152,7 +191,7 @@ class CamembertForQuestionAnswering(_MeanLoss, QuestionAnswering, camembert.Came
 
 
 @replaces(camembert.CamembertForMultipleChoice)
-class CamembertForMultipleChoice(_MeanLoss, MultipleChoice, camembert.CamembertForMultipleChoice):
+class CamembertForMultipleChoice(_RobertaMultipleChoice, camembert.CamembertForMultipleChoice):
     """transformers' class; packed inputs are an error."""
 
 

@@ -6,6 +6,7 @@ checkpointing off without a word. Our classes therefore add methods, never state
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from torch import nn
@@ -24,6 +25,10 @@ def replaces(theirs: type) -> Callable[[type], type]:
         if issubclass(ours, PreTrainedModel):
             # What transformers' constructor does: without it, a model whose class was changed records no hidden states.
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(ours), ours._can_record_outputs)
+            # Which keyword arguments forward takes can be read off its signature; annotations in our files are strings.
+            their_kwargs = inspect.signature(theirs.forward).parameters.get("kwargs")
+            if their_kwargs is not None and ours.forward is not theirs.forward:
+                inspect.unwrap(ours.forward).__annotations__["kwargs"] = their_kwargs.annotation
         return ours
 
     return register

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .registration import contiguous_grad, register
+from .registration import contiguous_grad, register, under_autocast
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def onednn_unavailable_reason() -> str | None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (rows, in_features), weight (out_features, in_features), bias (out_features,) or None -> (rows, out_features)."""
     # A compiler chooses its own matmul, autocast its own dtype.
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not takes_onednn(x, weight):
+    if torch.compiler.is_compiling() or under_autocast(x) or not takes_onednn(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.fastbert.linear(x, weight, bias)
 

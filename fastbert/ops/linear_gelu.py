@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import implementation_for
-from .registration import check_shape, contiguous_grad, register
+from .registration import check_shape, contiguous_grad, register, under_autocast
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, recompute: bool = False, backend: str = "auto") -> Tensor:
@@ -30,7 +30,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, recompute: bo
             "expected (rows, in_features) and (out_features, in_features)"
         )
     check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
-    if torch.is_autocast_enabled(x.device.type):
+    if under_autocast(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     weight, bias = weight.to(x.dtype).contiguous(), None if bias is None else bias.to(x.dtype).contiguous()
     keep = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))

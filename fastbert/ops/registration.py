@@ -6,10 +6,12 @@ instead of 7 (and 15 for an out-variant), and operators stay functional, as ``op
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "fastbert"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -30,18 +32,41 @@ def register(
     derivative is an error.
     """
     _library.define(name + schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
+
+    @functools.wraps(implementation)
+    def checked(*args):
+        if forward_ad._current_level >= 0:  # torch would drop the tangents: a derivative of 0 without a word
+            raise RuntimeError(f"{qualified} has no forward-mode derivative (jvp): fastbert's ops have the one of backward()")
+        return implementation(*args)
+
+    _library.impl(name, checked, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is None:
 
         def backward(ctx, *grads):
             raise RuntimeError(
-                f"{qualified} has no derivative: fastbert's ops can be differentiated once; for second derivatives load the "
-                "model with attn_implementation='eager'"
+                f"{qualified} has no derivative: fastbert's ops can be differentiated once; for second derivatives use "
+                "fastbert.restore(model), with attn_implementation='eager'"
             )
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+
+
+def transform_reasons() -> list[str]:
+    """Why no op of this namespace can take part in the differentiation that is going on; empty where all can."""
+    if torch.compiler.is_compiling():
+        return []
+    if torch._C._are_functorch_transforms_active():
+        return ["the transforms of torch.func (grad, vjp, jvp, vmap) know torch's own operators only"]
+    if forward_ad._current_level >= 0:
+        return ["forward-mode derivatives are asked for (torch.autograd.forward_ad), which fastbert's ops do not have"]
+    return []
+
+
+def under_autocast(x: torch.Tensor) -> bool:
+    """Whether autocast chooses the dtype of matmuls of ``x``. torch raises where it is asked about the meta device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
