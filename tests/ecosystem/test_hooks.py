@@ -1,0 +1,187 @@
+"""Whoever watches a part of a model takes part: hooks on every kind of submodule, and forwards replaced on instances.
+
+Each test does the same to a plain and to a fast model, and wants the same numbers, the same calls and a word of ``explain``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_outputs import ModelOutput
+
+import fastbert
+
+from ..model.helpers import BATCH, LENGTH, inputs_for
+from .helpers import DOORS, assert_same_training_step, fast_pair, notes_of
+
+NAME = "BertForSequenceClassification"
+LAYER = "bert.encoder.layer.1"
+IN_LAYER = (
+    "attention", "attention.self", "attention.self.query", "attention.self.key", "attention.self.value", "attention.self.dropout",
+    "attention.output", "attention.output.dense", "attention.output.dropout", "attention.output.LayerNorm", "intermediate",
+    "intermediate.dense", "intermediate.intermediate_act_fn", "output", "output.dense", "output.dropout", "output.LayerNorm",
+)  # fmt: skip
+EMBEDDINGS = "word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"
+HEADS = "bert.pooler", "bert.pooler.dense", "bert.pooler.activation", "dropout", "classifier"
+PARTS = [
+    "bert", "bert.encoder", "bert.embeddings", *(f"bert.embeddings.{name}" for name in EMBEDDINGS), LAYER,
+    *(f"{LAYER}.{name}" for name in IN_LAYER), *HEADS,
+]  # fmt: skip
+# sdpa takes a probability: transformers calls this module for eager attention only.
+NEVER_CALLED = {f"{LAYER}.attention.self.dropout"}
+# Not part of what explain explains, transformers' own code on our path, too.
+NEVER_FUSED = {"bert", *HEADS}
+
+
+def scaled(value):
+    """A module's inputs or outputs with their first tensor of numbers times 1.5."""
+    if isinstance(value, torch.Tensor):
+        return value * 1.5 if value.is_floating_point() else value
+    if isinstance(value, ModelOutput):
+        for key in ("last_hidden_state", "pooler_output"):
+            if value.get(key) is not None:
+                value[key] = value[key] * 1.5
+        return value
+    return (scaled(value[0]), *value[1:]) if value else value  # None, too
+
+
+def forward_hook(module: nn.Module, calls: list) -> None:
+    def hook(module, args, output):
+        calls.append(getattr(output, "shape", None))
+        return scaled(output)
+
+    module.register_forward_hook(hook)
+
+
+def forward_hook_with_arguments(module: nn.Module, calls: list) -> None:
+    def hook(module, args, kwargs, output):
+        calls.append(len(args) > 0 or len(kwargs) > 0)
+        return scaled(output)
+
+    module.register_forward_hook(hook, with_kwargs=True)
+
+
+def forward_pre_hook(module: nn.Module, calls: list) -> None:
+    def hook(module, args):
+        calls.append(getattr(args[0], "shape", None) if args else None)
+        return scaled(args)
+
+    module.register_forward_pre_hook(hook)
+
+
+def backward_hook(module: nn.Module, calls: list) -> None:
+    def hook(module, grad_input, grad_output):
+        calls.append(grad_output[0].shape)
+        return tuple(map(scaled, grad_input))
+
+    module.register_full_backward_hook(hook)
+
+
+def backward_pre_hook(module: nn.Module, calls: list) -> None:
+    def hook(module, grad_output):
+        calls.append(grad_output[0].shape)
+        return tuple(map(scaled, grad_output))
+
+    module.register_full_backward_pre_hook(hook)
+
+
+def replaced_forward(module: nn.Module, calls: list) -> None:
+    """What accelerate, and everybody who binds a method to an instance, does."""
+    original = module.forward
+
+    def forward(*args, **kwargs):
+        calls.append(True)
+        return scaled(original(*args, **kwargs))
+
+    module.forward = forward
+
+
+WAYS = [forward_hook, forward_hook_with_arguments, forward_pre_hook, backward_hook, backward_pre_hook, replaced_forward]
+
+
+def cases() -> list:
+    """Every part watched in every way; through the second door, which leads to the same layers, in one way."""
+    chosen = [("class", part, way) for part in PARTS for way in WAYS] + [("accelerate", part, forward_hook) for part in PARTS]
+    # torch's backward hooks look for tensors in tuples: they do not take part where a ModelOutput is returned.
+    without = ("bert", "bert.encoder"), (backward_hook, backward_pre_hook)
+    return [
+        pytest.param(door, part, way, id=f"{door}-{part}-{way.__name__}")
+        for door, part, way in chosen
+        if not (part in without[0] and way in without[1])
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed with respect to module outputs")
+@pytest.mark.parametrize(("door", "part", "watch"), cases())
+def test_a_watched_part_is_called(door, part, watch: Callable):
+    theirs, ours = fast_pair(door, NAME, num_hidden_layers=2)
+    calls = {theirs: [], ours: []}
+    for model in (theirs, ours):
+        watch(model.get_submodule(part), calls[model])
+    assert_same_training_step(ours, theirs, NAME)
+    assert calls[ours] == calls[theirs]
+    assert bool(calls[ours]) == (part not in NEVER_CALLED)
+    if part not in NEVER_FUSED:
+        assert notes_of(ours)
+
+
+@pytest.mark.parametrize("part", ["bert", "bert.encoder", LAYER, "bert.embeddings"])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_changed_output_reaches_the_language_model_head(door, part):
+    """The head reads packed rows, which a hook on the encoder that changes ``last_hidden_state`` knows nothing of."""
+    theirs, ours = fast_pair(door, "BertForPreTraining")
+    for model in (theirs, ours):
+        forward_hook(model.get_submodule(part), [])
+    assert_same_training_step(ours, theirs, "BertForPreTraining")
+
+
+@pytest.mark.parametrize(
+    "part", ["cls", "cls.predictions", "cls.predictions.transform", "cls.predictions.transform.dense", "cls.predictions.decoder"]
+)
+@pytest.mark.parametrize(("door", "watch"), [("class", forward_hook), ("class", backward_hook), ("accelerate", replaced_forward)])
+def test_a_watched_language_model_head_is_called(door, watch, part):
+    theirs, ours = fast_pair(door, "BertForMaskedLM")
+    calls = {theirs: [], ours: []}
+    for model in (theirs, ours):
+        watch(model.get_submodule(part), calls[model])
+    assert_same_training_step(ours, theirs, "BertForMaskedLM")
+    assert calls[ours] == calls[theirs] != []
+    assert fastbert.explain(ours).head
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_hook_on_a_layer_sees_padded_hidden_states(door):
+    theirs, ours = fast_pair(door, NAME)
+    seen = []
+    ours.get_submodule(LAYER).register_forward_hook(lambda module, args, output: seen.append((args[0].shape, output.shape)))
+    ours(**inputs_for(NAME))
+    assert seen == [((BATCH, LENGTH, 48), (BATCH, LENGTH, 48))]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_removed_hooks_leave_nothing_behind(door):
+    _, ours = fast_pair(door, NAME)
+    handles = [ours.get_submodule(part).register_forward_hook(lambda *_: None) for part in PARTS]
+    assert notes_of(ours)
+    for handle in handles:
+        handle.remove()
+    assert notes_of(ours) == []
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_hooks_for_all_modules(door):
+    theirs, ours = fast_pair(door, NAME)
+    seen = {theirs: [], ours: []}
+    for model, names in seen.items():
+        paths = {module: path for path, module in model.named_modules()}
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_, n=names, p=paths: n.append(p.get(module)))
+        try:
+            model(**inputs_for(NAME))
+            assert model is theirs or any("hooks for all modules" in note for note in notes_of(ours))
+        finally:
+            handle.remove()
+    assert seen[ours] == seen[theirs]
+    assert notes_of(ours) == []

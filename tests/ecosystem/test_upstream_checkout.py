@@ -1,0 +1,107 @@
+"""The test files of transformers' models, where FASTBERT_TRANSFORMERS_SOURCE names a checkout of its source.
+
+transformers publishes these in its repository alone. How they run is tested everywhere, on a checkout of our own making.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from .upstream import FAMILIES, doors
+from .upstream_checkout import lost, outcomes, test_file
+
+test_file.__test__ = False
+CHECKOUT = os.environ.get("FASTBERT_TRANSFORMERS_SOURCE")
+
+
+@pytest.mark.skipif(CHECKOUT is None, reason="FASTBERT_TRANSFORMERS_SOURCE names no checkout of transformers' source")
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_test_that_passes_for_theirs_passes_for_ours(family):
+    theirs = outcomes(Path(CHECKOUT), family, "theirs")
+    for door in doors(family):
+        assert not lost(theirs, outcomes(Path(CHECKOUT), family, door)), door
+
+
+# --- a checkout of our own making ----------------------------------------------------------------------------------------
+
+TESTS = """
+import pytest, transformers
+from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel
+
+from ...helpers import small
+
+
+def test_of_both():
+    assert isinstance(small(BertModel), transformers.models.bert.modeling_bert.BertModel)
+
+
+def test_of_theirs():
+    fast = type(small(BertForMaskedLM).bert.encoder.layer[0]).__module__.startswith("fastbert")
+    assert not fast
+
+
+def test_of_theirs_loaded(tmp_path):
+    small(BertModel).save_pretrained(tmp_path)
+    assert not type(AutoModel.from_pretrained(tmp_path).encoder.layer[0]).__module__.startswith("fastbert")
+
+
+@pytest.mark.skip(reason="for everybody")
+def test_of_nobody():
+    pass
+"""
+HELPERS = """
+from transformers import BertConfig
+
+
+def small(cls):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+    return cls(BertConfig(vocab_size=30, **sizes))
+"""
+
+
+def make_checkout(root: Path, of_version: str) -> Path:
+    folder = root / "tests" / "models" / "bert"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent, folder.parent.parent):
+        (package / "__init__.py").touch()
+    (folder / "test_modeling_bert.py").write_text(TESTS)
+    (root / "tests" / "helpers.py").write_text(HELPERS)
+    source = root / "src" / "transformers"
+    source.mkdir(parents=True)
+    # What transformers' conftest.py does; the source of the checkout must not hide the installed package.
+    (root / "conftest.py").write_text('import sys\n\nsys.path.insert(1, "src")\n')
+    (source / "__init__.py").write_text(f'__version__ = "{of_version}"\n')
+    return root
+
+
+def test_doors_on_a_checkout(tmp_path):
+    checkout = make_checkout(tmp_path, version("transformers"))
+    theirs = outcomes(checkout, "bert", "theirs")
+    file = "tests/models/bert/test_modeling_bert.py"
+    passing = [f"{file}::{name}" for name in ("test_of_both", "test_of_theirs", "test_of_theirs_loaded")]
+    assert theirs == {**dict.fromkeys(passing, "passed"), f"{file}::test_of_nobody": "skipped"}
+    for door in doors("bert"):
+        assert lost(theirs, outcomes(checkout, "bert", door)) == passing[1:], door
+
+
+def test_checkout_of_another_version(tmp_path):
+    checkout = make_checkout(tmp_path, "4.0.0")
+    with pytest.raises(ValueError, match=r"is transformers 4\.0\.0, installed is .*the two must be the same"):
+        outcomes(checkout, "bert", "theirs")
+
+
+def test_no_checkout(tmp_path):
+    with pytest.raises(ValueError, match="is no checkout of transformers' source"):
+        outcomes(tmp_path, "bert", "theirs")
+
+
+def test_tests_that_cannot_be_collected(tmp_path):
+    checkout = make_checkout(tmp_path, version("transformers"))
+    (checkout / "tests" / "helpers.py").unlink()
+    with pytest.raises(RuntimeError, match="No module named 'tests.helpers'"):
+        outcomes(checkout, "bert", "theirs")
