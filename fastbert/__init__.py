@@ -27,6 +27,7 @@ _HOMES = {
     "explain": "fastbert.model.explain",
     "register": "fastbert.model.register",
     "unregister": "fastbert.model.register",
+    "DataCollatorWithPacking": "fastbert.data.collator",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -34,6 +35,7 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from transformers import BertConfig
 
+    from .data.collator import DataCollatorWithPacking
     from .model.accelerate import accelerate, restore
     from .model.bert import BertModel
     from .model.explain import explain

@@ -41,10 +41,11 @@ class DataCollatorWithPacking:
     With transformers' Trainer, predictions and labels of sequences (classification, regression, next sentence) come out as with
     padding. Those of tokens come out as one row per batch, (batches, longest row, ...), with -100 behind shorter rows: metrics of
     tokens are right, but evaluate with a padding collator where a metric must tell sequences apart (entities, answers), or where
-    several processes evaluate (the sequences that fill up their last batches are dropped by rows). An IterableDataset needs
-    ``accelerator_config={"dispatch_batches": False}``, because dispatching slices all tensors by their first dimension, as
-    torch.nn.DataParallel does (both end in an error); DistributedDataParallel does not. Of a causal language model's labels the first one of each
-    sequence is no target and has to be -100, or Trainer counts it: transformers' DataCollatorWithFlattening does that.
+    several processes evaluate: the sequences that fill up their last batches then count twice. An IterableDataset needs
+    ``accelerator_config={"dispatch_batches": False}``: dispatching slices all tensors by their first dimension, as
+    torch.nn.DataParallel does (both end in an error; DistributedDataParallel is fine). Labels of a causal language model must be
+    -100 at the first token of each sequence, which is no target, or Trainer counts it: transformers' DataCollatorWithFlattening
+    does that.
 
     Raises ValueError for features that do not fit each other or themselves.
     """

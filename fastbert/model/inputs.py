@@ -119,13 +119,16 @@ def _check_boundaries(boundaries: list[int], total: int, max_length: int | None)
 
 
 def check_first_position(model: Any, position_ids: Tensor) -> None:
-    """Raises ValueError where a packed row's positions are not counted as ``model`` counts them; looks on CPUs only."""
-    if model.first_position == 0 or position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    """Raises ValueError where a packed row's positions are not counted as ``model`` counts them.
+
+    A model that counts from 0 is not asked. Looking waits for a GPU, but numbers from 0 would be silently wrong on it.
+    """
+    if model.first_position == 0 or torch.compiler.is_compiling():
         return
-    smallest = int(position_ids.min())
-    if smallest < model.first_position:
+    first = int(position_ids[0, 0]) if position_ids.numel() else model.first_position
+    if first < model.first_position:
         raise ValueError(
-            f"position_ids start at {smallest}, but {type(model).__name__} counts from {model.first_position}, after its padding "
+            f"position_ids start at {first}, but {type(model).__name__} counts from {model.first_position}, after its padding "
             f"token's id: collators take position_ids_start={model.first_position} for it"
         )
 

@@ -20,6 +20,7 @@ from fastbert.model.packing import Packing
 from fastbert.ops import backends
 
 from ..model.helpers import BATCH, LENGTH, LENGTHS, VOCABULARY, assert_same_gradients, inputs_for, mask, small_config
+from ..ops.helpers import DEVICE
 
 no_kernels = backends.unavailable_reason("native")
 pytestmark = pytest.mark.skipif(no_kernels is not None, reason=f"without C++ kernels all of it runs through sdpa: {no_kernels}")
@@ -166,17 +167,23 @@ def test_a_model_with_attention_of_its_own_stays_as_it_is(ran):
     assert not ran
 
 
-def test_bfloat16():
-    """No further from float32 than twice sdpa's own error, on the real tokens."""
-    query, key, value = (x.to(torch.bfloat16) for x in heads())
-    module, real = SelfAttention(), padding(mask())
-    exact, _ = attention_interface.sdpa_attention_forward(module, query.float(), key.float(), value.float(), real)
-    errors = []
-    for function in (attention_interface.sdpa_attention_forward, attention_interface.attention_forward):
-        output, _ = function(module, query, key, value, real)
-        assert output.dtype == torch.bfloat16
-        errors.append(((output.float() - exact) * mask()[..., None, None]).abs().max())
-    assert errors[1] <= 2 * errors[0]
+@pytest.mark.gpu
+def test_bfloat16(ran):
+    """No further from float64 than twice sdpa's own error, on the real tokens and in the gradients."""
+    inputs = [x.to(DEVICE, torch.bfloat16) for x in heads()]
+    module, real = SelfAttention(), mask().to(DEVICE)
+    weights = torch.randn(BATCH, LENGTH, 4, 12, device=DEVICE) * real[..., None, None]
+    sdpa = attention_interface.sdpa_attention_forward
+    results = []
+    for function, dtype in ((sdpa, torch.float64), (sdpa, torch.bfloat16), (attention_interface.attention_forward, torch.bfloat16)):
+        query, key, value = (x.to(dtype).requires_grad_() for x in inputs)
+        output, _ = function(module, query, key, value, padding(real))
+        assert output.dtype == dtype
+        weighted = output.double() * weights
+        results.append([weighted, *torch.autograd.grad(weighted.sum(), (query, key, value))])
+    for exact, theirs, ours in zip(*results, strict=True):
+        assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+    assert ran["fused"] == 1
 
 
 def test_scaling_and_layout():
@@ -221,6 +228,17 @@ def test_other_masks_are_those_of_sdpa(ran):
     ):
         expected, got = make(sdpa), make(ours)
         assert (got is None and expected is None) or torch.equal(got, expected)
+
+
+def test_a_mask_that_has_to_be_whole_is_whole():
+    """Models that join it with another one say that they need every query's row, padding or not."""
+    sizes = {"batch_size": BATCH, "q_length": LENGTH, "kv_length": LENGTH}
+    for real in (mask().bool(), None):
+        got = attention_interface.make_attention_mask(
+            **sizes, mask_function=masking_utils.bidirectional_mask_function, attention_mask=real, allow_is_causal_skip=False
+        )
+        assert got.shape == (BATCH, 1, LENGTH, LENGTH)
+        assert torch.equal(got, (padding(mask()) if real is not None else torch.tensor(True)).expand_as(got))
 
 
 def test_a_mask_for_each_query_runs_through_sdpa(ran):

@@ -11,7 +11,6 @@ import transformers
 from transformers import PreTrainedModel
 
 import fastbert
-from fastbert.model.register import register, unregister
 from fastbert.model.swap import counterparts
 
 from ..model.helpers import NAMES, config_for, inputs_for
@@ -35,9 +34,9 @@ RELATIVES = (
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    register()
+    fastbert.register()
     yield
-    unregister()
+    fastbert.unregister()
 
 
 def built() -> dict[tuple[str, str], type | tuple[type, ...]]:
@@ -63,19 +62,19 @@ def test_every_auto_class_builds_ours(registered, name, tmp_path):
 
 def test_all_and_only_what_has_a_counterpart_changes():
     before = built()
-    register()
+    fastbert.register()
     try:
         during = built()
-        register()
+        fastbert.register()
         assert built() == during, "calling it again changes nothing"
     finally:
-        unregister()
+        fastbert.unregister()
     fast = counterparts()
     assert during == {key: fast.get(theirs, theirs) for key, theirs in before.items()}
     models = {theirs for theirs in fast if issubclass(theirs, PreTrainedModel)}
     assert models <= set(before.values()), "a class that no Auto class builds can only be had by its name"
     assert built() == before
-    unregister()
+    fastbert.unregister()
     assert built() == before
 
 
@@ -97,24 +96,24 @@ def test_a_class_that_somebody_else_registered_stays():
     original = mapping[transformers.BertConfig]
     try:
         transformers.AutoModel.register(transformers.BertConfig, Mine, exist_ok=True)
-        register()
+        fastbert.register()
         assert mapping[transformers.BertConfig] is Mine
-        unregister()
+        fastbert.unregister()
         assert mapping[transformers.BertConfig] is Mine
         transformers.AutoModel.register(transformers.BertConfig, original, exist_ok=True)
-        register()
+        fastbert.register()
         assert mapping[transformers.BertConfig] is fastbert.BertModel
         transformers.AutoModel.register(transformers.BertConfig, Mine, exist_ok=True)
-        unregister()
+        fastbert.unregister()
         assert mapping[transformers.BertConfig] is Mine
     finally:
-        unregister()
+        fastbert.unregister()
         transformers.AutoModel.register(transformers.BertConfig, original, exist_ok=True)
 
 
 def test_threads_that_register_at_once_agree():
     before = built()
-    threads = [threading.Thread(target=register) for _ in range(8)]
+    threads = [threading.Thread(target=fastbert.register) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -122,7 +121,7 @@ def test_threads_that_register_at_once_agree():
     try:
         assert built()["AutoModel", "BertConfig"] is fastbert.BertModel
     finally:
-        unregister()
+        fastbert.unregister()
     assert built() == before
 
 
@@ -142,11 +141,11 @@ def test_pipelines_build_ours(task, name, text, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     expected = transformers.pipeline(task, model=str(tmp_path))
     assert type(expected.model) is getattr(transformers, name)
-    register()
+    fastbert.register()
     try:
         got = transformers.pipeline(task, model=str(tmp_path))
     finally:
-        unregister()
+        fastbert.unregister()
     assert type(got.model) is getattr(fastbert, name)
     same(got(text), expected(text))
 

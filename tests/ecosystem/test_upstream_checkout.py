@@ -6,6 +6,7 @@ transformers publishes these in its repository alone. How they run is tested eve
 from __future__ import annotations
 
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -81,12 +82,17 @@ def make_checkout(root: Path, of_version: str) -> Path:
 
 def test_doors_on_a_checkout(tmp_path):
     checkout = make_checkout(tmp_path, version("transformers"))
-    theirs = outcomes(checkout, "bert", "theirs")
     file = "tests/models/bert/test_modeling_bert.py"
-    passing = [f"{file}::{name}" for name in ("test_of_both", "test_of_theirs", "test_of_theirs_loaded")]
-    assert theirs == {**dict.fromkeys(passing, "passed"), f"{file}::test_of_nobody": "skipped"}
+    both, one, loaded, nobody = (f"{file}::test_of_{name}" for name in ("both", "theirs", "theirs_loaded", "nobody"))
+    theirs = {both: "passed", one: "passed", loaded: "passed", nobody: "skipped"}
     for door in doors("bert"):
-        assert lost(theirs, outcomes(checkout, "bert", door)) == passing[1:], door
+        ours = outcomes(checkout, "bert", door)
+        assert ours == {**theirs, one: "failed", loaded: "failed"}, door
+        assert lost(theirs, ours) == [one, loaded]
+
+
+def test_what_is_not_run_is_lost():
+    assert lost({"a": "passed", "b": "passed", "c": "failed", "d": "skipped"}, {"a": "passed"}) == ["b"]
 
 
 def test_checkout_of_another_version(tmp_path):
@@ -100,8 +106,7 @@ def test_no_checkout(tmp_path):
         outcomes(tmp_path, "bert", "theirs")
 
 
-def test_tests_that_cannot_be_collected(tmp_path):
-    checkout = make_checkout(tmp_path, version("transformers"))
-    (checkout / "tests" / "helpers.py").unlink()
-    with pytest.raises(RuntimeError, match="No module named 'tests.helpers'"):
-        outcomes(checkout, "bert", "theirs")
+def test_pytest_that_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="false -m pytest .* ended with 1"):
+        outcomes(make_checkout(tmp_path, version("transformers")), "bert", "theirs")
