@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils.generic import can_return_tuple
 
@@ -60,9 +61,41 @@ class BertForMultipleChoice(PackedHead, MultipleChoice, hf.BertForMultipleChoice
     """transformers' class; see :class:`fastbert.BertModel` for what differs inside."""
 
 
+class TokenClassification:
+    """Mixin in front of transformers' token classification: the loss that Trainer asks for when gradients accumulate.
+
+    Given ``num_items_in_batch``, the labelled tokens of all those batches, it is the sum over that number, which gives what one
+    large batch gives. transformers ignores it, and lets Trainer believe that it does not.
+    """
+
+    accepts_loss_kwargs = True
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ):
+        num_items = kwargs.pop("num_items_in_batch", None)
+        output = super().forward(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, labels=labels if num_items is None else None, return_dict=True, **kwargs,
+        )  # fmt: skip
+        if labels is None or num_items is None:
+            return output
+        logits = output.logits
+        loss = F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1), reduction="sum") / num_items
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions)
+
+
 @replaces(hf.BertForTokenClassification)
-class BertForTokenClassification(PackedHead, hf.BertForTokenClassification):
-    """transformers' class; see :class:`fastbert.BertModel` for what differs inside."""
+class BertForTokenClassification(TokenClassification, PackedHead, hf.BertForTokenClassification):
+    """transformers' class; see :class:`TokenClassification` for what differs, and :class:`fastbert.BertModel`."""
 
 
 class QuestionAnswering:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..ops import gelu_layer_norm, mlm_loss
 from ..ops.linear import linear
-from ..ops.registration import transform_reasons
+from ..ops.registration import at_least_float32, transform_reasons
 from .layer import has_hooks, has_plain_parameters, is_exact_gelu, is_plain_linear, is_watched
 from .outputs import Deferred, EncoderOutput
 from .packing import Packing
@@ -30,15 +30,16 @@ class LanguageModelHead:
     """The parts of a model's head, whatever transformers calls them.
 
     whole: (..., hidden) -> (..., vocabulary), transformers' modules one after the other. containers: the modules that the fused
-    path passes by, with the class that each must have. activation: None where transformers calls the function ``gelu``.
+    path passes by, with the class that each must have. activation: None where transformers calls the function ``gelu``. A part that
+    is missing in a container of another class is None.
     """
 
     whole: Callable[[Tensor], Tensor]
     containers: tuple[tuple[nn.Module, type], ...]
-    dense: nn.Module
+    dense: nn.Module | None
     activation: nn.Module | None
-    norm: nn.Module
-    decoder: nn.Module
+    norm: nn.Module | None
+    decoder: nn.Module | None
 
     def notes(self) -> list[str]:
         """What runs unfused, and why; empty for a fully fused head."""
@@ -83,7 +84,8 @@ class LanguageModelHead:
         if not deferred or torch.compiler.is_compiling():
             setattr(output, name, self.logits(outputs))
         else:
-            parameters = [p for part in (self.dense, self.norm, self.decoder) for p in part.parameters()]
+            parts = (*(module for module, _ in self.containers), self.dense, self.norm, self.decoder)
+            parameters = {p: None for part in parts if part is not None for p in part.parameters()}
             output.defer(name, Deferred(lambda: self.logits(outputs), tuple(parameters)))
 
     def _container_reasons(self) -> list[str]:
@@ -119,7 +121,7 @@ class LanguageModelHead:
 
 
 def _whole_loss(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
-    loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction=reduction)
+    loss = F.cross_entropy(at_least_float32(logits), labels, ignore_index=ignore_index, reduction=reduction)
     return loss, (logits.argmax(-1) == labels) & (labels != ignore_index)
 
 

@@ -5,31 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils.generic import can_return_tuple
 
+from ..ops.registration import at_least_float32
 from .bert import PackedHead
 from .encoder import sequences_in_row
 from .inputs import check_labels
+from .layer import is_watched
 from .lm_head import IGNORE_INDEX, LanguageModelHead
 from .outputs import BertForPreTrainingOutput, BertLMHeadOutput, MaskedLMOutput
 from .swap import replaces
 
 
-def _bert_head(cls: hf.BertOnlyMLMHead | hf.BertPreTrainingHeads) -> LanguageModelHead:
-    predictions = cls.predictions
-    transform = predictions.transform
-    only_mlm = type(cls) is not hf.BertPreTrainingHeads
-    containers = ((predictions, hf.BertLMPredictionHead), (transform, hf.BertPredictionHeadTransform))
+def _bert_head(cls: nn.Module, expected: type) -> LanguageModelHead:
+    """Of a head that is not ``expected``, transformers' class for it, the parts may be missing."""
+    predictions = getattr(cls, "predictions", None)
+    transform = getattr(predictions, "transform", None)
+    only_mlm = expected is hf.BertOnlyMLMHead
     return LanguageModelHead(
         whole=cls if only_mlm else predictions,
-        containers=((cls, hf.BertOnlyMLMHead), *containers) if only_mlm else containers,
-        dense=transform.dense,
-        activation=transform.transform_act_fn,
-        norm=transform.LayerNorm,
-        decoder=predictions.decoder,
+        containers=((cls, expected), (predictions, hf.BertLMPredictionHead), (transform, hf.BertPredictionHeadTransform)),
+        dense=getattr(transform, "dense", None),
+        activation=getattr(transform, "transform_act_fn", None),
+        norm=getattr(transform, "LayerNorm", None),
+        decoder=getattr(predictions, "decoder", None),
     )
 
 
@@ -38,8 +40,22 @@ def _check_labels(labels: Tensor | None, input_ids: Tensor | None, inputs_embeds
         check_labels(labels, tuple((inputs_embeds if input_ids is None else input_ids).shape[:2]))
 
 
+def _loss(head: LanguageModelHead, outputs: Any, labels: Tensor, num_items: Tensor | int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """:meth:`LanguageModelHead.loss`, its mean over ``num_items`` labelled tokens where they are more than this batch has."""
+    if num_items is None:
+        return head.loss(outputs, labels)
+    loss, *telemetry = head.loss(outputs, labels, reduction="sum")
+    return loss / num_items, *telemetry
+
+
 class MaskedLM:
-    """Mixin in front of transformers' masked-LM class: the head runs on labelled rows only, ``logits`` come when they are read."""
+    """Mixin in front of transformers' masked-LM class: the head runs on labelled rows only, ``logits`` come when they are read.
+
+    Given Trainer's ``num_items_in_batch``, the labelled tokens of all batches whose gradients accumulate, the loss is its sum over
+    that number: so many small batches give what one large batch gives, however their labels are spread.
+    """
+
+    accepts_loss_kwargs = True
 
     @can_return_tuple
     def forward(
@@ -55,6 +71,7 @@ class MaskedLM:
         **kwargs,
     ):
         _check_labels(labels, input_ids, inputs_embeds)
+        num_items = kwargs.pop("num_items_in_batch", None)
         outputs = self.base_model(
             input_ids,
             attention_mask=attention_mask,
@@ -69,18 +86,18 @@ class MaskedLM:
         head = self.language_model_head()
         output = MaskedLMOutput() if not torch.compiler.is_compiling() else hf.MaskedLMOutput()
         if labels is not None:
-            output.loss, output.mlm_correct, output.mlm_count = head.loss(outputs, labels)
+            output.loss, output.mlm_correct, output.mlm_count = _loss(head, outputs, labels, num_items)
         head.set_logits(output, "logits", outputs, deferred=labels is not None)
         output.hidden_states, output.attentions = outputs.hidden_states, outputs.attentions
         return output
 
 
 @replaces(hf.BertForMaskedLM)
-class BertForMaskedLM(PackedHead, MaskedLM, hf.BertForMaskedLM):
+class BertForMaskedLM(MaskedLM, PackedHead, hf.BertForMaskedLM):
     """transformers' class; see :class:`MaskedLM` for what differs."""
 
     def language_model_head(self) -> LanguageModelHead:
-        return _bert_head(self.cls)
+        return _bert_head(self.cls, hf.BertOnlyMLMHead)
 
 
 @replaces(hf.BertForPreTraining)
@@ -91,7 +108,7 @@ class BertForPreTraining(PackedHead, hf.BertForPreTraining):
     """
 
     def language_model_head(self) -> LanguageModelHead:
-        return _bert_head(self.cls)
+        return _bert_head(self.cls, hf.BertPreTrainingHeads)
 
     @can_return_tuple
     def forward(
@@ -106,22 +123,20 @@ class BertForPreTraining(PackedHead, hf.BertForPreTraining):
         **kwargs,
     ):
         _check_labels(labels, input_ids, inputs_embeds)
-        outputs = self.bert(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
-            **kwargs,
-        )
+        inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        if type(self.cls) is not hf.BertPreTrainingHeads or is_watched(self.cls):
+            # Whoever is asked for both logits at once gets all hidden states.
+            return super().forward(
+                input_ids, attention_mask, **inputs, labels=labels, next_sentence_label=next_sentence_label, **kwargs
+            )
+        outputs = self.bert(input_ids, attention_mask=attention_mask, **inputs, return_dict=True, **kwargs)
         seq_relationship_logits = self.cls.seq_relationship(outputs.pooler_output)
         head = self.language_model_head()
         output = BertForPreTrainingOutput() if not torch.compiler.is_compiling() else hf.BertForPreTrainingOutput()
         if labels is not None and next_sentence_label is not None:
             check_labels(next_sentence_label.view(-1), (seq_relationship_logits.shape[0],), "next_sentence_label")
             mlm, output.mlm_correct, output.mlm_count = head.loss(outputs, labels)
-            next_sentence = F.cross_entropy(seq_relationship_logits.float().view(-1, 2), next_sentence_label.view(-1))
+            next_sentence = F.cross_entropy(at_least_float32(seq_relationship_logits).view(-1, 2), next_sentence_label.view(-1))
             output.loss = mlm + next_sentence
             output.mlm_loss, output.next_sentence_loss = mlm.detach(), next_sentence.detach()
         head.set_logits(output, "prediction_logits", outputs, deferred=output.loss is not None)
@@ -131,7 +146,7 @@ class BertForPreTraining(PackedHead, hf.BertForPreTraining):
 
 
 @replaces(hf.BertLMHeadModel)
-class BertLMHeadModel(PackedHead, hf.BertLMHeadModel):
+class BertLMHeadModel(PackedHead, hf.BertLMHeadModel, hf.GenerationMixin):
     """transformers' class: the loss (each label is the next token) comes from labelled rows only.
 
     As a decoder (``is_decoder=True``) the encoder runs transformers' own forward pass.
@@ -141,7 +156,7 @@ class BertLMHeadModel(PackedHead, hf.BertLMHeadModel):
     accepts_loss_kwargs = True
 
     def language_model_head(self) -> LanguageModelHead:
-        return _bert_head(self.cls)
+        return _bert_head(self.cls, hf.BertOnlyMLMHead)
 
     @can_return_tuple
     def forward(
@@ -187,10 +202,7 @@ class BertLMHeadModel(PackedHead, hf.BertLMHeadModel):
         head = self.language_model_head()
         next_tokens = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         output = BertLMHeadOutput() if not torch.compiler.is_compiling() else hf.CausalLMOutputWithCrossAttentions()
-        if num_items is None:
-            output.loss = head.loss(outputs, next_tokens)[0]
-        else:
-            output.loss = head.loss(outputs, next_tokens, reduction="sum")[0] / num_items
+        output.loss = _loss(head, outputs, next_tokens, num_items)[0]
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
             head.set_logits(output, "logits", outputs, deferred=True)
         else:

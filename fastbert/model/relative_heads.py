@@ -1,7 +1,6 @@
 """The task heads of BERT's relatives that do less work than transformers', or take packed inputs where transformers' could not.
 
-Heads that are not here (token classification, the discriminator of ELECTRA, ...) stay transformers' and read hidden states of an
-encoder that is fast.
+Heads that are not here (causal language models, ...) stay transformers' and read the hidden states of an encoder that is fast.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
 from transformers.utils.generic import can_return_tuple
 
 from .encoder import sequences_in_row
-from .heads import MultipleChoice, QuestionAnswering
+from .heads import MultipleChoice, QuestionAnswering, TokenClassification
 from .layer import is_watched
 from .lm_head import LanguageModelHead
 from .lm_heads import MaskedLM
@@ -64,7 +63,7 @@ class _FirstTokenClassification(_MeanLoss):
         )
 
 
-class _RobertaMaskedLM(_MeanLoss, MaskedLM):
+class _RobertaMaskedLM(MaskedLM):
     """Mixin: where RoBERTa and what was made from it keep the parts of their head."""
 
     def language_model_head(self) -> LanguageModelHead:
@@ -72,10 +71,10 @@ class _RobertaMaskedLM(_MeanLoss, MaskedLM):
         return LanguageModelHead(
             whole=head,
             containers=((head, self.lm_head_class),),
-            dense=head.dense,
+            dense=getattr(head, "dense", None),
             activation=None,
-            norm=head.layer_norm,
-            decoder=head.decoder,
+            norm=getattr(head, "layer_norm", None),
+            decoder=getattr(head, "decoder", None),
         )
 
 
@@ -120,7 +119,7 @@ class CamembertForMaskedLM(_RobertaMaskedLM, camembert.CamembertForMaskedLM):
 
 
 @replaces(electra.ElectraForMaskedLM)
-class ElectraForMaskedLM(_MeanLoss, MaskedLM, electra.ElectraForMaskedLM):
+class ElectraForMaskedLM(MaskedLM, electra.ElectraForMaskedLM):
     """transformers' class; see :class:`fastbert.model.lm_heads.MaskedLM` for what differs."""
 
     def forward(
@@ -143,9 +142,9 @@ class ElectraForMaskedLM(_MeanLoss, MaskedLM, electra.ElectraForMaskedLM):
         return LanguageModelHead(
             whole=lambda hidden: decoder(predictions(hidden)),
             containers=((predictions, electra.ElectraGeneratorPredictions),),
-            dense=predictions.dense,
-            activation=predictions.activation,
-            norm=predictions.LayerNorm,
+            dense=getattr(predictions, "dense", None),
+            activation=getattr(predictions, "activation", None),
+            norm=getattr(predictions, "LayerNorm", None),
             decoder=decoder,
         )
 
@@ -153,6 +152,11 @@ class ElectraForMaskedLM(_MeanLoss, MaskedLM, electra.ElectraForMaskedLM):
 @replaces(roberta.RobertaForSequenceClassification)
 class RobertaForSequenceClassification(_FirstTokenClassification, roberta.RobertaForSequenceClassification):
     """transformers' class; takes packed inputs, and no padding before the classifier."""
+
+
+@replaces(roberta.RobertaForTokenClassification)
+class RobertaForTokenClassification(TokenClassification, roberta.RobertaForTokenClassification):
+    """transformers' class; see :class:`fastbert.model.heads.TokenClassification` for what differs."""
 
 
 @replaces(roberta.RobertaForQuestionAnswering)
@@ -170,6 +174,11 @@ class XLMRobertaForSequenceClassification(_FirstTokenClassification, xlm_roberta
     """transformers' class; takes packed inputs, and no padding before the classifier."""
 
 
+@replaces(xlm_roberta.XLMRobertaForTokenClassification)
+class XLMRobertaForTokenClassification(TokenClassification, xlm_roberta.XLMRobertaForTokenClassification):
+    """transformers' class; see :class:`fastbert.model.heads.TokenClassification` for what differs."""
+
+
 @replaces(xlm_roberta.XLMRobertaForQuestionAnswering)
 class XLMRobertaForQuestionAnswering(_MeanLoss, QuestionAnswering, xlm_roberta.XLMRobertaForQuestionAnswering):
     """transformers' class; see :class:`fastbert.model.heads.QuestionAnswering` for what differs."""
@@ -183,6 +192,11 @@ class XLMRobertaForMultipleChoice(_RobertaMultipleChoice, xlm_roberta.XLMRoberta
 @replaces(camembert.CamembertForSequenceClassification)
 class CamembertForSequenceClassification(_FirstTokenClassification, camembert.CamembertForSequenceClassification):
     """transformers' class; takes packed inputs, and no padding before the classifier."""
+
+
+@replaces(camembert.CamembertForTokenClassification)
+class CamembertForTokenClassification(TokenClassification, camembert.CamembertForTokenClassification):
+    """transformers' class; see :class:`fastbert.model.heads.TokenClassification` for what differs."""
 
 
 @replaces(camembert.CamembertForQuestionAnswering)
@@ -200,6 +214,11 @@ class ElectraForSequenceClassification(_FirstTokenClassification, electra.Electr
     """transformers' class; takes packed inputs, and no padding before the classifier."""
 
 
+@replaces(electra.ElectraForTokenClassification)
+class ElectraForTokenClassification(TokenClassification, electra.ElectraForTokenClassification):
+    """transformers' class; see :class:`fastbert.model.heads.TokenClassification` for what differs."""
+
+
 @replaces(electra.ElectraForQuestionAnswering)
 class ElectraForQuestionAnswering(_MeanLoss, QuestionAnswering, electra.ElectraForQuestionAnswering):
     """transformers' class; see :class:`fastbert.model.heads.QuestionAnswering` for what differs."""
@@ -208,3 +227,8 @@ class ElectraForQuestionAnswering(_MeanLoss, QuestionAnswering, electra.ElectraF
 @replaces(electra.ElectraForMultipleChoice)
 class ElectraForMultipleChoice(_MeanLoss, MultipleChoice, electra.ElectraForMultipleChoice):
     """transformers' class; packed inputs are an error."""
+
+
+@replaces(electra.ElectraForPreTraining)
+class ElectraForPreTraining(_MeanLoss, electra.ElectraForPreTraining):
+    """transformers' class, the discriminator."""

@@ -69,6 +69,11 @@ def under_autocast(x: torch.Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """What losses are computed in: half precision becomes float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
     """Raises ValueError naming the argument, its shape and the one that would be right."""
     if tensor is not None and tuple(tensor.shape) != expected:

@@ -138,18 +138,22 @@ def test_a_changed_output_reaches_the_language_model_head(door, part):
     assert_same_training_step(ours, theirs, "BertForPreTraining")
 
 
-@pytest.mark.parametrize(
-    "part", ["cls", "cls.predictions", "cls.predictions.transform", "cls.predictions.transform.dense", "cls.predictions.decoder"]
-)
+LANGUAGE_MODEL_HEADS = {
+    "BertForMaskedLM": ("cls", "cls.predictions", "cls.predictions.transform.dense", "cls.predictions.decoder"),
+    "BertForPreTraining": ("cls", "cls.predictions", "cls.predictions.transform", "cls.seq_relationship"),
+}
+
+
+@pytest.mark.parametrize(("name", "part"), [(name, part) for name, parts in LANGUAGE_MODEL_HEADS.items() for part in parts])
 @pytest.mark.parametrize(("door", "watch"), [("class", forward_hook), ("class", backward_hook), ("accelerate", replaced_forward)])
-def test_a_watched_language_model_head_is_called(door, watch, part):
-    theirs, ours = fast_pair(door, "BertForMaskedLM")
+def test_a_watched_language_model_head_is_called(door, watch, name, part):
+    theirs, ours = fast_pair(door, name)
     calls = {theirs: [], ours: []}
     for model in (theirs, ours):
         watch(model.get_submodule(part), calls[model])
-    assert_same_training_step(ours, theirs, "BertForMaskedLM")
+    assert_same_training_step(ours, theirs, name)
     assert calls[ours] == calls[theirs] != []
-    assert fastbert.explain(ours).head
+    assert fastbert.explain(ours).head or part == "cls.seq_relationship"
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import fastbert
 
 from ..model.helpers import inputs_for, small_config
-from .helpers import DOORS, assert_same_training_step, fast_pair, notes_of
+from .helpers import DOORS, assert_same_on_real_tokens, assert_same_training_step, fast_pair, notes_of
 
 NAME = "BertForSequenceClassification"
 LAYER = "bert.encoder.layer.1"
@@ -245,3 +245,52 @@ def test_another_classifier_of_a_relative_sees_all_tokens():
     ours = fastbert.accelerate(copy.deepcopy(theirs))
     batch = {"input_ids": torch.randint(2, 130, (4, 9))}
     torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, atol=2e-5, rtol=2e-5)
+
+
+class OwnHead(nn.Module):
+    """One Linear in the place of a language-model head."""
+
+    def __init__(self, with_pair: bool = False):
+        super().__init__()
+        self.words, self.pair = nn.Linear(48, 130), nn.Linear(48, 2) if with_pair else None
+
+    def forward(self, hidden_states, pooled=None):
+        return self.words(hidden_states) if self.pair is None else (self.words(hidden_states), self.pair(pooled))
+
+
+HEADS = {
+    "the head": ("BertForMaskedLM", "cls", OwnHead),
+    "the head of pretraining": ("BertForPreTraining", "cls", lambda: OwnHead(with_pair=True)),
+    "its predictions": ("BertForPreTraining", "cls.predictions", OwnHead),
+    "its transform": ("BertForMaskedLM", "cls.predictions.transform", lambda: nn.Sequential(nn.Linear(48, 48), nn.Tanh())),
+    "its activation": ("BertForMaskedLM", "cls.predictions.transform.transform_act_fn", nn.Tanh),
+    "its LayerNorm": ("BertForMaskedLM", "cls.predictions.transform.LayerNorm", lambda: nn.LayerNorm(48, bias=False)),
+    "its decoder": ("BertForMaskedLM", "cls.predictions.decoder", lambda: Gate(48, 130)),
+}
+
+
+@pytest.mark.parametrize("swapped", HEADS)
+@pytest.mark.parametrize("door", DOORS)
+def test_swapped_parts_of_a_language_model_head(door, swapped):
+    name, path, make = HEADS[swapped]
+    theirs, ours = fast_pair(door, name)
+    for model in (theirs, ours):
+        torch.manual_seed(17)
+        parent, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, make())
+    assert_same_training_step(ours, theirs, name)
+    assert fastbert.explain(ours).head
+    batch = inputs_for(name)
+    logits = [next(value for key, value in model(**batch).items() if key.endswith("logits")) for model in (ours, theirs)]
+    assert_same_on_real_tokens(*logits)
+
+
+def test_another_head_of_a_relative():
+    config = transformers.RobertaConfig(**small_config().to_diff_dict() | {"pad_token_id": 1, "max_position_embeddings": 60})
+    theirs = transformers.RobertaForMaskedLM(config).eval()
+    theirs.lm_head = OwnHead()
+    ours = fastbert.accelerate(copy.deepcopy(theirs))
+    ids = torch.randint(2, 130, (4, 9))
+    losses = [model(input_ids=ids, labels=ids).loss for model in (theirs, ours)]
+    torch.testing.assert_close(*losses, atol=2e-5, rtol=2e-5)
+    assert any("OwnHead" in note for note in fastbert.explain(ours).head)

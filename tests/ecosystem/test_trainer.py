@@ -145,6 +145,23 @@ def test_gradient_accumulation(door, kind, tmp_path):
     assert not torch.equal(next(whole.parameters()), next(theirs.parameters())), "something was learnt"
 
 
+@pytest.mark.parametrize("kind", COLLATORS)
+@pytest.mark.parametrize(
+    "name", ["BertForMaskedLM", "BertForTokenClassification", "RobertaForTokenClassification", "ElectraForMaskedLM"]
+)
+def test_gradient_accumulation_of_token_losses(name, kind, tmp_path):
+    """Every labelled token counts the same, in whichever of the small batches it is."""
+    theirs = small(name) if name.startswith("Bert") else small(name, max_position_embeddings=70)
+    whole, accumulated = (fast(theirs, "accelerate") for _ in range(2))
+    bert = "Bert" + name[name.index("For") :]
+    packed = DataCollatorWithPacking(position_ids_start=theirs.config.pad_token_id + 1 if name.startswith("Roberta") else 0)
+    data = {"train_dataset": examples(bert, 24), "data_collator": packed if kind == "packed" else collator(kind, bert)}
+    expected = train(whole, tmp_path, kind, **data)
+    got = train(accumulated, tmp_path, kind, per_device_train_batch_size=2, gradient_accumulation_steps=4, **data)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert_same_parameters(accumulated, whole, 1e-5)
+
+
 @pytest.mark.parametrize(("door", "kind"), [("class", "padded"), ("class", "packed"), ("accelerate", "packed")])
 @pytest.mark.parametrize("name", NAMES)
 def test_training_is_that_of_transformers(name, door, kind, tmp_path):

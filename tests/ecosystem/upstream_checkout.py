@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .upstream import FAMILIES, doors
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
 
 
 def test_file(checkout: Path, family_name: str) -> Path:
@@ -42,7 +42,7 @@ def outcomes(checkout: Path, family_name: str, door: str) -> dict[str, str]:
         file = Path(scratch) / "outcomes.json"
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(REPOSITORY)]),
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
             "FASTBERT_DOOR": door,
             "FASTBERT_CLASSES": ",".join(FAMILIES[family_name].class_names),
             "FASTBERT_OUTCOMES": str(file),
@@ -50,7 +50,7 @@ def outcomes(checkout: Path, family_name: str, door: str) -> dict[str, str]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "upstream_plugin", "-p", "no:cacheprovider", "--tb=short", str(path)]
         run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
         if run.returncode not in (0, 1) or not file.is_file():
-            raise RuntimeError(f"{' '.join(command)} ended with {run.returncode}:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
+            raise RuntimeError(f"{' '.join(command)} ended with {run.returncode}:\n{run.stdout[:3000]}{run.stderr[:3000]}")
         return json.loads(file.read_text())
 
 

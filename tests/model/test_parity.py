@@ -218,13 +218,19 @@ def test_dropout_repeats_with_the_seed_and_has_the_right_mean():
 
 
 def test_trainer_does_not_scale_the_loss_twice():
-    """transformers#47688: with 4 accumulation steps transformers' classes give 4 times the loss and the gradients."""
-    assert all(not getattr(fastbert, name).accepts_loss_kwargs for name in NAMES if name != "BertLMHeadModel")
-    theirs, ours = pair("BertLMHeadModel")
-    batch = inputs_for("BertLMHeadModel")
-    count = torch.tensor(11)
-    expected = theirs(**batch, num_items_in_batch=count).loss
-    torch.testing.assert_close(ours(**batch, num_items_in_batch=count).loss, expected)
+    """transformers#47688: with 4 accumulation steps transformers' classes give 4 times the loss and the gradients.
+
+    A class takes Trainer's num_items_in_batch and divides by it, or says that it does not.
+    """
+    dividing = {"BertLMHeadModel", "BertForMaskedLM", "BertForTokenClassification"}
+    assert {name for name in NAMES if getattr(fastbert, name).accepts_loss_kwargs} == dividing
+    for name in dividing:
+        theirs, ours = pair(name)
+        batch = inputs_for(name)
+        labels = batch["labels"] if name != "BertLMHeadModel" else batch["labels"][:, 1:]
+        count = torch.tensor(11)
+        expected = theirs(**batch).loss * (labels != -100).sum() / count
+        torch.testing.assert_close(ours(**batch, num_items_in_batch=count).loss, expected)
 
 
 def test_bfloat16_is_as_close_to_float32_as_transformers():
