@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops.registration import transform_reasons
 from .embeddings import embed
-from .inputs import check_first_position, check_inputs
+from .inputs import check_inputs, warn_of_first_position
 from .layer import FusedLayer, is_watched
 from .outputs import PooledEncoderOutput
 from .packing import Packing
@@ -93,7 +93,7 @@ class PackedEncoder:
         else:
             packing = Packing.from_positions(position_ids, shape)
         if packing is not None and position_ids is not None:
-            check_first_position(self, position_ids)
+            warn_of_first_position(self, position_ids)
         return packing
 
     def _packed_forward(self, packing, attention_mask, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):

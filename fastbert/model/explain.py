@@ -10,6 +10,7 @@ from transformers import Pipeline
 
 from ..ops import backends
 from .accelerate import encoder_classes, module_of
+from .attention_interface import NAME as ATTENTION
 from .embeddings import embedding_notes
 from .encoder import PackedEncoder, model_fallback_reasons
 from .layer import FusedLayer, has_own_forward, layer_notes
@@ -91,7 +92,9 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
             reasons.append("its forward was replaced on the instance, perhaps by one that calls transformers'")
     else:
         kind = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
-        reasons, notes = [f"it is {kind}: see fastbert.accelerate"], ["called as transformers' module by its forward pass"]
+        only = ", only its attention runs on real tokens alone" if encoder.config._attn_implementation == ATTENTION else ""
+        reasons = [f"it is {kind}: see fastbert.accelerate{only}"]
+        notes = ["called as transformers' module by its forward pass"]
     layers = {
         index: layer_notes(layer) if isinstance(layer, FusedLayer) else [f"is {type(layer).__qualname__}, not fastbert's"]
         for index, layer in enumerate(encoder.encoder.layer)

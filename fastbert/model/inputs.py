@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 from typing import Any
 
@@ -118,18 +119,19 @@ def _check_boundaries(boundaries: list[int], total: int, max_length: int | None)
     return longest
 
 
-def check_first_position(model: Any, position_ids: Tensor) -> None:
-    """Raises ValueError where a packed row's positions are not counted as ``model`` counts them.
+def warn_of_first_position(model: Any, position_ids: Tensor) -> None:
+    """Warns where a packed row's positions are not counted as ``model`` counts them: legal, but hardly what was meant.
 
-    A model that counts from 0 is not asked. Looking waits for a GPU, but numbers from 0 would be silently wrong on it.
+    A model that counts from 0 is not asked. Looking waits for a GPU, but numbers from 0 would go unseen on it.
     """
-    if model.first_position == 0 or torch.compiler.is_compiling():
+    if model.first_position == 0 or torch.compiler.is_compiling() or not position_ids.numel():
         return
-    first = int(position_ids[0, 0]) if position_ids.numel() else model.first_position
+    first = int(position_ids[0, 0])
     if first < model.first_position:
-        raise ValueError(
+        warnings.warn(
             f"position_ids start at {first}, but {type(model).__name__} counts from {model.first_position}, after its padding "
-            f"token's id: collators take position_ids_start={model.first_position} for it"
+            f"token's id: collators take position_ids_start={model.first_position} for it",
+            stacklevel=2,
         )
 
 

@@ -143,6 +143,8 @@ def _output(module: nn.Module, x: Tensor, residual: Tensor, packing: Packing, st
     else:
         x, bias = dense(x), None
     dropout_p = active_dropout_p(module.dropout)
+    # Under autocast Linears give half precision, and transformers adds that to hidden states which stay float32 through all layers.
+    x = x.to(torch.promote_types(x.dtype, residual.dtype))
     return add_layer_norm(
         x, bias, residual, norm.weight, norm.bias, norm.eps,
         dropout_p=dropout_p, seed=packing.seed_for(dropout_p), stream=stream,
@@ -203,7 +205,8 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def has_plain_parameters(norm: nn.LayerNorm) -> bool:
     """Whether reading ``weight`` and ``bias`` is all there is to this LayerNorm."""
-    return type(norm.weight) in (nn.Parameter, Tensor) and type(norm.bias) in (nn.Parameter, Tensor)
+    compiling = torch.compiler.is_compiling()  # torch.export has tensors of its own in their places
+    return all(type(p) in (nn.Parameter, Tensor) or (compiling and p is not None) for p in (norm.weight, norm.bias))
 
 
 def is_exact_gelu(activation: nn.Module) -> bool:

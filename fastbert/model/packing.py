@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-@dataclass
 class Packing:
     """Where the rows of a packed batch (total, ...) come from, and what their sequences are.
 
     cu_seqlens: (num_sequences + 1,) int32, the running sum of the sequence lengths; max_seqlen: the longest one.
     shape: (batch, length) of the tensors that the caller passed and gets back. indices: (total,) int64, the flat position of
     each row in that shape, or None where nothing was padding and rows and positions are the same.
+
+    No dataclass: torch's sharding takes those apart to cast the tensors in them, and gives each layer another copy.
     """
 
-    cu_seqlens: Tensor
-    max_seqlen: int
-    shape: tuple[int, int]
-    indices: Tensor | None = None
-    _seed: Tensor | None = field(default=None, init=False, repr=False)
-    _padding_mask: Tensor | None = field(default=None, init=False, repr=False)
-    _rows: Tensor | None = field(default=None, init=False, repr=False)
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, shape: tuple[int, int], indices: Tensor | None = None) -> None:
+        self.cu_seqlens, self.max_seqlen, self.shape, self.indices = cu_seqlens, max_seqlen, shape, indices
+        self._seed: Tensor | None = None
+        self._padding_mask: Tensor | None = None
+        self._rows: Tensor | None = None
 
     @classmethod
     def from_mask(cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Packing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert.model.layer import _follow_each_other
+from fastbert.model import layer as layer_module
 
 from ..model.helpers import inputs_for
 from ..model.test_packed_inputs import packed
@@ -24,10 +25,18 @@ THREADS, ROUNDS, CALLS = 4, 8, 3
 
 @pytest.fixture
 def frequent_switches() -> Iterator[None]:
-    """Python changes threads every few microseconds instead of every 5 ms."""
+    """Python changes threads every few microseconds, and at every line of the function that moves weights at first calls."""
+
+    def wait(frame, event, _):
+        if event == "line":
+            time.sleep(0.001)
+        return wait
+
     before = sys.getswitchinterval()
     sys.setswitchinterval(2e-6)
+    threading.settrace(lambda frame, event, _: wait if frame.f_code is layer_module._flatten.__code__ else None)
     yield
+    threading.settrace(None)
     sys.setswitchinterval(before)
 
 
@@ -49,6 +58,7 @@ def in_threads(work: Callable[[int], object], beside: Callable[[], object] | Non
 
     def begin(index: int):
         start.wait()
+        time.sleep(0.003 * index)  # some come while another moves weights
         return work(index)
 
     def repeat():
@@ -86,7 +96,7 @@ def test_the_results_of_one_thread(frequent_switches, door, mode):
             for result in results:
                 assert all(torch.equal(got, want) for got, want in zip(result, wanted, strict=True))
         attention = fresh.bert.encoder.layer[0].attention.self
-        assert _follow_each_other([attention.query.weight, attention.key.weight, attention.value.weight])
+        assert layer_module._follow_each_other([attention.query.weight, attention.key.weight, attention.value.weight])
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_what_is_built_under_accelerating_is_fast(family, tmp_path):
     import transformers
 
     config = upstream.ModelTester(upstream.FAMILIES[family]).get_config()
-    for name in upstream.FAMILIES[family].class_names:
+    for name in upstream.FAMILIES[family].class_names():
         theirs = getattr(transformers, name)
         with upstream.accelerating([name]):
             built = theirs(config)

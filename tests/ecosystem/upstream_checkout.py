@@ -44,7 +44,7 @@ def outcomes(checkout: Path, family_name: str, door: str) -> dict[str, str]:
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
             "FASTBERT_DOOR": door,
-            "FASTBERT_CLASSES": ",".join(FAMILIES[family_name].class_names),
+            "FASTBERT_CLASSES": ",".join(FAMILIES[family_name].class_names()),
             "FASTBERT_OUTCOMES": str(file),
         }
         command = [sys.executable, "-m", "pytest", "-q", "-p", "upstream_plugin", "-p", "no:cacheprovider", "--tb=short", str(path)]
