@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from ..ops.registration import transform_reasons
 from .embeddings import embed
@@ -61,6 +62,7 @@ class PackedEncoder:
             encoder_hidden_states=encoder_hidden_states,
             past_key_values=past_key_values,
             output_attentions=kwargs.get("output_attentions"),
+            output_hidden_states=kwargs.get("output_hidden_states"),
         )
         if not reasons:
             return self._packed_forward(packing, attention_mask, kwargs, **inputs)
@@ -163,6 +165,8 @@ def sequences_in_row(encoder: nn.Module, attention_mask, kwargs: dict[str, Any],
 
 
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# Whether output_hidden_states takes indices of hidden states. Older versions take any list for True, or count layers from 0.
+_TAKES_INDICES = hasattr(output_capturing, "selected_hidden_states")
 
 
 def model_fallback_reasons(
@@ -172,6 +176,7 @@ def model_fallback_reasons(
     encoder_hidden_states: Tensor | None = None,
     past_key_values: Any = None,
     output_attentions: bool | None = None,
+    output_hidden_states: bool | int | list[int] | None = None,
 ) -> list[str]:
     """Why a call runs transformers' own forward pass, padding included; empty where it runs packed."""
     config = model.config
@@ -180,6 +185,8 @@ def model_fallback_reasons(
         reasons.append("attn_implementation is 'eager' (the one that returns attention weights)")
     if output_attentions or (output_attentions is None and getattr(config, "output_attentions", False)):
         reasons.append("output_attentions asks for attention weights, which fused attention never stores")
+    if not (_TAKES_INDICES or output_hidden_states is None or isinstance(output_hidden_states, bool)):
+        reasons.append("output_hidden_states is no flag, which this version of transformers reads in its own way")
     if config.is_decoder or encoder_hidden_states is not None or past_key_values is not None:
         reasons.append("the model runs as a decoder (causal mask, key-value cache or cross-attention)")
     if attention_mask is not None and attention_mask.dim() != 2:

@@ -69,8 +69,8 @@ def explain(model: nn.Module | Pipeline, **inputs: Any) -> Explanation:
     """Explains the path of ``model``'s next forward pass in its present state.
 
     inputs: arguments of that call which decide about it (attention_mask, encoder_hidden_states, past_key_values,
-    output_attentions); without them, one with padded inputs and a (batch, length) mask. Raises TypeError for a model without an
-    encoder that fastbert knows.
+    output_attentions, output_hidden_states); without them, one with padded inputs and a (batch, length) mask. Raises TypeError
+    for a model without an encoder that fastbert knows.
     """
     module = module_of(model)
     known = encoder_classes()
@@ -113,7 +113,7 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
     )
 
 
-_DECISIVE = ("attention_mask", "encoder_hidden_states", "past_key_values", "output_attentions")
+_DECISIVE = ("attention_mask", "encoder_hidden_states", "past_key_values", "output_attentions", "output_hidden_states")
 
 
 def _has_language_model_head(module: nn.Module) -> bool:

@@ -38,7 +38,8 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_logreport(report) -> None:
-    if report.when == "call" or not report.passed:
+    """One outcome per test, whose subtests and teardown report on their own: nothing passes after a failure."""
+    if (report.when == "call" or not report.passed) and _outcomes.get(report.nodeid) != "failed":
         _outcomes[report.nodeid] = report.outcome
 
 
