@@ -37,6 +37,11 @@ import pytest, transformers
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel
 
 from ...helpers import small
+from ...test_modeling_common import global_rng
+
+
+def test_same_random_numbers():
+    assert global_rng.randint(0, 999) == 864
 
 
 def test_of_both():
@@ -64,6 +69,11 @@ class TestParts(unittest.TestCase):
 def test_of_nobody():
     pass
 """
+COMMON = """
+import random
+
+global_rng = random.Random()
+"""
 HELPERS = """
 from transformers import BertConfig
 
@@ -81,6 +91,7 @@ def make_checkout(root: Path, of_version: str) -> Path:
         (package / "__init__.py").touch()
     (folder / "test_modeling_bert.py").write_text(TESTS)
     (root / "tests" / "helpers.py").write_text(HELPERS)
+    (root / "tests" / "test_modeling_common.py").write_text(COMMON)
     source = root / "src" / "transformers"
     source.mkdir(parents=True)
     # What transformers' conftest.py does; the source of the checkout must not hide the installed package.
@@ -92,9 +103,16 @@ def make_checkout(root: Path, of_version: str) -> Path:
 def test_doors_on_a_checkout(tmp_path):
     checkout = make_checkout(tmp_path, version("transformers"))
     file = "tests/models/bert/test_modeling_bert.py"
-    names = ("test_of_both", "test_of_theirs", "test_of_theirs_loaded", "TestParts::test_of_theirs_in_part", "test_of_nobody")
-    both, *of_theirs, nobody = (f"{file}::{name}" for name in names)
-    theirs = {both: "passed", **dict.fromkeys(of_theirs, "passed"), nobody: "skipped"}
+    names = (
+        "test_same_random_numbers",
+        "test_of_both",
+        "test_of_theirs",
+        "test_of_theirs_loaded",
+        "TestParts::test_of_theirs_in_part",
+        "test_of_nobody",
+    )
+    seeded, both, *of_theirs, nobody = (f"{file}::{name}" for name in names)
+    theirs = {seeded: "passed", both: "passed", **dict.fromkeys(of_theirs, "passed"), nobody: "skipped"}
     for door in doors("bert"):
         ours = outcomes(checkout, "bert", door)
         assert ours == {**theirs, **dict.fromkeys(of_theirs, "failed")}, door

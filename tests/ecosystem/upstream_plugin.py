@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import transformers  # before the checkout's conftest.py puts its own source on the path
@@ -35,6 +36,12 @@ def pytest_configure() -> None:
             put_in_place(name)
     if door == "accelerate":
         _patches.enter_context(upstream.accelerating(names))
+
+
+def pytest_runtest_setup() -> None:
+    common = sys.modules.get("tests.test_modeling_common")
+    if common is not None:
+        upstream.fix_random_numbers(common)
 
 
 def pytest_runtest_logreport(report) -> None:
