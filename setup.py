@@ -45,11 +45,13 @@ CPU_FLAGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
+AVX512_FLAGS = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
     "x86_64": {
         "baseline": ["-march=x86-64"],
         "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+        "avx512": AVX512_FLAGS,
+        "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
     },
     "aarch64": {"baseline": []},
 }

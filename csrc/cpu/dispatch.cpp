@@ -34,6 +34,11 @@ const InstructionSet avx512_set = [] {
   namespace isa = avx512;
   return InstructionSet{"avx512", FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
+
+const InstructionSet avx512_bf16_set = [] {
+  namespace isa = avx512_bf16;
+  return InstructionSet{"avx512_bf16", FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+}();
 #endif
 
 // Those that this CPU and its operating system support, from the narrowest to the widest.
@@ -46,6 +51,7 @@ std::vector<const InstructionSet*> supported_sets() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       sets.push_back(&avx512_set);
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512_bf16_set);
     }
   }
 #endif

@@ -1,4 +1,5 @@
-// Which instruction set the kernels use: baseline (SSE2 or NEON), avx2 or avx512.
+// Which instruction set the kernels use: baseline (SSE2 or NEON), avx2, avx512 or avx512_bf16 (with
+// VNNI: the dot products of bfloat16 and of 8-bit integers).
 
 #pragma once
 

@@ -4,7 +4,7 @@ Inputs are contiguous CPU tensors of float32 or bfloat16 (``backends.py`` refuse
 stride. Arithmetic, statistics and sums are float32. Results do not depend on the number of threads, which is torch's.
 
 The extension links no OpenMP runtime: it is handed the entry point of the one that torch uses, so the process has one.
-FASTBERT_CPU_ISA=baseline|avx2|avx512 forces an instruction set; the widest that the CPU supports is the default.
+FASTBERT_CPU_ISA=baseline|avx2|avx512|avx512_bf16 forces an instruction set; the widest that the CPU supports is the default.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def unavailable_reason() -> str | None:
 
 
 def instruction_set() -> str:
-    """The one in use: "baseline" (SSE2 or NEON), "avx2" or "avx512". The extension must be available."""
+    """The one in use: "baseline" (SSE2 or NEON), "avx2", "avx512" or "avx512_bf16" (with VNNI). The extension must be available."""
     return _cpu.instruction_set()
 
 
