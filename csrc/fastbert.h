@@ -27,7 +27,7 @@ struct AttentionForwardParams {
   const void* qkv;            // (total, 3, num_heads, head_dim)
   const int32_t* cu_seqlens;  // (batch + 1,), from 0 to total
   void* out;                  // (total, num_heads, head_dim)
-  float* lse;                 // (num_heads, total)
+  float* lse;                 // (num_heads, total), or null where no backward pass follows
   int64_t total, batch, num_heads, head_dim;
   float softmax_scale;
   Dropout dropout;
