@@ -72,6 +72,13 @@ def test_rounding_is_half_to_even_and_symmetric():
     assert scale.tolist() == [2.0, 0.0]
 
 
+def test_rows_without_a_step():
+    x = torch.tensor([[0.0, 0.0], [1e-40, 0.0], [1.0, torch.inf], [1.0, torch.nan]])
+    q, step = reference.quantize_rows(x)
+    assert q[:2].tolist() == [[0, 0], [0, 0]]
+    assert step[0] == 0 and step[1] < 1e-41 and step[2:].isnan().all()
+
+
 def test_quantized_weights_are_within_half_a_step():
     w = torch.randn(50, 300) * torch.logspace(-30, 30, 50)[:, None]
     weight, scale = quantize_weight(w)
