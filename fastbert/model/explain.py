@@ -13,7 +13,7 @@ from .accelerate import encoder_classes, module_of
 from .attention_interface import NAME as ATTENTION
 from .embeddings import embedding_notes
 from .encoder import PackedEncoder, model_fallback_reasons
-from .layer import FusedLayer, has_own_forward, layer_notes
+from .layer import FusedLayer, has_own_forward, int8_parts, layer_notes
 
 
 @dataclass
@@ -21,7 +21,8 @@ class Explanation:
     """What runs where. ``str()`` gives a table, :meth:`to_dict` plain data.
 
     name: the encoder's path in the model. encoder: reasons why whole calls run transformers' forward pass (empty: they run
-    packed). embeddings: notes on them. layers: notes per layer index (an empty list: fully fused). head: notes of the
+    packed). embeddings: notes on them. layers: notes per layer index (an empty list: fully fused). int8: per layer index the Linears
+    that multiply int8, where there are any. head: notes of the
     language-model head, None where the model has none. ops: the backend that ``"auto"`` picks for the device and dtype of the
     weights, with the reasons against the ones before it. others: the model's other encoders.
     """
@@ -32,6 +33,7 @@ class Explanation:
     encoder: list[str]
     embeddings: list[str]
     layers: dict[int, list[str]]
+    int8: dict[int, list[str]]
     head: list[str] | None
     ops: dict[str, dict[str, Any]] = field(default_factory=dict)
     others: list[Explanation] = field(default_factory=list)
@@ -57,6 +59,9 @@ class Explanation:
             lines.append(f"layers     {_ranges(fused)}: fused")
         for index, notes in self.layers.items():
             lines += [f"layer {index:<4} {note}" for note in notes]
+        for names in dict.fromkeys(map(tuple, self.int8.values())):
+            indices = [index for index, parts in self.int8.items() if tuple(parts) == names]
+            lines.append(f"int8       {_ranges(indices)}: {', '.join(names)}")
         if self.head is not None:
             lines += _described("MLM head", self.head, "fused, on labelled rows only")
         for op, facts in self.ops.items():
@@ -99,6 +104,7 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
         index: layer_notes(layer) if isinstance(layer, FusedLayer) else [f"is {type(layer).__qualname__}, not fastbert's"]
         for index, layer in enumerate(encoder.encoder.layer)
     }
+    int8 = {index: names for index, layer in enumerate(encoder.encoder.layer) if (names := int8_parts(layer))}
     weight = next(encoder.parameters())
     head_dim = encoder.config.hidden_size // encoder.config.num_attention_heads
     return Explanation(
@@ -108,8 +114,9 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
         encoder=reasons,
         embeddings=notes,
         layers=layers,
+        int8=int8,
         head=None,
-        ops={op: _op_facts(op, weight, head_dim) for op in backends.OPS},
+        ops={op: _op_facts(op, weight, head_dim) for op in (*backends.OPS, *(backends.INFERENCE_OPS if int8 else ()))},
     )
 
 

@@ -3,8 +3,8 @@
     qkv = x [Wq Wk Wv]          attention (dropout inside)      add_layer_norm(. Wo + bo, x)
     gelu(x W1 + b1)                                             add_layer_norm(. W2 + b2, x)
 
-Same submodules and parameters as transformers' layer. A submodule that is not exactly what transformers builds (a LoRA or
-quantised Linear, one with hooks) is called as a module, so that what it adds takes part; what cannot be honoured inside the
+Same submodules and parameters as transformers' layer; :func:`fastbert.quantize` puts ``Int8Linear`` in the place of its Linears, and
+the same GEMMs run on int8. A submodule that is neither (a LoRA or torchao Linear, one with hooks) is called as a module, so that what it adds takes part; what cannot be honoured inside the
 fused layer sends the whole layer to transformers' own forward. :func:`layer_notes` names both, per layer.
 """
 
@@ -21,9 +21,10 @@ from transformers.activations import GELUActivation
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert import modeling_bert as hf
 
-from ..ops import add_layer_norm, attention, linear_gelu
+from ..ops import add_layer_norm, attention, int8_linear, linear_gelu
 from ..ops.linear import linear, linear_forward
 from ..ops.registration import under_autocast
+from .int8 import Int8Linear, join
 from .packing import Packing
 from .swap import replaces
 
@@ -156,6 +157,8 @@ def _intermediate(module: nn.Module, x: Tensor) -> Tensor:
     dense, activation = module.dense, module.intermediate_act_fn
     if is_plain_linear(dense) and is_exact_gelu(activation):
         return linear_gelu(x, dense.weight, dense.bias)
+    if is_int8_linear(dense) and is_exact_gelu(activation):
+        return int8_linear(x, dense.weight, dense.weight_scale, dense.bias, activation="gelu")
     return activation(dense(x))
 
 
@@ -203,6 +206,11 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and not is_watched(module)
 
 
+def is_int8_linear(module: nn.Module) -> bool:
+    """Whether reading the buffers of an Int8Linear is all there is to this module."""
+    return type(module) is Int8Linear and not is_watched(module)
+
+
 def has_plain_parameters(norm: nn.LayerNorm) -> bool:
     """Whether reading ``weight`` and ``bias`` is all there is to this LayerNorm."""
     compiling = torch.compiler.is_compiling()  # torch.export has tensors of its own in their places
@@ -248,17 +256,23 @@ def layer_notes(layer: nn.Module) -> list[str]:
     notes = ["has hooks, which are shown padded rows"] if has_hooks(layer) else []
     attention_module = layer.attention.self
     projections = {name: getattr(attention_module, name) for name in ("query", "key", "value")}
-    if changed := [_what_is(name, module) for name, module in projections.items() if not is_plain_linear(module)]:
+    changed = [_what_is(name, module) for name, module in projections.items() if not is_plain_linear(module)]
+    if changed and not all(map(is_int8_linear, projections.values())):
         notes.append(f"query, key and value are called one by one: {', '.join(changed)}")
     dense, activation = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
-    if not is_plain_linear(dense):
+    if not (is_plain_linear(dense) or is_int8_linear(dense)):
         notes.append(f"intermediate's Linear and activation run one by one: {_what_is('dense', dense)}")
     elif not is_exact_gelu(activation):
         notes.append(f"intermediate's Linear and activation run one by one: {_what_is('the activation', activation)}, no erf-GELU")
     for name, module in (("attention.output", layer.attention.output), ("output", layer.output)):
-        if not is_plain_linear(module.dense):
+        if not (is_plain_linear(module.dense) or is_int8_linear(module.dense)):
             notes.append(f"{name}.dense is called as a module, its bias is not fused: {_what_is('it', module.dense)}")
     return notes
+
+
+def int8_parts(layer: nn.Module) -> list[str]:
+    """The layer's Linears that multiply int8."""
+    return [name for name, module in layer.named_modules() if isinstance(module, Int8Linear)]
 
 
 def _what_is(name: str, module: nn.Module) -> str:
@@ -275,6 +289,8 @@ def _what_is(name: str, module: nn.Module) -> str:
 def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
     """(total, 3 * hidden): queries, keys and values side by side."""
     linears = (module.query, module.key, module.value)
+    if all(is_int8_linear(linear) for linear in linears):
+        return int8_linear(x, *_joined_int8(linears))
     if not all(is_plain_linear(linear) for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
@@ -287,13 +303,21 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
     return linear(x, torch.cat(weights), torch.cat(zeros))
 
 
-def _are_adjacent(weights: list[Tensor], biases: list[Tensor | None]) -> bool:
-    """Whether three parameters lie one after the other in one storage, moving them there where that is safe.
+def _joined_int8(linears: tuple[Int8Linear, Int8Linear, Int8Linear]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(weight, weight_scale, bias) of queries, keys and values side by side, without a copy where they are neighbours."""
+    groups = [[linear._buffers[name] for linear in linears] for name in ("weight", "weight_scale", "bias")]
+    if torch.compiler.is_compiling() or not _are_adjacent(*groups):
+        return join(linears)
+    return tuple(group[0].as_strided((3 * group[0].shape[0], *group[0].shape[1:]), group[0].stride()) for group in groups)
+
+
+def _are_adjacent(*groups: list[Tensor | None]) -> bool:
+    """Whether the three tensors of each group lie one after the other in one storage, moving them there where that is safe.
 
     The idea of nn.RNN.flatten_parameters: one GEMM needs one matrix, the state dict three. ``.to()`` and optimizers that swap
     storages undo it, so it is checked at each forward pass: six pointer comparisons.
     """
-    for group in (weights, biases):
+    for group in groups:
         if any(p is None for p in group):
             return False
         if not _follow_each_other(group):
@@ -315,10 +339,10 @@ def _follow_each_other(group: list[Tensor]) -> bool:
 
 
 def _flatten(group: list[Tensor]) -> bool:
-    """Moves three parameters of one shape into one buffer; False where their memory belongs to someone else."""
+    """Moves three parameters (or buffers) of one shape into one buffer; False where their memory belongs to someone else."""
     first = group[0]
     ours_to_move = len({p.data_ptr() for p in group}) == 3 and all(
-        type(p) is nn.Parameter
+        type(p) in (nn.Parameter, Tensor)
         and p.shape == first.shape
         and p.dtype == first.dtype
         and p.device == first.device

@@ -10,12 +10,14 @@ FASTBERT_CPU_ISA=baseline|avx2|avx512|avx512_bf16 forces an instruction set; the
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..build_report import why_not_built
 from . import reference
@@ -342,6 +344,39 @@ def linear_gelu_backward(
         rows, columns, DTYPES[u.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return du @ weight, du.t() @ x, None if bias is None else dbias.to(bias.dtype)
+
+
+@functools.cache
+def int8_unavailable_reasons() -> tuple[str, ...]:
+    """Why int8_linear cannot run here, empty where it can: torch's int8 matmul has to be there, and exact.
+
+    CPUs without VNNI add products in pairs of 16 bits, which saturate at the largest values.
+    """
+    if not hasattr(torch, "_int_mm"):
+        return ("this torch does not expose an int8 matmul (torch._int_mm)",)
+    largest = torch.full((32, 64), reference.INT8_LARGEST, dtype=torch.int8, device="cpu")
+    expected = 64 * reference.INT8_LARGEST**2
+    if not all((torch._int_mm(sign * largest, largest.t()) == sign * expected).all() for sign in (1, -1)):
+        return ("torch's int8 matmul saturates on this CPU (it has no VNNI)",)
+    return ()
+
+
+# Rows of a block: its int32 sums stay in the cache until they are scaled.
+_INT8_ROWS = 128
+
+
+def int8_linear_forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """See :func:`reference.int8_linear_forward`."""
+    rows, out_features = x.shape[0], weight.shape[0]
+    y = x.new_empty(rows, out_features)
+    sums = torch.empty(min(rows, _INT8_ROWS), out_features, dtype=torch.int32, device="cpu")
+    bias = torch.zeros_like(weight_scale) if bias is None else bias
+    for x_block, y_block in zip(x.split(_INT8_ROWS), y.split(_INT8_ROWS), strict=True):
+        q, step = reference.quantize_rows(x_block)
+        total = torch._int_mm(q, weight.t(), out=sums[: q.shape[0]]).float()
+        u = torch.addcmul(bias, total, step[:, None] * weight_scale)
+        y_block.copy_(F.gelu(u) if activation == "gelu" else u)
+    return y
 
 
 def mlm_loss_forward(
