@@ -46,6 +46,7 @@ struct Int8Group {
 // A block of a panel of this many groups (32 KB with 512-bit vectors) stays in the first-level cache while the rows of A
 // pass.
 constexpr int64_t kGroupBlock = 128;
+constexpr int kCacheLine = 64;
 
 // Rows of whole groups, row_bytes apart.
 struct LeftRows {
@@ -53,11 +54,11 @@ struct LeftRows {
   int64_t row_bytes;
 };
 
-// tile (Rows, kPanelColumns) = or += the products of one block of groups: its rounding errors grow with the block, not with
-// the depth. With kPrefetch it asks for the block that follows.
-template <typename Group, int Rows, bool kPrefetch>
+// tile (Rows, kPanelColumns) = or += the products of one block of groups: its rounding errors grow with the block, not with the
+// depth. With each group it asks the memory for kLines cache lines from prefetch on.
+template <typename Group, int Rows, int kLines>
 __attribute__((noinline)) void packed_tile(int64_t groups, LeftRows a, const uint32_t* panel, typename Group::Sum* tile,
-                                           bool accumulate) {
+                                           bool accumulate, const char* prefetch) {
   using Sum = typename Group::Sum;
   Sum sums[Rows][kPanelVectors];
 #pragma GCC unroll 8
@@ -65,14 +66,12 @@ __attribute__((noinline)) void packed_tile(int64_t groups, LeftRows a, const uin
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = Sum{};
   }
-  const uint32_t* next_block = panel + groups * kPanelColumns;
   for (int64_t group = 0; group < groups; ++group, a.data += 4, panel += kPanelColumns) {
     VecUint w[kPanelVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
-      std::memcpy(&w[v], panel + v * kWidth, sizeof(VecUint));
-      if constexpr (kPrefetch) __builtin_prefetch(next_block + group * kPanelColumns + v * kWidth);
-    }
+    for (int v = 0; v < kPanelVectors; ++v) std::memcpy(&w[v], panel + v * kWidth, sizeof(VecUint));
+#pragma GCC unroll 4
+    for (int line = 0; line < kLines; ++line, prefetch += kCacheLine) __builtin_prefetch(prefetch, 0, 2);
 #pragma GCC unroll 8
     for (int row = 0; row < Rows; ++row) {
       uint32_t element;
@@ -91,31 +90,39 @@ __attribute__((noinline)) void packed_tile(int64_t groups, LeftRows a, const uin
   }
 }
 
-template <typename Group, bool kPrefetch, int Rows = kTileRows>
+template <typename Group, int kLines, int Rows = kTileRows>
 FASTBERT_INLINE void packed_rows(int64_t rows, int64_t groups, LeftRows a, const uint32_t* panel, typename Group::Sum* tile,
-                                 bool accumulate) {
+                                 bool accumulate, const char* prefetch) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return packed_rows<Group, kPrefetch, Rows - 1>(rows, groups, a, panel, tile, accumulate);
+    if (rows < Rows) {
+      return packed_rows<Group, kLines, Rows - 1>(rows, groups, a, panel, tile, accumulate, prefetch);
+    }
   }
-  packed_tile<Group, Rows, kPrefetch>(groups, a, panel, tile, accumulate);
+  packed_tile<Group, Rows, kLines>(groups, a, panel, tile, accumulate, prefetch);
 }
 
 // sums (rows, kPanelColumns) = A (rows, groups) times one panel. The sums of an element do not depend on the rows beside it.
+// While a block of the panel is in use the one that follows in memory is asked for, a part by each of the first tiles.
 template <typename Group>
 void multiply_packed_panel(int64_t rows, int64_t groups, LeftRows a, const uint32_t* panel, typename Group::Sum* sums) {
+  constexpr int kLines = kPanelColumns * 4 / kCacheLine;  // of a group
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t first_group = 0; first_group < groups; first_group += kGroupBlock) {
     const int64_t block = groups - first_group < kGroupBlock ? groups - first_group : kGroupBlock;
+    const uint32_t* block_start = panel + first_group * kPanelColumns;
+    const char* next_block = reinterpret_cast<const char*>(block_start + block * kPanelColumns);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       // Nearly equal: a last tile of one row would leave most of the arithmetic units idle.
       const int64_t first = tile * rows / tiles, last = (tile + 1) * rows / tiles;
       const LeftRows tile_rows{a.data + first * a.row_bytes + first_group * 4, a.row_bytes};
-      const uint32_t* block_start = panel + first_group * kPanelColumns;
-      typename Group::Sum* tile_sums = sums + first * kPanelVectors;
-      if (tile == 0) {
-        packed_rows<Group, true>(last - first, block, tile_rows, block_start, tile_sums, first_group > 0);
+      typename Group::Sum* to = sums + first * kPanelVectors;
+      if (tiles < kLines && tile == 0) {
+        packed_rows<Group, kLines>(last - first, block, tile_rows, block_start, to, first_group > 0, next_block);
+      } else if (tiles >= kLines && tile < kLines) {
+        const char* part = next_block + tile * block * kCacheLine;
+        packed_rows<Group, 1>(last - first, block, tile_rows, block_start, to, first_group > 0, part);
       } else {
-        packed_rows<Group, false>(last - first, block, tile_rows, block_start, tile_sums, first_group > 0);
+        packed_rows<Group, 0>(last - first, block, tile_rows, block_start, to, first_group > 0, nullptr);
       }
     }
   }
