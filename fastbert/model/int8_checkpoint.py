@@ -56,7 +56,9 @@ class Int8Quantizer(HfQuantizer):
             if not getattr(buffer, "_is_hf_initialized", False)  # transformers marks what it has read
         ]
         if missing:
-            raise ValueError(f"the checkpoint is not the int8 model that its config.json says: it lacks {', '.join(missing[:5])}, ...")
+            raise ValueError(
+                f"the checkpoint is not the int8 model that its config.json says: it lacks {', '.join(missing[:5])}, ..."
+            )
         for encoder in encoders_of(model).values():
             encoder.requires_grad_(False)
         return model

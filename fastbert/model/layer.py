@@ -3,21 +3,20 @@
     qkv = x [Wq Wk Wv]          attention (dropout inside)      add_layer_norm(. Wo + bo, x)
     gelu(x W1 + b1)                                             add_layer_norm(. W2 + b2, x)
 
-Same submodules and parameters as transformers' layer; :func:`fastbert.quantize` puts ``Int8Linear`` in the place of its Linears, and
-the same GEMMs run on int8. A submodule that is neither (a LoRA or torchao Linear, one with hooks) is called as a module, so that what it adds takes part; what cannot be honoured inside the
-fused layer sends the whole layer to transformers' own forward. :func:`layer_notes` names both, per layer.
+Same submodules and parameters as transformers' layer; :func:`fastbert.quantize` puts ``Int8Linear`` in place of its Linears, and
+the same GEMMs run on int8. A submodule that is neither (a LoRA or torchao Linear, one with hooks) is called as a module, so that
+what it adds takes part; what cannot be honoured inside the fused layer sends the whole layer to transformers' own forward.
+:func:`layer_notes` names both, per layer. Without gradients a CPU runs the layer in one call on packed weights (``packed_layer``).
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from itertools import chain
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert import modeling_bert as hf
 
@@ -25,7 +24,9 @@ from ..ops import add_layer_norm, attention, int8_linear, linear_gelu
 from ..ops.linear import linear, linear_forward
 from ..ops.registration import under_autocast
 from .int8 import Int8Linear, join
+from .packed_layer import packed_layer
 from .packing import Packing
+from .plain import has_hooks, has_own_forward, has_plain_parameters, is_exact_gelu, is_int8_linear, is_plain_linear
 from .swap import replaces
 
 # Streams of the dropout generator: one for each op of each layer, and after them one for the embeddings.
@@ -102,6 +103,8 @@ class FusedLayer:
         if layer_fallback_reasons(self):
             mask = _padding_mask(self, hidden_states, packing)
             return packing.from_sequences(super().forward(packing.to_sequences(hidden_states), mask))
+        if (packed := packed_layer(self, hidden_states)) is not None:
+            return packed(hidden_states, packing.cu_seqlens)
         first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
@@ -168,59 +171,6 @@ def active_dropout_p(dropout: nn.Dropout) -> float:
 
 
 # --- what may be fused ---------------------------------------------------------------------------------------------------
-
-
-# transformers records hidden states and attention weights with hooks that stay for good and do nothing in other calls;
-# torch's sharding gathers parameters in them, whatever the shape of the inputs.
-_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "torch.distributed.")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone watches or changes the calls of this module, so that it has to be called as transformers would."""
-    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
-        return False
-    hooks = chain(
-        module._forward_hooks.values(), module._forward_pre_hooks.values(),
-        module._backward_hooks.values(), module._backward_pre_hooks.values(),
-    )  # fmt: skip
-    return any(not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS_HOOKS) for hook in hooks)
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody put another ``forward`` on the instance; accelerate leaves that of the class there when its hooks go."""
-    forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether a module does more than its class says: it has hooks, or somebody put another ``forward`` on the instance."""
-    return has_own_forward(module) or has_hooks(module)
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether reading ``weight`` and ``bias`` is all there is to this Linear.
-
-    PEFT's LoRA class is also *named* Linear, and quantisers put tensor subclasses in the place of the weight: reading
-    ``weight`` would ignore the one and break the other.
-    """
-    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and not is_watched(module)
-
-
-def is_int8_linear(module: nn.Module) -> bool:
-    """Whether reading the buffers of an Int8Linear is all there is to this module."""
-    return type(module) is Int8Linear and not is_watched(module)
-
-
-def has_plain_parameters(norm: nn.LayerNorm) -> bool:
-    """Whether reading ``weight`` and ``bias`` is all there is to this LayerNorm."""
-    compiling = torch.compiler.is_compiling()  # torch.export has tensors of its own in their places
-    return all(type(p) in (nn.Parameter, Tensor) or (compiling and p is not None) for p in (norm.weight, norm.bias))
-
-
-def is_exact_gelu(activation: nn.Module) -> bool:
-    """Whether an activation is the erf-GELU of the BERT paper and nothing else."""
-    exact = type(activation) is GELUActivation or (type(activation) is nn.GELU and activation.approximate == "none")
-    return exact and not is_watched(activation)
 
 
 def layer_fallback_reasons(layer: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .accelerate import accelerate, encoder_classes, module_of
 from .int8 import Int8Linear
 from .int8_checkpoint import mark_as_int8
-from .layer import has_hooks, has_own_forward
+from .plain import has_hooks, has_own_forward
 
 Model = TypeVar("Model")
 
@@ -44,9 +44,14 @@ def quantize(model: Model, *, skip: Iterable[str] = ()) -> Model:
     linears = dict(layer_linears(module))
     for part in skip:
         if not any(_is_part(part, name) for name in linears):
-            raise ValueError(f"skip names {part!r}, which is in no name of a Linear; they are such as {next(iter(linears), None)!r}")
+            raise ValueError(
+                f"skip names {part!r}, which is in no name of a Linear; they are such as {next(iter(linears), None)!r}"
+            )
     wanted = {name: linear for name, linear in linears.items() if not any(_is_part(part, name) for part in skip)}
-    reasons = [*_model_reasons(module, encoders), *(f"{name} {why}" for name, linear in wanted.items() if (why := _why_not(linear)))]
+    reasons = [
+        *_model_reasons(module, encoders),
+        *(f"{name} {why}" for name, linear in wanted.items() if (why := _why_not(linear))),
+    ]
     if reasons:
         shown = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if len(reasons) > 5 else "")
         raise ValueError(f"this {type(module).__qualname__} cannot be quantized: {shown}")

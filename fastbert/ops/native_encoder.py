@@ -39,10 +39,11 @@ def not_supported_reasons(weights: EncoderLayerWeights, dtype: torch.dtype, devi
         reasons.append(f"the instruction set {native.instruction_set()} does not multiply {name} (avx512_bf16 does)")
     if weights.head_dim > MAX_HEAD_DIM:
         reasons.append(f"head_dim is {weights.head_dim}, its attention goes up to {MAX_HEAD_DIM}")
-    elements = _GROUP_BYTES // weights.qkv.weight.element_size()
+    bytes_of_element = weights.qkv.weight.element_size()
     for name, linear in weights.linears():
-        if linear.weight.shape[1] % elements:
-            reasons.append(f"{name}'s in_features {linear.weight.shape[1]} are no multiple of {elements}")
+        if linear.weight.shape[1] * bytes_of_element % _GROUP_BYTES:
+            multiple = _GROUP_BYTES // bytes_of_element
+            reasons.append(f"{name}'s in_features {linear.weight.shape[1]} are no multiple of {multiple}")
     return reasons
 
 
@@ -72,7 +73,8 @@ class PackedEncoderLayer:
         return sum(tensor.nbytes for tensor in self._kept)
 
     def __call__(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """x (total, hidden), contiguous; cu_seqlens (batch + 1,) int32, contiguous. Returns (total, hidden)."""
+        """x (total, hidden), cu_seqlens (batch + 1,) int32 from 0 to total. Returns (total, hidden)."""
+        x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
         y, extension, threads = torch.empty_like(x), native.EXTENSION, torch.get_num_threads()
         rows, batch, bounds = x.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr()
         size = extension.encoder_layer_workspace_bytes(self._layer, bounds, rows, batch, threads)
@@ -86,7 +88,8 @@ class PackedEncoderLayer:
         padded = -(-out_features // _ROWS_OF_PANEL) * _ROWS_OF_PANEL
         packed = torch.empty(padded, in_features, dtype=weight.dtype, device="cpu")
         native.EXTENSION.pack_weight(
-            weight.data_ptr(), packed.data_ptr(), out_features, in_features, native.WEIGHT_DTYPES[weight.dtype], torch.get_num_threads()
+            weight.data_ptr(), packed.data_ptr(), out_features, in_features,
+            native.WEIGHT_DTYPES[weight.dtype], torch.get_num_threads(),
         )  # fmt: skip
         sums = None
         if weight.dtype == torch.int8:

@@ -533,7 +533,7 @@ def encoder_layer_forward(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weight
 
     def linear(rows: Tensor, layer: LinearWeights) -> Tensor:
         if layer.scale is not None:
-            return int8_linear_forward(rows, layer.weight, layer.scale, layer.bias)
+            return int8_linear_forward(rows, layer.weight, layer.scale, layer.bias, "none")
         return F.linear(rows, layer.weight, layer.bias)
 
     def add_norm(rows: Tensor, residual: Tensor, norm: LayerNormWeights) -> Tensor:
