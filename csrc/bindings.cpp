@@ -185,7 +185,9 @@ PYBIND11_MODULE(_cpu, m) {
       Release());
 
   m.def("packs", &cpu::packs);
-  m.def("fingerprint", &cpu::fingerprint);
+  py::class_<cpu::Words>(m, "Words", py::module_local())
+      .def(py::init<const std::vector<std::pair<uintptr_t, int64_t>>&>())
+      .def("fingerprint", &cpu::Words::fingerprint);
 
   m.def(
       "pack_weight",
@@ -237,25 +239,32 @@ PYBIND11_MODULE(_cpu, m) {
                                   pointer<int64_t>(nanoseconds)};
       }));
 
-  m.def("encoder_layer_workspace_bytes",
-        [](EncoderLayerParams layer, Address cu_seqlens, int64_t total, int64_t batch, int num_threads) {
-          layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
-          layer.total = total;
-          layer.batch = batch;
-          return cpu::encoder_layer_workspace_bytes(layer, num_threads);
-        });
+  // The layers of an encoder one after the other: x -> y, through between where there are several. All have the same shapes.
+  m.def("encoder_layers_workspace_bytes", [](const std::vector<EncoderLayerParams*>& layers, Address cu_seqlens,
+                                             int64_t total, int64_t batch, int num_threads) {
+    EncoderLayerParams layer = *layers.at(0);
+    layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+    layer.total = total;
+    layer.batch = batch;
+    return cpu::encoder_layer_workspace_bytes(layer, num_threads);
+  });
 
   m.def(
-      "encoder_layer",
-      [](EncoderLayerParams layer, Address x, Address cu_seqlens, Address y, Address workspace, int64_t total, int64_t batch,
-         int num_threads) {
-        layer.x = pointer<const void>(x);
-        layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
-        layer.y = pointer<void>(y);
-        layer.workspace = pointer<void>(workspace);
-        layer.total = total;
-        layer.batch = batch;
-        cpu::encoder_layer(layer, num_threads);
+      "encoder_layers",
+      [](const std::vector<EncoderLayerParams*>& layers, Address x, Address cu_seqlens, Address y, Address between,
+         Address workspace, int64_t total, int64_t batch, int num_threads) {
+        for (size_t i = 0; i < layers.size(); ++i) {
+          EncoderLayerParams layer = *layers[i];
+          layer.x = pointer<const void>(x);
+          layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+          // The last one writes y.
+          x = (layers.size() - i) % 2 == 1 ? y : between;
+          layer.y = pointer<void>(x);
+          layer.workspace = pointer<void>(workspace);
+          layer.total = total;
+          layer.batch = batch;
+          cpu::encoder_layer(layer, num_threads);
+        }
       },
       Release());
 }

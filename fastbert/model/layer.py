@@ -22,9 +22,10 @@ from transformers.models.bert import modeling_bert as hf
 
 from ..ops import add_layer_norm, attention, int8_linear, linear_gelu
 from ..ops.linear import linear, linear_forward
+from ..ops.native_encoder import run_layers
 from ..ops.registration import under_autocast
 from .int8 import Int8Linear, join
-from .packed_layer import packed_layer
+from .packed_layer import packed_again, packed_layer
 from .packing import Packing
 from .plain import has_hooks, has_own_forward, has_plain_parameters, is_exact_gelu, is_int8_linear, is_plain_linear
 from .swap import replaces
@@ -100,11 +101,14 @@ class FusedLayer:
         return self(rows, packing)
 
     def _fused(self, hidden_states: Tensor, packing: Packing) -> Tensor:
-        if layer_fallback_reasons(self):
-            mask = _padding_mask(self, hidden_states, packing)
-            return packing.from_sequences(super().forward(packing.to_sequences(hidden_states), mask))
-        if (packed := packed_layer(self, hidden_states)) is not None:
-            return packed(hidden_states, packing.cu_seqlens)
+        packed = packed_again(self, hidden_states)
+        if packed is None:
+            if layer_fallback_reasons(self):
+                mask = _padding_mask(self, hidden_states, packing)
+                return packing.from_sequences(super().forward(packing.to_sequences(hidden_states), mask))
+            packed = packed_layer(self, hidden_states)
+        if packed is not None:
+            return run_layers([packed], hidden_states, packing.cu_seqlens)
         first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)

@@ -87,11 +87,6 @@ def packs(weight_dtype: torch.dtype) -> bool:
     return _cpu.packs(WEIGHT_DTYPES[weight_dtype])
 
 
-def fingerprint(tensors: list[tuple[int, int]]) -> int:
-    """A hash of a few words of each tensor (address, bytes): says whether weights are still those that were packed."""
-    return _cpu.fingerprint(tensors)
-
-
 def cpu_features() -> list[str]:
     """The CPU's features as Linux names them ("avx2", "avx512f", ...); empty where there is no /proc/cpuinfo."""
     try:
