@@ -33,21 +33,29 @@ struct ForwardScratch {
 };
 
 struct BackwardScratch {
-  float *keys_transposed, *values_transposed, *keys, *queries, *douts, *probabilities, *dscores, *dqueries, *dkeys, *dvalues;
-  uint16_t* bits;
+  float *keys_transposed, *values_transposed, *keys, *left, *queries, *douts, *scores, *dscores, *dqueries, *dkeys, *dvalues;
+  float *lanes, *lse, *delta;  // of a block's queries, as SoftmaxRows
+  uint16_t* bits[2];
 
   BackwardScratch(Arena& arena, const Shape& shape)
       : keys_transposed(arena.floats(shape.padded_length * shape.head_dim)),
         values_transposed(arena.floats(shape.padded_length * shape.head_dim)),
         keys(arena.floats(shape.length * shape.padded_head_dim)),
+        left(arena.floats(shape.query_block * shape.padded_head_dim)),
         queries(arena.floats(shape.query_block * shape.padded_head_dim)),
         douts(arena.floats(shape.query_block * shape.padded_head_dim)),
-        probabilities(arena.floats(shape.query_block * shape.score_leading)),
+        scores(arena.floats(shape.query_block * shape.score_leading)),
         dscores(arena.floats(shape.query_block * shape.score_leading)),
         dqueries(arena.floats(shape.query_block * shape.padded_head_dim)),
         dkeys(arena.floats(shape.length * shape.padded_head_dim)),
         dvalues(arena.floats(shape.length * shape.padded_head_dim)),
-        bits(reinterpret_cast<uint16_t*>(arena.floats(round_up(shape.length, kDropoutColumns) / 2))) {}
+        lanes(arena.floats(round_up(shape.query_block, kWidth) * kWidth)),
+        lse(arena.floats(round_up(shape.query_block, kWidth))),
+        delta(arena.floats(round_up(shape.query_block, kWidth))) {
+    for (uint16_t*& row_bits : bits) {
+      row_bits = reinterpret_cast<uint16_t*>(arena.floats(round_up(shape.length, kDropoutColumns) / 2));
+    }
+  }
 };
 
 template <typename Scratch>
@@ -122,48 +130,97 @@ void forward_head(const AttentionForwardParams& p, const AttentionItem& item, in
   }
 }
 
-// The sum of dout * out over one query's head: the derivative of the softmax's normalisation (delta in Dao et al.).
-template <typename T>
-float inner_product(const T* a, const T* b, int64_t n) {
-  Vec sums{};
-  for_columns(n, [&](int64_t d, auto extent) { sums += load(a + d, extent) * load(b + d, extent); });
-  return sum_lanes(sums);
+struct Differentiated {
+  Vec probability;  // after dropout
+  Vec dscore;
+};
+
+// scale and lse are in powers of two; delta: the sum of dout * out over the query's head, the derivative of the softmax's
+// normalisation (Dao et al., 2022).
+template <bool kDropout>
+FASTBERT_INLINE Differentiated differentiate(Vec score, Vec dprobability, float scale, float lse, float delta,
+                                             const uint16_t* bits, const Dropout& dropout) {
+  const Vec probability = exp2(score * scale - lse);
+  if constexpr (kDropout) {
+    const Vec factor = drop(splat(dropout.scale), bits, dropout.threshold);
+    return {probability * factor, probability * (dprobability * factor - delta)};
+  }
+  return {probability, probability * (dprobability - delta)};
 }
 
-// Overwrites a row of scores with the dropped probabilities, and a row of their gradients with those of the scores. scale
-// and lse are in powers of two.
-template <bool kDropout>
-FASTBERT_INLINE void differentiate_row(float* scores, float* gradients, const Shape& shape, float scale, float lse,
-                                       float delta, const uint16_t* bits, const Dropout& dropout) {
-  for (int64_t column = 0; column < shape.padded_length; column += kWidth) {
-    const Vec probability = exp2(load(scores + column) * scale - lse);
-    Vec gradient = load(gradients + column);
-    Vec dropped = probability;
-    if constexpr (kDropout) {
-      const Vec factor = drop(splat(dropout.scale), bits + column, dropout.threshold);
-      dropped = probability * factor;
-      gradient = gradient * factor;
+// What the last three products of the backward pass read, all of it in the scratch memory of scores and dscores.
+struct BlockGradients {
+  LeftMatrix dscores;                                       // (queries, keys)
+  LeftMatrix dscores_transposed, probabilities_transposed;  // (keys, queries), the latter after dropout
+};
+
+// From the products Q K^T in scratch.scores and dO V^T in scratch.dscores. first_row: of the block, in the packed batch.
+template <typename Dot, bool kDropout>
+BlockGradients differentiate_block(const AttentionBackwardParams& p, int64_t first_row, int64_t head, int64_t num_rows,
+                                   const Shape& shape, const BackwardScratch& scratch) {
+  const float scale = p.softmax_scale * kLog2E;
+  const int64_t leading = shape.score_leading;
+  const auto draw_bits = [&](int64_t row, int i) {
+    if constexpr (kDropout) dropout_bits(scratch.bits[i], shape.length, first_row + row, head, p.dropout);
+  };
+  if constexpr (Dot::kElements == 1) {
+    for (int64_t row = 0; row < num_rows; ++row) {
+      float *scores = scratch.scores + row * leading, *dscores = scratch.dscores + row * leading;
+      draw_bits(row, 0);
+      for_columns(shape.length, [&](int64_t column, auto) {
+        const Differentiated d =
+            differentiate<kDropout>(load(scores + column), load(dscores + column), scale, scratch.lse[row],
+                                    scratch.delta[row], scratch.bits[0] + column, p.dropout);
+        store(scores + column, d.probability);
+        store(dscores + column, d.dscore);
+      });
     }
-    store(scores + column, dropped);
-    store(gradients + column, probability * (gradient - delta));
+    return {{scratch.dscores, leading, 1}, {scratch.dscores, 1, leading}, {scratch.scores, 1, leading}};
+  } else {
+    // Two queries at a time. dscores (queries, keys) take the place of scores; of the gradients' rows the even ones become
+    // pairs of probabilities, the odd ones pairs of dscores.
+    for (int64_t row = 0; row < num_rows; row += 2) {
+      float* scores[2] = {scratch.scores + row * leading, scratch.scores + (row + 1) * leading};
+      float* dscores[2] = {scratch.dscores + row * leading, scratch.dscores + (row + 1) * leading};
+      const bool pair = row + 1 < num_rows;
+      draw_bits(row, 0);
+      if (pair) draw_bits(row + 1, 1);
+      for_columns(shape.length, [&](int64_t column, auto extent) {
+        Differentiated d[2] = {};
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          if (i == 1 && !pair) break;
+          d[i] = differentiate<kDropout>(load(scores[i] + column), load(dscores[i] + column), scale, scratch.lse[row + i],
+                                         scratch.delta[row + i], scratch.bits[i] + column, p.dropout);
+        }
+        // A key that is not there would count in the last pair of an odd number.
+        const Vec even = within(d[0].dscore, 0.0f, extent), odd = within(d[1].dscore, 0.0f, extent);
+        store_elements<Dot>(scores[0], column, even);
+        store_elements<Dot>(scores[1], column, odd);
+        store(dscores[0] + column, make_groups<Dot>(d[0].probability, d[1].probability));
+        store(dscores[1] + column, make_groups<Dot>(even, odd));
+      });
+    }
+    return {{scratch.scores, leading, 1}, {scratch.dscores + leading, 1, 2 * leading}, {scratch.dscores, 1, 2 * leading}};
   }
 }
 
 template <typename T>
 void backward_head(const AttentionBackwardParams& p, const AttentionItem& item, int64_t head, const Shape& shape,
                    const BackwardScratch& scratch) {
-  using Dot = FloatDot;
+  using Dot = typename DotFor<T>::Type;
   const int64_t hidden = p.num_heads * p.head_dim;
   const int64_t qkv_offset = item.start * 3 * hidden + head * p.head_dim;
   const int64_t out_offset = item.start * hidden + head * p.head_dim;
   const T* qkv = static_cast<const T*>(p.qkv) + qkv_offset;
   const Rows<T> queries{qkv, 3 * hidden}, keys{qkv + hidden, 3 * hidden}, values{qkv + 2 * hidden, 3 * hidden};
-  const Rows<T> out{static_cast<const T*>(p.out) + out_offset, hidden},
-      dout{static_cast<const T*>(p.dout) + out_offset, hidden};
+  const Rows<T> out{static_cast<const T*>(p.out) + out_offset, hidden};
+  const Rows<T> dout{static_cast<const T*>(p.dout) + out_offset, hidden};
   T* dqkv = static_cast<T*>(p.dqkv) + qkv_offset;
   const float* lse = p.lse + head * p.total + item.start;
-  Prefetcher prefetcher(shape.length, 2 * count_tiles(shape.length, shape.length, p.head_dim) +
-                                          3 * count_tiles(shape.length, p.head_dim, shape.length));
+  const int64_t head_groups = groups<Dot>(p.head_dim), row_groups = groups<Dot>(shape.length);
+  Prefetcher prefetcher(shape.length, 2 * count_tiles(shape.length, shape.length, head_groups) +
+                                          3 * count_tiles(shape.length, p.head_dim, row_groups));
   const int64_t bytes = p.head_dim * sizeof(T), stride = hidden * sizeof(T);
   for (int i = 0; i < 3; ++i) prefetcher.add(dqkv + i * hidden, bytes, 3 * stride);
   if (head + 1 < item.last_head) {
@@ -174,46 +231,51 @@ void backward_head(const AttentionBackwardParams& p, const AttentionItem& item, 
   const RightMatrix keys_transposed = pack_transposed<Dot>(keys, shape, scratch.keys_transposed);
   const RightMatrix values_transposed = pack_transposed<Dot>(values, shape, scratch.values_transposed);
   const RightMatrix packed_keys = pack_right<Dot>(keys, shape.length, shape, scratch.keys);
-  const float one = 1.0f;
 
   for (int64_t first = 0; first < shape.length; first += shape.query_block) {
     const int64_t rows = shape.length - first < shape.query_block ? shape.length - first : shape.query_block;
     const RightMatrix query_block = pack_right<Dot>(queries.from(first), rows, shape, scratch.queries);
     const RightMatrix dout_block = pack_right<Dot>(dout.from(first), rows, shape, scratch.douts);
-    const Partial scores{scratch.probabilities, shape.score_leading}, dscores{scratch.dscores, shape.score_leading};
-    multiply<Dot>(rows, shape.padded_length, p.head_dim, {query_block.data, query_block.leading, 1}, keys_transposed, scores,
-                  StoreRows{scores.data, scores.leading}, prefetcher);
-    multiply<Dot>(rows, shape.padded_length, p.head_dim, {dout_block.data, dout_block.leading, 1}, values_transposed,
-                  dscores, StoreRows{dscores.data, dscores.leading}, prefetcher);
+    const auto multiply_head_dim = [&](Rows<T> from, RightMatrix packed, RightMatrix b, float* to) {
+      // One element a group: B's layout is A's.
+      const LeftMatrix a = Dot::kElements == 1 ? LeftMatrix{packed.data, packed.leading, 1}
+                                               : as_left<Dot>(from.from(first), rows, shape, scratch.left);
+      multiply<Dot>(rows, shape.padded_length, head_groups, a, b, {to, shape.score_leading},
+                    StoreRows{to, shape.score_leading}, prefetcher);
+    };
+    multiply_head_dim(queries, query_block, keys_transposed, scratch.scores);
+    multiply_head_dim(dout, dout_block, values_transposed, scratch.dscores);
+
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t query = first + row;
-      const float delta = inner_product(dout[query], out[query], shape.head_dim);
-      float* probabilities = scores.data + row * scores.leading;
-      float* gradients = dscores.data + row * dscores.leading;
-      const float scale2 = p.softmax_scale * kLog2E, lse2 = lse[query] * kLog2E;
-      if (p.dropout.threshold > 0) {
-        dropout_bits(scratch.bits, shape.length, item.start + query, head, p.dropout);
-        differentiate_row<true>(probabilities, gradients, shape, scale2, lse2, delta, scratch.bits, p.dropout);
-      } else {
-        differentiate_row<false>(probabilities, gradients, shape, scale2, lse2, delta, nullptr, p.dropout);
-      }
+      Vec sums{};
+      for_columns(p.head_dim, [&](int64_t d, auto extent) {
+        sums += load(dout[first + row] + d, extent) * load(out[first + row] + d, extent);
+      });
+      store(scratch.lanes + row * kWidth, sums);
+      scratch.lse[row] = lse[first + row] * kLog2E;
     }
-    multiply<Dot>(rows, shape.padded_head_dim, shape.length, {dscores.data, dscores.leading, 1}, packed_keys,
+    for (int64_t row = 0; row < rows; row += kWidth) {
+      store(scratch.delta + row, combine_lanes(scratch.lanes + row * kWidth, [](Vec a, Vec b) { return a + b; }));
+    }
+    const BlockGradients block = p.dropout.threshold > 0
+                                     ? differentiate_block<Dot, true>(p, item.start + first, head, rows, shape, scratch)
+                                     : differentiate_block<Dot, false>(p, item.start + first, head, rows, shape, scratch);
+
+    multiply<Dot>(rows, shape.padded_head_dim, row_groups, block.dscores, packed_keys,
                   {scratch.dqueries, shape.padded_head_dim},
                   StoreScaled<T>{dqkv + first * 3 * hidden, 3 * hidden, p.head_dim, &p.softmax_scale, 0}, prefetcher);
-    const auto add_block = [&](const Partial& a, RightMatrix b, float* sums, T* to, const float* scale) {
+    const auto add_block = [&](LeftMatrix a, RightMatrix b, float* sums, T* to, float scale) {
       const Partial partial{sums, shape.padded_head_dim, first > 0};
-      const LeftMatrix transposed{a.data, 1, a.leading};
       if (first + rows < shape.length) {
-        multiply<Dot>(shape.length, shape.padded_head_dim, rows, transposed, b, partial,
+        multiply<Dot>(shape.length, shape.padded_head_dim, groups<Dot>(rows), a, b, partial,
                       StoreRows{sums, shape.padded_head_dim}, prefetcher);
       } else {
-        multiply<Dot>(shape.length, shape.padded_head_dim, rows, transposed, b, partial,
-                      StoreScaled<T>{to, 3 * hidden, p.head_dim, scale, 0}, prefetcher);
+        multiply<Dot>(shape.length, shape.padded_head_dim, groups<Dot>(rows), a, b, partial,
+                      StoreScaled<T>{to, 3 * hidden, p.head_dim, &scale, 0}, prefetcher);
       }
     };
-    add_block(dscores, query_block, scratch.dkeys, dqkv + hidden, &p.softmax_scale);
-    add_block(scores, dout_block, scratch.dvalues, dqkv + 2 * hidden, &one);
+    add_block(block.dscores_transposed, query_block, scratch.dkeys, dqkv + hidden, p.softmax_scale);
+    add_block(block.probabilities_transposed, dout_block, scratch.dvalues, dqkv + 2 * hidden, 1.0f);
   }
 }
 

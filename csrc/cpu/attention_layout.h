@@ -160,6 +160,17 @@ FASTBERT_INLINE void store_elements(float* row, int64_t element, Vec v) {
   }
 }
 
+#if defined(__AVX512BF16__)
+// Groups of two elements each, lane by lane.
+template <typename Dot>
+FASTBERT_INLINE Vec make_groups(Vec first, Vec second) {
+  static_assert(Dot::kElements == 2);
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+  return (Vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+#endif
+
 // The end of a product (rows, head_dim): its rows, each multiplied with a factor, in the caller's dtype and place.
 template <typename T>
 struct StoreScaled {
