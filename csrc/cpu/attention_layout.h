@@ -20,7 +20,7 @@ struct DotFor<BFloat16> {
 };
 #endif
 
-constexpr int64_t kMaxQueryBlock = 96, kMinQueryBlock = 24;
+constexpr int64_t kMinQueryBlock = 24;
 constexpr int64_t kScoreFloats = 48 * 1024;  // of a block of queries: 192 KB of the second-level cache
 
 // What an item needs to know of a head's size, and the leading dimensions of the packed copies.
@@ -28,7 +28,7 @@ struct Shape {
   int64_t length, head_dim;
   int64_t padded_length, padded_head_dim;  // whole vectors
   int64_t score_leading;  // an odd number of cache lines: walking down a column touches all sets of the cache
-  int64_t query_block;
+  int64_t query_block;    // even; the blocks of a sequence are of nearly equal size
 
   Shape(int64_t length, int64_t head_dim)
       : length(length),
@@ -36,8 +36,9 @@ struct Shape {
         padded_length(round_up(length, kWidth)),
         padded_head_dim(round_up(head_dim, kWidth)),
         score_leading((round_up(length, 16) / 16 | 1) * 16) {
-    const int64_t fitting = kScoreFloats / score_leading / kTileRows * kTileRows;
-    query_block = fitting < kMinQueryBlock ? kMinQueryBlock : fitting > kMaxQueryBlock ? kMaxQueryBlock : fitting;
+    const int64_t fitting = kScoreFloats / score_leading, largest = fitting < kMinQueryBlock ? kMinQueryBlock : fitting;
+    const int64_t blocks = (length + largest - 1) / largest;
+    query_block = round_up((length + blocks - 1) / blocks, 2);
   }
 };
 
