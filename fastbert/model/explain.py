@@ -21,10 +21,10 @@ class Explanation:
     """What runs where. ``str()`` gives a table, :meth:`to_dict` plain data.
 
     name: the encoder's path in the model. encoder: reasons why whole calls run transformers' forward pass (empty: they run
-    packed). embeddings: notes on them. layers: notes per layer index (an empty list: fully fused). int8: per layer index the Linears
-    that multiply int8, where there are any. head: notes of the
-    language-model head, None where the model has none. ops: the backend that ``"auto"`` picks for the device and dtype of the
-    weights, with the reasons against the ones before it. others: the model's other encoders.
+    packed). embeddings: notes on them. layers: notes per layer index (an empty list: fully fused). int8: per layer index the
+    Linears that multiply int8, where there are any. head: notes of the language-model head, None where the model has none. ops:
+    the backend that ``"auto"`` picks for the device and dtype of the weights, with the reasons against the ones before it.
+    others: the model's other encoders.
     """
 
     name: str

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from .accelerate import accelerate, encoder_classes, module_of
 from .int8 import Int8Linear
@@ -44,9 +43,14 @@ def quantize(model: Model, *, skip: Iterable[str] = ()) -> Model:
     linears = dict(layer_linears(module))
     for part in skip:
         if not any(_is_part(part, name) for name in linears):
-            raise ValueError(f"skip names {part!r}, which is in no name of a Linear; they are such as {next(iter(linears), None)!r}")
+            raise ValueError(
+                f"skip names {part!r}, which is in no name of a Linear; they are such as {next(iter(linears), None)!r}"
+            )
     wanted = {name: linear for name, linear in linears.items() if not any(_is_part(part, name) for part in skip)}
-    reasons = [*_model_reasons(module, encoders), *(f"{name} {why}" for name, linear in wanted.items() if (why := _why_not(linear)))]
+    reasons = [
+        *_model_reasons(module, encoders),
+        *(f"{name} {why}" for name, linear in wanted.items() if (why := _why_not(linear))),
+    ]
     if reasons:
         shown = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if len(reasons) > 5 else "")
         raise ValueError(f"this {type(module).__qualname__} cannot be quantized: {shown}")
@@ -60,11 +64,7 @@ def quantize(model: Model, *, skip: Iterable[str] = ()) -> Model:
     accelerate(module)
     for name, linear in rounded.items():
         module.set_submodule(name, linear)
-    for encoder in encoders.values():
-        encoder.requires_grad_(False)
-    for part in module.modules():
-        if isinstance(part, PreTrainedModel) and encoders_of(part):
-            mark_as_int8(part)
+    mark_as_int8(module)
     return model
 
 
