@@ -125,14 +125,9 @@ def kernel_seconds(
     return times
 
 
-def command_line(name: str) -> str:
-    """How this process was started, of the benchmark module ``name``."""
-    return " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
-
-
 def write_results(name: str, document: dict[str, Any], folder: str | None) -> None:
     """Prints the document as the last line of stdout, and keeps it as ``results/<folder>/<name>.json`` where one is named."""
-    document = {"benchmark": name, "command": command_line(name), **document}
+    document = {"benchmark": name, "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]), **document}
     save_results(name, document, folder)
     print(json.dumps(document))
 

@@ -24,7 +24,7 @@ PARTS = (GEMM, ATTENTION, REST, OPTIMIZER)
 # The encoder layer's own counters (fastbert.ops.native_encoder.work_seconds).
 _COUNTERS = {"linear": GEMM, "attention": ATTENTION, "rest": REST}
 # By name, without what an operator calls inside of it: around a matmul there is only dispatch. What nothing names is arithmetic.
-_GEMM_OPERATORS = "mkldnn::_linear_pointwise mkl::_mkl_linear aten::mkldnn_linear aten::addmm aten::mm aten::bmm aten::_int_mm"
+_GEMM_OPERATORS = "mkldnn::_linear_pointwise mkl::_mkl_linear aten::addmm aten::addmm_ aten::mm aten::bmm aten::_int_mm"
 _AROUND_GEMMS = "fastbert::linear aten::linear aten::matmul"
 _VIEWS = "view reshape _unsafe_view as_strided slice select t transpose expand unsqueeze squeeze detach flatten unbind chunk split"
 _NEW_MEMORY = "empty empty_like empty_strided new_empty resize_ item _local_scalar_dense"
@@ -40,12 +40,13 @@ CATEGORIES_BY_PREFIX = {
     "aten::scaled_dot_product": ATTENTION,
     "aten::_scaled_dot_product": ATTENTION,
     "onednn::qlinear": GEMM,
-    "Optimizer.": OUTSIDE,
     "autograd::": OUTSIDE,
 }
 
 
 def category(operator: str) -> str:
+    if "::" not in operator:  # a node of autograd or an annotation around operators
+        return OUTSIDE
     if operator in CATEGORIES:
         return CATEGORIES[operator]
     return next((name for prefix, name in CATEGORIES_BY_PREFIX.items() if operator.startswith(prefix)), REST)

@@ -121,7 +121,7 @@ def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
         show(name, measured, say)
         if device == "cpu" and OURS in measured:
             step, parts = contenders[OURS]
-            profiles[name] = profile.shares(lambda step=step, parts=parts: step(parts), rounds=1)
+            profiles[name] = profile.shares(lambda step=step, parts=parts: step(parts), rounds=2)
             say(f"{'':<30}where fastbert's time goes: {profile.line(profiles[name]['shares'])}")
     document = {"machine": machine(device, dtype), "size": options.size, "dtype": options.dtype, "ceilings": limits}
     return {**document, "results": results, "profile": profiles}
