@@ -52,7 +52,7 @@ def category(operator: str) -> str:
     return next((name for prefix, name in CATEGORIES_BY_PREFIX.items() if operator.startswith(prefix)), REST)
 
 
-def shares(run: Callable[[], Any], rounds: int = 3) -> dict[str, Any]:
+def shares(run: Callable[[], Any], rounds: int) -> dict[str, Any]:
     """Of the fastest of ``rounds`` runs on the CPU: ``seconds`` without the profiler, ``shares`` of them by category, and
     ``operators``, the ten that take longest under the profiler, with their share."""
     plain, profiled = [], []

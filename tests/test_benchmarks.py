@@ -23,16 +23,23 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", ["inference", "pretrain"])
-def test_toy_run(name):
-    done = run(f"benchmarks.{name}", "--size", "tiny", "--rounds", "1", "--device", "cpu")
+@pytest.mark.parametrize(
+    ("name", "options"), [("inference", ["--peers", "transformers"]), ("pretrain", ["--lengths", "128", "--tokens", "256"])]
+)
+def test_toy_run(name, options):
+    done = run(f"benchmarks.{name}", "--size", "tiny", "--rounds", "1", "--device", "cpu", *options)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["benchmark"] == name
     assert document["machine"]["torch"]
     for result in document["results"].values():
-        assert result["ratio"]["median"] > 0
-        assert 0 < result["share_of_matmul_rate"] < 2
+        if name == "inference":
+            ours = result["contenders"]["fastbert float32"]
+            assert result["baseline_ratios"]["fastbert float32"]["median"] > 0
+        else:
+            ours = result["fastbert"]
+            assert result["ratio"]["median"] > 0
+        assert 0 < ours["share_of_matmul_rate"] < 2
 
 
 @pytest.fixture(scope="module")
