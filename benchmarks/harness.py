@@ -20,6 +20,10 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+# Engines have threads of their own, which spin for about a millisecond after their work: not into the next one's time.
+_SETTLE_S = 0.005
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -41,6 +45,7 @@ def interleaved(
         if round_number > 3 and sum(map(sum, seconds.values())) > limit_s:
             break
         for name, run in contenders.items():
+            time.sleep(_SETTLE_S)
             synchronize(device)
             start = time.perf_counter()
             run()
