@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/fingerprint.h"
 #include "cpu/runtime.h"
 #include "fastbert.h"
 
@@ -29,7 +30,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU kernels of fastbert, on raw pointers. Use fastbert.ops.";
 
   py::class_<Dropout>(m, "Dropout", py::module_local()).def(py::init(&make_dropout));
-  py::enum_<DType>(m, "DType", py::module_local()).value("float32", DType::float32).value("bfloat16", DType::bfloat16);
+  py::enum_<DType>(m, "DType", py::module_local())
+      .value("float32", DType::float32)
+      .value("bfloat16", DType::bfloat16)
+      .value("int8", DType::int8);
 
   m.def("supported_instruction_sets", &cpu::supported_instruction_sets);
   m.def("instruction_set", &cpu::instruction_set);
@@ -177,6 +181,81 @@ PYBIND11_MODULE(_cpu, m) {
                                 pointer<float>(dbias), pointer<float>(partials), rows, block, row_stride, first_class,
                                 num_classes, label_smoothing, dtype},
                                num_threads);
+      },
+      Release());
+
+  m.def("packs", &cpu::packs);
+  m.def("fingerprint", &cpu::fingerprint);
+
+  m.def(
+      "pack_weight",
+      [](Address weight, Address packed, int64_t out_features, int64_t in_features, DType dtype, int num_threads) {
+        cpu::pack_weight({pointer<const void>(weight), pointer<void>(packed), out_features, in_features, dtype},
+                         num_threads);
+      },
+      Release());
+
+  py::class_<PackedLinear>(m, "PackedLinear", py::module_local())
+      .def(py::init([](Address weight, Address bias, Address scale, Address zero_point_sums, int64_t out_features,
+                       int64_t in_features) {
+        return PackedLinear{pointer<const void>(weight),
+                            pointer<const float>(bias),
+                            pointer<const float>(scale),
+                            pointer<const int32_t>(zero_point_sums),
+                            out_features,
+                            in_features};
+      }));
+
+  // What a layer is made of; x, cu_seqlens, y and the workspace come with each call.
+  py::class_<EncoderLayerParams>(m, "EncoderLayer", py::module_local())
+      .def(py::init([](const PackedLinear& qkv, const PackedLinear& attention_output, const PackedLinear& intermediate,
+                       const PackedLinear& output, Address attention_norm_weight, Address attention_norm_bias,
+                       Address output_norm_weight, Address output_norm_bias, float attention_norm_eps, float output_norm_eps,
+                       int64_t num_heads, int64_t head_dim, float softmax_scale, DType dtype, DType weight_dtype,
+                       Address nanoseconds) {
+        return EncoderLayerParams{nullptr,
+                                  nullptr,
+                                  nullptr,
+                                  nullptr,
+                                  qkv,
+                                  attention_output,
+                                  intermediate,
+                                  output,
+                                  pointer<const float>(attention_norm_weight),
+                                  pointer<const float>(attention_norm_bias),
+                                  pointer<const float>(output_norm_weight),
+                                  pointer<const float>(output_norm_bias),
+                                  attention_norm_eps,
+                                  output_norm_eps,
+                                  0,
+                                  0,
+                                  num_heads,
+                                  head_dim,
+                                  softmax_scale,
+                                  dtype,
+                                  weight_dtype,
+                                  pointer<int64_t>(nanoseconds)};
+      }));
+
+  m.def("encoder_layer_workspace_bytes",
+        [](EncoderLayerParams layer, Address cu_seqlens, int64_t total, int64_t batch, int num_threads) {
+          layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+          layer.total = total;
+          layer.batch = batch;
+          return cpu::encoder_layer_workspace_bytes(layer, num_threads);
+        });
+
+  m.def(
+      "encoder_layer",
+      [](EncoderLayerParams layer, Address x, Address cu_seqlens, Address y, Address workspace, int64_t total, int64_t batch,
+         int num_threads) {
+        layer.x = pointer<const void>(x);
+        layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+        layer.y = pointer<void>(y);
+        layer.workspace = pointer<void>(workspace);
+        layer.total = total;
+        layer.batch = batch;
+        cpu::encoder_layer(layer, num_threads);
       },
       Release());
 }

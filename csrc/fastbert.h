@@ -11,7 +11,7 @@
 
 namespace fastbert {
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3 };
 
 // Counter-based dropout: the element (row, column) is dropped where its 16 bits of
 // Philox4x32-10(counter = (column / 8, row, plane, stream), key = *seed) are below the threshold.
@@ -27,7 +27,7 @@ struct AttentionForwardParams {
   const void* qkv;            // (total, 3, num_heads, head_dim)
   const int32_t* cu_seqlens;  // (batch + 1,), from 0 to total
   void* out;                  // (total, num_heads, head_dim)
-  float* lse;                 // (num_heads, total)
+  float* lse;                 // (num_heads, total), or null where no backward pass follows
   int64_t total, batch, num_heads, head_dim;
   float softmax_scale;
   Dropout dropout;
@@ -199,7 +199,46 @@ struct MlmLossBackwardParams {
   DType dtype;  // of logits
 };
 
+// A linear layer of a model that is not trained, its weight in the order that one instruction set's kernels read.
+struct PackedLinear {
+  const void* weight;              // what pack_weight wrote
+  const float* bias;               // (out_features,) or null
+  const float* scale;              // (out_features,) of an int8 weight's rows; null for other dtypes
+  const int32_t* zero_point_sums;  // (out_features,) 128 times the sums of an int8 weight's rows; null for other dtypes
+  int64_t out_features, in_features;
+};
+
+struct PackWeightParams {
+  const void* weight;  // (out_features, in_features), rows of whole groups of 4 bytes
+  void* packed;        // the weight's bytes, out_features rounded up to a multiple of 64
+  int64_t out_features, in_features;
+  DType dtype;
+};
+
+// A whole encoder layer without dropout: y = LN(h + W2 gelu(W1 h)), h = LN(x + Wo attention(x Wqkv)).
+struct EncoderLayerParams {
+  const void* x;              // (total, hidden)
+  const int32_t* cu_seqlens;  // (batch + 1,), from 0 to total
+  void* y;                    // (total, hidden)
+  void* workspace;            // encoder_layer_workspace_bytes()
+  PackedLinear qkv;           // hidden -> 3 hidden
+  PackedLinear attention_output, intermediate, output;
+  const float *attention_norm_weight, *attention_norm_bias;  // (hidden,)
+  const float *output_norm_weight, *output_norm_bias;        // (hidden,)
+  float attention_norm_eps, output_norm_eps;
+  int64_t total, batch, num_heads, head_dim;
+  float softmax_scale;
+  DType dtype;           // of x and y
+  DType weight_dtype;    // of all four weights
+  int64_t* nanoseconds;  // (3,): what the threads spent in linear layers, attention and the rest is added
+};
+
 namespace cpu {
+
+// Whether the instruction set in use has instructions for an encoder layer with weights of this dtype.
+bool packs(DType weight_dtype);
+
+int64_t encoder_layer_workspace_bytes(const EncoderLayerParams& params, int num_threads);
 
 // Sums over all rows (gradients of weights and biases) are made of the sums of this many chunks of rows, in order: it
 // depends on the shape alone, so results do not depend on the number of threads.
@@ -219,6 +258,8 @@ void bias_gelu_forward(const BiasGeluForwardParams& params, int num_threads);
 void bias_gelu_backward(const BiasGeluBackwardParams& params, int num_threads);
 void mlm_loss_forward(const MlmLossForwardParams& params, int num_threads);
 void mlm_loss_backward(const MlmLossBackwardParams& params, int num_threads);
+void pack_weight(const PackWeightParams& params, int num_threads);
+void encoder_layer(const EncoderLayerParams& params, int num_threads);
 
 }  // namespace cpu
 }  // namespace fastbert

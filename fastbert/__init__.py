@@ -24,6 +24,7 @@ _HOMES = {
     "BertForQuestionAnswering": "fastbert.model.heads",
     "accelerate": "fastbert.model.accelerate",
     "restore": "fastbert.model.accelerate",
+    "quantize": "fastbert.model.quantize",
     "explain": "fastbert.model.explain",
     "register": "fastbert.model.register",
     "unregister": "fastbert.model.register",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         BertForTokenClassification,
     )
     from .model.lm_heads import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
+    from .model.quantize import quantize
     from .model.register import register, unregister
 
 

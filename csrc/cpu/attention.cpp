@@ -160,7 +160,7 @@ void forward_head(const AttentionForwardParams& p, const AttentionItem& item, in
   const int64_t hidden = p.num_heads * p.head_dim;
   const T* queries = static_cast<const T*>(p.qkv) + item.start * 3 * hidden + head * p.head_dim;
   T* out = static_cast<T*>(p.out) + item.start * hidden + head * p.head_dim;
-  float* lse = p.lse + head * p.total + item.start;
+  float* lse = p.lse == nullptr ? nullptr : p.lse + head * p.total + item.start;
   Prefetcher prefetcher(shape.length, count_tiles(item.num_queries, shape.length, p.head_dim) +
                                           count_tiles(item.num_queries, p.head_dim, shape.length));
   const int64_t bytes = p.head_dim * sizeof(T), stride = hidden * sizeof(T);
@@ -181,7 +181,7 @@ void forward_head(const AttentionForwardParams& p, const AttentionItem& item, in
     for (int64_t row = 0; row < rows; ++row) {
       float* scores = scratch.scores + row * shape.score_leading;
       const Softmax softmax = exponentiate_row(scores, shape);
-      lse[first + row] = softmax.max + __builtin_logf(softmax.sum);
+      if (lse != nullptr) lse[first + row] = softmax.max + __builtin_logf(softmax.sum);
       scales[row] = 1.0f / softmax.sum;
       if (p.dropout.threshold > 0) {
         dropout_bits(scratch.bits, shape.length, item.start + first + row, head, p.dropout);

@@ -13,6 +13,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
+  bool dot_products;  // of bfloat16 and of 8-bit integers
 #define FASTBERT_TABLE_ENTRY(kernel, Params) void (*kernel)(const Params&, int);
   FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_ENTRY)
 };
@@ -21,23 +22,23 @@ struct InstructionSet {
 
 const InstructionSet baseline_set = [] {
   namespace isa = baseline;
-  return InstructionSet{"baseline", FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+  return InstructionSet{"baseline", false, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
 
 #if defined(__x86_64__)
 const InstructionSet avx2_set = [] {
   namespace isa = avx2;
-  return InstructionSet{"avx2", FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+  return InstructionSet{"avx2", false, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
 
 const InstructionSet avx512_set = [] {
   namespace isa = avx512;
-  return InstructionSet{"avx512", FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+  return InstructionSet{"avx512", false, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
 
 const InstructionSet avx512_bf16_set = [] {
   namespace isa = avx512_bf16;
-  return InstructionSet{"avx512_bf16", FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+  return InstructionSet{"avx512_bf16", true, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
 #endif
 
@@ -60,9 +61,22 @@ std::vector<const InstructionSet*> supported_sets() {
 
 const InstructionSet* current = supported_sets().back();
 
-void require_supported(DType dtype) {
-  if (dtype != DType::float32 && dtype != DType::bfloat16) {
+template <typename Params>
+void require_supported(const Params& params) {
+  if (params.dtype != DType::float32 && params.dtype != DType::bfloat16) {
     throw std::invalid_argument("the CPU kernels take float32 and bfloat16");
+  }
+}
+
+void require_supported(const PackWeightParams& params) {
+  if (!packs(params.dtype)) throw std::invalid_argument("this instruction set packs no weights of this dtype");
+}
+
+void require_supported(const EncoderLayerParams& params) {
+  const bool same = params.dtype == params.weight_dtype, quantised = params.weight_dtype == DType::int8;
+  const bool activations = params.dtype == DType::float32 || params.dtype == DType::bfloat16;
+  if (!packs(params.weight_dtype) || !activations || !(same || quantised)) {
+    throw std::invalid_argument("this instruction set has no encoder layer for these dtypes");
   }
 }
 
@@ -88,6 +102,11 @@ void set_instruction_set(const std::string& name) {
   throw std::invalid_argument("no instruction set '" + name + "' here: this CPU supports " + names);
 }
 
+bool packs(DType weight_dtype) {
+  const bool dot_product = weight_dtype == DType::bfloat16 || weight_dtype == DType::int8;
+  return weight_dtype == DType::float32 || (dot_product && current->dot_products);
+}
+
 int64_t row_chunks(int64_t rows) {
   constexpr int64_t max_chunks = 64, min_rows = 16;
   return std::clamp<int64_t>((rows + min_rows - 1) / min_rows, 1, max_chunks);
@@ -95,7 +114,7 @@ int64_t row_chunks(int64_t rows) {
 
 #define FASTBERT_LAUNCHER(kernel, Params)              \
   void kernel(const Params& params, int num_threads) { \
-    require_supported(params.dtype);                   \
+    require_supported(params);                         \
     current->kernel(params, num_threads);              \
   }
 FASTBERT_FOR_EACH_KERNEL(FASTBERT_LAUNCHER)

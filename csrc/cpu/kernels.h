@@ -17,7 +17,9 @@
   X(bias_gelu_forward, BiasGeluForwardParams)                        \
   X(bias_gelu_backward, BiasGeluBackwardParams)                      \
   X(mlm_loss_forward, MlmLossForwardParams)                          \
-  X(mlm_loss_backward, MlmLossBackwardParams)
+  X(mlm_loss_backward, MlmLossBackwardParams)                        \
+  X(pack_weight, PackWeightParams)                                   \
+  X(encoder_layer, EncoderLayerParams)
 
 #define FASTBERT_DECLARE_KERNEL(name, Params) void name(const Params& params, int num_threads);
 

@@ -69,6 +69,13 @@ FASTBERT_INLINE Vec load(const float* from, Extent extent = {}) {
 }
 
 template <typename Extent = Whole>
+FASTBERT_INLINE VecInt load_int(const int32_t* from, Extent extent = {}) {
+  VecInt v{};
+  copy_elements(&v, from, extent, 4);
+  return v;
+}
+
+template <typename Extent = Whole>
 FASTBERT_INLINE VecHalf load_half(const void* from, Extent extent = {}) {
   VecHalf v{};
   copy_elements(&v, from, extent, 2);
@@ -94,7 +101,11 @@ FASTBERT_INLINE VecUint bfloat16_bits(Vec v) {
 
 template <typename Extent = Whole>
 FASTBERT_INLINE void store(BFloat16* to, Vec v, Extent extent = {}) {
+#if defined(__AVX512BF16__)
+  const VecHalf half = (VecHalf)_mm512_cvtneps_pbh((__m512)v);  // denormal numbers become 0
+#else
   const VecHalf half = __builtin_convertvector(bfloat16_bits(v), VecHalf);
+#endif
   copy_elements(to, &half, extent, 2);
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers.models.bert import modeling_bert as hf
 
+from . import int8_checkpoint  # noqa: F401 (so that an int8 checkpoint loads)
 from .attention_interface import register_attention
 from .encoder import PackedEncoder
 from .swap import replaces, use_fast_classes

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..ops import embedding_layer_norm
 from ..ops.registration import under_autocast
 from .inputs import check_token_ids
-from .layer import STREAMS_PER_LAYER, active_dropout_p, is_watched
+from .layer import STREAMS_PER_LAYER, active_dropout_p
 from .packing import Packing
+from .plain import is_watched
 
 
 def embed(

@@ -15,9 +15,10 @@ from transformers.utils import output_capturing
 from ..ops.registration import transform_reasons
 from .embeddings import embed
 from .inputs import check_inputs, warn_of_first_position
-from .layer import FusedLayer, is_watched
+from .layer import FusedLayer
 from .outputs import PooledEncoderOutput
 from .packing import Packing
+from .plain import is_watched
 from .swap import use_fast_classes
 
 

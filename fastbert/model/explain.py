@@ -13,7 +13,9 @@ from .accelerate import encoder_classes, module_of
 from .attention_interface import NAME as ATTENTION
 from .embeddings import embedding_notes
 from .encoder import PackedEncoder, model_fallback_reasons
-from .layer import FusedLayer, has_own_forward, layer_notes
+from .layer import FusedLayer, int8_parts, layer_fallback_reasons, layer_notes
+from .packed_layer import packing_reasons
+from .plain import has_own_forward
 
 
 @dataclass
@@ -21,9 +23,11 @@ class Explanation:
     """What runs where. ``str()`` gives a table, :meth:`to_dict` plain data.
 
     name: the encoder's path in the model. encoder: reasons why whole calls run transformers' forward pass (empty: they run
-    packed). embeddings: notes on them. layers: notes per layer index (an empty list: fully fused). head: notes of the
-    language-model head, None where the model has none. ops: the backend that ``"auto"`` picks for the device and dtype of the
-    weights, with the reasons against the ones before it. others: the model's other encoders.
+    packed). embeddings: notes on them. layers: notes per layer index (an empty list: fully fused). inference: on CPUs, per layer
+    index, why calls without gradients take the layer's ops one by one (an empty list: one call on packed weights). int8: per layer
+    index the Linears that multiply int8, where there are any. head: notes of the language-model head, None where the model has
+    none. ops: the backend that ``"auto"`` picks for the device and dtype of the weights, with the reasons against the ones before
+    it. others: the model's other encoders.
     """
 
     name: str
@@ -32,6 +36,8 @@ class Explanation:
     encoder: list[str]
     embeddings: list[str]
     layers: dict[int, list[str]]
+    inference: dict[int, list[str]]
+    int8: dict[int, list[str]]
     head: list[str] | None
     ops: dict[str, dict[str, Any]] = field(default_factory=dict)
     others: list[Explanation] = field(default_factory=list)
@@ -57,6 +63,13 @@ class Explanation:
             lines.append(f"layers     {_ranges(fused)}: fused")
         for index, notes in self.layers.items():
             lines += [f"layer {index:<4} {note}" for note in notes]
+        for reasons in dict.fromkeys(map(tuple, self.inference.values())):
+            indices = [index for index, others in self.inference.items() if tuple(others) == reasons]
+            path = f"op by op, {'; '.join(reasons)}" if reasons else "one call per layer on packed weights"
+            lines.append(f"inference  {_ranges(indices)}: {path}")
+        for names in dict.fromkeys(map(tuple, self.int8.values())):
+            indices = [index for index, parts in self.int8.items() if tuple(parts) == names]
+            lines.append(f"int8       {_ranges(indices)}: {', '.join(names)}")
         if self.head is not None:
             lines += _described("MLM head", self.head, "fused, on labelled rows only")
         for op, facts in self.ops.items():
@@ -99,7 +112,15 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
         index: layer_notes(layer) if isinstance(layer, FusedLayer) else [f"is {type(layer).__qualname__}, not fastbert's"]
         for index, layer in enumerate(encoder.encoder.layer)
     }
+    int8 = {index: names for index, layer in enumerate(encoder.encoder.layer) if (names := int8_parts(layer))}
     weight = next(encoder.parameters())
+    inference = {}
+    if weight.device.type == "cpu" and not reasons:
+        inference = {
+            index: layer_fallback_reasons(layer) or packing_reasons(layer, weight.dtype)
+            for index, layer in enumerate(encoder.encoder.layer)
+            if isinstance(layer, FusedLayer)
+        }
     head_dim = encoder.config.hidden_size // encoder.config.num_attention_heads
     return Explanation(
         name=name,
@@ -108,8 +129,10 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
         encoder=reasons,
         embeddings=notes,
         layers=layers,
+        inference=inference,
+        int8=int8,
         head=None,
-        ops={op: _op_facts(op, weight, head_dim) for op in backends.OPS},
+        ops={op: _op_facts(op, weight, head_dim) for op in (*backends.OPS, *(backends.INFERENCE_OPS if int8 else ()))},
     )
 
 

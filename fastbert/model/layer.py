@@ -3,28 +3,30 @@
     qkv = x [Wq Wk Wv]          attention (dropout inside)      add_layer_norm(. Wo + bo, x)
     gelu(x W1 + b1)                                             add_layer_norm(. W2 + b2, x)
 
-Same submodules and parameters as transformers' layer. A submodule that is not exactly what transformers builds (a LoRA or
-quantised Linear, one with hooks) is called as a module, so that what it adds takes part; what cannot be honoured inside the
-fused layer sends the whole layer to transformers' own forward. :func:`layer_notes` names both, per layer.
+Same submodules and parameters as transformers' layer; :func:`fastbert.quantize` puts ``Int8Linear`` in place of its Linears, and
+the same GEMMs run on int8. A submodule that is neither (a LoRA or torchao Linear, one with hooks) is called as a module, so that
+what it adds takes part; what cannot be honoured inside the fused layer sends the whole layer to transformers' own forward.
+:func:`layer_notes` names both, per layer. Without gradients a CPU runs the layer in one call on packed weights (``packed_layer``).
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from itertools import chain
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert import modeling_bert as hf
 
-from ..ops import add_layer_norm, attention, linear_gelu
+from ..ops import add_layer_norm, attention, int8_linear, linear_gelu
 from ..ops.linear import linear, linear_forward
 from ..ops.registration import under_autocast
+from .int8 import Int8Linear, join
+from .packed_layer import packed_layer
 from .packing import Packing
+from .plain import has_hooks, has_own_forward, has_plain_parameters, is_exact_gelu, is_int8_linear, is_plain_linear
 from .swap import replaces
 
 # Streams of the dropout generator: one for each op of each layer, and after them one for the embeddings.
@@ -101,6 +103,8 @@ class FusedLayer:
         if layer_fallback_reasons(self):
             mask = _padding_mask(self, hidden_states, packing)
             return packing.from_sequences(super().forward(packing.to_sequences(hidden_states), mask))
+        if (packed := packed_layer(self, hidden_states)) is not None:
+            return packed(hidden_states, packing.cu_seqlens)
         first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
@@ -156,6 +160,8 @@ def _intermediate(module: nn.Module, x: Tensor) -> Tensor:
     dense, activation = module.dense, module.intermediate_act_fn
     if is_plain_linear(dense) and is_exact_gelu(activation):
         return linear_gelu(x, dense.weight, dense.bias)
+    if is_int8_linear(dense) and is_exact_gelu(activation):
+        return int8_linear(x, dense.weight, dense.weight_scale, dense.bias, activation="gelu")
     return activation(dense(x))
 
 
@@ -165,54 +171,6 @@ def active_dropout_p(dropout: nn.Dropout) -> float:
 
 
 # --- what may be fused ---------------------------------------------------------------------------------------------------
-
-
-# transformers records hidden states and attention weights with hooks that stay for good and do nothing in other calls;
-# torch's sharding gathers parameters in them, whatever the shape of the inputs.
-_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "torch.distributed.")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone watches or changes the calls of this module, so that it has to be called as transformers would."""
-    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
-        return False
-    hooks = chain(
-        module._forward_hooks.values(), module._forward_pre_hooks.values(),
-        module._backward_hooks.values(), module._backward_pre_hooks.values(),
-    )  # fmt: skip
-    return any(not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS_HOOKS) for hook in hooks)
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody put another ``forward`` on the instance; accelerate leaves that of the class there when its hooks go."""
-    forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether a module does more than its class says: it has hooks, or somebody put another ``forward`` on the instance."""
-    return has_own_forward(module) or has_hooks(module)
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether reading ``weight`` and ``bias`` is all there is to this Linear.
-
-    PEFT's LoRA class is also *named* Linear, and quantisers put tensor subclasses in the place of the weight: reading
-    ``weight`` would ignore the one and break the other.
-    """
-    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and not is_watched(module)
-
-
-def has_plain_parameters(norm: nn.LayerNorm) -> bool:
-    """Whether reading ``weight`` and ``bias`` is all there is to this LayerNorm."""
-    compiling = torch.compiler.is_compiling()  # torch.export has tensors of its own in their places
-    return all(type(p) in (nn.Parameter, Tensor) or (compiling and p is not None) for p in (norm.weight, norm.bias))
-
-
-def is_exact_gelu(activation: nn.Module) -> bool:
-    """Whether an activation is the erf-GELU of the BERT paper and nothing else."""
-    exact = type(activation) is GELUActivation or (type(activation) is nn.GELU and activation.approximate == "none")
-    return exact and not is_watched(activation)
 
 
 def layer_fallback_reasons(layer: nn.Module) -> list[str]:
@@ -248,17 +206,23 @@ def layer_notes(layer: nn.Module) -> list[str]:
     notes = ["has hooks, which are shown padded rows"] if has_hooks(layer) else []
     attention_module = layer.attention.self
     projections = {name: getattr(attention_module, name) for name in ("query", "key", "value")}
-    if changed := [_what_is(name, module) for name, module in projections.items() if not is_plain_linear(module)]:
+    changed = [_what_is(name, module) for name, module in projections.items() if not is_plain_linear(module)]
+    if changed and not all(map(is_int8_linear, projections.values())):
         notes.append(f"query, key and value are called one by one: {', '.join(changed)}")
     dense, activation = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
-    if not is_plain_linear(dense):
+    if not (is_plain_linear(dense) or is_int8_linear(dense)):
         notes.append(f"intermediate's Linear and activation run one by one: {_what_is('dense', dense)}")
     elif not is_exact_gelu(activation):
         notes.append(f"intermediate's Linear and activation run one by one: {_what_is('the activation', activation)}, no erf-GELU")
     for name, module in (("attention.output", layer.attention.output), ("output", layer.output)):
-        if not is_plain_linear(module.dense):
+        if not (is_plain_linear(module.dense) or is_int8_linear(module.dense)):
             notes.append(f"{name}.dense is called as a module, its bias is not fused: {_what_is('it', module.dense)}")
     return notes
+
+
+def int8_parts(layer: nn.Module) -> list[str]:
+    """The layer's Linears that multiply int8."""
+    return [name for name, module in layer.named_modules() if isinstance(module, Int8Linear)]
 
 
 def _what_is(name: str, module: nn.Module) -> str:
@@ -275,6 +239,8 @@ def _what_is(name: str, module: nn.Module) -> str:
 def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
     """(total, 3 * hidden): queries, keys and values side by side."""
     linears = (module.query, module.key, module.value)
+    if all(is_int8_linear(linear) for linear in linears):
+        return int8_linear(x, *_joined_int8(linears))
     if not all(is_plain_linear(linear) for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
@@ -287,13 +253,21 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
     return linear(x, torch.cat(weights), torch.cat(zeros))
 
 
-def _are_adjacent(weights: list[Tensor], biases: list[Tensor | None]) -> bool:
-    """Whether three parameters lie one after the other in one storage, moving them there where that is safe.
+def _joined_int8(linears: tuple[Int8Linear, Int8Linear, Int8Linear]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(weight, weight_scale, bias) of queries, keys and values side by side, without a copy where they are neighbours."""
+    groups = [[linear._buffers[name] for linear in linears] for name in ("weight", "weight_scale", "bias")]
+    if torch.compiler.is_compiling() or not _are_adjacent(*groups):
+        return join(linears)
+    return tuple(group[0].as_strided((3 * group[0].shape[0], *group[0].shape[1:]), group[0].stride()) for group in groups)
+
+
+def _are_adjacent(*groups: list[Tensor | None]) -> bool:
+    """Whether the three tensors of each group lie one after the other in one storage, moving them there where that is safe.
 
     The idea of nn.RNN.flatten_parameters: one GEMM needs one matrix, the state dict three. ``.to()`` and optimizers that swap
     storages undo it, so it is checked at each forward pass: six pointer comparisons.
     """
-    for group in (weights, biases):
+    for group in groups:
         if any(p is None for p in group):
             return False
         if not _follow_each_other(group):
@@ -315,10 +289,10 @@ def _follow_each_other(group: list[Tensor]) -> bool:
 
 
 def _flatten(group: list[Tensor]) -> bool:
-    """Moves three parameters of one shape into one buffer; False where their memory belongs to someone else."""
+    """Moves three parameters (or buffers) of one shape into one buffer; False where their memory belongs to someone else."""
     first = group[0]
     ours_to_move = len({p.data_ptr() for p in group}) == 3 and all(
-        type(p) is nn.Parameter
+        type(p) in (nn.Parameter, Tensor)
         and p.shape == first.shape
         and p.dtype == first.dtype
         and p.device == first.device

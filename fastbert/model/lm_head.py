@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from ..ops import gelu_layer_norm, mlm_loss
 from ..ops.linear import linear
 from ..ops.registration import at_least_float32, transform_reasons
-from .layer import has_hooks, has_plain_parameters, is_exact_gelu, is_plain_linear, is_watched
 from .outputs import Deferred, EncoderOutput
 from .packing import Packing
+from .plain import has_hooks, has_plain_parameters, is_exact_gelu, is_plain_linear, is_watched
 
 IGNORE_INDEX = -100
 

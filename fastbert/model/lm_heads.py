@@ -14,9 +14,9 @@ from ..ops.registration import at_least_float32
 from .bert import PackedHead
 from .encoder import sequences_in_row
 from .inputs import check_labels
-from .layer import is_watched
 from .lm_head import IGNORE_INDEX, LanguageModelHead
 from .outputs import BertForPreTrainingOutput, BertLMHeadOutput, MaskedLMOutput
+from .plain import is_watched
 from .swap import replaces
 
 

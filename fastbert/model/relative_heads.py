@@ -16,10 +16,10 @@ from transformers.utils.generic import can_return_tuple
 
 from .encoder import sequences_in_row
 from .heads import MultipleChoice, QuestionAnswering, TokenClassification
-from .layer import is_watched
 from .lm_head import LanguageModelHead
 from .lm_heads import MaskedLM
 from .outputs import EncoderOutput
+from .plain import is_watched
 from .swap import replaces
 
 

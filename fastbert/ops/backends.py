@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "linear_gelu", "gelu_layer_norm", "mlm_loss")
+INFERENCE_OPS = ("int8_linear",)  # without a derivative
 BACKENDS = ("reference", "native", "triton", "cuda")
 AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 
@@ -30,6 +31,8 @@ _DTYPES = {
 }
 _DEVICES = {"native": ("cpu",), "cuda": ("cuda",)}
 _OPS_OF = {
+    "reference": (*OPS, *INFERENCE_OPS),
+    "native": (*OPS, *INFERENCE_OPS),
     "cuda": ("add_layer_norm", "gelu_layer_norm"),
 }
 MAX_HEAD_DIM, TRITON_MAX_FLOAT32_HEAD_DIM = 256, 128
@@ -55,6 +58,8 @@ def not_supported_reasons(backend: str, op: str, device_type: str, dtype: torch.
     reasons = [reason] if reason else []
     if op not in _OPS_OF.get(backend, OPS):
         reasons.append(f"it has no kernel for {op}")
+    elif (backend, op, reason) == ("native", "int8_linear", None):
+        reasons += implementation(op, backend).int8_unavailable_reasons()
     if device_type not in _DEVICES.get(backend, (device_type,)):
         reasons.append(f"it runs on {_DEVICES[backend][0]} tensors, these are on {device_type}")
     if backend == "triton" and device_type == "cpu" and not _triton_interprets():
@@ -99,7 +104,7 @@ def implementation_for(op: str, backend: str, x: torch.Tensor, head_dim: int | N
 def report() -> dict[str, Any]:
     """What ``fastbert doctor`` prints: backends with their state, and what ``"auto"`` picks per op, device and dtype."""
     ops: dict[str, Any] = {}
-    for op in OPS:
+    for op in (*OPS, *INFERENCE_OPS):
         ops[op] = {}
         for device_type in AUTO_ORDER:
             picked = {

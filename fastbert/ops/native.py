@@ -10,12 +10,14 @@ FASTBERT_CPU_ISA=baseline|avx2|avx512|avx512_bf16 forces an instruction set; the
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..build_report import why_not_built
 from . import reference
@@ -52,9 +54,11 @@ def _openmp_entry_point() -> int:
 
 
 _cpu, _unavailable_reason = _import_extension()
+EXTENSION = _cpu
 AVAILABLE: bool = _cpu is not None
 if AVAILABLE:
-    _DTYPES = {torch.float32: _cpu.DType.float32, torch.bfloat16: _cpu.DType.bfloat16}
+    DTYPES = {torch.float32: _cpu.DType.float32, torch.bfloat16: _cpu.DType.bfloat16}
+    WEIGHT_DTYPES = {**DTYPES, torch.int8: _cpu.DType.int8}
     _NO_DROPOUT = _cpu.Dropout(0, 1.0, 0, 0)
 
 
@@ -76,6 +80,16 @@ def supported_instruction_sets() -> list[str]:
 def set_instruction_set(name: str) -> None:
     """Switches all kernels, for tests and measurements; raises ValueError where the CPU does not support ``name``."""
     _cpu.set_instruction_set(name)
+
+
+def packs(weight_dtype: torch.dtype) -> bool:
+    """Whether the encoder layer runs with weights of this dtype on the instruction set in use."""
+    return _cpu.packs(WEIGHT_DTYPES[weight_dtype])
+
+
+def fingerprint(tensors: list[tuple[int, int]]) -> int:
+    """A hash of a few words of each tensor (address, bytes): says whether weights are still those that were packed."""
+    return _cpu.fingerprint(tensors)
 
 
 def cpu_features() -> list[str]:
@@ -135,7 +149,7 @@ def embedding_layer_norm_forward(
         input_ids.data_ptr(), token_type_ids.data_ptr(), position_ids.data_ptr(),
         word.data_ptr(), position.data_ptr(), token_type.data_ptr(), weight.data_ptr(), ln_bias.data_ptr(),
         y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
-        rows, hidden, eps, _dropout(dropout_p, seed, stream), _DTYPES[word.dtype], torch.get_num_threads(),
+        rows, hidden, eps, _dropout(dropout_p, seed, stream), DTYPES[word.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -167,7 +181,7 @@ def embedding_layer_norm_backward(
         dy.data_ptr(), input_ids.data_ptr(), token_type_ids.data_ptr(), position_ids.data_ptr(),
         word.data_ptr(), position.data_ptr(), token_type.data_ptr(), mean.data_ptr(), rstd.data_ptr(), weight.data_ptr(),
         _pointer(dz), dweight.data_ptr(), dln_bias.data_ptr(), partials.data_ptr(),
-        rows, hidden, _dropout(dropout_p, seed, stream), _DTYPES[dy.dtype], torch.get_num_threads(),
+        rows, hidden, _dropout(dropout_p, seed, stream), DTYPES[dy.dtype], torch.get_num_threads(),
     )  # fmt: skip
     tables = reference.embedding_table_gradients(
         dz, input_ids, token_type_ids, position_ids, word, position, token_type, padding_idx, needs
@@ -191,7 +205,7 @@ def attention_forward(
     _cpu.attention_forward(
         qkv.data_ptr(), cu_seqlens.data_ptr(), out.data_ptr(), lse.data_ptr(),
         total, cu_seqlens.numel() - 1, num_heads, head_dim,
-        softmax_scale, _dropout(dropout_p, seed, stream), _DTYPES[qkv.dtype], torch.get_num_threads(),
+        softmax_scale, _dropout(dropout_p, seed, stream), DTYPES[qkv.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
@@ -214,7 +228,7 @@ def attention_backward(
     _cpu.attention_backward(
         dout.data_ptr(), qkv.data_ptr(), out.data_ptr(), lse.data_ptr(), cu_seqlens.data_ptr(), dqkv.data_ptr(),
         total, cu_seqlens.numel() - 1, num_heads, head_dim,
-        softmax_scale, _dropout(dropout_p, seed, stream), _DTYPES[qkv.dtype], torch.get_num_threads(),
+        softmax_scale, _dropout(dropout_p, seed, stream), DTYPES[qkv.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dqkv
 
@@ -238,7 +252,7 @@ def add_layer_norm_forward(
     _cpu.add_layer_norm_forward(
         x.data_ptr(), _pointer(bias), residual.data_ptr(), weight.data_ptr(), ln_bias.data_ptr(),
         y.data_ptr(), z.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
-        rows, hidden, eps, _dropout(dropout_p, seed, stream), _DTYPES[x.dtype], torch.get_num_threads(),
+        rows, hidden, eps, _dropout(dropout_p, seed, stream), DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y, z, mean, rstd
 
@@ -265,7 +279,7 @@ def add_layer_norm_backward(
     _cpu.add_layer_norm_backward(
         dy.data_ptr(), z.data_ptr(), mean.data_ptr(), rstd.data_ptr(), weight.data_ptr(),
         _pointer(dx), dresidual.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), _pointer(dbias), partials.data_ptr(),
-        rows, hidden, _dropout(dropout_p, seed, stream), _DTYPES[dy.dtype], torch.get_num_threads(),
+        rows, hidden, _dropout(dropout_p, seed, stream), DTYPES[dy.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dx, dresidual, dweight.to(dtype), dln_bias.to(dtype), None if dbias is None else dbias.to(dtype)
 
@@ -280,7 +294,7 @@ def gelu_layer_norm_forward(
     _cpu.gelu_layer_norm_forward(
         x.data_ptr(), _pointer(bias), weight.data_ptr(), ln_bias.data_ptr(),
         y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
-        rows, hidden, eps, _DTYPES[x.dtype], torch.get_num_threads(),
+        rows, hidden, eps, DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -299,7 +313,7 @@ def gelu_layer_norm_backward(
     _cpu.gelu_layer_norm_backward(
         dy.data_ptr(), x.data_ptr(), _pointer(bias), weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
         dx.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), _pointer(dbias), partials.data_ptr(),
-        rows, hidden, _DTYPES[dy.dtype], torch.get_num_threads(),
+        rows, hidden, DTYPES[dy.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dx, None if dbias is None else dbias.to(bias_dtype), dweight.to(dtype), dln_bias.to(dtype)
 
@@ -312,7 +326,7 @@ def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep_pre
     y = torch.empty_like(u) if keep_preactivation else u
     bias = _float32(bias)
     _cpu.bias_gelu_forward(
-        u.data_ptr(), _pointer(bias), y.data_ptr(), *u.shape, _DTYPES[u.dtype], torch.get_num_threads()
+        u.data_ptr(), _pointer(bias), y.data_ptr(), *u.shape, DTYPES[u.dtype], torch.get_num_threads()
     )  # fmt: skip
     return y, u if keep_preactivation else None
 
@@ -327,9 +341,42 @@ def linear_gelu_backward(
     bias32 = _float32(bias)
     _cpu.bias_gelu_backward(
         dy.data_ptr(), u.data_ptr(), _pointer(bias32), du.data_ptr(), dbias.data_ptr(), partials.data_ptr(),
-        rows, columns, _DTYPES[u.dtype], torch.get_num_threads(),
+        rows, columns, DTYPES[u.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return du @ weight, du.t() @ x, None if bias is None else dbias.to(bias.dtype)
+
+
+@functools.cache
+def int8_unavailable_reasons() -> tuple[str, ...]:
+    """Why int8_linear cannot run here, empty where it can: torch's int8 matmul has to be there, and exact.
+
+    CPUs without VNNI add products in pairs of 16 bits, which saturate at the largest values.
+    """
+    if not hasattr(torch, "_int_mm"):
+        return ("this torch does not expose an int8 matmul (torch._int_mm)",)
+    largest = torch.full((32, 64), reference.INT8_LARGEST, dtype=torch.int8, device="cpu")
+    expected = 64 * reference.INT8_LARGEST**2
+    if not all((torch._int_mm(sign * largest, largest.t()) == sign * expected).all() for sign in (1, -1)):
+        return ("torch's int8 matmul saturates on this CPU (it has no VNNI)",)
+    return ()
+
+
+# Rows of a block: its int32 sums stay in the cache until they are scaled.
+_INT8_ROWS = 128
+
+
+def int8_linear_forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """See :func:`reference.int8_linear_forward`."""
+    rows, out_features = x.shape[0], weight.shape[0]
+    y = x.new_empty(rows, out_features)
+    sums = torch.empty(min(rows, _INT8_ROWS), out_features, dtype=torch.int32, device="cpu")
+    bias = torch.zeros_like(weight_scale) if bias is None else bias
+    for x_block, y_block in zip(x.split(_INT8_ROWS), y.split(_INT8_ROWS), strict=True):
+        q, step = reference.quantize_rows(x_block)
+        total = torch._int_mm(q, weight.t(), out=sums[: q.shape[0]]).float()
+        u = torch.addcmul(bias, total, step[:, None] * weight_scale)
+        y_block.copy_(F.gelu(u) if activation == "gelu" else u)
+    return y
 
 
 def mlm_loss_forward(
@@ -348,7 +395,7 @@ def mlm_loss_forward(
     _cpu.mlm_loss_forward(
         logits.data_ptr(), _pointer(bias), labels.data_ptr(),
         row_max.data_ptr(), row_sum.data_ptr(), label_logit.data_ptr(), _pointer(logit_sum),
-        rows, block, logits.stride(0), first_class, _DTYPES[logits.dtype], torch.get_num_threads(),
+        rows, block, logits.stride(0), first_class, DTYPES[logits.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -373,7 +420,7 @@ def mlm_loss_backward(
         logits.data_ptr(), _pointer(bias), labels.data_ptr(),
         row_max.data_ptr(), row_sum.data_ptr(), dloss.data_ptr(), _pointer(sums), _pointer(partials),
         rows, block, logits.stride(0), first_class, num_classes, label_smoothing,
-        _DTYPES[logits.dtype], torch.get_num_threads(),
+        DTYPES[logits.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if dbias is not None:
         dbias.copy_(sums)

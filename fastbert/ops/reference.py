@@ -12,10 +12,14 @@ Statistics (mean, rstd, lse, row_max, row_sum) are float32, or float64 for float
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWeights
 
 # --- dropout -------------------------------------------------------------------------------------------------------------
 
@@ -403,6 +407,54 @@ def linear_gelu_backward(
     return du @ weight, du.t() @ x, dbias
 
 
+# --- int8 Linear (inference) ----------------------------------------------------------------------------------------------
+
+INT8_LARGEST = 127  # symmetric: -128 is not used
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights of a Linear, symmetric per output channel (Jacob et al., 2018, with zero points of 0).
+
+    weight: (out_features, in_features), any floating dtype. Returns the weights in steps of their channel, (out_features,
+    in_features) int8 from -127 to 127, and the channels' steps max|W[n, :]| / 127, (out_features,) float32; both are 0 in a
+    channel of zeros.
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(1) / INT8_LARGEST
+    steps = torch.where(scale[:, None] > 0, weight / scale[:, None], 0.0)
+    return steps.round().clamp(-INT8_LARGEST, INT8_LARGEST).to(torch.int8), scale
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 activations, symmetric per row, from the row's own largest value (dynamic).
+
+    x: (rows, in_features). Returns round(x * (127 / max|x|)), half to even, (rows, in_features) int8, and the rows' steps
+    max|x| / 127, (rows,) float32. A row of zeros, or of values so small that 127 / max|x| is infinite (below 3.8e-37), is 0; the
+    step of a row that holds inf or NaN is NaN, which makes all its results NaN.
+    """
+    x = x.float()
+    largest = x.abs().amax(1)
+    inverse = INT8_LARGEST / largest
+    inverse = torch.where(inverse.isinf(), 0.0, inverse)
+    step = torch.where(largest.isinf(), torch.nan, largest / INT8_LARGEST)
+    return (x * inverse[:, None]).round().to(torch.int8), step  # under a NaN step any integers will do
+
+
+def int8_linear_forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """(int8 x) (int8 weight)^T, summed exactly, times the steps of row and channel, + bias, then erf-GELU if wanted.
+
+    x: (rows, in_features) float32 or half precision; weight, weight_scale: of :func:`quantize_weight`; bias: (out_features,)
+    float32 or None; activation: "none" or "gelu". Everything after the integer sum is float32; returns (rows, out_features) in
+    x's dtype.
+    """
+    q, step = quantize_rows(x)
+    total = (q.double() @ weight.double().t()).float()  # float64 holds every sum of an int32
+    y = total * (step[:, None] * weight_scale)
+    if bias is not None:
+        y = y + bias
+    return (F.gelu(y) if activation == "gelu" else y).to(x.dtype)
+
+
 # --- masked-LM loss ------------------------------------------------------------------------------------------------------
 # The op walks over the vocabulary in blocks (ops/mlm_loss.py): one matmul per block makes logits (rows, block), and a
 # backend supplies what happens to that block. Logits are never whole.
@@ -467,3 +519,27 @@ def mlm_loss_backward(
     logits.copy_(grad)
     if dbias is not None:
         dbias.copy_(grad.sum(0))
+
+
+# --- encoder layer -------------------------------------------------------------------------------------------------------
+
+
+def encoder_layer_forward(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: EncoderLayerWeights) -> Tensor:
+    """The ops above, one after the other: attention, its output's linear layer and LayerNorm, the feed-forward network.
+
+    x: (total, hidden), cu_seqlens (batch + 1,) int32; weights: see :class:`fastbert.ops.encoder_layer.EncoderLayerWeights`. Returns
+    (total, hidden).
+    """
+
+    def linear(rows: Tensor, layer: LinearWeights) -> Tensor:
+        if layer.scale is not None:
+            return int8_linear_forward(rows, layer.weight, layer.scale, layer.bias, "none")
+        return F.linear(rows, layer.weight, layer.bias)
+
+    def add_norm(rows: Tensor, residual: Tensor, norm: LayerNormWeights) -> Tensor:
+        return add_layer_norm_forward(rows, None, residual, norm.weight, norm.bias, norm.eps)[0]
+
+    qkv = linear(x, weights.qkv).view(-1, 3, weights.num_heads, weights.head_dim)
+    context = attention_forward(qkv, cu_seqlens, max_seqlen, weights.softmax_scale)[0].flatten(1)
+    h = add_norm(linear(context, weights.attention_output), x, weights.attention_norm)
+    return add_norm(linear(F.gelu(linear(h, weights.intermediate)), weights.output), h, weights.output_norm)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import fastbert
 from fastbert.cli import doctor
 from fastbert.cli.main import app
-from fastbert.ops.backends import BACKENDS, OPS
+from fastbert.ops.backends import BACKENDS, INFERENCE_OPS, OPS
 
 
 def test_json_and_text():
@@ -20,8 +20,8 @@ def test_json_and_text():
     assert report["versions"]["fastbert"] == fastbert.__version__
     assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert report["cpu"]["cores"] >= 1 and report["cpu"]["model"]
-    assert set(report["ops"]["ops"]) == set(OPS) and set(report["ops"]["backends"]) == set(BACKENDS)
-    for op in OPS:
+    assert set(report["ops"]["ops"]) == {*OPS, *INFERENCE_OPS} and set(report["ops"]["backends"]) == set(BACKENDS)
+    for op in (*OPS, *INFERENCE_OPS):
         assert f"{op} on cpu" in result.stderr and f"{op} on cuda" in result.stderr
 
 

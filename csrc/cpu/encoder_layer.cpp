@@ -1,0 +1,288 @@
+// A whole encoder layer for inference: y = LN(h + W2 gelu(W1 h)), h = LN(x + Wo attention(x Wqkv)), no dropout.
+//
+// The batch passes in chunks of whole sequences, so that what the layer keeps between its steps stays in the caches and the
+// memory in use does not grow with the batch (fresh pages from the system would cost a quarter of a matmul's time). Within a
+// chunk a thread takes a block of rows from the attention's output to the end of the layer, with everything between them in
+// its own cache. A chunk with too few rows for that is cut by columns, step by step.
+
+#include <time.h>
+
+#include "cpu/encoder_plan.h"
+#include "cpu/layer_norm.h"
+#include "cpu/packed_linear.h"
+#include "cpu/vec_math.h"
+
+namespace fastbert::cpu::FASTBERT_ISA {
+
+namespace {
+
+enum Work { kLinear, kAttention, kRest };
+
+int64_t now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * int64_t{1000000000} + time.tv_nsec;
+}
+
+// Adds the nanoseconds of its life to a counter that all threads share.
+class Stopwatch {
+ public:
+  Stopwatch(const EncoderLayerParams& p, Work work, int64_t threads = 1)
+      : counter_(p.nanoseconds + work), threads_(threads), start_(now()) {}
+  Stopwatch(const Stopwatch&) = delete;
+  ~Stopwatch() { __atomic_fetch_add(counter_, threads_ * (now() - start_), __ATOMIC_RELAXED); }
+
+ private:
+  int64_t* counter_;
+  int64_t threads_;
+  int64_t start_;
+};
+
+// The dtypes of a layer: of its weights, of what enters and leaves it, and of what stays inside.
+template <typename GroupType, typename HiddenType, typename InnerType>
+struct Precision {
+  using Group = GroupType;
+  using Hidden = HiddenType;
+  using Inner = InnerType;
+  static constexpr bool kQuantizes = Group::kElements == 4;
+};
+
+// The rows of a chunk that one set of buffers holds, and the steps of the layer on some of them (first, last: counted from
+// the first of them) and on some panels of the weights.
+template <typename P>
+struct Rows {
+  using Hidden = typename P::Hidden;
+  using Inner = typename P::Inner;
+  using Group = typename P::Group;
+
+  const EncoderLayerParams& p;
+  const EncoderBuffers& buffers;
+  const Hidden* x;
+  Inner* qkv;
+  Inner* context;
+  Hidden* y;
+  Hidden* h = static_cast<Hidden*>(buffers.h);
+  Inner* inner = static_cast<Inner*>(buffers.inner);
+  int64_t hidden = p.qkv.in_features, wide = p.output.in_features;
+
+  template <typename T>
+  void enter(const T* from, int64_t columns, int64_t first, int64_t last) const {
+    if constexpr (P::kQuantizes) {
+      const Stopwatch watch(p, kRest);
+      for (int64_t row = first; row < last; ++row) {
+        buffers.scales[row] = quantize_row(from + row * columns, columns, buffers.quantized + row * columns);
+      }
+    }
+  }
+
+  template <typename T, typename Finish>
+  void linear(const PackedLinear& layer, const T* from, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
+              void* sums, const Finish& finish) const {
+    const Stopwatch watch(p, kLinear);
+    LeftMatrixRows left;
+    if constexpr (P::kQuantizes) {
+      left = {buffers.quantized + first * layer.in_features, layer.in_features, buffers.scales + first};
+    } else {
+      left = {from + first * layer.in_features, layer.in_features * static_cast<int64_t>(sizeof(T)), nullptr};
+    }
+    packed_linear<Group>(last - first, left, layer, first_panel, last_panel, sums, finish);
+  }
+
+  void project_qkv(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
+    Inner* to = qkv + first * 3 * hidden;
+    linear(p.qkv, x, first, last, first_panel, last_panel, sums,
+           [&](int64_t row, int64_t column, Vec v, auto extent) { store(to + row * 3 * hidden + column, v, extent); });
+  }
+
+  void project_context(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
+    to_z(p.attention_output, context, first, last, first_panel, last_panel, sums);
+  }
+
+  void activate(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
+    Inner* to = inner + first * wide;
+    linear(p.intermediate, h, first, last, first_panel, last_panel, sums,
+           [&](int64_t row, int64_t column, Vec v, auto extent) {
+             store(to + row * wide + column, gelu(v, normal_distribution(v)), extent);
+           });
+  }
+
+  void project_inner(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
+    to_z(p.output, inner, first, last, first_panel, last_panel, sums);
+  }
+
+  void normalise_attention(int64_t first, int64_t last) const {
+    add_norm(first, last, x, p.attention_norm_weight, p.attention_norm_bias, p.attention_norm_eps, h);
+  }
+
+  void normalise_output(int64_t first, int64_t last) const {
+    add_norm(first, last, h, p.output_norm_weight, p.output_norm_bias, p.output_norm_eps, y);
+  }
+
+ private:
+  template <typename T>
+  void to_z(const PackedLinear& layer, const T* from, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
+            void* sums) const {
+    float* to = buffers.z + first * hidden;
+    linear(layer, from, first, last, first_panel, last_panel, sums,
+           [&](int64_t row, int64_t column, Vec v, auto extent) { store(to + row * hidden + column, v, extent); });
+  }
+
+  void add_norm(int64_t first, int64_t last, const Hidden* residual, const float* weight, const float* bias, float eps,
+                Hidden* to) const {
+    const Stopwatch watch(p, kRest);
+    for (int64_t row = first; row < last; ++row) {
+      float* z = buffers.z + row * hidden;
+      const Hidden* residual_row = residual + row * hidden;
+      Vec sums{};
+      for_columns(hidden, [&](int64_t column, auto extent) {
+        const Vec v = load(z + column, extent) + load(residual_row + column, extent);
+        sums += v;
+        store(z + column, v, extent);
+      });
+      normalise_row(z, hidden, row_moments(z, hidden, sums, eps), weight, bias, to + row * hidden);
+    }
+  }
+};
+
+// Runs body(first, last, first_panel, last_panel, sums) on rows x panels, cut into a few pieces for each thread.
+template <typename Body>
+void for_pieces(int64_t rows, int64_t out_features, int num_threads, const Body& body) {
+  constexpr int64_t pieces_per_thread = 4, min_rows = 4 * kTileRows;
+  const int64_t panels = count_panels(out_features);
+  const int64_t wanted = num_threads == 1 ? 1 : pieces_per_thread * num_threads;
+  const int64_t column_pieces = wanted < panels ? wanted : panels;
+  const int64_t row_pieces_wanted = (wanted + column_pieces - 1) / column_pieces, most = rows / min_rows;
+  const int64_t row_pieces = row_pieces_wanted < most ? row_pieces_wanted : most > 0 ? most : 1;
+  parallel_for(column_pieces * row_pieces, num_threads, [&](int64_t piece) {
+    const int64_t column_piece = piece / row_pieces, row_piece = piece % row_pieces;
+    void* sums = thread_scratch(kSumVectors * kWidth);
+    body(row_piece * rows / row_pieces, (row_piece + 1) * rows / row_pieces, column_piece * panels / column_pieces,
+         (column_piece + 1) * panels / column_pieces, sums);
+  });
+}
+
+// Rows of whole tiles, so that few tiles are partly empty.
+int64_t first_row_of(int64_t block, int64_t blocks, int64_t rows) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, row = block * tiles / blocks * kTileRows;
+  return row < rows ? row : rows;
+}
+
+template <typename P>
+void run_rows_by_block(const Rows<P>& all, int64_t rows, int64_t blocks, int num_threads, bool after_attention) {
+  const EncoderLayerParams& p = all.p;
+  parallel_for(blocks, num_threads, [&](int64_t block) {
+    const int64_t first = first_row_of(block, blocks, rows), count = first_row_of(block + 1, blocks, rows) - first;
+    Memory measure(nullptr);
+    EncoderBuffers(measure, p, count);
+    Memory memory(thread_scratch(kSumVectors * kWidth + static_cast<size_t>(measure.used()) / sizeof(float)));
+    void* sums = memory.take(kSumVectors * sizeof(Vec));
+    const EncoderBuffers buffers(memory, p, count);
+    const int64_t hidden = all.hidden;
+    const Rows<P> mine{p,
+                       buffers,
+                       all.x + first * hidden,
+                       all.qkv + first * 3 * hidden,
+                       all.context + first * hidden,
+                       all.y + first * hidden};
+    if (!after_attention) {
+      mine.enter(mine.x, hidden, 0, count);
+      mine.project_qkv(0, count, 0, count_panels(p.qkv.out_features), sums);
+      return;
+    }
+    mine.enter(mine.context, hidden, 0, count);
+    mine.project_context(0, count, 0, count_panels(hidden), sums);
+    mine.normalise_attention(0, count);
+    mine.enter(mine.h, hidden, 0, count);
+    mine.activate(0, count, 0, count_panels(mine.wide), sums);
+    mine.enter(mine.inner, mine.wide, 0, count);
+    mine.project_inner(0, count, 0, count_panels(hidden), sums);
+    mine.normalise_output(0, count);
+  });
+}
+
+template <typename P>
+void run_rows_by_column(const Rows<P>& all, int64_t rows, int num_threads, bool after_attention) {
+  const EncoderLayerParams& p = all.p;
+  const int64_t hidden = all.hidden;
+  const auto enter = [&](const auto* from, int64_t columns) {
+    if constexpr (P::kQuantizes) {
+      for_rows(rows, columns, num_threads, [&](int64_t row) { all.enter(from, columns, row, row + 1); });
+    }
+  };
+  if (!after_attention) {
+    enter(all.x, hidden);
+    for_pieces(rows, p.qkv.out_features, num_threads, [&](auto... piece) { all.project_qkv(piece...); });
+    return;
+  }
+  enter(all.context, hidden);
+  for_pieces(rows, hidden, num_threads, [&](auto... piece) { all.project_context(piece...); });
+  for_rows(rows, hidden, num_threads, [&](int64_t row) { all.normalise_attention(row, row + 1); });
+  enter(all.h, hidden);
+  for_pieces(rows, all.wide, num_threads, [&](auto... piece) { all.activate(piece...); });
+  enter(all.inner, all.wide);
+  for_pieces(rows, hidden, num_threads, [&](auto... piece) { all.project_inner(piece...); });
+  for_rows(rows, hidden, num_threads, [&](int64_t row) { all.normalise_output(row, row + 1); });
+}
+
+template <typename P>
+void run_chunk(const EncoderLayerParams& p, const EncoderWorkspace& workspace, int64_t sequences, int64_t start,
+               int64_t rows, int num_threads) {
+  using Inner = typename P::Inner;
+  const int64_t hidden = p.qkv.in_features, blocks = count_row_blocks(rows, num_threads);
+  const Rows<P> all{p,
+                    workspace.buffers,
+                    static_cast<const typename P::Hidden*>(p.x) + start * hidden,
+                    static_cast<Inner*>(workspace.qkv),
+                    static_cast<Inner*>(workspace.context),
+                    static_cast<typename P::Hidden*>(p.y) + start * hidden};
+  const auto run = [&](bool after_attention) {
+    blocks > 0 ? run_rows_by_block(all, rows, blocks, num_threads, after_attention)
+               : run_rows_by_column(all, rows, num_threads, after_attention);
+  };
+  run(false);
+  {
+    const Stopwatch watch(p, kAttention, num_threads);
+    constexpr DType inner = sizeof(Inner) == 2 ? DType::bfloat16 : DType::float32;
+    attention_forward({workspace.qkv, workspace.cu_seqlens, workspace.context, nullptr, rows, sequences, p.num_heads,
+                       p.head_dim, p.softmax_scale, Dropout{}, inner},
+                      num_threads);
+  }
+  run(true);
+}
+
+template <typename P>
+void run_layer(const EncoderLayerParams& p, int num_threads) {
+  const EncoderChunks chunks(p, num_threads);
+  Memory memory(p.workspace);
+  const EncoderWorkspace workspace(memory, p, chunks.longest(), num_threads);
+  for (int64_t chunk = 0; chunk < chunks.size(); ++chunk) {
+    const int64_t first = chunks.first_sequence(chunk), sequences = chunks.first_sequence(chunk + 1) - first;
+    const int64_t start = p.cu_seqlens[first], rows = p.cu_seqlens[first + sequences] - start;
+    if (rows == 0) continue;
+    for (int64_t i = 0; i <= sequences; ++i) {
+      workspace.cu_seqlens[i] = p.cu_seqlens[first + i] - static_cast<int32_t>(start);
+    }
+    run_chunk<P>(p, workspace, sequences, start, rows, num_threads);
+  }
+}
+
+}  // namespace
+
+void pack_weight(const PackWeightParams& p, int num_threads) {
+  const int64_t row_bytes = p.in_features * (p.dtype == DType::float32 ? 4 : p.dtype == DType::int8 ? 1 : 2);
+  pack_panels(p.weight, p.out_features, row_bytes / 4, static_cast<uint32_t*>(p.packed), num_threads);
+}
+
+void encoder_layer(const EncoderLayerParams& p, int num_threads) {
+  // dispatch.cpp lets pass what the instruction set can do.
+  if (p.weight_dtype == DType::float32) return run_layer<Precision<FloatGroup, float, float>>(p, num_threads);
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+  if (p.weight_dtype == DType::bfloat16) {
+    return run_layer<Precision<BFloat16Group, BFloat16, BFloat16>>(p, num_threads);
+  }
+  p.dtype == DType::float32 ? run_layer<Precision<Int8Group, float, BFloat16>>(p, num_threads)
+                            : run_layer<Precision<Int8Group, BFloat16, BFloat16>>(p, num_threads);
+#endif
+}
+
+}  // namespace fastbert::cpu::FASTBERT_ISA

@@ -1,0 +1,75 @@
+#include "cpu/encoder_plan.h"
+
+#include <algorithm>
+
+namespace fastbert::cpu {
+
+namespace {
+
+int64_t inner_bytes(const EncoderLayerParams& p) { return p.weight_dtype == DType::float32 ? 4 : 2; }
+
+int64_t hidden_bytes(const EncoderLayerParams& p) { return p.dtype == DType::float32 ? 4 : 2; }
+
+}  // namespace
+
+EncoderChunks::EncoderChunks(const EncoderLayerParams& p, int num_threads) {
+  constexpr int64_t least = 1024, rows_of_thread = 512;
+  const int64_t most = std::max(least, rows_of_thread * num_threads), chunks = (p.total + most - 1) / most;
+  int64_t first = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t until = (chunk + 1) * p.total / chunks;
+    int64_t last = first;
+    while (last < p.batch && (last == first || p.cu_seqlens[last + 1] <= until)) ++last;
+    if (chunk + 1 == chunks) last = p.batch;
+    if (last == first) continue;
+    first_sequences_.push_back(first);
+    longest_ = std::max<int64_t>(longest_, p.cu_seqlens[last] - p.cu_seqlens[first]);
+    first = last;
+  }
+  first_sequences_.push_back(first);
+}
+
+EncoderChunks::~EncoderChunks() = default;
+
+int64_t EncoderChunks::size() const { return static_cast<int64_t>(first_sequences_.size()) - 1; }
+
+int64_t EncoderChunks::first_sequence(int64_t chunk) const { return first_sequences_[chunk]; }
+
+int64_t EncoderChunks::longest() const { return longest_; }
+
+int64_t count_row_blocks(int64_t rows, int num_threads) {
+  const int64_t blocks = (rows + kMaxBlockRows - 1) / kMaxBlockRows;
+  if (num_threads > 1 && blocks < 2 * num_threads) return 0;
+  return (blocks + num_threads - 1) / num_threads * num_threads;
+}
+
+void* Memory::take(int64_t bytes) {
+  void* start = base_ == nullptr ? nullptr : base_ + used_;
+  used_ += (bytes + 63) / 64 * 64;
+  return start;
+}
+
+EncoderBuffers::EncoderBuffers(Memory& memory, const EncoderLayerParams& p, int64_t rows) {
+  const int64_t hidden = p.qkv.in_features, wide = p.output.in_features;
+  const int64_t quantized_rows = p.weight_dtype == DType::int8 ? rows : 0;
+  z = static_cast<float*>(memory.take(rows * hidden * 4));
+  h = memory.take(rows * hidden * hidden_bytes(p));
+  inner = memory.take(rows * wide * inner_bytes(p));
+  quantized = static_cast<uint8_t*>(memory.take(quantized_rows * std::max(hidden, wide)));
+  scales = static_cast<float*>(memory.take(quantized_rows * 4));
+}
+
+EncoderWorkspace::EncoderWorkspace(Memory& memory, const EncoderLayerParams& p, int64_t longest_chunk, int num_threads)
+    : qkv(memory.take(longest_chunk * 3 * p.qkv.in_features * inner_bytes(p))),
+      context(memory.take(longest_chunk * p.qkv.in_features * inner_bytes(p))),
+      cu_seqlens(static_cast<int32_t*>(memory.take((p.batch + 1) * 4))),
+      // A chunk of more rows is divided by rows.
+      buffers(memory, p, std::min(longest_chunk, 2 * num_threads * kMaxBlockRows)) {}
+
+int64_t encoder_layer_workspace_bytes(const EncoderLayerParams& p, int num_threads) {
+  Memory measure(nullptr);
+  EncoderWorkspace(measure, p, EncoderChunks(p, num_threads).longest(), num_threads);
+  return measure.used();
+}
+
+}  // namespace fastbert::cpu

@@ -1,0 +1,67 @@
+// How the encoder layer divides a batch and its memory, compiled once for all instruction sets.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "fastbert.h"
+
+namespace fastbert::cpu {
+
+// Rows that a thread works on at a time: the sums of one panel of a weight for them stay in its second-level cache.
+constexpr int64_t kMaxBlockRows = 96;
+
+// The chunks of a batch: whole sequences, nearly equal numbers of tokens.
+class EncoderChunks {
+ public:
+  EncoderChunks(const EncoderLayerParams& p, int num_threads);
+  EncoderChunks(const EncoderChunks&) = delete;
+  ~EncoderChunks();
+
+  int64_t size() const;
+  int64_t first_sequence(int64_t chunk) const;  // of chunk size() too, where the batch ends
+  int64_t longest() const;                      // rows
+
+ private:
+  std::vector<int64_t> first_sequences_;
+  int64_t longest_ = 0;
+};
+
+// Blocks of rows for the threads, or 0 where a chunk has too few and its columns are divided.
+int64_t count_row_blocks(int64_t rows, int num_threads);
+
+// Cuts memory into arrays that start on a cache line; on a null base it only measures.
+class Memory {
+ public:
+  explicit Memory(void* base) : base_(static_cast<char*>(base)) {}
+  void* take(int64_t bytes);
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// What the steps after attention keep of some rows; and, for int8 weights, the rows that enter a linear layer.
+struct EncoderBuffers {
+  float* z;            // (rows, hidden), the input of a LayerNorm without its residual
+  void* h;             // (rows, hidden), the output of the first LayerNorm
+  void* inner;         // (rows, intermediate), activations
+  uint8_t* quantized;  // (rows, the widest input)
+  float* scales;       // (rows,)
+
+  EncoderBuffers(Memory& memory, const EncoderLayerParams& p, int64_t rows);
+};
+
+// What a chunk keeps between the parts of the layer. Inside it is float32 for float32 weights and bfloat16 for others.
+struct EncoderWorkspace {
+  void* qkv;               // (rows, 3, num_heads, head_dim)
+  void* context;           // (rows, hidden)
+  int32_t* cu_seqlens;     // (batch + 1,), from 0
+  EncoderBuffers buffers;  // of a chunk that is divided by columns
+
+  EncoderWorkspace(Memory& memory, const EncoderLayerParams& p, int64_t longest_chunk, int num_threads);
+};
+
+}  // namespace fastbert::cpu

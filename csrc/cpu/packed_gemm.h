@@ -1,0 +1,131 @@
+// Sums of A W^T with W packed once: the microkernel of the encoder layer's inference, one for three dtypes.
+//
+// The depth is counted in groups of 4 bytes: 1 float32, 2 bfloat16 or 4 int8 elements of a row of A, which lie side by side
+// in memory and are broadcast together; one instruction multiplies a group with the groups of a vector of W's rows. W is
+// packed in panels of kPanelColumns of its rows, [group][column].
+
+#pragma once
+
+#include "cpu/gemm.h"
+
+namespace fastbert::cpu::FASTBERT_ISA {
+
+// What a group holds and how it is multiplied.
+struct FloatGroup {
+  using Sum = Vec;
+  static constexpr int kElements = 1;
+  static FASTBERT_INLINE Sum multiply_add(Sum sum, uint32_t a, VecUint w) {
+    float element;
+    std::memcpy(&element, &a, 4);
+    return sum + splat(element) * (Vec)w;
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Group {
+  using Sum = Vec;
+  static constexpr int kElements = 2;
+  static FASTBERT_INLINE Sum multiply_add(Sum sum, uint32_t a, VecUint w) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)w, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)));
+  }
+};
+#endif
+
+#if defined(__AVX512VNNI__)
+// A's elements are unsigned: kZeroPoint more than the numbers that they stand for.
+struct Int8Group {
+  using Sum = VecInt;
+  static constexpr int kElements = 4;
+  static constexpr int kZeroPoint = 128;
+  static FASTBERT_INLINE Sum multiply_add(Sum sum, uint32_t a, VecUint w) {
+    return (VecInt)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)w);
+  }
+};
+#endif
+
+// A block of a panel of this many groups (32 KB with 512-bit vectors) stays in the first-level cache while the rows of A
+// pass.
+constexpr int64_t kGroupBlock = 128;
+constexpr int kCacheLine = 64;
+
+// Rows of whole groups, row_bytes apart.
+struct LeftRows {
+  const char* data;
+  int64_t row_bytes;
+};
+
+// tile (Rows, kPanelColumns) = or += the products of one block of groups: its rounding errors grow with the block, not with the
+// depth. With each group it asks the memory for kLines cache lines from prefetch on.
+template <typename Group, int Rows, int kLines>
+__attribute__((noinline)) void packed_tile(int64_t groups, LeftRows a, const uint32_t* panel, typename Group::Sum* tile,
+                                           bool accumulate, const char* prefetch) {
+  using Sum = typename Group::Sum;
+  Sum sums[Rows][kPanelVectors];
+#pragma GCC unroll 8
+  for (int row = 0; row < Rows; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = Sum{};
+  }
+  for (int64_t group = 0; group < groups; ++group, a.data += 4, panel += kPanelColumns) {
+    VecUint w[kPanelVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) std::memcpy(&w[v], panel + v * kWidth, sizeof(VecUint));
+#pragma GCC unroll 4
+    for (int line = 0; line < kLines; ++line, prefetch += kCacheLine) __builtin_prefetch(prefetch, 0, 2);
+#pragma GCC unroll 8
+    for (int row = 0; row < Rows; ++row) {
+      uint32_t element;
+      std::memcpy(&element, a.data + row * a.row_bytes, 4);
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = Group::multiply_add(sums[row][v], element, w[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < Rows; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) {
+      Sum& to = tile[row * kPanelVectors + v];
+      to = accumulate ? to + sums[row][v] : sums[row][v];
+    }
+  }
+}
+
+template <typename Group, int kLines, int Rows = kTileRows>
+FASTBERT_INLINE void packed_rows(int64_t rows, int64_t groups, LeftRows a, const uint32_t* panel, typename Group::Sum* tile,
+                                 bool accumulate, const char* prefetch) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) {
+      return packed_rows<Group, kLines, Rows - 1>(rows, groups, a, panel, tile, accumulate, prefetch);
+    }
+  }
+  packed_tile<Group, Rows, kLines>(groups, a, panel, tile, accumulate, prefetch);
+}
+
+// sums (rows, kPanelColumns) = A (rows, groups) times one panel. The sums of an element do not depend on the rows beside it.
+// While a block of the panel is in use the one that follows in memory is asked for, a part by each of the first tiles.
+template <typename Group>
+void multiply_packed_panel(int64_t rows, int64_t groups, LeftRows a, const uint32_t* panel, typename Group::Sum* sums) {
+  constexpr int kLines = kPanelColumns * 4 / kCacheLine;  // of a group
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t first_group = 0; first_group < groups; first_group += kGroupBlock) {
+    const int64_t block = groups - first_group < kGroupBlock ? groups - first_group : kGroupBlock;
+    const uint32_t* block_start = panel + first_group * kPanelColumns;
+    const char* next_block = reinterpret_cast<const char*>(block_start + block * kPanelColumns);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      // Nearly equal: a last tile of one row would leave most of the arithmetic units idle.
+      const int64_t first = tile * rows / tiles, last = (tile + 1) * rows / tiles;
+      const LeftRows tile_rows{a.data + first * a.row_bytes + first_group * 4, a.row_bytes};
+      typename Group::Sum* to = sums + first * kPanelVectors;
+      if (tiles < kLines && tile == 0) {
+        packed_rows<Group, kLines>(last - first, block, tile_rows, block_start, to, first_group > 0, next_block);
+      } else if (tiles >= kLines && tile < kLines) {
+        const char* part = next_block + tile * block * kCacheLine;
+        packed_rows<Group, 1>(last - first, block, tile_rows, block_start, to, first_group > 0, part);
+      } else {
+        packed_rows<Group, 0>(last - first, block, tile_rows, block_start, to, first_group > 0, nullptr);
+      }
+    }
+  }
+}
+
+}  // namespace fastbert::cpu::FASTBERT_ISA

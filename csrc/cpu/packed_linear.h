@@ -1,0 +1,108 @@
+// The linear layers of the encoder's inference: packing of weights, quantised rows, and x W^T + b on a block of rows.
+
+#pragma once
+
+#include "cpu/encoder_plan.h"
+#include "cpu/kernels.h"
+#include "cpu/packed_gemm.h"
+
+namespace fastbert::cpu::FASTBERT_ISA {
+
+// The vectors of sums that packed_linear needs as scratch memory.
+constexpr int64_t kSumVectors = kMaxBlockRows * kPanelVectors;
+
+inline int64_t count_panels(int64_t out_features) { return (out_features + kPanelColumns - 1) / kPanelColumns; }
+
+// A matrix on the left of a linear layer; scale: of each row's int8 elements, null for other dtypes.
+struct LeftMatrixRows {
+  const void* data;
+  int64_t row_bytes;
+  const float* scale;
+};
+
+// Calls finish(row, column, value, extent) for the elements of x W^T + b in the rows [0, rows) of x and some panels of W.
+template <typename Group, typename Finish>
+void packed_linear(int64_t rows, LeftMatrixRows x, const PackedLinear& linear, int64_t first_panel, int64_t last_panel,
+                   void* sum_scratch, const Finish& finish) {
+  using Sum = typename Group::Sum;
+  Sum* sums = static_cast<Sum*>(sum_scratch);
+  const int64_t groups = linear.in_features / Group::kElements;
+  const uint32_t* packed = static_cast<const uint32_t*>(linear.weight);
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const int64_t first_column = panel * kPanelColumns;
+    const int64_t columns =
+        linear.out_features - first_column < kPanelColumns ? linear.out_features - first_column : kPanelColumns;
+    for (int64_t first = 0; first < rows; first += kMaxBlockRows) {
+      const int64_t block = rows - first < kMaxBlockRows ? rows - first : kMaxBlockRows;
+      const LeftRows left{static_cast<const char*>(x.data) + first * x.row_bytes, x.row_bytes};
+      multiply_packed_panel<Group>(block, groups, left, packed + panel * groups * kPanelColumns, sums);
+      for (int64_t row = 0; row < block; ++row) {
+        const Sum* row_sums = sums + row * kPanelVectors;
+        for_columns(columns, [&](int64_t offset, auto extent) {
+          const int64_t column = first_column + offset;
+          Vec value;
+          if constexpr (Group::kElements == 4) {
+            const VecInt sum = row_sums[offset / kWidth] - load_int(linear.zero_point_sums + column, extent);
+            value = __builtin_convertvector(sum, Vec) * (load(linear.scale + column, extent) * x.scale[first + row]);
+          } else {
+            value = row_sums[offset / kWidth];
+          }
+          if (linear.bias != nullptr) value += load(linear.bias + column, extent);
+          finish(first + row, column, value, extent);
+        });
+      }
+    }
+  }
+}
+
+// Packs a weight (out_features, in_features) into panels; what pads the last one is 0. in_features are whole groups.
+inline void pack_panels(const void* weight, int64_t out_features, int64_t groups, uint32_t* packed, int num_threads) {
+  parallel_for(count_panels(out_features), num_threads, [&](int64_t panel) {
+    uint32_t* to = packed + panel * groups * kPanelColumns;
+    for (int64_t column = 0; column < kPanelColumns; column += kWidth) {
+      const int64_t first_row = panel * kPanelColumns + column;
+      const int64_t rows = out_features - first_row < kWidth ? out_features - first_row : kWidth;
+      // Groups of any dtype are moved as if they were float32.
+      const float* from = static_cast<const float*>(weight) + first_row * groups;
+      for_columns(groups, [&](int64_t group, auto extent) {
+        Vec square[kWidth];
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) square[i] = i < rows ? load(from + i * groups + group, extent) : Vec{};
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) {
+          if (i < extent.count) std::memcpy(to + (group + i) * kPanelColumns + column, &square[i], sizeof(Vec));
+        }
+      });
+    }
+  });
+}
+
+// q = round(x 127 / max |x|), ties to even, stored with Int8Group's zero point; returns max |x| / 127, NaN for a row that
+// has an infinity or a NaN, so that the results of the whole row are NaN.
+template <typename T>
+float quantize_row(const T* x, int64_t columns, uint8_t* q) {
+  Vec maxima[kSlots]{}, zeros[kSlots]{};
+  for_columns_in_slots(columns, [&](int64_t column, auto extent, int slot) {
+    const Vec v = load(x + column, extent);
+    maxima[slot] = maximum(v < 0.0f ? -v : v, maxima[slot]);
+    zeros[slot] += v * 0.0f;
+  });
+  const float largest = max_slots(maxima);
+  if (!(sum_slots(zeros) == 0.0f)) {
+    std::memset(q, 0, columns);
+    return __builtin_nanf("");
+  }
+  const float scale = largest > 0.0f ? 127.0f / largest : 0.0f;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits, here with the zero point added.
+  constexpr float round_to_integer = 12582912.0f + 128.0f;
+  for_columns(columns, [&](int64_t column, auto extent) {
+    const VecInt bits = (VecInt)(load(x + column, extent) * scale + round_to_integer);
+    typedef uint8_t VecByte __attribute__((vector_size(kWidth)));
+    const VecByte bytes = __builtin_convertvector(bits & 0xFF, VecByte);
+    copy_elements(q + column, &bytes, extent, 1);
+  });
+  return largest / 127.0f;
+}
+
+}  // namespace fastbert::cpu::FASTBERT_ISA

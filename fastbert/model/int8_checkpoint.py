@@ -1,0 +1,90 @@
+"""int8 models in transformers' checkpoints: ``save_pretrained`` and ``from_pretrained`` as for any model of theirs.
+
+Through transformers' own extension points for quantization methods. config.json says ``quant_method: fastbert_int8``, the weights
+are in safetensors, and no code is stored or run. Importing this module (as every model class of fastbert does) makes the
+method known; the file that transformers alone cannot use says so by a tensor of another shape than a Linear's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .int8 import Int8Linear
+
+METHOD = "fastbert_int8"
+
+
+@register_quantization_config(METHOD)
+@dataclass
+class Int8Config(QuantizationConfigMixin):
+    """What config.json says of an int8 model: which Linears of the encoder's layers are none ("layer.0.output.dense")."""
+
+    modules_to_not_convert: list[str] = field(default_factory=list)
+    quant_method: str = METHOD
+
+
+@register_quantizer(METHOD)
+class Int8Quantizer(HfQuantizer):
+    """Builds the skeleton that an int8 checkpoint is loaded into."""
+
+    quantization_config: Int8Config
+
+    def validate_environment(self, *args, **kwargs) -> None:
+        if not self.pre_quantized:
+            raise ValueError(f"{METHOD} quantizes no checkpoint while loading it: load it, then call fastbert.quantize(model)")
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
+        for name, linear in _linears(model):
+            if _name_in_encoder(name) not in self.quantization_config.modules_to_not_convert:
+                model.set_submodule(name, Int8Linear.of(linear))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
+        from .quantize import encoders_of
+
+        missing = [
+            f"{name}.{buffer_name}"
+            for name, module in model.named_modules()
+            if isinstance(module, Int8Linear)
+            for buffer_name, buffer in module.named_buffers()
+            if not getattr(buffer, "_is_hf_initialized", False)  # transformers marks what it has read
+        ]
+        if missing:
+            raise ValueError(
+                f"the checkpoint is not the int8 model that its config.json says: it lacks {', '.join(missing[:5])}, ..."
+            )
+        for encoder in encoders_of(model).values():
+            encoder.requires_grad_(False)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def mark_as_int8(model: PreTrainedModel) -> None:
+    """Tells transformers what a model has become, as ``from_pretrained`` would have."""
+    kept = [_name_in_encoder(name) for name, linear in _linears(model) if not isinstance(linear, Int8Linear)]
+    model.config.quantization_config = Int8Config(modules_to_not_convert=sorted(set(kept)))
+    model.hf_quantizer = Int8Quantizer(model.config.quantization_config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, METHOD
+
+
+def _linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    from .quantize import layer_linears  # which needs the model classes, and they this module
+
+    return list(layer_linears(model))
+
+
+def _name_in_encoder(name: str) -> str:
+    """Of "bert.encoder.layer.0.output.dense" the part that is the same under every head: "layer.0.output.dense"."""
+    return name.rpartition("encoder.layer.")[2].join(("layer.", ""))

@@ -1,0 +1,111 @@
+"""The encoder layer of ``csrc/cpu/encoder_layer.cpp``: weights packed once, then one call per layer. Inference only.
+
+Weights of float32 run with every instruction set, bfloat16 and int8 where the CPU multiplies them (AVX-512 with BF16 and VNNI):
+elsewhere bfloat16 goes through oneDNN, op by op.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import native
+
+if TYPE_CHECKING:
+    from .encoder_layer import EncoderLayerWeights, LinearWeights
+
+MAX_HEAD_DIM = 256
+_GROUP_BYTES = 4  # of neighbours in a row of a weight, which one instruction multiplies
+_ROWS_OF_PANEL = 64  # no instruction set packs more rows of a weight side by side
+_WORK = ("linear", "attention", "rest")
+_nanoseconds = torch.zeros(len(_WORK), dtype=torch.int64, device="cpu")
+
+
+def not_supported_reasons(weights: EncoderLayerWeights, dtype: torch.dtype, device_type: str) -> list[str]:
+    """Every reason why this layer cannot run here on rows of ``dtype``; empty where it can."""
+    if not native.AVAILABLE:
+        return [native.unavailable_reason()]
+    reasons = []
+    if device_type != "cpu":
+        reasons.append(f"it runs on cpu tensors, these are on {device_type}")
+    if weights.dtype != torch.int8 and weights.dtype != dtype:
+        reasons.append(f"the weights are {weights.dtype}, x is {dtype}")
+    if dtype not in native.DTYPES or weights.dtype not in native.WEIGHT_DTYPES:
+        reasons.append(f"it has no kernels for {dtype} with weights of {weights.dtype}")
+    elif not native.packs(weights.dtype):
+        name = str(weights.dtype).removeprefix("torch.")
+        reasons.append(f"the instruction set {native.instruction_set()} does not multiply {name} (avx512_bf16 does)")
+    if weights.head_dim > MAX_HEAD_DIM:
+        reasons.append(f"head_dim is {weights.head_dim}, its attention goes up to {MAX_HEAD_DIM}")
+    bytes_of_element = weights.qkv.weight.element_size()
+    for name, linear in weights.linears():
+        if linear.weight.shape[1] * bytes_of_element % _GROUP_BYTES:
+            multiple = _GROUP_BYTES // bytes_of_element
+            reasons.append(f"{name}'s in_features {linear.weight.shape[1]} are no multiple of {multiple}")
+    return reasons
+
+
+def work_seconds() -> dict[str, float]:
+    """Seconds that all threads together have spent in the layers' linear layers, attention and the rest, since the start."""
+    return {name: nanoseconds / 1e9 for name, nanoseconds in zip(_WORK, _nanoseconds.tolist(), strict=True)}
+
+
+class PackedEncoderLayer:
+    """A layer's weights as this machine's kernels read them; later changes of ``weights`` do not reach it.
+
+    dtype: of the rows that it is called with. The layer must be supported (:func:`not_supported_reasons`).
+    """
+
+    def __init__(self, weights: EncoderLayerWeights, dtype: torch.dtype) -> None:
+        self.instruction_set = native.instruction_set()
+        self._kept: list[Tensor] = []
+        linears = [self._packed(linear) for _, linear in weights.linears()]
+        norms = [self._float32(t) for _, norm in weights.norms() for t in (norm.weight, norm.bias)]
+        self._layer = native.EXTENSION.EncoderLayer(
+            *linears, *norms, weights.attention_norm.eps, weights.output_norm.eps, weights.num_heads, weights.head_dim,
+            weights.softmax_scale, native.DTYPES[dtype], native.WEIGHT_DTYPES[weights.dtype], _nanoseconds.data_ptr(),
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._kept)
+
+    def __call__(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """x (total, hidden), cu_seqlens (batch + 1,) int32 from 0 to total. Returns (total, hidden)."""
+        x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
+        y, extension, threads = torch.empty_like(x), native.EXTENSION, torch.get_num_threads()
+        rows, batch, bounds = x.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr()
+        size = extension.encoder_layer_workspace_bytes(self._layer, bounds, rows, batch, threads)
+        workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
+        extension.encoder_layer(self._layer, x.data_ptr(), bounds, y.data_ptr(), workspace.data_ptr(), rows, batch, threads)
+        return y
+
+    def _packed(self, linear: LinearWeights):
+        out_features, in_features = linear.weight.shape
+        weight = linear.weight.detach().contiguous()
+        padded = -(-out_features // _ROWS_OF_PANEL) * _ROWS_OF_PANEL
+        packed = torch.empty(padded, in_features, dtype=weight.dtype, device="cpu")
+        native.EXTENSION.pack_weight(
+            weight.data_ptr(), packed.data_ptr(), out_features, in_features,
+            native.WEIGHT_DTYPES[weight.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        sums = None
+        if weight.dtype == torch.int8:
+            # The kernel multiplies unsigned activations, 128 too large.
+            sums = (weight.sum(1, dtype=torch.int32) * 128).contiguous()
+            self._kept.append(sums)
+        self._kept.append(packed)
+        return native.EXTENSION.PackedLinear(
+            packed.data_ptr(), self._float32(linear.bias), self._float32(linear.scale), 0 if sums is None else sums.data_ptr(),
+            out_features, in_features,
+        )  # fmt: skip
+
+    def _float32(self, tensor: Tensor | None) -> int:
+        """The address of a copy, which lives as long as this object; 0 for None."""
+        if tensor is None:
+            return 0
+        copy = tensor.detach().to(torch.float32, copy=True).contiguous()
+        self._kept.append(copy)
+        return copy.data_ptr()

@@ -1,0 +1,240 @@
+"""Inference on packed weights: which calls take it, and that it never works with weights of yesterday."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import fastbert
+from fastbert.model import packed_layer
+from fastbert.ops import native
+from fastbert.ops.native_encoder import PackedEncoderLayer
+
+from .helpers import LENGTHS, inputs_for, mask, pair
+
+pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.unavailable_reason()))
+NAME = "BertModel"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry per call of a packed layer: its rows."""
+    rows: list[int] = []
+    call = PackedEncoderLayer.__call__
+
+    def counted(self, x, cu_seqlens):
+        rows.append(x.shape[0])
+        return call(self, x, cu_seqlens)
+
+    monkeypatch.setattr(PackedEncoderLayer, "__call__", counted)
+    return rows
+
+
+def output(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).last_hidden_state * batch["attention_mask"].unsqueeze(-1)
+
+
+def packed_layers(model: torch.nn.Module) -> int:
+    return sum(layer in packed_layer._entries for layer in model.encoder.layer)
+
+
+def test_inference_takes_one_call_per_layer_and_is_right(calls):
+    theirs, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        assert (output(ours, batch) - output(theirs, batch)).abs().max() < 2e-5
+    assert calls == [sum(LENGTHS)] * 3
+
+
+def test_bfloat16(calls):
+    theirs, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        truth = output(theirs.double(), batch)
+        error = (output(ours.bfloat16(), batch).double() - truth).abs().max()
+        assert error <= 2 * (output(theirs.bfloat16(), batch).double() - truth).abs().max()
+    assert len(calls) == (3 if native.packs(torch.bfloat16) else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8(calls, dtype):
+    _, model = pair(NAME)
+    model, batch = fastbert.quantize(model).to(dtype), inputs_for(NAME)
+    with torch.no_grad():
+        before = output(copy.deepcopy(model).train(False), batch)
+        packed = len(calls)
+        for layer in model.encoder.layer:
+            layer.attention.self.query.register_forward_hook(lambda *_: None)  # takes the ops one by one
+        one_by_one = output(model, batch)
+    assert (before - one_by_one).abs().max() < 0.1
+    assert packed == len(calls) == (3 if native.packs(torch.int8) else 0)
+
+
+def test_training_and_gradients_take_the_ops_and_drop_the_copies(calls):
+    _, model = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        model(**batch)
+    assert packed_layers(model) == 3
+    model.train()
+    with torch.no_grad():
+        model(**batch)  # dropout
+    assert packed_layers(model) == 0
+    model.eval()
+    with torch.no_grad():
+        model(**batch)
+    assert packed_layers(model) == 3
+    model(**batch).last_hidden_state.sum().backward()
+    assert packed_layers(model) == 0
+    assert len(calls) == 6
+
+
+def test_frozen_layers_run_packed_while_others_train(calls):
+    _, model = pair("BertForSequenceClassification")
+    model.bert.requires_grad_(False)
+    batch = inputs_for("BertForSequenceClassification")
+    model(**batch).loss.backward()
+    assert model.classifier.weight.grad is not None
+    assert len(calls) == 3
+
+
+def _step(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+
+
+def _through_data(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(1.01)
+
+
+def _load(model: torch.nn.Module) -> None:
+    model.load_state_dict({name: tensor * 1.01 for name, tensor in model.state_dict().items()})
+
+
+def _swap(model: torch.nn.Module) -> None:
+    dense = model.encoder.layer[1].output.dense
+    dense.weight = torch.nn.Parameter(dense.weight.detach() * 1.5)
+
+
+def _swap_data(model: torch.nn.Module) -> None:
+    dense = model.encoder.layer[1].output.dense
+    dense.weight.data = dense.weight.data * 1.5
+
+
+def _bias(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        model.encoder.layer[2].attention.self.key.bias.add_(1)
+        model.encoder.layer[2].attention.self.value.bias[3] += 1
+
+
+def _norm(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        model.encoder.layer[0].output.LayerNorm.weight[5] = 3.0
+
+
+def _module(model: torch.nn.Module) -> None:
+    model.encoder.layer[0].intermediate.dense = torch.nn.Linear(48, 96)
+
+
+@pytest.mark.parametrize("change", [_step, _through_data, _load, _swap, _swap_data, _bias, _norm, _module])
+def test_changed_weights_are_packed_again(calls, change):
+    _, model = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        before = output(model, batch)
+    change(model)
+    with torch.no_grad():
+        after = output(model, batch)
+        fresh = output(copy.deepcopy(model), batch)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, fresh)
+    assert len(calls) == 9  # of three layers, before, after and of the copy
+
+
+def test_the_same_weights_are_packed_once(monkeypatch):
+    _, model = pair(NAME)
+    made = []
+    init = PackedEncoderLayer.__init__
+    monkeypatch.setattr(PackedEncoderLayer, "__init__", lambda self, *args: made.append(1) or init(self, *args))
+    with torch.no_grad():
+        for _ in range(3):
+            model(**inputs_for(NAME))
+    assert len(made) == 3
+
+
+def test_parameters_of_inference_mode():
+    with torch.inference_mode():
+        _, model = pair(NAME)
+        batch = inputs_for(NAME)
+        before = output(model, batch)
+        model.encoder.layer[0].output.dense.weight.mul_(2)
+        assert not torch.equal(before, output(model, batch))
+
+
+def test_copies_and_pickles_hold_no_packed_weights():
+    _, model = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        expected = output(model, batch)
+        size = len(pickle.dumps(copy.deepcopy(model)))
+        assert len(pickle.dumps(model)) == size
+        assert torch.equal(output(copy.deepcopy(model), batch), expected)
+        assert torch.equal(output(pickle.loads(pickle.dumps(model)), batch), expected)
+
+
+def test_a_model_that_is_gone_leaves_nothing():
+    _, model = pair(NAME)
+    with torch.no_grad():
+        model(**inputs_for(NAME))
+    before = len(packed_layer._entries)
+    assert packed_layers(model) == 3
+    del model
+    assert len(packed_layer._entries) == before - 3
+
+
+def test_hidden_states_hooks_and_dtypes(calls):
+    """What watches a layer goes on seeing it; a model in another dtype is packed again."""
+    theirs, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    seen = []
+    handle = ours.encoder.layer[1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with torch.no_grad():
+        states = ours(**batch, output_hidden_states=True).hidden_states
+        expected = theirs(**batch, output_hidden_states=True).hidden_states
+        real = mask().unsqueeze(-1)
+        for ours_state, theirs_state in zip(states, expected, strict=True):
+            assert ((ours_state - theirs_state) * real).abs().max() < 2e-5
+        assert seen == [(*mask().shape, 48)]
+        handle.remove()
+        assert ours.double()(**batch).last_hidden_state.dtype == torch.float64  # no kernels: the reference
+    assert len(calls) == 3
+
+
+def test_modules_that_are_not_plain_take_the_ops(calls):
+    _, model = pair(NAME)
+    model.encoder.layer[0].intermediate.intermediate_act_fn = torch.nn.ReLU()
+    model.encoder.layer[1].output.dense.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        model(**inputs_for(NAME))
+    assert len(calls) == 1
+
+
+def test_autocast_takes_the_ops(calls):
+    _, model = pair(NAME)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**inputs_for(NAME))
+    assert calls == []
+
+
+def test_explain_says_what_inference_takes(calls):
+    _, model = pair(NAME)
+    assert "one call per layer on packed weights" in str(fastbert.explain(model))
+    model.encoder.layer[1].intermediate.intermediate_act_fn = torch.nn.ReLU()
+    explanation = fastbert.explain(model)
+    assert explanation.inference == {0: [], 1: ["its activation is not the erf-GELU"], 2: []}
+    assert "its activation is not the erf-GELU" in str(explanation)

@@ -1,0 +1,229 @@
+"""The encoder layer in one C++ call: every instruction set and dtype of weights against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbert.ops import native, reference
+from fastbert.ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWeights, encoder_layer
+from fastbert.ops.native_encoder import PackedEncoderLayer, not_supported_reasons, work_seconds
+
+from .helpers import assert_within_budget
+from .test_native import REASON, instruction_set  # noqa: F401
+
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+# hidden, intermediate, heads: of BERT, of whole panels, and of neither whole vectors nor whole panels
+SHAPES = ((768, 3072, 12), (128, 512, 2), (72, 204, 3), (12, 20, 1))
+# Few rows are divided by columns, many by rows, more than a thousand in chunks of sequences.
+LENGTHS = ((5,), (32,), (7, 0, 1, 40), (40,) * 14 + (3,), (0, 400, 0, 333, 500, 1, 0))
+
+
+def draw(hidden: int, intermediate: int, heads: int, dtype: torch.dtype, bias: bool = True) -> EncoderLayerWeights:
+    """Weights whose values ``dtype`` holds, in float64; for int8 the weights are quantised, the rest is float32."""
+
+    def linear(out_features: int, in_features: int) -> LinearWeights:
+        weight = torch.randn(out_features, in_features, dtype=torch.float64) * in_features**-0.5
+        b = (torch.randn(out_features, dtype=torch.float64) * 0.1).to(_activations(dtype)).double() if bias else None
+        if dtype == torch.int8:
+            return LinearWeights(*_quantized(weight, b))
+        return LinearWeights(weight.to(dtype).double(), b)
+
+    def norm() -> LayerNormWeights:
+        weight, shift = 1 + torch.randn(hidden, dtype=torch.float64) * 0.1, torch.randn(hidden, dtype=torch.float64) * 0.1
+        return LayerNormWeights(weight.to(_activations(dtype)).double(), shift.to(_activations(dtype)).double(), 1e-12)
+
+    linears = (linear(3 * hidden, hidden), linear(hidden, hidden), linear(intermediate, hidden), linear(hidden, intermediate))
+    return EncoderLayerWeights(
+        linears[0], linears[1], norm(), linears[2], linears[3], norm(), heads, (hidden // heads) ** -0.5
+    )  # fmt: skip
+
+
+def _quantized(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    quantized, scale = reference.quantize_weight(weight.float())
+    return quantized, None if bias is None else bias.float(), scale
+
+
+def _activations(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.int8 else dtype
+
+
+def converted(weights: EncoderLayerWeights, dtype: torch.dtype, dequantize: bool = False) -> EncoderLayerWeights:
+    """With all that is not int8 in ``dtype``, and int8 too where it is to be dequantised."""
+
+    def of(layer: LinearWeights | LayerNormWeights):
+        if isinstance(layer, LayerNormWeights):
+            return LayerNormWeights(layer.weight.to(dtype), layer.bias.to(dtype), layer.eps)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        if layer.scale is None:
+            return LinearWeights(layer.weight.to(dtype), bias)
+        if dequantize:
+            return LinearWeights(layer.weight.to(dtype) * layer.scale.to(dtype)[:, None], bias)
+        return LinearWeights(layer.weight, layer.bias, layer.scale)
+
+    parts = {name: of(layer) for name, layer in (*weights.linears(), *weights.norms())}
+    return dataclasses.replace(weights, **parts)
+
+
+def bounds(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def skip_where_not_supported(weights: EncoderLayerWeights, dtype: torch.dtype) -> None:
+    reasons = not_supported_reasons(weights, dtype, "cpu")
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("hidden", "intermediate", "heads"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_every_instruction_set_is_right(instruction_set, dtype, hidden, intermediate, heads, lengths):  # noqa: F811
+    if hidden == 768 and sum(lengths) > 100 and instruction_set != native.supported_instruction_sets()[-1]:
+        pytest.skip("takes seconds, and tests what the smaller widths do")
+    exact = draw(hidden, intermediate, heads, dtype, bias=hidden != 12)
+    weights = converted(exact, dtype)
+    skip_where_not_supported(weights, dtype)
+    cu_seqlens, longest = bounds(lengths), max(lengths)
+    x = torch.randn(sum(lengths), hidden).to(dtype)
+    truth = reference.encoder_layer_forward(x.double(), cu_seqlens, longest, exact)
+    plain = reference.encoder_layer_forward(x, cu_seqlens, longest, weights)
+    ours = encoder_layer(x, cu_seqlens, longest, weights, backend="native")
+    assert_within_budget([ours], [plain], [truth], ["y"])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("hidden", "intermediate", "heads"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_int8(dtype, hidden, intermediate, heads, lengths):
+    """Against the float64 layer of the same weights, whose activations are not rounded to int8."""
+    weights = draw(hidden, intermediate, heads, torch.int8)
+    skip_where_not_supported(weights, dtype)
+    x, cu_seqlens, longest = torch.randn(sum(lengths), hidden).to(dtype), bounds(lengths), max(lengths)
+    exact = converted(weights, torch.float64, dequantize=True)
+    truth = reference.encoder_layer_forward(x.double(), cu_seqlens, longest, exact)
+    plain = reference.encoder_layer_forward(x, cu_seqlens, longest, weights)
+    ours = encoder_layer(x, cu_seqlens, longest, weights, backend="native")
+    assert_within_budget([ours], [plain], [truth], ["y"])
+
+
+@pytest.mark.parametrize("lengths", [(32,), (300, 2, 298)], ids=str)
+def test_int8_products_are_exact(lengths):
+    """Where nothing but one linear layer moves the result, it is that layer to the last digits but a few: no budget of int8."""
+    hidden, intermediate = 64, 128
+    weights = draw(hidden, intermediate, 1, torch.int8)
+    skip_where_not_supported(weights, torch.float32)
+
+    def zero(layer: LinearWeights) -> LinearWeights:
+        return LinearWeights(torch.zeros_like(layer.weight), torch.zeros_like(layer.bias), layer.scale)
+
+    # Attention is the mean of the values where all scores are equal; without attention's output h is LN(x).
+    weights = dataclasses.replace(weights, attention_output=zero(weights.attention_output), qkv=zero(weights.qkv))
+    x, cu_seqlens = torch.randn(sum(lengths), hidden), bounds(lengths)
+    for change, tolerance in ({"intermediate": zero(weights.intermediate)}, 2e-6), ({}, 0.02):
+        changed = dataclasses.replace(weights, **change)
+        expected = reference.encoder_layer_forward(x, cu_seqlens, max(lengths), changed)
+        ours = encoder_layer(x, cu_seqlens, max(lengths), changed, backend="native")
+        # With the intermediate layer a rounding that falls the other way is one step of 1/127 in one of 128 activations.
+        assert (ours - expected).abs().max() < tolerance
+
+
+def _weight_cases() -> list:
+    pairs = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.int8, torch.float32)]
+    return [pytest.param(*p, id=str(p[0]).removeprefix("torch.")) for p in pairs]
+
+
+@pytest.mark.parametrize("lengths", [(32,), (90, 3), (300, 2, 298, 1), (500,) * 5], ids=str)
+@pytest.mark.parametrize(("weight_dtype", "dtype"), _weight_cases())
+def test_results_do_not_depend_on_the_number_of_threads(weight_dtype, dtype, lengths):
+    weights = draw(192, 260, 3, weight_dtype)
+    weights = weights if weight_dtype == torch.int8 else converted(weights, dtype)
+    skip_where_not_supported(weights, dtype)
+    packed, x, cu_seqlens = PackedEncoderLayer(weights, dtype), torch.randn(sum(lengths), 192).to(dtype), bounds(lengths)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(packed(x, cu_seqlens))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(("weight_dtype", "dtype"), _weight_cases())
+def test_a_sequence_does_not_depend_on_the_batch(weight_dtype, dtype):
+    """Neither on what lies beside it nor on how the rows are divided: no padding, no mixing, the same bits."""
+    weights = draw(96, 160, 2, weight_dtype)
+    weights = weights if weight_dtype == torch.int8 else converted(weights, dtype)
+    skip_where_not_supported(weights, dtype)
+    packed, lengths = PackedEncoderLayer(weights, dtype), (70, 9, 400, 1, 800)
+    x, cu_seqlens = torch.randn(sum(lengths), 96).to(dtype), bounds(lengths)
+    together = packed(x, cu_seqlens)
+    for first, last in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        assert torch.equal(packed(x[first:last], bounds((last - first,))), together[first:last])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("weight_dtype", "dtype"), _weight_cases())
+def test_what_is_not_finite_stays_in_its_sequence(weight_dtype, dtype, value):
+    weights = draw(64, 96, 2, weight_dtype)
+    weights = weights if weight_dtype == torch.int8 else converted(weights, dtype)
+    skip_where_not_supported(weights, dtype)
+    packed, cu_seqlens, x = PackedEncoderLayer(weights, dtype), bounds((9, 5, 130)), torch.randn(144, 64).to(dtype)
+    clean = packed(x, cu_seqlens)
+    x[10, 7] = value
+    y = packed(x, cu_seqlens)
+    assert y[10].isnan().all()
+    assert torch.equal(y[:9], clean[:9])
+    assert torch.equal(y[14:], clean[14:])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e15])
+def test_int8_rows_of_any_size(scale):
+    weights = draw(64, 96, 2, torch.int8)
+    skip_where_not_supported(weights, torch.float32)
+    x, cu_seqlens = torch.randn(20, 64) * scale, bounds((20,))
+    expected = reference.encoder_layer_forward(x, cu_seqlens, 20, weights)
+    ours = encoder_layer(x, cu_seqlens, 20, weights, backend="native")
+    truth = reference.encoder_layer_forward(x.double(), cu_seqlens, 20, converted(weights, torch.float64, dequantize=True))
+    assert_within_budget([ours], [expected], [truth], ["y"])
+
+
+@pytest.mark.parametrize("lengths", [(), (0, 0)])
+def test_no_rows(lengths):
+    weights = converted(draw(64, 96, 2, torch.float32), torch.float32)
+    assert encoder_layer(torch.randn(0, 64), bounds(lengths), 0, weights, backend="native").shape == (0, 64)
+
+
+def test_time_is_counted():
+    weights = converted(draw(128, 512, 2, torch.float32), torch.float32)
+    before = work_seconds()
+    encoder_layer(torch.randn(256, 128), bounds((128, 128)), 128, weights, backend="native")
+    after = work_seconds()
+    assert set(after) == {"linear", "attention", "rest"}
+    assert all(after[name] > before[name] for name in after)
+
+
+def test_what_does_not_fit_is_refused():
+    weights = converted(draw(64, 96, 2, torch.float32), torch.float32)
+    x, cu_seqlens = torch.randn(3, 64), bounds((3,))
+    with pytest.raises(ValueError, match=r"x has shape \(3, 60\), expected \(3, 64\)"):
+        encoder_layer(x[:, :60], cu_seqlens, 3, weights)
+    with pytest.raises(ValueError, match=r"output.weight has shape \(96, 64\), expected \(64, 96\)"):
+        encoder_layer(x, cu_seqlens, 3, dataclasses.replace(weights, output=weights.intermediate))
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+        encoder_layer(x, cu_seqlens, 3, weights, backend="cuda")
+    with pytest.raises(RuntimeError, match=r"the weights are torch.float32, x is torch.bfloat16"):
+        encoder_layer(x.bfloat16(), cu_seqlens, 3, weights, backend="native")
+    odd = draw(9, 10, 1, torch.bfloat16)
+    if native.packs(torch.bfloat16):
+        assert not_supported_reasons(converted(odd, torch.bfloat16), torch.bfloat16, "cpu") == [
+            f"{name}'s in_features 9 are no multiple of 2" for name in ("qkv", "attention_output", "intermediate")
+        ]
