@@ -31,8 +31,9 @@ lint: $(VENV)/installed-dev
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python -m benchmarks.inference
-	$(BIN)/python -m benchmarks.pretrain
+	$(BIN)/fastbert bench --suite inference
+	$(BIN)/fastbert bench --suite finetune
+	$(BIN)/fastbert bench --suite pretrain
 
 # Tests and measures everything on this machine's NVIDIA GPU, with the torch that $(PYTHON) has: nothing is installed.
 gpu:

@@ -12,12 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .training import Task, argument_parser, run
-
-
-def main() -> None:
-    arguments = argument_parser(__doc__, size="mini", tokens=32 * 128).parse_args()
-    run(Task("finetune", "BertForSequenceClassification", with_labels), arguments)
+from .training import Task, main
 
 
 def with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -26,5 +21,7 @@ def with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**batch, "labels": labels.to(batch["input_ids"].device)}
 
 
+TASK = Task("finetune", "BertForSequenceClassification", with_labels)
+
 if __name__ == "__main__":
-    main()
+    main(TASK, __doc__, size="mini", tokens=32 * 128)

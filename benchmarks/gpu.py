@@ -34,7 +34,7 @@ import torch
 
 from fastbert.ops import backends
 
-from . import goals
+from . import goals, gpu_goals
 from .harness import RESULTS, write_json
 from .record_tests import summarized
 
@@ -96,13 +96,14 @@ def run_all(budget_s: float, rehearse: bool, scratch: Path) -> int:
         document["steps"][step.name] = record
         if step.name == "machine" and record["status"] == OK:
             document |= record["result"]
-        document["goals"] = goals.compare({name: done["result"] for name, done in document["steps"].items() if done["result"]})
+        results = {name: done["result"] for name, done in document["steps"].items() if done["result"]}
+        document["goals"] = goals.compare(gpu_goals.GOALS, gpu_goals.Measurements(results))
         document["seconds"] = round(budget_s - (deadline - time.monotonic()), 1)
         write_json(folder / "gpu.json", document)
         print(f"{step.name:<28}{record['status']:<13}{record['seconds']:>7.1f} s  {note(record)}", file=sys.stderr, flush=True)
     print(steps_table(document))
     print()
-    print(goals.table(document["goals"]))
+    print(goals.table(document["goals"], "goal on one H200"))
     print(json.dumps(document))
     return 1 if any(record["status"] in (FAILED, NOT_RUN) for record in document["steps"].values()) else 0
 

@@ -4,12 +4,13 @@ ceilings, which every figure is set beside, are in ``machine``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,57 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+# Engines have threads of their own, which spin for about a millisecond after their work: not into the next one's time.
+_SETTLE_S = 0.005
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", limit_s: float = math.inf
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: str = "cpu",
+    limit_s: float = math.inf,
+    uncounted_rounds: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, A B C A B C ..., after one round that is not counted.
+    """Seconds of each contender in each round, A B C A B C ..., after the rounds that are not counted.
 
     Stops after fewer rounds, but never fewer than 3, once ``limit_s`` seconds have been measured.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(rounds + 1):
+    for round_number in range(1 - uncounted_rounds, rounds + 1):
         if round_number > 3 and sum(map(sum, seconds.values())) > limit_s:
             break
         for name, run in contenders.items():
+            time.sleep(_SETTLE_S)
             synchronize(device)
             start = time.perf_counter()
             run()
             synchronize(device)
-            if round_number:
+            if round_number > 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what libraries, their native parts included, write to stdout and stderr (progress, warnings) from the tables."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [(stream, os.dup(stream)) for stream in (1, 2)]
+    with open(os.devnull, "w") as nowhere:
+        for stream, _ in kept:
+            os.dup2(nowhere.fileno(), stream)
+        try:
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                yield
+        finally:
+            for stream, copy in kept:
+                os.dup2(copy, stream)
+                os.close(copy)
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -105,11 +133,16 @@ def kernel_seconds(
 def write_results(name: str, document: dict[str, Any], folder: str | None) -> None:
     """Prints the document as the last line of stdout, and keeps it as ``results/<folder>/<name>.json`` where one is named."""
     document = {"benchmark": name, "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]), **document}
+    save_results(name, document, folder)
+    print(json.dumps(document))
+
+
+def save_results(name: str, document: dict[str, Any], folder: str | None) -> None:
+    """Keeps the document as ``results/<folder>/<name>.json`` where a folder is named."""
     if folder is not None:
         path = RESULTS / folder / f"{name}.json"
         write_json(path, document)
         print(f"written to {path}", file=sys.stderr)
-    print(json.dumps(document))
 
 
 def write_json(path: Path, document: Any) -> None:

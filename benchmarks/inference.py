@@ -1,83 +1,239 @@
-"""Encoder inference: fastbert beside transformers (sdpa) on the same weights and batches, with the matmul ceiling.
+"""Encoder inference: fastbert beside transformers and the other engines that are installed, on the same weights and batches.
 
-    python -m benchmarks.inference [--size base] [--rounds 5] [--dtype float32] [--device cpu] [--save FOLDER]
+    python -m benchmarks.inference [--size base] [--dtype float32 bfloat16 int8] [--peers transformers openvino ...]
+                                   [--device cpu] [--rounds 5] [--limit 60] [--threads 2] [--save FOLDER]
 
-Outputs are compared before anything is timed. The last line of stdout is one JSON document; --save keeps it in
-benchmarks/results/FOLDER.
+All contenders of all dtypes take turns on each batch, so every ratio is one of figures from the same minutes; the matmuls of
+the real tokens alone take their turn with them and are the floor. Outputs are compared with transformers' in float32 before
+anything is timed: who computes something else is not timed. ``fastbert bench --suite inference`` is the same. The last line of
+stdout is one JSON document; --save keeps it in benchmarks/results/FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
+from torch import Tensor
 
-import fastbert
-
-from .harness import interleaved, paired_ratio, summary, write_results
-from .machine import ceilings, machine
+from . import cpu_goals, goals, profile
+from .ceilings import GemmsAlone, ceilings
+from .harness import interleaved, paired_ratio, quiet, summary, write_results
+from .machine import machine
+from .peers import OURS, PEERS, Batch, NotAvailable, Run, Subject
 from .workloads import BATCHES, SIZES, config_for, encoder_flops, padded_batch
+
+DTYPES = ("float32", "bfloat16", "int8")
+# Hidden states have elements of size 1: what computes something else is far beyond, with a relative difference of 1.
+LARGEST_DIFFERENCE = {"float32": 2e-5, "bfloat16": 0.3, "int8": 0.5}
+RELATIVE_DIFFERENCE = 0.1
+BASELINE = f"{PEERS['transformers'].title} float32"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """peers: names in PEERS; None: all that are installed. limit_s: of each batch, after 3 rounds. Short batches get ten times
+    the rounds."""
+
+    size: str = "base"
+    dtypes: tuple[str, ...] = DTYPES
+    peers: tuple[str, ...] | None = None
+    device: str = "cpu"
+    rounds: int = 5
+    limit_s: float = 60.0
+    threads: int | None = None
+
+
+@dataclass
+class Contender:
+    name: str
+    dtype: str
+    run: Run
+    ours: bool
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--size", choices=SIZES, default=Options.size)
+    parser.add_argument("--rounds", type=int, default=Options.rounds)
+    parser.add_argument("--limit", type=float, default=Options.limit_s, metavar="SECONDS", help="of each batch, after 3 rounds")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: those that are installed")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save", metavar="FOLDER")
-    arguments = parser.parse_args()
-    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    given = parser.parse_args()
+    options = Options(
+        size=given.size, dtypes=tuple(given.dtype), peers=tuple(given.peers) if given.peers else None, device=given.device,
+        rounds=given.rounds, limit_s=given.limit, threads=given.threads,
+    )  # fmt: skip
+    write_results("inference", run(options, print), given.save)
 
+
+def run(options: Options, say: Say) -> dict[str, Any]:
+    """Measures and says the tables; returns the document. ``failed``: fastbert's contenders that failed or computed something
+    else, ``not_run``: everybody's reasons for not taking part."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = options.device
     torch.manual_seed(0)
-    config = config_for(arguments.size)
-    theirs = transformers.BertModel(config, add_pooling_layer=False).eval().to(device, dtype)
-    ours = fastbert.BertModel(config, add_pooling_layer=False).eval().to(device, dtype)
-    ours.load_state_dict(theirs.state_dict())
-    limits = ceilings(device, dtype)
-    print(f"bert-{arguments.size}, {arguments.dtype}; matmul {limits['matmul_flops'] / 1e9:,.0f} GFLOP/s in this run")
-    print(f"{'batch':<30}{'transformers':>14}{'fastbert':>12}{'ratio':>9}{'of matmul rate':>16}")
-
-    results = {}
-    with torch.inference_mode():
+    config = config_for(options.size)
+    limits = {dtype: ceilings(device, getattr(torch, dtype)) for dtype in options.dtypes}
+    say(f"bert-{options.size} on {device}, {torch.get_num_threads()} threads; matmul rates in this run, in GFLOP/s:")
+    for dtype, limit in limits.items():
+        rates = ", ".join(f"{library} {rate / 1e9:,.0f}" for library, rate in limit["matmul_flops_by_library"].items())
+        say(f"  {dtype:<10}{rates}")
+    results, profiles = {}, {}
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        subject = Subject(config, device, Path(scratch))
+        contenders, not_run = make_contenders(subject, options, say)
+        floors = {dtype: GemmsAlone(config, device, getattr(torch, dtype)) for dtype in options.dtypes}
         for name, (lengths, padded_to) in BATCHES.items():
             batch = padded_batch(lengths, padded_to, device)
-            difference = largest_difference(ours, theirs, batch)
-            rounds = arguments.rounds * (10 if sum(lengths) < 100 else 1)
-            seconds = interleaved(
-                {
-                    "transformers": lambda batch=batch: theirs(**batch).last_hidden_state,
-                    "fastbert": lambda batch=batch: ours(**batch).last_hidden_state,
-                },
-                rounds,
-                device,
-            )
-            ratio = paired_ratio(seconds["transformers"], seconds["fastbert"])
-            medians = {key: summary(value) for key, value in seconds.items()}
-            share = encoder_flops(config, lengths) / medians["fastbert"]["median_s"] / limits["matmul_flops"]
-            results[name] = {**medians, "ratio": ratio, "share_of_matmul_rate": share, "largest_difference": difference}
-            theirs_ms, ours_ms = (medians[key]["median_s"] * 1e3 for key in ("transformers", "fastbert"))
-            print(f"{name:<30}{theirs_ms:>11,.1f} ms{ours_ms:>9,.1f} ms{ratio['median']:>8.2f}x{share:>15.0%}")
-    document = {
-        "machine": machine(device, dtype),
-        "size": arguments.size,
-        "dtype": arguments.dtype,
-        "ceilings": limits,
-        "results": results,
-    }
-    write_results("inference", document, arguments.save)
+            rounds = options.rounds * (10 if sum(lengths) < 100 else 1)
+            alone = {dtype: floor.for_tokens(sum(lengths)) for dtype, floor in floors.items()}
+            result = measure(contenders, subject, batch, alone, rounds, options.limit_s)
+            result["flops"] = encoder_flops(config, lengths)
+            for contender in result["contenders"].values():
+                rate = result["flops"] / contender["median_s"]
+                contender["share_of_matmul_rate"] = rate / limits[contender["dtype"]]["matmul_flops"]
+            results[name] = result
+            show(name, sum(lengths), result, say)
+            if device == "cpu":
+                profiles[name] = {
+                    c.name: profile.shares(lambda c=c, batch=batch: c.run(batch), rounds=2) for c in contenders if c.ours
+                }
+    if profiles:
+        show_profiles(profiles, say)
+    rows = goals.compare(cpu_goals.INFERENCE_GOALS, results) if device == "cpu" and options.size == "base" else []
+    if rows:
+        say("\n" + goals.table(rows, "goal on a CPU"))
+    failed = {f"{name}: {key}": why for name, result in results.items() for key, why in result["failed"].items()}
+    failed = {key: why for key, why in failed.items() if key.split(": ")[1].startswith(OURS.title)}
+    return {
+        "machine": machine(device), "size": options.size, "dtypes": list(options.dtypes), "ceilings": limits,
+        "not_run": not_run, "failed": failed, "results": results, "profile": profiles, "goals": rows,
+    }  # fmt: skip
 
 
-def largest_difference(ours: torch.nn.Module, theirs: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """On real tokens. Raises RuntimeError where the two do not compute the same: a benchmark of that would say nothing."""
+def make_contenders(subject: Subject, options: Options, say: Say) -> tuple[list[Contender], dict[str, str]]:
+    """Those that can be made, peers first, and by name the reasons of the others."""
+    contenders, not_run = [], {}
+    asked = PEERS if options.peers is None else {name: PEERS[name] for name in PEERS if name in options.peers}
+    for peer in (*asked.values(), OURS):
+        reason = peer.why_not_installed()
+        for dtype in options.dtypes:
+            name = f"{peer.title} {dtype}"
+            if dtype not in peer.dtypes.get(subject.device, ()):
+                not_run[name] = f"not in {dtype} on {subject.device}"
+                continue
+            try:
+                if reason is not None:
+                    raise NotAvailable(reason)
+                with quiet():
+                    contenders.append(Contender(name, dtype, peer.make(subject, dtype), ours=peer is OURS))
+            except NotAvailable as error:
+                not_run[name] = str(error)
+            except Exception as error:  # of somebody else's converter or compiler: the others go on
+                if peer is OURS:
+                    raise
+                not_run[name] = first_line(error)
+            if name in not_run:
+                say(f"not run: {name}: {not_run[name]}")
+    return contenders, not_run
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def measure(
+    contenders: list[Contender],
+    subject: Subject,
+    batch: Batch,
+    alone: Mapping[str, Callable[[], None]],
+    rounds: int,
+    limit_s: float,
+) -> dict[str, Any]:
+    """``contenders``: by name the seconds, the differences from transformers' float32 and how many times as fast it is;
+    ``ratios``: by name of fastbert's contenders and of another, how many times as fast; ``gemms_alone``: by dtype;
+    ``failed``: the reasons of those that were not timed."""
     real = batch["attention_mask"].unsqueeze(-1)
-    expected = theirs(**batch).last_hidden_state * real
-    difference = (ours(**batch).last_hidden_state - expected).abs().max().item()
-    allowed = 2e-5 if expected.dtype == torch.float32 else 0.3
-    if not difference <= allowed:
-        raise RuntimeError(f"outputs differ by {difference:.1e}, more than {allowed:.0e}: nothing is measured")
-    return difference
+    expected = subject.model(**batch).last_hidden_state * real
+    running, differences, failed = [], {}, {}
+    for contender in contenders:
+        try:
+            differences[contender.name] = difference(contender, batch, expected, real)
+            running.append(contender)
+        except Exception as error:
+            failed[contender.name] = first_line(error)
+    gc.collect()
+    turns: dict[str, Callable[[], Any]] = {c.name: lambda c=c: c.run(batch) for c in running}
+    turns |= {gemms_name(dtype): run for dtype, run in alone.items()}
+    seconds = interleaved(turns, rounds, subject.device, limit_s, uncounted_rounds=0 if subject.device == "cpu" else 1)
+    measured = {}
+    for contender in running:
+        times = seconds[contender.name]
+        floor = paired_ratio(seconds[gemms_name(contender.dtype)], times)["median"]
+        measured[contender.name] = {
+            **summary(times), "dtype": contender.dtype, **differences[contender.name], "gemms_alone_share": floor,
+        }  # fmt: skip
+    others = {c.name: {o.name: paired_ratio(seconds[o.name], seconds[c.name]) for o in running if o is not c} for c in running}
+    return {
+        "contenders": measured,
+        "ratios": {c.name: others[c.name] for c in running if c.ours},
+        "baseline_ratios": {c.name: others[c.name][BASELINE] for c in running if BASELINE in others[c.name]},
+        "gemms_alone": {dtype: summary(seconds[gemms_name(dtype)]) for dtype in alone},
+        "failed": failed,
+    }
+
+
+def gemms_name(dtype: str) -> str:
+    return f"GEMMs alone {dtype}"
+
+
+def difference(contender: Contender, batch: Batch, expected: Tensor, real: Tensor) -> dict[str, float]:
+    """On real tokens, the largest and the relative one (of the norms). Raises RuntimeError where it does not compute the same:
+    a benchmark of that would say nothing. This first call also compiles."""
+    wrong = contender.run(batch).float() * real - expected
+    largest, relative = wrong.abs().max().item(), (wrong.norm() / expected.norm()).item()
+    allowed = LARGEST_DIFFERENCE[contender.dtype]
+    if not (largest <= allowed and relative <= RELATIVE_DIFFERENCE):
+        raise RuntimeError(
+            f"outputs differ by {largest:.1e} ({relative:.1e} of their norm), "
+            f"more than {allowed:.0e} ({RELATIVE_DIFFERENCE:.0e}): not timed"
+        )
+    return {"largest_difference": largest, "relative_difference": relative}
+
+
+def show(name: str, tokens: int, result: Mapping[str, Any], say: Say) -> None:
+    heading = f"{name}, {tokens:,} tokens"
+    say(f"\n{heading:<40}{'ms':>10}{'vs transformers':>17}{'GEMMs alone':>13}{'of matmul rate':>16}{'largest error':>15}")
+    for key, figures in result["contenders"].items():
+        ratio = result["baseline_ratios"].get(key)
+        times = f"{ratio['median']:.2f}x" if ratio else ""
+        say(
+            f"  {key:<38}{figures['median_s'] * 1e3:>10,.1f}{times:>17}"
+            f"{figures['gemms_alone_share']:>13.0%}{figures['share_of_matmul_rate']:>16.0%}{figures['largest_difference']:>15.1e}"
+        )
+    for dtype, figures in result["gemms_alone"].items():
+        say(f"  {gemms_name(dtype):<38}{figures['median_s'] * 1e3:>10,.1f}")
+    for key, reason in result["failed"].items():
+        say(f"  {key:<38}not timed: {reason}")
+
+
+def show_profiles(profiles: Mapping[str, Mapping[str, Any]], say: Say) -> None:
+    say("\nwhere fastbert's time goes")
+    for name, by_contender in profiles.items():
+        for contender, shares in by_contender.items():
+            say(f"  {name:<30}{contender:<20}{profile.line(shares['shares'])}")
 
 
 if __name__ == "__main__":

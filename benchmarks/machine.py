@@ -20,7 +20,7 @@ import torch
 import fastbert
 from fastbert.ops import backends
 
-from .harness import kernel_seconds
+from .ceilings import ceilings
 
 
 def machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -72,28 +72,14 @@ def cpu_name() -> str:
     return f"{name.group(1).strip() if name else platform.processor()} ({', '.join(widest[:2]) or platform.machine()})"
 
 
-def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Matmul rate in FLOP/s at a BERT-sized shape and copy bandwidth in B/s (read + write), the best of several runs."""
-    rows, width = (2048, 768) if device == "cpu" else (16384, 4096)
-    a, b = torch.randn(rows, width, device=device, dtype=dtype), torch.randn(4 * width, width, device=device, dtype=dtype)
-    source = torch.randn(1 << (25 if device == "cpu" else 28), device=device)
-    target = torch.empty_like(source)
-    matmul = kernel_seconds(lambda: torch.nn.functional.linear(a, b), device, rounds=10)
-    copy = kernel_seconds(lambda: target.copy_(source), device, rounds=10)
-    return {
-        "matmul_flops": 2 * rows * width * 4 * width / min(matmul),
-        "copy_bytes": 2 * source.numel() * source.element_size() / min(copy),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int8"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     limits = {"dtype": arguments.dtype, **ceilings(arguments.device, dtype)}
-    print(json.dumps({"machine": machine(arguments.device, dtype), "ceilings": limits}))
+    print(json.dumps({"machine": machine(arguments.device, torch.float32 if dtype == torch.int8 else dtype), "ceilings": limits}))
 
 
 if __name__ == "__main__":

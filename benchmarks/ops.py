@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fastbert.ops import backends
 
+from .ceilings import ceilings
 from .harness import kernel_seconds, summary, synchronize, write_results
-from .machine import ceilings, machine
+from .machine import machine
 from .op_cases import SCALES, Case, Contender, cases
 from .work import floor_seconds, work
 

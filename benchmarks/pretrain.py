@@ -11,15 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from .training import Task, argument_parser, run
+from .training import Task, main
 from .workloads import VOCABULARY
 
 LABELLED = 0.15
-
-
-def main() -> None:
-    arguments = argument_parser(__doc__, size="mini", tokens=16 * 128).parse_args()
-    run(Task("pretrain", "BertForPreTraining", with_labels, LABELLED), arguments)
 
 
 def with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -30,5 +25,7 @@ def with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**batch, "labels": torch.where(chosen, words, -100), "next_sentence_label": next_sentence}
 
 
+TASK = Task("pretrain", "BertForPreTraining", with_labels, LABELLED)
+
 if __name__ == "__main__":
-    main()
+    main(TASK, __doc__, size="mini", tokens=16 * 128)

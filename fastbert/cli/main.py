@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -42,6 +43,46 @@ def doctor(json_output: JsonOption = False, debug: DebugOption = False) -> None:
     from .doctor import doctor as body
 
     run_command("doctor", body, json_output=json_output, debug=debug)
+
+
+@app.command(cls=SeveralValuesCommand)
+def bench(
+    suite: Annotated[str, typer.Option(help="inference, finetune or pretrain.")] = "inference",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="float32, bfloat16, int8 (inference only); several may follow. Left out: all of the suite.",
+            metavar="DTYPE...",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[str, typer.Option(help="tiny, mini, small, medium, base or large.")] = "base",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every contender on a batch.")] = 5,
+    limit: Annotated[float, typer.Option(min=0, help="Seconds for a batch, after which 3 rounds are enough.")] = 60.0,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Who takes part beside fastbert: transformers, transformers-compiled, transformers-sorted, and for inference "
+            "onnxruntime, openvino, ctranslate2; several may follow. Left out: those that are installed.",
+            metavar="PEER...",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every contender.  [default: torch's]", show_default=False)] = None,
+    save: Annotated[str | None, typer.Option(help="Keep the document in benchmarks/results/FOLDER.", metavar="FOLDER")] = None,
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure fastbert beside the other engines that are installed, on the same weights, and beside the machine's ceilings."""
+    from .bench import bench as body
+
+    options = {
+        "suite": suite, "device": device, "dtypes": tuple(dtype) if dtype else None, "size": size, "rounds": rounds,
+        "limit_s": limit, "peers": tuple(peers) if peers else None, "threads": threads,
+    }  # fmt: skip
+    command = " ".join(["fastbert", *sys.argv[1:]])
+    run_command("bench", lambda say: body(options, save, command, say), json_output=json_output, debug=debug)
 
 
 @app.command(cls=SeveralValuesCommand)

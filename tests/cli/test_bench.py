@@ -1,0 +1,101 @@
+"""fastbert bench: the document and its exit codes, at toy size. tests/test_benchmarks*.py have what it measures with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import harness, inference, peers, training, workloads
+from fastbert.cli import bench
+from fastbert.cli.command import CommandFailure
+from fastbert.cli.main import app
+
+TOY = ["--size", "tiny", "--rounds", "1", "--threads", "1", "--peers", "transformers", "--dtype", "float32"]
+
+
+@pytest.fixture(autouse=True)
+def toy_sizes(monkeypatch):
+    """Real batches and ceilings take seconds even for a tiny model."""
+    limits = {"matmul_flops": 1e12, "matmul_flops_by_library": {"oneDNN": 1e12}, "copy_bytes": 1e10}
+    for module in (inference, training):
+        monkeypatch.setattr(module, "ceilings", lambda device, dtype: limits)
+    monkeypatch.setattr(inference, "BATCHES", {"3 lengths": ((5, 30, 17), 32), "1 x 32": ((32,), 32)})
+    monkeypatch.setitem(workloads.REAL_LENGTHS, "mnli", ("MNLI", tuple(range(4, 36)), 40))
+    monkeypatch.setattr("benchmarks.bench._LENGTHS", {"finetune": ("mnli", 1), "pretrain": ("128", 128)})
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, ["bench", *arguments, "--json"])
+
+
+def document_of(result) -> dict:
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_inference(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    result = invoke("--suite", "inference", *TOY, "--save", "mine")
+    assert result.exit_code == 0, result.output
+    document = document_of(result)
+    assert (document["command"], document["suite"], document["failed"]) == ("bench", "inference", {})
+    for name, measured in document["results"].items():
+        assert set(measured["contenders"]) == {"transformers float32", "fastbert float32"}
+        assert measured["ratios"]["fastbert float32"]["transformers float32"]["median"] > 0
+        assert measured["gemms_alone"]["float32"]["median_s"] > 0
+        shares = document["profile"][name]["fastbert float32"]["shares"]
+        assert shares["gemm"] > 0 and shares["attention"] > 0
+    assert "GEMMs alone float32" in result.stderr and "where fastbert's time goes" in result.stderr
+    saved = json.loads((tmp_path / "mine" / "inference.json").read_text())
+    assert saved["results"] == document["results"] and saved["command"].startswith("fastbert")
+
+
+@pytest.mark.parametrize("suite", ["finetune", "pretrain"])
+def test_training(suite):
+    result = invoke("--suite", suite, *TOY[:6])
+    assert result.exit_code == 0, result.output
+    runs = document_of(result)["runs"]
+    assert set(runs) == {"float32", "bfloat16"}
+    for run in runs.values():
+        (measured,) = run["results"].values()
+        expected = {"transformers", "transformers padded to the longest, oneDNN", "fastbert"}
+        assert expected <= measured.keys()
+        assert ("transformers sorted in micro-batches, oneDNN" in measured) == (suite == "finetune")
+        assert measured["fastbert"]["step_bytes"] > 0
+
+
+def test_a_wrong_result_is_not_timed_and_fails(monkeypatch):
+    def wrong(subject, dtype):
+        return lambda batch: torch.zeros(*batch["input_ids"].shape, subject.config.hidden_size)
+
+    monkeypatch.setattr(inference, "OURS", peers.Peer("fastbert", wrong, peers.OURS.dtypes))
+    result = invoke("--suite", "inference", *TOY)
+    assert result.exit_code == 1
+    document = document_of(result)
+    assert "outputs differ" in document["failed"]["1 x 32: fastbert float32"]
+    assert all(set(result["contenders"]) == {"transformers float32"} for result in document["results"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "glue"], "--suite is 'glue', expected one of inference, finetune, pretrain"),
+        (["--suite", "finetune", "--dtype", "int8"], "--dtype int8: the suite finetune has float32, bfloat16"),
+        (["--suite", "pretrain", "--peers", "openvino"], "--peers openvino: the suite pretrain has transformers,"),
+        (["--peers", "tensorflow"], "--peers tensorflow: the suite inference has transformers,"),
+        (["--size", "huge"], "--size is 'huge', expected one of tiny"),
+        (["--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
+    ],
+)
+def test_wrong_usage(arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in document_of(result)["error"]
+
+
+def test_without_a_checkout(tmp_path):
+    with pytest.raises(CommandFailure, match="they are in the repository, not in the package") as failure:
+        bench.benchmarks(tmp_path)
+    assert failure.value.exit_code == 1

@@ -1,0 +1,185 @@
+"""What the CPU's benchmarks measure with: ceilings, peak memory, profiles, goals, and the other engines, which compute BERT."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+
+from benchmarks import ceilings, cpu_goals, goals, memory, peers, profile, training
+from benchmarks.finetune import TASK
+from benchmarks.harness import quiet
+from benchmarks.inference import LARGEST_DIFFERENCE, Contender, difference
+from benchmarks.workloads import BATCHES, MNLI_LENGTHS, config_for, padded_batch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_every_library_computes_the_product(dtype):
+    x, weight = (ceilings.random_matrix(rows, 64, "cpu", dtype) for rows in (40, 48))
+    expected = x.double() @ weight.double().t()
+    products = ceilings.matmuls(x, weight)
+    assert products
+    for library, matmul in products.items():
+        torch.testing.assert_close(matmul().double(), expected, rtol=1e-2, atol=0.1, msg=library)
+
+
+def test_the_ceiling_is_the_fastest_librarys(monkeypatch):
+    seconds = iter([[2.0, 1.0], [0.5, 0.6], [4.0], [3.0]])
+    monkeypatch.setattr(ceilings, "kernel_seconds", lambda *_, **__: next(seconds))
+    monkeypatch.setattr(ceilings, "matmuls", lambda *_: dict.fromkeys(("MKL", "oneDNN", "oneDNN prepacked")))
+    found = ceilings.ceilings("cpu", torch.float32)
+    flops = 2 * 2048 * 768 * 3072
+    assert found["matmul_flops_by_library"] == {"MKL": flops, "oneDNN": 2 * flops, "oneDNN prepacked": flops / 4}
+    assert found["matmul_flops"] == 2 * flops
+
+
+def test_gemms_alone_are_four_per_layer_with_weights_of_their_own(monkeypatch):
+    called = []
+    monkeypatch.setattr(ceilings, "matmuls", lambda x, w: {"any": lambda: called.append((tuple(x.shape), tuple(w.shape)))})
+    alone = ceilings.GemmsAlone(config_for("tiny"), "cpu", torch.float32)
+    alone.for_tokens(10)()
+    layer = [((10, 128), (384, 128)), ((10, 128), (128, 128)), ((10, 128), (512, 128)), ((10, 512), (128, 512))]
+    assert called == layer * 2
+    assert len({w.data_ptr() for w in alone.weights}) == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_peak_memory_is_that_of_the_call_alone():
+    kept = torch.ones(20_000_000)
+    torch.ones(50_000_000)  # an earlier and higher peak
+    needed = memory.peak_bytes(lambda: (torch.ones(10_000_000), torch.ones(5_000_000)), "cpu")
+    assert 59e6 < needed < 70e6  # the kernel counts pages in batches
+    assert len(kept) == 20_000_000
+
+
+def test_categories_of_operators():
+    expected = {
+        "mkldnn::_linear_pointwise": "gemm",
+        "aten::addmm": "gemm",
+        "fastbert::attention": "attention",
+        "fastbert::attention_backward": "attention",
+        "fastbert::add_layer_norm": "rest",
+        "aten::tanh": "rest",
+        "aten::t": "outside",
+        "aten::linear": "outside",
+        "aten::_fused_adamw_": "optimizer",
+        "Optimizer.step#AdamW.step": "outside",
+        "GeneratedBackwardFor_fastbert_attention_default": "outside",
+    }
+    assert {operator: profile.category(operator) for operator in expected} == expected
+
+
+def test_shares_of_operators_and_of_a_layer_that_counts_itself(monkeypatch):
+    x = torch.randn(400, 400)
+    found = profile.shares(lambda: torch.addmm(x, x, x) + x @ x, rounds=1)
+    assert found["shares"]["gemm"] == pytest.approx(found["operators"]["aten::addmm"] + found["operators"]["aten::mm"])
+    assert found["shares"]["rest"] == pytest.approx(found["operators"]["aten::add"])
+    counted = iter([{"gemm": 1.0, "rest": 1.0}, {"gemm": 1.0 + 1e-3, "rest": 1.0}])
+    monkeypatch.setattr(profile, "_layer_seconds", lambda: next(counted))
+    monkeypatch.setattr(profile, "time", types.SimpleNamespace(perf_counter=iter([0.0, 4e-3]).__next__))
+    found = profile.shares(lambda: None, rounds=1)
+    assert found["seconds"] == 4e-3
+    assert found["shares"] == pytest.approx({"gemm": 0.25, "attention": 0, "rest": 0, "optimizer": 0, "outside": 0.75})
+
+
+def fake_results(times_faster: float) -> dict:
+    ratios = {theirs: {"median": times_faster} for theirs in ("transformers float32", "OpenVINO float32")}
+    return {batch: {"ratios": {f"fastbert {d}": ratios for d in ("float32", "bfloat16", "int8")}} for batch in BATCHES}
+
+
+@pytest.mark.parametrize(("times_faster", "met"), [(30.0, True), (0.5, False)])
+def test_goals_of_inference(times_faster, met):
+    rows = goals.compare(cpu_goals.INFERENCE_GOALS, fake_results(times_faster))
+    assert len(rows) == 16
+    assert [row["name"] for row in rows if row["met"] is not met] == []
+    assert all(row["met"] is None for row in goals.compare(cpu_goals.INFERENCE_GOALS, {}))
+
+
+@pytest.mark.parametrize("suite", ["finetune", "pretrain"])
+def test_goals_of_training(suite):
+    batch = "16 x 128" if suite == "pretrain" else "MNLI lengths, padded to 128"
+    theirs = {name: {"median_s": 8.0} for name in ("transformers", cpu_goals.PADDED_TO_LONGEST)}
+    runs = {dtype: {batch: {**theirs, "fastbert": {"median_s": 1.0}}} for dtype in ("float32", "bfloat16")}
+    rows = goals.compare(cpu_goals.TRAINING_GOALS[suite], runs)
+    assert [row["measured"] for row in rows] == [8.0] * len(rows) and all(row["met"] for row in rows)
+    assert all(row["met"] is None for row in goals.compare(cpu_goals.TRAINING_GOALS[suite], {}))
+
+
+@pytest.mark.parametrize("budget", [1, 89, 256, 10_000])
+def test_token_budget_groups(budget):
+    lengths = sorted(MNLI_LENGTHS)
+    groups = [lengths[group] for group in peers.token_budget_groups(lengths, budget)]
+    assert sum(groups, []) == lengths
+    assert all(len(group) == 1 or len(group) * group[-1] <= budget for group in groups)
+    # None could take the next group's first sequence.
+    assert all((len(group) + 1) * following[0] > budget for group, following in zip(groups, groups[1:], strict=False))
+
+
+def test_micro_batches_are_the_batch():
+    batch = TASK.with_labels(padded_batch(MNLI_LENGTHS, 128))
+    parts = training.batches_of(batch, TASK, padded=True)[training.SORTED]
+    assert len(parts) > 2 and sum(weight for weight, _ in parts) == pytest.approx(1.0)
+    tokens = sum(int(part["attention_mask"].sum()) for _, part in parts)
+    assert tokens == sum(MNLI_LENGTHS)
+    assert sum(part["input_ids"].numel() for _, part in parts) < 1.4 * tokens
+    assert sum(len(part["labels"]) for _, part in parts) == len(MNLI_LENGTHS)
+
+
+def test_float32_precision_is_changed_for_one_contender_only():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), peers.onednn_float32_matmul():
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    torch.manual_seed(0)
+    return peers.Subject(config_for("tiny"), "cpu", tmp_path_factory.mktemp("engines"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["transformers-sorted", "onnxruntime", "openvino", "ctranslate2"])
+def test_peers_compute_the_same(name, dtype, subject):
+    peer = peers.PEERS[name]
+    if dtype not in peer.dtypes["cpu"]:
+        pytest.skip(f"{name} does not compute in {dtype}")
+    if peer.why_not_installed() or (name == "openvino" and dtype == "int8" and not importlib.util.find_spec("nncf")):
+        pytest.skip(f"what {name} needs is not installed")
+    try:
+        with quiet():
+            run = peer.make(subject, dtype)
+    except peers.NotAvailable as reason:
+        pytest.skip(str(reason))
+    with torch.inference_mode():
+        for lengths, padded_to in (((5, 40, 17, 40, 33), 40), ((64,) * 3, 64)):
+            batch = padded_batch(lengths, padded_to)
+            real = batch["attention_mask"].unsqueeze(-1)
+            expected = subject.model(**batch).last_hidden_state * real
+            found = difference(Contender(name, dtype, run, ours=False), batch, expected, real)
+            assert found["largest_difference"] <= LARGEST_DIFFERENCE[dtype]
+
+
+def test_a_peer_that_is_not_installed_says_so():
+    peer = peers.Peer("Nobody", lambda subject, dtype: None, {"cpu": ("float32",)}, "no_such_package")
+    assert "no_such_package is not installed" in peer.why_not_installed()
+
+
+def test_quiet_gives_the_terminal_back(capfd):
+    with pytest.raises(ZeroDivisionError), quiet():
+        print("lost")
+        raise ZeroDivisionError
+    print("kept")
+    assert capfd.readouterr().out == "kept\n"
