@@ -147,10 +147,11 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "bias_gelu_backward",
-      [](Address dy, Address u, Address bias, Address du, Address dbias, Address partials, int64_t rows, int64_t columns,
-         DType dtype, int num_threads) {
+      [](Address dy, Address u, Address bias, Address du, Address y, Address dbias, Address partials, int64_t rows,
+         int64_t columns, DType dtype, int num_threads) {
         cpu::bias_gelu_backward({pointer<const void>(dy), pointer<const void>(u), pointer<const float>(bias),
-                                 pointer<void>(du), pointer<float>(dbias), pointer<float>(partials), rows, columns, dtype},
+                                 pointer<void>(du), pointer<void>(y), pointer<float>(dbias), pointer<float>(partials), rows, columns,
+                                 dtype},
                                 num_threads);
       },
       Release());

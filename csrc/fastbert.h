@@ -164,11 +164,12 @@ struct BiasGeluBackwardParams {
   const void* dy;     // (rows, columns)
   const void* u;      // (rows, columns)
   const float* bias;  // (columns,) or null
-  void* du;           // (rows, columns)
+  void* du;           // (rows, columns), may be dy
+  void* y;            // (rows, columns) gelu(u + bias), or null where nobody wants it again
   float* dbias;       // (columns,)
   float* partials;    // (row_chunks(rows), columns): sums over a chunk of rows
   int64_t rows, columns;
-  DType dtype;  // of dy, u and du
+  DType dtype;  // of dy, u, du and y
 };
 
 // Folds a block of logits into each row's running softmax statistics.

@@ -22,8 +22,8 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert import modeling_bert as hf
 
 from ..ops import add_layer_norm, attention, linear_gelu
-from ..ops.linear import linear, linear_forward
-from ..ops.registration import under_autocast
+from ..ops.linear import linear, linear_dweight, linear_dx, linear_forward
+from ..ops.registration import contiguous_grad, under_autocast
 from .packing import Packing
 from .swap import replaces
 
@@ -278,7 +278,7 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
     if not all(is_plain_linear(linear) for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    views_help = not (torch.compiler.is_compiling() or under_autocast(x) or x.dtype != weights[0].dtype)
+    views_help = not torch.compiler.is_compiling() and (under_autocast(x) or x.dtype == weights[0].dtype)
     if views_help and _are_adjacent(weights, biases):
         return _QKVLinear.apply(x, *weights, *biases)
     if all(bias is None for bias in biases):
@@ -351,9 +351,16 @@ class _QKVLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, query, key, value, query_bias, key_bias, value_bias):
-        ctx.save_for_backward(x, query, key, value)
-        bias = query_bias.as_strided((3 * query_bias.numel(),), (1,))
-        return linear_forward(x, _QKVLinear.fused_weight(query), bias)
+        weight, bias = _QKVLinear.fused_weight(query), query_bias.as_strided((3 * query_bias.numel(),), (1,))
+        ctx.converted = under_autocast(x)
+        if ctx.converted:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+            ctx.save_for_backward(x, weight)
+        else:
+            ctx.save_for_backward(x, query, key, value)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear_forward(x, weight, bias)
 
     @staticmethod
     def fused_weight(query: Tensor) -> Tensor:
@@ -361,10 +368,15 @@ class _QKVLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, query, key, value = ctx.saved_tensors
-        adjacent = _follow_each_other([query, key, value])
-        weight = _QKVLinear.fused_weight(query) if adjacent else torch.cat([query, key, value])
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        dweights = (dy.t() @ x).chunk(3) if any(ctx.needs_input_grad[1:4]) else (None,) * 3
+        dy = contiguous_grad(dy)
+        if ctx.converted:
+            x, weight = ctx.saved_tensors
+        else:
+            x, query, key, value = ctx.saved_tensors
+            adjacent = _follow_each_other([query, key, value])
+            weight = _QKVLinear.fused_weight(query) if adjacent else torch.cat([query, key, value])
+        # Autograd converts gradients to the dtype of what they belong to.
+        dx = linear_dx(dy, weight) if ctx.needs_input_grad[0] else None
+        dweights = linear_dweight(dy, x).chunk(3) if any(ctx.needs_input_grad[1:4]) else (None,) * 3
         dbiases = dy.sum(0).chunk(3) if any(ctx.needs_input_grad[4:]) else (None,) * 3
         return dx, *dweights, *dbiases

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..build_report import why_not_built
 from . import reference
-from .linear import linear_forward, takes_onednn
+from .linear import linear_dweight, linear_dx, linear_forward, linear_gelu_without_gradients
 
 _TORCH_LIBRARY = re.compile(r"/libtorch_cpu\.so[.\d]*$")
 
@@ -306,8 +306,8 @@ def gelu_layer_norm_backward(
 
 def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool) -> tuple[Tensor, Tensor | None]:
     """See :func:`reference.linear_gelu_forward`. Where nobody needs u, oneDNN applies bias and GELU as it stores."""
-    if not keep_preactivation and takes_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none"), None
+    if not keep_preactivation and (y := linear_gelu_without_gradients(x, weight, bias)) is not None:
+        return y, None
     u = linear_forward(x, weight, None)
     y = torch.empty_like(u) if keep_preactivation else u
     bias = _float32(bias)
@@ -322,14 +322,38 @@ def linear_gelu_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`reference.linear_gelu_backward`."""
     u = linear_forward(x, weight, None) if u is None else u
+    du = torch.empty_like(u)
+    dbias = _bias_gelu_backward(dy, u, bias, du, None)
+    return linear_dx(du, weight), linear_dweight(du, x), None if bias is None else dbias.to(bias.dtype)
+
+
+def _bias_gelu_backward(dy: Tensor, u: Tensor, bias: Tensor | None, du: Tensor, y: Tensor | None) -> Tensor:
+    """Writes du, which may be dy, and where y is given gelu(u + bias); returns the sums of du's columns in float32."""
     rows, columns = u.shape
-    du, dbias, partials = torch.empty_like(u), _empty(columns), _row_sums(rows, columns)
-    bias32 = _float32(bias)
+    dbias, partials, bias = _empty(columns), _row_sums(rows, columns), _float32(bias)
     _cpu.bias_gelu_backward(
-        dy.data_ptr(), u.data_ptr(), _pointer(bias32), du.data_ptr(), dbias.data_ptr(), partials.data_ptr(),
+        dy.data_ptr(), u.data_ptr(), _pointer(bias), du.data_ptr(), _pointer(y), dbias.data_ptr(), partials.data_ptr(),
         rows, columns, _DTYPES[u.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    return du @ weight, du.t() @ x, None if bias is None else dbias.to(bias.dtype)
+    return dbias
+
+
+def feed_forward_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, out_weight: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See :func:`reference.feed_forward_backward`. One pass makes gelu(u + bias) again beside du, which overwrites gelu's."""
+    needs_x, needs_weight, needs_out_weight = needs
+    du = linear_dx(dy, out_weight)
+    y = torch.empty_like(u) if needs_out_weight else None
+    dbias = _bias_gelu_backward(du, u, bias, du, y)
+    dout_weight = linear_dweight(dy, y) if needs_out_weight else None
+    del y
+    return (
+        linear_dx(du, weight) if needs_x else None,
+        linear_dweight(du, x) if needs_weight else None,
+        None if bias is None else dbias.to(bias.dtype),
+        dout_weight,
+    )
 
 
 def mlm_loss_forward(
