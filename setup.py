@@ -30,7 +30,7 @@ from setuptools.command.build_ext import build_ext
 REPORT_NAME = "_build_report.json"
 OUTPUT_TAIL_LINES = 40
 
-OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "gelu_layer_norm", "linear_gelu", "mlm_loss")
+OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "gelu_layer_norm", "linear_gelu", "matmul", "mlm_loss")
 CPU_COMMON = ("csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp", "csrc/cpu/attention_schedule.cpp")
 # GCC 12 takes its own AVX-512 intrinsics for uninitialised (its bug 105593).
 CPU_FLAGS = [

@@ -22,6 +22,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert import modeling_bert as hf
 
 from ..ops import add_layer_norm, attention, linear_gelu
+from ..ops.feed_forward import feed_forward
 from ..ops.linear import linear, linear_dweight, linear_dx, linear_forward
 from ..ops.registration import contiguous_grad, under_autocast
 from .packing import Packing
@@ -104,8 +105,7 @@ class FusedLayer:
         first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
-        intermediate = _intermediate(self.intermediate, hidden_states)
-        return _output(self.output, intermediate, hidden_states, packing, first_stream + 2)
+        return _feed_forward(self.intermediate, self.output, hidden_states, packing, first_stream + 2)
 
 
 @replaces(hf.BertLayer)
@@ -137,11 +137,26 @@ def _self_attention(module: nn.Module, hidden_states: Tensor, packing: Packing, 
 
 def _output(module: nn.Module, x: Tensor, residual: Tensor, packing: Packing, stream: int) -> Tensor:
     """BertSelfOutput and BertOutput: Linear, dropout, residual and LayerNorm."""
-    dense, norm = module.dense, module.LayerNorm
+    dense = module.dense
     if is_plain_linear(dense):
-        x, bias = linear(x, dense.weight, None), dense.bias
-    else:
-        x, bias = dense(x), None
+        return _add_layer_norm(module, linear(x, dense.weight, None), dense.bias, residual, packing, stream)
+    return _add_layer_norm(module, dense(x), None, residual, packing, stream)
+
+
+def _feed_forward(intermediate: nn.Module, output: nn.Module, x: Tensor, packing: Packing, stream: int) -> Tensor:
+    """BertIntermediate and BertOutput."""
+    first, activation, second = intermediate.dense, intermediate.intermediate_act_fn, output.dense
+    if is_plain_linear(first) and is_exact_gelu(activation) and is_plain_linear(second):
+        y = feed_forward(x, first.weight, first.bias, second.weight)
+        return _add_layer_norm(output, y, second.bias, x, packing, stream)
+    return _output(output, _intermediate(intermediate, x), x, packing, stream)
+
+
+def _add_layer_norm(
+    module: nn.Module, x: Tensor, bias: Tensor | None, residual: Tensor, packing: Packing, stream: int
+) -> Tensor:
+    """The end of BertSelfOutput and BertOutput, behind the Linear."""
+    norm = module.LayerNorm
     dropout_p = active_dropout_p(module.dropout)
     # Under autocast Linears give half precision, and transformers adds that to hidden states which stay float32 through all layers.
     x = x.to(torch.promote_types(x.dtype, residual.dtype))

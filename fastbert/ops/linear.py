@@ -4,24 +4,26 @@ On CPUs torch sends float32 matmuls to MKL, which on AMD reaches 40% of what one
 before the matmul (x W^T + b takes up to 1.5 times the time of x W^T at BERT's small widths). oneDNN's linear, which torch
 carries for its compiler, adds the bias as it stores, and computes the backward's two products too, once their operands are seen
 transposed: as views, or as copies, which cost memory traffic and gain where rows are many. :mod:`.calibration` measures which of
-these is the fastest for float32 and bfloat16; all of them multiply in the operands' dtype and add in float32. GPUs, autocast,
-compilers and other dtypes take torch's own.
+these is the fastest for float32 and bfloat16; all of them multiply in the operands' dtype and add in float32. For float32 it has
+one of our own to choose, too (``csrc/cpu/matmul.cpp``), which takes transposed operands at full speed. GPUs, autocast, compilers
+and other dtypes take torch's own.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import calibration
+from . import backends, calibration
 from .registration import contiguous_grad, register, under_autocast
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Below FEW_ROWS a matmul is bound by reading its weight. What is smaller than MEASURED_FLOPS takes the first candidate:
+# Below FEW_ROWS a matmul is bound by reading (and packing) its weight. What is smaller than MEASURED_FLOPS takes the first candidate:
 # calls cost as much as their work there, and a model of that size must not wait for a measurement.
 FEW_ROWS, MEASURED_FLOPS = 256, 1 << 24
 # (rows, in_features, out_features) of the products that are timed.
@@ -42,20 +44,42 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-# product -> name -> function. Where nothing is measured float32 takes the first one, which is never far behind, and bfloat16
-# torch's, which is oneDNN's too.
-_FORWARD: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {"onednn": _onednn, "torch": F.linear}
+@functools.cache
+def _native() -> ModuleType:
+    return backends.implementation("linear", "native")
+
+
+# product -> name -> function.
+_FORWARD: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "fastbert": lambda x, weight, bias: _native().matmul(x, weight.t(), bias),
+    "onednn": _onednn,
+    "torch": F.linear,
+}
 _DX: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "fastbert": lambda dy, weight: _native().matmul(dy, weight),
     "onednn": lambda dy, weight: _onednn(dy, weight.t()),
     "onednn on copies": lambda dy, weight: _onednn(dy, weight.t().contiguous()),
     "torch": torch.mm,
 }
 _DWEIGHT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "onednn on copies": lambda dy, x: _onednn(dy.t().contiguous(), x.t().contiguous()),
+    "fastbert": lambda dy, x: _native().matmul(dy.t(), x),
     "onednn": lambda dy, x: _onednn(dy.t(), x.t()),
+    "onednn on copies": lambda dy, x: _onednn(dy.t().contiguous(), x.t().contiguous()),
     "torch": lambda dy, x: dy.t() @ x,
 }
 PRODUCTS = {"forward": _FORWARD, "dx": _DX, "dweight": _DWEIGHT}
+
+
+@functools.cache
+def candidates(product: str, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
+    """name -> function of those that this installation can choose from; the first one is taken where nothing is measured.
+
+    That is our own in float32, whose results do not depend on the number of threads, and in bfloat16 torch's, which is oneDNN's.
+    """
+    table = PRODUCTS[product]
+    own = dtype == torch.float32 and backends.unavailable_reason("native") is None
+    usable = {name: function for name, function in table.items() if own or name != "fastbert"}
+    return usable if dtype == torch.float32 else {"torch": usable["torch"], **usable}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,6 +95,15 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not is_ours(x, weight):
         return F.linear(x, weight, bias)
     return _FORWARD[choice("forward", x.dtype, x.shape[0], weight.numel())](x, weight, bias)
+
+
+def linear_forward_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in ``out`` or, where a library gives its results in memory of its own, there."""
+    if is_ours(x, weight):
+        name = choice("forward", x.dtype, x.shape[0], weight.numel())
+        if name != "torch":
+            return _native().matmul(x, weight.t(), out=out) if name == "fastbert" else _FORWARD[name](x, weight, None)
+    return torch.mm(x, weight.t(), out=out)
 
 
 def linear_gelu_without_gradients(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -94,6 +127,19 @@ def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
     return _DWEIGHT[choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1])](dy, x)
 
 
+def linear_dweight_into(out: Tensor, dy: Tensor, x: Tensor) -> None:
+    """:func:`linear_dweight` written to ``out``, which has contiguous rows."""
+    if is_ours(dy, x):
+        name = choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1])
+        if name == "fastbert":
+            _native().matmul(dy.t(), x, out=out)
+            return
+        if name != "torch":
+            out.copy_(_DWEIGHT[name](dy, x))
+            return
+    torch.mm(dy.t(), x, out=out)
+
+
 def is_ours(a: Tensor, b: Tensor) -> bool:
     """Whether there is a choice for a product of these: on a CPU, of one dtype that oneDNN knows, and not empty."""
     return (
@@ -108,15 +154,15 @@ def is_ours(a: Tensor, b: Tensor) -> bool:
 
 
 def choice(product: str, dtype: torch.dtype, rows: int, weight_elements: int) -> str:
-    """The name of the function in ``PRODUCTS[product]`` that computes it."""
-    candidates = PRODUCTS[product]
+    """Which of the :func:`candidates` computes it: its name."""
+    usable = candidates(product, dtype)
     if 2 * rows * weight_elements < MEASURED_FLOPS or not calibration.is_on():
-        return next(iter(candidates)) if dtype == torch.float32 else "torch"
+        return next(iter(usable))
     size = "few rows" if rows < FEW_ROWS else "many rows"
     timed_rows, in_features, out_features = _TIMED[size]
     return calibration.fastest(
         f"{product}, {str(dtype).removeprefix('torch.')}, {size}",
-        candidates,
+        usable,
         lambda: _operands(product, dtype, timed_rows, in_features, out_features),
         2.0 * timed_rows * in_features * out_features,
     )

@@ -304,6 +304,25 @@ def gelu_layer_norm_backward(
     return dx, None if dbias is None else dbias.to(bias_dtype), dweight.to(dtype), dln_bias.to(dtype)
 
 
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a b + bias in float32, the same bits on any number of threads.
+
+    a: (rows, depth), b: (depth, columns), as they lie where their rows or their columns are contiguous; bias: (columns,); out:
+    (rows, columns) with contiguous rows, which is returned, or None for a new tensor. Nothing may be empty.
+    """
+    a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
+    bias = None if bias is None else bias.contiguous()
+    (rows, depth), columns = a.shape, b.shape[1]
+    out = _empty(rows, columns) if out is None else out
+    packed_columns = -(-columns // _cpu.MATMUL_PACKED_COLUMNS) * _cpu.MATMUL_PACKED_COLUMNS
+    packed_b = _empty(min(depth, _cpu.MATMUL_PACKED_DEPTH), packed_columns)
+    _cpu.matmul(
+        a.data_ptr(), b.data_ptr(), _pointer(bias), out.data_ptr(), packed_b.data_ptr(), rows, depth, columns,
+        *a.stride(), *b.stride(), out.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool) -> tuple[Tensor, Tensor | None]:
     """See :func:`reference.linear_gelu_forward`. Where nobody needs u, oneDNN applies bias and GELU as it stores."""
     if not keep_preactivation and (y := linear_gelu_without_gradients(x, weight, bias)) is not None:
@@ -339,19 +358,22 @@ def _bias_gelu_backward(dy: Tensor, u: Tensor, bias: Tensor | None, du: Tensor, 
 
 
 def feed_forward_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, out_weight: Tensor, needs: tuple[bool, bool, bool]
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, out_weight: Tensor, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See :func:`reference.feed_forward_backward`. One pass makes gelu(u + bias) again beside du, which overwrites gelu's."""
-    needs_x, needs_weight, needs_out_weight = needs
+    """The gradients of x, weight, bias and out_weight of gelu(x weight^T + bias) out_weight^T; ``needs``: which are wanted.
+
+    dy: (rows, out_features); x: (rows, in_features); u = x weight^T (rows, intermediate). One pass over u makes its gradient, in
+    the memory of gelu's, and gelu(u + bias) again.
+    """
     du = linear_dx(dy, out_weight)
-    y = torch.empty_like(u) if needs_out_weight else None
-    dbias = _bias_gelu_backward(du, u, bias, du, y)
-    dout_weight = linear_dweight(dy, y) if needs_out_weight else None
-    del y
+    gelu = torch.empty_like(u) if needs[3] else None
+    dbias = _bias_gelu_backward(du, u, bias, du, gelu)
+    dout_weight = linear_dweight(dy, gelu) if needs[3] else None
+    del gelu  # before the next matmuls ask for memory
     return (
-        linear_dx(du, weight) if needs_x else None,
-        linear_dweight(du, x) if needs_weight else None,
-        None if bias is None else dbias.to(bias.dtype),
+        linear_dx(du, weight) if needs[0] else None,
+        linear_dweight(du, x) if needs[1] else None,
+        dbias.to(bias.dtype) if needs[2] else None,
         dout_weight,
     )
 
