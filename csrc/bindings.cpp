@@ -151,11 +151,26 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "bias_gelu_backward",
-      [](Address dy, Address u, Address bias, Address du, Address dbias, Address partials, int64_t rows, int64_t columns,
-         DType dtype, int num_threads) {
-        cpu::bias_gelu_backward({pointer<const void>(dy), pointer<const void>(u), pointer<const float>(bias),
-                                 pointer<void>(du), pointer<float>(dbias), pointer<float>(partials), rows, columns, dtype},
-                                num_threads);
+      [](Address dy, Address u, Address bias, Address du, Address y, Address dbias, Address partials, int64_t rows,
+         int64_t columns, DType dtype, int num_threads) {
+        cpu::bias_gelu_backward(
+            {pointer<const void>(dy), pointer<const void>(u), pointer<const float>(bias), pointer<void>(du),
+             pointer<void>(y), pointer<float>(dbias), pointer<float>(partials), rows, columns, dtype},
+            num_threads);
+      },
+      Release());
+
+  m.attr("MATMUL_PACKED_DEPTH") = kMaxPackedDepth;
+  m.attr("MATMUL_PACKED_COLUMNS") = kMaxPackedColumns;
+  m.def(
+      "matmul",
+      [](Address a, Address b, Address bias, Address c, Address packed_b, int64_t rows, int64_t depth, int64_t columns,
+         int64_t a_row_stride, int64_t a_depth_stride, int64_t b_depth_stride, int64_t b_column_stride, int64_t c_row_stride,
+         int num_threads) {
+        cpu::matmul({pointer<const float>(a), pointer<const float>(b), pointer<const float>(bias), pointer<float>(c),
+                     pointer<float>(packed_b), rows, depth, columns, a_row_stride, a_depth_stride, b_depth_stride,
+                     b_column_stride, c_row_stride, DType::float32},
+                    num_threads);
       },
       Release());
 
