@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The tests of these files stay on the CPU on every machine.
-CPU_ONLY = ("tests/ops/test_native.py", "tests/ops/test_cuda_arithmetic.py")
+CPU_ONLY = ("tests/ops/test_native.py", "tests/ops/test_native_attention.py", "tests/ops/test_cuda_arithmetic.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m picks tests by their markers
