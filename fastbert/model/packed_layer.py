@@ -38,12 +38,12 @@ class _Entry:
     words: Any  # a few of each tensor
     fingerprint: int
     dropouts: list[nn.Dropout]
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, torch.dtype | None]  # of rows, and autocast's
     packed: PackedEncoderLayer | None  # None where this machine cannot run it
 
-    def is_current(self, dtype: torch.dtype) -> bool:
+    def is_current(self, dtypes: tuple[torch.dtype, torch.dtype | None]) -> bool:
         return (
-            self.dtype == dtype
+            self.dtypes == dtypes
             and self.structure.unchanged()
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
             and _versions(self.tensors) == self.versions
@@ -64,7 +64,7 @@ def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
         or torch.is_grad_enabled()
         or any(dropout.training for dropout in entry.dropouts)
         or not _takes(x)
-        or not entry.is_current(x.dtype)
+        or not entry.is_current(_dtypes(x))
     ):
         return None
     return entry.packed
@@ -94,14 +94,18 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
     if _changed_parts(layer):
         return None
     entry = _entries.get(layer)
-    if entry is None or not entry.is_current(x.dtype):
+    if entry is None or not entry.is_current(_dtypes(x)):
         with _lock:
-            entry = _entries[layer] = _pack(layer, x.dtype)
+            entry = _entries[layer] = _pack(layer, _dtypes(x))
     return entry.packed
 
 
 def _takes(x: Tensor) -> bool:
-    return x.device.type == "cpu" and type(x) is Tensor and not (under_autocast(x) or torch.compiler.is_compiling())
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype | None]:
+    return x.dtype, torch.get_autocast_dtype("cpu") if under_autocast(x) else None
 
 
 def packing_reasons(layer: nn.Module, dtype: torch.dtype) -> list[str]:
@@ -172,7 +176,7 @@ def _learns(layer: nn.Module, x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _pack(layer: nn.Module, dtype: torch.dtype) -> _Entry:
+def _pack(layer: nn.Module, dtypes: tuple[torch.dtype, torch.dtype | None]) -> _Entry:
     norms = [layer.attention.output.LayerNorm, layer.output.LayerNorm]
     attributes = {layer: ("chunk_size_feed_forward",), layer.attention.self: ("num_attention_heads", "scaling")}
     structure = Snapshot(layer, attributes | dict.fromkeys(norms, ("eps",)))
@@ -181,8 +185,11 @@ def _pack(layer: nn.Module, dtype: torch.dtype) -> _Entry:
     addresses, versions = list(map(Tensor.data_ptr, tensors)), _versions(tensors)
     words = native.EXTENSION.Words([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
     fingerprint, weights = words.fingerprint(), _weights_of(layer)
-    packed = None if not_supported_reasons(weights, dtype, "cpu") else PackedEncoderLayer(weights, dtype)
-    return _Entry(structure, tensors, addresses, versions, words, fingerprint, _dropouts(layer), dtype, packed)
+    rows, autocast = dtypes
+    if autocast is not None and weights.dtype != torch.int8:
+        weights = weights.with_linears(autocast)
+    packed = None if not_supported_reasons(weights, rows, "cpu") else PackedEncoderLayer(weights, rows)
+    return _Entry(structure, tensors, addresses, versions, words, fingerprint, _dropouts(layer), dtypes, packed)
 
 
 def _versions(tensors: list[Tensor]) -> list[int] | None:

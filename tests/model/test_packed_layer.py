@@ -257,11 +257,20 @@ def test_modules_that_are_not_plain_take_the_ops(calls):
     assert len(calls) == 1
 
 
-def test_autocast_takes_the_ops(calls):
-    _, model = pair(NAME)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model(**inputs_for(NAME))
-    assert calls == []
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(calls, dtype):
+    """bfloat16 weights under rows that stay float32; no kernels for float16."""
+    theirs, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        truth = output(theirs, batch)
+        for _ in range(2):
+            with torch.autocast("cpu", dtype):
+                result, expected = output(ours, batch), output(theirs, batch)
+            assert result.dtype == torch.float32
+            assert (result - truth).abs().max() <= 2 * (expected - truth).abs().max()
+        assert len(calls) == (6 if dtype == torch.bfloat16 and native.packs(dtype) else 0)
+        assert (output(ours, batch) - truth).abs().max() < 2e-5  # packed again, in float32
 
 
 def test_explain_says_what_inference_takes(calls):
