@@ -114,17 +114,17 @@ def test_scores_far_below_every_bound_on_them(backend, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "lse"), [(torch.bfloat16, -100.0), (torch.float16, -20.0)])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_gradients_where_all_scores_are_far_below_zero(backend, dtype, lse):
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_gradients_where_all_scores_are_far_below_zero(backend, dtype, lse, length=20):
     """exp(-lse) of keys that are not there, padding of a tile, overflows the dtype."""
     device = device_of(backend)
     if reasons := backends.not_supported_reasons(backend, "attention", device, dtype):
         pytest.skip(f"{backend}: {'; '.join(reasons)}")
-    qkv, cu_seqlens, longest = packed([20], 2, 64)
+    qkv, cu_seqlens, longest = packed([length], 2, 64)
     qkv[:, 0], qkv[:, 1] = 2.0, -2.0
     (qkv,) = rounded(qkv + 0.01 * torch.randn_like(qkv), dtype=dtype)
     scale = -lse / (64 * 4)
-    dout = torch.randn(20, 2, 64, dtype=torch.float64).to(dtype).double()
+    dout = torch.randn(length, 2, 64, dtype=torch.float64).to(dtype).double()
 
     def ours(x):
         return attention(x, cu_seqlens.to(device), longest, softmax_scale=scale, backend=backend)
