@@ -18,6 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .int8 import Int8Linear
+from .swap import use_fast_classes
 
 METHOD = "fastbert_int8"
 
@@ -62,6 +63,7 @@ class Int8Quantizer(HfQuantizer):
             raise ValueError(
                 f"the checkpoint lacks parts of the int8 model that its config.json names: {', '.join(missing[:5])}, ..."
             )
+        use_fast_classes(model)
         mark_as_int8(model)
         return model
 
