@@ -82,11 +82,12 @@ class Int8Quantizer(HfQuantizer):
 
 
 def mark_as_int8(model: nn.Module) -> None:
-    """Freezes the encoders of a model that holds Int8Linears, and tells transformers what has become of it and its parts."""
+    """Freezes the encoders that hold Int8Linears, and tells transformers what has become of the model and its parts."""
     from .quantize import encoders_of
 
     for encoder in encoders_of(model).values():
-        encoder.requires_grad_(False)
+        if _int8_modules(encoder):
+            encoder.requires_grad_(False)
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and _int8_modules(part):
             kept = {_name_in_encoder(name) for name, linear in _linears(part) if not isinstance(linear, Int8Linear)}

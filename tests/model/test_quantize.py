@@ -312,6 +312,76 @@ def test_a_model_with_encoders_in_it():
     assert_computes_int8(pair.right, theirs, inputs_for("BertModel"))
 
 
+# --- calibration ---------------------------------------------------------------------------------------------------------
+
+
+def with_outlier(model: nn.Module) -> nn.Module:
+    """One channel of what the feed-forward part of layer 1 reads is 300 times as large as the others, and weighs nothing there."""
+    layer = model.encoder.layer[1]
+    with torch.no_grad():
+        layer.attention.output.LayerNorm.bias[5] = 300.0
+        layer.intermediate.dense.weight[:, 5] = 0.0
+        layer.output.dense.weight *= 300.0
+    return model
+
+
+def batches(number: int = 2) -> list[dict[str, torch.Tensor]]:
+    return [{**inputs_for("BertModel"), "labels": torch.zeros(6), "idx": [1, 2]} for _ in range(number)]
+
+
+def test_calibration_leaves_what_int8_would_hurt():
+    model = with_outlier(fastbert.BertModel(small_config()).eval())
+    batch = inputs_for("BertModel")
+    with torch.no_grad():
+        exact = model(**batch).last_hidden_state
+        careless = fastbert.quantize(copy.deepcopy(model))(**batch).last_hidden_state
+        fastbert.quantize(model, calibration=iter(batches()))
+        careful = model(**batch).last_hidden_state
+    left = {name for name, linear in layer_linears(model) if type(linear) is nn.Linear}
+    # What comes after reads the outlier, too, through the residual and the next LayerNorm.
+    assert "encoder.layer.1.intermediate.dense" in left and not any("layer.0" in name for name in left)
+    assert (careful - exact).abs().mean() < 0.7 * (careless - exact).abs().mean()
+
+
+def test_calibration_of_a_model_without_outliers_leaves_nothing():
+    theirs = transformers.BertForSequenceClassification(small_config()).eval()
+    ours = fastbert.quantize(copy.deepcopy(theirs), calibration=batches(), skip=["layer.1"])
+    reference_ = fastbert.quantize(copy.deepcopy(theirs), skip=["layer.1"])
+    assert ours.config.quantization_config.to_dict() == reference_.config.quantization_config.to_dict()
+    assert [type(m) for m in ours.modules()] == [type(m) for m in reference_.modules()]
+
+
+def test_calibration_on_packed_rows():
+    model = with_outlier(fastbert.BertModel(small_config()).eval())
+    again = copy.deepcopy(model)
+    batch = inputs_for("BertModel")
+    fastbert.quantize(model, calibration=[batch])
+    fastbert.quantize(again, calibration=[packed(batch)])
+    assert [type(m) for m in model.modules()] == [type(m) for m in again.modules()]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "error", "message"),
+    [
+        ([], ValueError, "calibration holds no batches"),
+        ([{"labels": torch.zeros(3)}], ValueError, "batch 0 of calibration has no input_ids; it has labels"),
+        (
+            [{"input_ids": torch.ones(1, 3, dtype=torch.long)}, {}],
+            ValueError,
+            "batch 1 of calibration has no input_ids; it has nothing",
+        ),
+        ({"input_ids": torch.ones(1, 3)}, TypeError, "batch 0 of calibration is a str, expected a mapping with input_ids"),
+        (["A text."], TypeError, "batch 0 of calibration is a str"),
+    ],
+)
+def test_calibration_that_is_none(calibration, error, message):
+    model = fastbert.BertModel(small_config()).eval()
+    before = list(model.modules())
+    with pytest.raises(error, match=message):
+        fastbert.quantize(model, calibration=calibration)
+    assert list(model.modules()) == before and all(p.requires_grad for p in model.parameters())
+
+
 # --- dtypes and copies ---------------------------------------------------------------------------------------------------
 
 
