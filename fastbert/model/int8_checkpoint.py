@@ -18,6 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .int8 import Int8Linear
+from .swap import use_fast_classes
 
 METHOD = "fastbert_int8"
 
@@ -62,6 +63,7 @@ class Int8Quantizer(HfQuantizer):
             raise ValueError(
                 f"the checkpoint lacks parts of the int8 model that its config.json names: {', '.join(missing[:5])}, ..."
             )
+        use_fast_classes(model)
         mark_as_int8(model)
         return model
 
@@ -80,11 +82,12 @@ class Int8Quantizer(HfQuantizer):
 
 
 def mark_as_int8(model: nn.Module) -> None:
-    """Freezes the encoders of a model that holds Int8Linears, and tells transformers what has become of it and its parts."""
+    """Freezes the encoders that hold Int8Linears, and tells transformers what has become of the model and its parts."""
     from .quantize import encoders_of
 
     for encoder in encoders_of(model).values():
-        encoder.requires_grad_(False)
+        if _int8_modules(encoder):
+            encoder.requires_grad_(False)
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and _int8_modules(part):
             kept = {_name_in_encoder(name) for name, linear in _linears(part) if not isinstance(linear, Int8Linear)}

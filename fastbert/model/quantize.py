@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
 from .accelerate import accelerate, encoder_classes, module_of
 from .int8 import Int8Linear
+from .int8_calibration import hurt_by_int8
 from .int8_checkpoint import mark_as_int8
 from .plain import has_hooks, has_own_forward
 
@@ -24,7 +25,7 @@ LINEARS = (
 )
 
 
-def quantize(model: Model, *, skip: Iterable[str] = ()) -> Model:
+def quantize(model: Model, *, calibration: Iterable[Mapping[str, Any]] | None = None, skip: Iterable[str] = ()) -> Model:
     """Makes the Linears of every encoder layer inside ``model`` int8, in place, and returns ``model``.
 
     ``model`` is what :func:`fastbert.accelerate` takes, in evaluation mode and on the CPU; it is accelerated, too. Embeddings,
@@ -32,11 +33,14 @@ def quantize(model: Model, *, skip: Iterable[str] = ()) -> Model:
     they come (dynamic), so that nothing has to be calibrated. The encoders' remaining parameters are frozen: int8 has no
     gradient (a head on top may still be trained). ``save_pretrained`` and ``from_pretrained`` keep all of it.
 
-    skip: Linears to leave as they are, by their names or whole parts of them: "encoder.layer.0.output.dense", "layer.11", "query".
-    A part that occurs in several names leaves all of those: "output.dense" is attention's, too.
+    calibration: batches of real inputs (the encoder's arguments: input_ids, attention_mask, ...; a few hundred texts), on which
+    each Linear is compared with its int8 form: those that it would hurt, because of channels far larger than the others, are
+    left as they are. skip: Linears to leave as they are, by their names or whole parts of them: "encoder.layer.0.output.dense",
+    "layer.11", "query". A part that occurs in several names leaves all of those: "output.dense" is attention's, too.
 
-    Raises TypeError for what holds no encoder that fastbert knows, ValueError with all reasons where it cannot be quantized; the
-    model is then what it was. See :class:`fastbert.model.int8.Int8Linear` for the arithmetic.
+    Raises TypeError for what holds no encoder that fastbert knows, ValueError with all reasons where it cannot be quantized, and
+    both for calibration that is none; no Linear has changed then. ``explain(model)`` lists what is int8. See
+    :class:`fastbert.model.int8.Int8Linear` for the arithmetic.
     """
     module, skip = module_of(model), (skip,) if isinstance(skip, str) else tuple(skip)
     encoders = encoders_of(module)
@@ -62,8 +66,9 @@ def quantize(model: Model, *, skip: Iterable[str] = ()) -> Model:
             raise ValueError(f"{name} cannot be quantized: {error}") from error
 
     accelerate(module)
-    for name, linear in rounded.items():
-        module.set_submodule(name, linear)
+    hurt = set() if calibration is None else hurt_by_int8(module, encoders.values(), rounded, calibration)
+    for name in rounded.keys() - hurt:
+        module.set_submodule(name, rounded[name])
     mark_as_int8(module)
     return model
 
