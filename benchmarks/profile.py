@@ -27,7 +27,7 @@ _COUNTERS = {"linear": GEMM, "attention": ATTENTION, "rest": REST}
 _GEMM_OPERATORS = "mkldnn::_linear_pointwise mkl::_mkl_linear aten::addmm aten::addmm_ aten::mm aten::bmm aten::_int_mm"
 _AROUND_GEMMS = "fastbert::linear aten::linear aten::matmul"
 _VIEWS = "view reshape _unsafe_view as_strided slice select t transpose expand unsqueeze squeeze detach flatten unbind chunk split"
-_NEW_MEMORY = "empty empty_like empty_strided new_empty resize_ item _local_scalar_dense"
+_NEW_MEMORY = "empty empty_like empty_strided new_empty resize_ item _local_scalar_dense resolve_conj resolve_neg"
 CATEGORIES = {
     **dict.fromkeys(_GEMM_OPERATORS.split(), GEMM),
     **dict.fromkeys(_AROUND_GEMMS.split(), OUTSIDE),
