@@ -31,14 +31,7 @@ REPORT_NAME = "_build_report.json"
 OUTPUT_TAIL_LINES = 40
 
 OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "gelu_layer_norm", "linear_gelu", "mlm_loss", "encoder_layer")
-CPU_COMMON = (
-    "csrc/bindings.cpp",
-    "csrc/cpu/dispatch.cpp",
-    "csrc/cpu/runtime.cpp",
-    "csrc/cpu/attention_schedule.cpp",
-    "csrc/cpu/encoder_plan.cpp",
-    "csrc/cpu/fingerprint.cpp",
-)
+CPU_COMMON = ("csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp", "csrc/cpu/attention_schedule.cpp", "csrc/cpu/encoder_plan.cpp", "csrc/cpu/fingerprint.cpp")
 # GCC 12 takes its own AVX-512 intrinsics for uninitialised (its bug 105593).
 CPU_FLAGS = [
     "-std=c++17",
