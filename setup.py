@@ -30,8 +30,20 @@ from setuptools.command.build_ext import build_ext
 REPORT_NAME = "_build_report.json"
 OUTPUT_TAIL_LINES = 40
 
-OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "gelu_layer_norm", "linear_gelu", "mlm_loss", "encoder_layer")
-CPU_COMMON = ("csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/runtime.cpp", "csrc/cpu/attention_schedule.cpp", "csrc/cpu/encoder_plan.cpp", "csrc/cpu/fingerprint.cpp")
+OPS = (
+    "embedding_layer_norm",
+    "attention",
+    "add_layer_norm",
+    "gelu_layer_norm",
+    "linear_gelu",
+    "matmul",
+    "mlm_loss",
+    "encoder_layer",
+)
+CPU_COMMON = (
+    "csrc/bindings.cpp",
+    *(f"csrc/cpu/{name}.cpp" for name in ("dispatch", "runtime", "attention_schedule", "encoder_plan", "fingerprint")),
+)
 # GCC 12 takes its own AVX-512 intrinsics for uninitialised (its bug 105593).
 CPU_FLAGS = [
     "-std=c++17",

@@ -151,11 +151,26 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "bias_gelu_backward",
-      [](Address dy, Address u, Address bias, Address du, Address dbias, Address partials, int64_t rows, int64_t columns,
-         DType dtype, int num_threads) {
-        cpu::bias_gelu_backward({pointer<const void>(dy), pointer<const void>(u), pointer<const float>(bias),
-                                 pointer<void>(du), pointer<float>(dbias), pointer<float>(partials), rows, columns, dtype},
-                                num_threads);
+      [](Address dy, Address u, Address bias, Address du, Address y, Address dbias, Address partials, int64_t rows,
+         int64_t columns, DType dtype, int num_threads) {
+        cpu::bias_gelu_backward(
+            {pointer<const void>(dy), pointer<const void>(u), pointer<const float>(bias), pointer<void>(du),
+             pointer<void>(y), pointer<float>(dbias), pointer<float>(partials), rows, columns, dtype},
+            num_threads);
+      },
+      Release());
+
+  m.attr("MATMUL_PACKED_DEPTH") = kMaxPackedDepth;
+  m.attr("MATMUL_PACKED_COLUMNS") = kMaxPackedColumns;
+  m.def(
+      "matmul",
+      [](Address a, Address b, Address bias, Address c, Address packed_b, int64_t rows, int64_t depth, int64_t columns,
+         int64_t a_row_stride, int64_t a_depth_stride, int64_t b_depth_stride, int64_t b_column_stride, int64_t c_row_stride,
+         int num_threads) {
+        cpu::matmul({pointer<const float>(a), pointer<const float>(b), pointer<const float>(bias), pointer<float>(c),
+                     pointer<float>(packed_b), rows, depth, columns, a_row_stride, a_depth_stride, b_depth_stride,
+                     b_column_stride, c_row_stride, DType::float32},
+                    num_threads);
       },
       Release());
 
@@ -185,7 +200,9 @@ PYBIND11_MODULE(_cpu, m) {
       Release());
 
   m.def("packs", &cpu::packs);
-  m.def("fingerprint", &cpu::fingerprint);
+  py::class_<cpu::Words>(m, "Words", py::module_local())
+      .def(py::init<const std::vector<std::pair<uintptr_t, int64_t>>&>())
+      .def("fingerprint", &cpu::Words::fingerprint);
 
   m.def(
       "pack_weight",
@@ -237,25 +254,32 @@ PYBIND11_MODULE(_cpu, m) {
                                   pointer<int64_t>(nanoseconds)};
       }));
 
-  m.def("encoder_layer_workspace_bytes",
-        [](EncoderLayerParams layer, Address cu_seqlens, int64_t total, int64_t batch, int num_threads) {
-          layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
-          layer.total = total;
-          layer.batch = batch;
-          return cpu::encoder_layer_workspace_bytes(layer, num_threads);
-        });
+  // The layers of an encoder one after the other: x -> y, through between where there are several. All have the same shapes.
+  m.def("encoder_layers_workspace_bytes", [](const std::vector<EncoderLayerParams*>& layers, Address cu_seqlens,
+                                             int64_t total, int64_t batch, int num_threads) {
+    EncoderLayerParams layer = *layers.at(0);
+    layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+    layer.total = total;
+    layer.batch = batch;
+    return cpu::encoder_layer_workspace_bytes(layer, num_threads);
+  });
 
   m.def(
-      "encoder_layer",
-      [](EncoderLayerParams layer, Address x, Address cu_seqlens, Address y, Address workspace, int64_t total, int64_t batch,
-         int num_threads) {
-        layer.x = pointer<const void>(x);
-        layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
-        layer.y = pointer<void>(y);
-        layer.workspace = pointer<void>(workspace);
-        layer.total = total;
-        layer.batch = batch;
-        cpu::encoder_layer(layer, num_threads);
+      "encoder_layers",
+      [](const std::vector<EncoderLayerParams*>& layers, Address x, Address cu_seqlens, Address y, Address between,
+         Address workspace, int64_t total, int64_t batch, int num_threads) {
+        for (size_t i = 0; i < layers.size(); ++i) {
+          EncoderLayerParams layer = *layers[i];
+          layer.x = pointer<const void>(x);
+          layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+          // The last one writes y.
+          x = (layers.size() - i) % 2 == 1 ? y : between;
+          layer.y = pointer<void>(x);
+          layer.workspace = pointer<void>(workspace);
+          layer.total = total;
+          layer.batch = batch;
+          cpu::encoder_layer(layer, num_threads);
+        }
       },
       Release());
 }

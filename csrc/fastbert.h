@@ -164,11 +164,26 @@ struct BiasGeluBackwardParams {
   const void* dy;     // (rows, columns)
   const void* u;      // (rows, columns)
   const float* bias;  // (columns,) or null
-  void* du;           // (rows, columns)
+  void* du;           // (rows, columns), may be dy
+  void* y;            // (rows, columns) gelu(u + bias), or null where nobody wants it again
   float* dbias;       // (columns,)
   float* partials;    // (row_chunks(rows), columns): sums over a chunk of rows
   int64_t rows, columns;
-  DType dtype;  // of dy, u and du
+  DType dtype;  // of dy, u, du and y
+};
+
+constexpr int64_t kMaxPackedDepth = 256, kMaxPackedColumns = 32;
+
+// c = A B + bias in float32; one stride of A and one of B is 1.
+struct MatmulParams {
+  const float* a;     // element (row, k) is a[row * a_row_stride + k * a_depth_stride]
+  const float* b;     // element (k, column) is b[k * b_depth_stride + column * b_column_stride]
+  const float* bias;  // (columns,) or null
+  float* c;           // (rows, columns), rows c_row_stride apart
+  float* packed_b;    // workspace: min(depth, kMaxPackedDepth) rows of columns, rounded up to kMaxPackedColumns
+  int64_t rows, depth, columns;
+  int64_t a_row_stride, a_depth_stride, b_depth_stride, b_column_stride, c_row_stride;
+  DType dtype;  // float32
 };
 
 // Folds a block of logits into each row's running softmax statistics.
@@ -256,6 +271,7 @@ void gelu_layer_norm_forward(const GeluLayerNormForwardParams& params, int num_t
 void gelu_layer_norm_backward(const GeluLayerNormBackwardParams& params, int num_threads);
 void bias_gelu_forward(const BiasGeluForwardParams& params, int num_threads);
 void bias_gelu_backward(const BiasGeluBackwardParams& params, int num_threads);
+void matmul(const MatmulParams& params, int num_threads);
 void mlm_loss_forward(const MlmLossForwardParams& params, int num_threads);
 void mlm_loss_backward(const MlmLossBackwardParams& params, int num_threads);
 void pack_weight(const PackWeightParams& params, int num_threads);

@@ -8,8 +8,17 @@
 
 namespace fastbert::cpu {
 
-// A hash of a few words of each array (address, bytes), spread evenly: an optimizer's step changes it, whatever it does to
-// torch's version counters (an update through `.data` leaves them alone), for the price of a few cache misses.
-uint64_t fingerprint(const std::vector<std::pair<uintptr_t, int64_t>>& arrays);
+// A few words of each of some arrays, spread evenly.
+class Words {
+ public:
+  explicit Words(const std::vector<std::pair<uintptr_t, int64_t>>& arrays);  // (address, bytes)
+
+  // A hash of what is in them now: an optimizer's step changes it, whatever it does to torch's version counters (an update
+  // through `.data` leaves them alone), for the price of a few cache misses.
+  uint64_t fingerprint() const;
+
+ private:
+  std::vector<const char*> words_;
+};
 
 }  // namespace fastbert::cpu

@@ -1,5 +1,8 @@
-// Small matrix products on packed float32: a tile of C stays in registers while the depth runs, each element of A is
-// broadcast and multiplied with a few vectors of B.
+// Small matrix products: a tile of C stays in registers while the depth runs, each element of A is broadcast and multiplied
+// with a few vectors of B.
+//
+// The depth is counted in groups of 4 bytes: one float32 (FloatDot), or two neighbouring bfloat16 (BFloat16Dot) whose
+// products one instruction adds to a float32. C is float32.
 
 #pragma once
 
@@ -13,97 +16,157 @@ namespace fastbert::cpu::FASTBERT_ISA {
 constexpr int kTileRows = 6;
 constexpr int kPanelVectors = kVectorRegisters == 32 ? 4 : 2;
 constexpr int kPanelColumns = kPanelVectors * kWidth;
-// A panel of B of this depth stays in the first-level cache (32 KB with 512-bit vectors) while the rows of A pass by.
+// A panel of B of so many groups stays in the first-level cache (32 KB with 512-bit vectors) while the rows of A pass by.
 constexpr int64_t kDepthBlock = 128;
 
-// A: element (row, k) is data[row * row_stride + k * depth_stride].
+// Counts of the depth in groups; the last group of an odd depth is filled up with 0.
+struct FloatDot {
+  static constexpr int kElements = 1;
+  static FASTBERT_INLINE Vec broadcast(const float* group) { return splat(*group); }
+  static FASTBERT_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Dot {
+  static constexpr int kElements = 2;
+  static FASTBERT_INLINE Vec broadcast(const float* group) {
+    int32_t pair;
+    std::memcpy(&pair, group, 4);
+    return (Vec)(VecInt{} + pair);
+  }
+  static FASTBERT_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+template <typename Dot>
+constexpr int64_t groups(int64_t elements) {
+  return (elements + Dot::kElements - 1) / Dot::kElements;
+}
+
+// A: group (row, k) is data[row * row_stride + k * depth_stride].
 struct LeftMatrix {
   const float* data;
   int64_t row_stride, depth_stride;
 };
 
-// B: element (k, column) is data[k * leading + column]; or, with leading 0, packed in panels: kPanelColumns columns, then
+// B: group (k, column) is data[k * leading + column]; or, with leading 0, packed in panels: kPanelColumns columns, then
 // the next, each (depth, width), the last one as wide as what is left.
 struct RightMatrix {
   const float* data;
   int64_t leading;
 };
 
-template <int Rows, int Vectors>
-inline void multiply_tile(int64_t depth, LeftMatrix a, const float* b, int64_t b_leading, float* c, int64_t c_leading,
-                          bool accumulate) {
+// Where sums over the first blocks of the depth wait for the last one; with `accumulate` they are there from the start.
+struct Partial {
+  float* data;
+  int64_t leading;
+  bool accumulate = false;
+};
+
+// The simplest end of a product: its rows are stored.
+struct StoreRows {
+  float* data;
+  int64_t leading;
+
+  template <int Vectors>
+  FASTBERT_INLINE void operator()(int64_t row, int64_t column, const Vec (&sums)[Vectors]) const {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) store(data + row * leading + column + v * kWidth, sums[v]);
+  }
+};
+
+// The rows and columns of C from (row, column): what the tile covers, and how `finish` knows it.
+struct TilePlace {
+  int64_t row, column;
+};
+
+// Never inlined: within a large function the compiler runs out of registers and keeps sums in memory.
+template <typename Dot, int Rows, int Vectors, typename Finish>
+__attribute__((noinline)) void multiply_tile(TilePlace place, int64_t depth, LeftMatrix a, const float* b, int64_t b_leading,
+                                             const Partial& addend, const Finish& finish) {
   Vec sums[Rows][Vectors];
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) sums[row][v] = Vec{};
   }
-  const float* a_column = a.data;
+  const float* a_column = a.data + place.row * a.row_stride;
   for (int64_t k = 0; k < depth; ++k, a_column += a.depth_stride, b += b_leading) {
     Vec b_row[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) b_row[v] = load(b + v * kWidth);
 #pragma GCC unroll 8
     for (int row = 0; row < Rows; ++row) {
-      const Vec a_element = splat(a_column[row * a.row_stride]);
+      const Vec a_group = Dot::broadcast(a_column + row * a.row_stride);
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) sums[row][v] += a_element * b_row[v];
+      for (int v = 0; v < Vectors; ++v) sums[row][v] = Dot::multiply_add(a_group, b_row[v], sums[row][v]);
+    }
+  }
+  if (addend.accumulate) {
+    const float* c = addend.data + place.row * addend.leading + place.column;
+#pragma GCC unroll 8
+    for (int row = 0; row < Rows; ++row) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) sums[row][v] += load(c + row * addend.leading + v * kWidth);
     }
   }
 #pragma GCC unroll 8
-  for (int row = 0; row < Rows; ++row) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) {
-      float* to = c + row * c_leading + v * kWidth;
-      store(to, accumulate ? sums[row][v] + load(to) : sums[row][v]);
-    }
-  }
+  for (int row = 0; row < Rows; ++row) finish(place.row + row, place.column, sums[row]);
 }
 
-template <int Vectors, int Rows = kTileRows>
-FASTBERT_INLINE void multiply_rows(int64_t rows, int64_t depth, LeftMatrix a, const float* b, int64_t b_leading, float* c,
-                                   int64_t c_leading, bool accumulate) {
+template <typename Dot, int Vectors, int Rows = kTileRows, typename Finish>
+FASTBERT_INLINE void multiply_rows(int64_t rows, TilePlace place, int64_t depth, LeftMatrix a, const float* b,
+                                   int64_t b_leading, const Partial& addend, const Finish& finish) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return multiply_rows<Vectors, Rows - 1>(rows, depth, a, b, b_leading, c, c_leading, accumulate);
+    if (rows < Rows) return multiply_rows<Dot, Vectors, Rows - 1>(rows, place, depth, a, b, b_leading, addend, finish);
   }
-  multiply_tile<Rows, Vectors>(depth, a, b, b_leading, c, c_leading, accumulate);
+  multiply_tile<Dot, Rows, Vectors>(place, depth, a, b, b_leading, addend, finish);
 }
 
-template <int Vectors = kPanelVectors>
-FASTBERT_INLINE void multiply_panel(int64_t vectors, int64_t rows, int64_t depth, LeftMatrix a, const float* b,
-                                    int64_t b_leading, float* c, int64_t c_leading, bool accumulate,
+template <typename Dot, int Vectors = kPanelVectors, typename Finish>
+FASTBERT_INLINE void multiply_panel(int64_t vectors, int64_t rows, int64_t column, int64_t depth, LeftMatrix a,
+                                    const float* b, int64_t b_leading, const Partial& addend, const Finish& finish,
                                     Prefetcher& prefetcher) {
   if constexpr (Vectors > 1) {
     if (vectors < Vectors) {
-      return multiply_panel<Vectors - 1>(vectors, rows, depth, a, b, b_leading, c, c_leading, accumulate, prefetcher);
+      return multiply_panel<Dot, Vectors - 1>(vectors, rows, column, depth, a, b, b_leading, addend, finish, prefetcher);
     }
   }
-  // Groups of nearly equal size: a last group of one row would leave most of the arithmetic units idle.
-  const int64_t groups = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t first = group * rows / groups, last = (group + 1) * rows / groups;
-    const LeftMatrix a_rows{a.data + first * a.row_stride, a.row_stride, a.depth_stride};
-    multiply_rows<Vectors>(last - first, depth, a_rows, b, b_leading, c + first * c_leading, c_leading, accumulate);
+  // Tiles of nearly equal size: a last one of one row would leave most of the arithmetic units idle.
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = tile * rows / tiles, last = (tile + 1) * rows / tiles;
+    multiply_rows<Dot, Vectors>(last - first, {first, column}, depth, a, b, b_leading, addend, finish);
     prefetcher.step();
   }
 }
 
-// C (rows, columns) = A B, or C += A B. columns is a multiple of kWidth. Each element of C is a sum of sums over
-// kDepthBlock products (whose rounding errors grow with the block, not with the depth), the same in whatever tile it falls.
-// The prefetcher makes a step per tile.
-inline void multiply(int64_t rows, int64_t columns, int64_t depth, LeftMatrix a, RightMatrix b, float* c, int64_t c_leading,
-                     bool accumulate, Prefetcher& prefetcher) {
+// C (rows, columns) = A B, or C += A B where the partial sums accumulate. columns is a multiple of kWidth, depth counts
+// groups. finish(row, column, sums) takes the finished vectors of one row from a column on. Each element of C is a sum of
+// sums over kDepthBlock groups (whose rounding errors grow with the block, not with the depth), the same in whatever tile it
+// falls. The prefetcher makes a step per tile.
+template <typename Dot, typename Finish>
+inline void multiply(int64_t rows, int64_t columns, int64_t depth, LeftMatrix a, RightMatrix b, Partial partial,
+                     const Finish& finish, Prefetcher& prefetcher) {
   for (int64_t first_k = 0; first_k < depth; first_k += kDepthBlock) {
-    const int64_t block = depth - first_k < kDepthBlock ? depth - first_k : kDepthBlock;
+    const bool last = depth - first_k <= kDepthBlock;
+    const int64_t block = last ? depth - first_k : kDepthBlock;
     const LeftMatrix a_block{a.data + first_k * a.depth_stride, a.row_stride, a.depth_stride};
     for (int64_t column = 0; column < columns; column += kPanelColumns) {
       const int64_t vectors = columns - column < kPanelColumns ? (columns - column) / kWidth : kPanelVectors;
       const bool packed = b.leading == 0;
       const int64_t leading = packed ? vectors * kWidth : b.leading;
       const float* panel = b.data + (packed ? column * depth : column) + first_k * leading;
-      multiply_panel(vectors, rows, block, a_block, panel, leading, c + column, c_leading, accumulate || first_k > 0,
-                     prefetcher);
+      if (last) {
+        multiply_panel<Dot>(vectors, rows, column, block, a_block, panel, leading, partial, finish, prefetcher);
+      } else {
+        const StoreRows to_be_continued{partial.data, partial.leading};
+        multiply_panel<Dot>(vectors, rows, column, block, a_block, panel, leading, partial, to_be_continued, prefetcher);
+      }
     }
+    partial.accumulate = true;
   }
 }
 

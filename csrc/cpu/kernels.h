@@ -16,6 +16,7 @@
   X(gelu_layer_norm_backward, GeluLayerNormBackwardParams)           \
   X(bias_gelu_forward, BiasGeluForwardParams)                        \
   X(bias_gelu_backward, BiasGeluBackwardParams)                      \
+  X(matmul, MatmulParams)                                            \
   X(mlm_loss_forward, MlmLossForwardParams)                          \
   X(mlm_loss_backward, MlmLossBackwardParams)                        \
   X(pack_weight, PackWeightParams)                                   \

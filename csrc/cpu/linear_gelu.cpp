@@ -30,11 +30,14 @@ void backward(const BiasGeluBackwardParams& p, int num_threads) {
       const T* dy = static_cast<const T*>(p.dy) + offset;
       const T* u = static_cast<const T*>(p.u) + offset;
       T* du = static_cast<T*>(p.du) + offset;
+      T* y = p.y == nullptr ? nullptr : static_cast<T*>(p.y) + offset;
       for_columns(p.columns, [&](int64_t column, auto extent) {
         Vec x = load(u + column, extent);
         if (p.bias != nullptr) x += load(p.bias + column, extent);
-        const Vec gradient = load(dy + column, extent) * gelu_derivative(x, normal_distribution(x));
+        const Normal normal = normal_distribution(x);
+        const Vec gradient = load(dy + column, extent) * gelu_derivative(x, normal);
         store(du + column, gradient, extent);
+        if (y != nullptr) store(y + column, gelu(x, normal), extent);
         store(sums + column, load(sums + column, extent) + gradient, extent);
       });
     }

@@ -39,6 +39,8 @@ def collect() -> dict[str, Any]:
         "gpus": _gpus(),
         "openmp_runtimes": openmp_runtimes(),
         "native_build": _native_build(),
+        "matmul": _matmul(),
+        "memory": _memory(),
     }
 
 
@@ -117,6 +119,28 @@ def _native_build() -> dict[str, Any]:
     return {"reason": None, "modules": modules}
 
 
+def _matmul() -> dict[str, Any]:
+    """Which library multiplies what, and the rates that decided it; measured now where it has not been yet."""
+    from fastbert.ops import calibration
+    from fastbert.ops import linear as products
+
+    if (reason := products.onednn_unavailable_reason()) is not None:
+        return {"not_measured": f"there is nothing to choose from: {reason}", "file": None, "flops_per_s": {}}
+    if not calibration.is_on():
+        return {"not_measured": "FASTBERT_CALIBRATION=off: every product takes its default", "file": None, "flops_per_s": {}}
+    products.calibrate()
+    path = calibration.cache_file()
+    return {"not_measured": None, "file": str(path) if path.is_file() else None, "flops_per_s": calibration.known()}
+
+
+def _memory() -> dict[str, Any]:
+    """Bytes per second to a new tensor of 64 MB and to the same again, and what helps where they differ."""
+    from fastbert.train import memory
+
+    fresh, again = memory.fresh_page_seconds()
+    return {"fresh_bytes_per_s": 2**26 / fresh, "used_bytes_per_s": 2**26 / again, "advice": memory.advice()}
+
+
 def report_lines(report: dict[str, Any]) -> list[str]:
     """The report for people."""
     cpu, versions = report["cpu"], report["versions"]
@@ -130,6 +154,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines += ["GPUs", *(gpus or ["  none that torch can use"])]
     lines += ["OpenMP runtimes in the process", *_openmp_lines(report["openmp_runtimes"])]
     lines += ["Native builds", *_build_lines(report["native_build"])]
+    lines += ["Matmuls on the CPU, GFLOP/s, the fastest first", *_matmul_lines(report["matmul"])]
+    lines += ["Memory", *_memory_lines(report["memory"])]
     lines += ["Backends"]
     for name, state in report["ops"]["backends"].items():
         lines.append(f"  {name:<12}{'available' if state['available'] else 'not available: ' + state['reason']}")
@@ -157,6 +183,26 @@ def _build_lines(build: dict[str, Any]) -> list[str]:
         state = "built" if module["built"] else f"not built: {module['reason']}"
         compiler = f" ({module['compiler']})" if module["compiler"] else ""
         lines.append(f"  {name:<12}{state}{compiler}")
+    return lines
+
+
+def _matmul_lines(matmul: dict[str, Any]) -> list[str]:
+    if matmul["not_measured"]:
+        return [f"  not measured: {matmul['not_measured']}"]
+    lines = []
+    for kind, rates in matmul["flops_per_s"].items():
+        lines.append(f"  {kind:<30}{', '.join(f'{name} {rate / 1e9:,.0f}' for name, rate in rates.items())}")
+    return [
+        *lines,
+        f"  kept in {matmul['file']}" if matmul["file"] else "  kept for this process only: the cache folder cannot be written",
+    ]
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    fresh, used = memory["fresh_bytes_per_s"] / 1e9, memory["used_bytes_per_s"] / 1e9
+    lines = [f"  {fresh:,.1f} GB/s into a new tensor of 64 MB, {used:,.1f} GB/s into one that was written before"]
+    if memory["advice"]:
+        lines.append(f"  training steps on the CPU reuse their memory with {memory['advice']} (fastbert pretrain does so itself)")
     return lines
 
 

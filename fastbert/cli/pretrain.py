@@ -27,9 +27,11 @@ def pretrain(given: dict[str, Any], say: Say) -> CommandResult:
         raise CommandFailure(str(error), WRONG_USAGE) from error
     from fastbert.data.corpus import CorpusError
     from fastbert.data.tokenizer import TokenizerError
+    from fastbert.train.memory import keep_freed_memory
     from fastbert.train.pretrain import pretrain as run
 
     output = Path(settings.output)
+    keep_freed_memory()  # this process does nothing else; where it cannot be, training is a little slower
     try:
         result = run(settings, say)
     except SettingsError as error:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import output_capturing
 
+from ..ops.native_encoder import run_layers
 from ..ops.registration import transform_reasons
 from .embeddings import embed
 from .inputs import check_inputs, warn_of_first_position
 from .layer import FusedLayer
 from .outputs import PooledEncoderOutput
+from .packed_layer import packed_stack
 from .packing import Packing
 from .plain import is_watched
 from .swap import use_fast_classes
@@ -109,9 +111,13 @@ class PackedEncoder:
         wanted = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
         recorded = _HiddenStates(wanted, config.num_hidden_layers)
         recorded.add(hidden_states)
-        for layer in self.encoder.layer:
-            hidden_states = layer.on_packed_rows(hidden_states, packing)
-            recorded.add(hidden_states)
+        stack = packed_stack(self.encoder.layer, hidden_states) if recorded.states is None else []
+        if stack:
+            hidden_states = run_layers(stack, hidden_states, packing.cu_seqlens)
+        else:
+            for layer in self.encoder.layer:
+                hidden_states = layer.on_packed_rows(hidden_states, packing)
+                recorded.add(hidden_states)
 
         output = self._output(hidden_states, packing)
         pooler = getattr(self, "pooler", None)

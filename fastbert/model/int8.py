@@ -1,4 +1,4 @@
-"""``Int8Linear``: what :func:`fastbert.quantize` puts in the place of an encoder layer's Linear; its op is ``int8_linear``."""
+"""``Int8Linear``: what :func:`fastbert.quantize` puts in the place of a Linear. See :mod:`fastbert.ops.int8_linear`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """int8 models in transformers' checkpoints: ``save_pretrained`` and ``from_pretrained`` as for any model of theirs.
 
-Through transformers' own extension points for quantization methods. config.json says ``quant_method: fastbert_int8``, the weights
-are in safetensors, and no code is stored or run. Importing this module (as every model class of fastbert does) makes the
-method known; the file that transformers alone cannot use says so by a tensor of another shape than a Linear's.
+Through transformers' own extension points for quantization methods: config.json says ``quant_method: fastbert_int8``, the weights
+are in safetensors, no code is stored or run. Importing this module, as every model class of fastbert does, makes the method known.
+
+Without fastbert, transformers only warns of an unknown method, and would take the integers for the weights of its Linears. So the
+file holds them as (out_features, in_features, 1), which ends its loading with an error.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -39,29 +41,35 @@ class Int8Quantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ValueError(f"{METHOD} quantizes no checkpoint while loading it: load it, then call fastbert.quantize(model)")
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, linear in _linears(model):
             if _name_in_encoder(name) not in self.quantization_config.modules_to_not_convert:
-                model.set_submodule(name, Int8Linear.of(linear))
+                module = Int8Linear.of(linear)
+                module.weight = module.weight.unsqueeze(-1)
+                model.set_submodule(name, module)
         return model
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
-        from .quantize import encoders_of
-
-        missing = [
-            f"{name}.{buffer_name}"
-            for name, module in model.named_modules()
-            if isinstance(module, Int8Linear)
-            for buffer_name, buffer in module.named_buffers()
-            if not getattr(buffer, "_is_hf_initialized", False)  # transformers marks what it has read
-        ]
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        missing = []
+        for name, module in _int8_modules(model).items():
+            for buffer_name, buffer in module.named_buffers():
+                if not getattr(buffer, "_is_hf_initialized", False):  # transformers marks what it has read
+                    missing.append(f"{name}.{buffer_name}")
+                # No views of what safetensors returned: the layer brings the projections together in memory that is theirs.
+                setattr(module, buffer_name, buffer.data)
+            module.weight = module.weight.squeeze(-1).data
         if missing:
             raise ValueError(
-                f"the checkpoint is not the int8 model that its config.json says: it lacks {', '.join(missing[:5])}, ..."
+                f"the checkpoint lacks parts of the int8 model that its config.json names: {', '.join(missing[:5])}, ..."
             )
-        for encoder in encoders_of(model).values():
-            encoder.requires_grad_(False)
+        mark_as_int8(model)
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        state_dict = model.state_dict()
+        for name in _int8_modules(model):
+            state_dict[f"{name}.weight"] = state_dict[f"{name}.weight"].unsqueeze(-1)
+        return state_dict, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -71,12 +79,22 @@ class Int8Quantizer(HfQuantizer):
         return False
 
 
-def mark_as_int8(model: PreTrainedModel) -> None:
-    """Tells transformers what a model has become, as ``from_pretrained`` would have."""
-    kept = [_name_in_encoder(name) for name, linear in _linears(model) if not isinstance(linear, Int8Linear)]
-    model.config.quantization_config = Int8Config(modules_to_not_convert=sorted(set(kept)))
-    model.hf_quantizer = Int8Quantizer(model.config.quantization_config, pre_quantized=True)
-    model.is_quantized, model.quantization_method = True, METHOD
+def mark_as_int8(model: nn.Module) -> None:
+    """Freezes the encoders of a model that holds Int8Linears, and tells transformers what has become of it and its parts."""
+    from .quantize import encoders_of
+
+    for encoder in encoders_of(model).values():
+        encoder.requires_grad_(False)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and _int8_modules(part):
+            kept = {_name_in_encoder(name) for name, linear in _linears(part) if not isinstance(linear, Int8Linear)}
+            part.config.quantization_config = Int8Config(modules_to_not_convert=sorted(kept))
+            part.hf_quantizer = Int8Quantizer(part.config.quantization_config, pre_quantized=True)
+            part.is_quantized, part.quantization_method = True, METHOD
+
+
+def _int8_modules(model: nn.Module) -> dict[str, Int8Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
 
 
 def _linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -87,4 +105,4 @@ def _linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 def _name_in_encoder(name: str) -> str:
     """Of "bert.encoder.layer.0.output.dense" the part that is the same under every head: "layer.0.output.dense"."""
-    return name.rpartition("encoder.layer.")[2].join(("layer.", ""))
+    return "layer." + name.rpartition("encoder.layer.")[2]

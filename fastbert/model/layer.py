@@ -3,9 +3,9 @@
     qkv = x [Wq Wk Wv]          attention (dropout inside)      add_layer_norm(. Wo + bo, x)
     gelu(x W1 + b1)                                             add_layer_norm(. W2 + b2, x)
 
-Same submodules and parameters as transformers' layer; :func:`fastbert.quantize` puts ``Int8Linear`` in place of its Linears, and
-the same GEMMs run on int8. A submodule that is neither (a LoRA or torchao Linear, one with hooks) is called as a module, so that
-what it adds takes part; what cannot be honoured inside the fused layer sends the whole layer to transformers' own forward.
+Same submodules and parameters as transformers' layer; where :func:`fastbert.quantize` has put an ``Int8Linear``, the GEMM is one of
+int8. A submodule that is something else (a LoRA or torchao Linear, one with hooks) is called as a module, so that what it adds
+takes part; what cannot be honoured inside the fused layer sends the whole layer to transformers' own forward.
 :func:`layer_notes` names both, per layer. Without gradients a CPU runs the layer in one call on packed weights (``packed_layer``).
 """
 
@@ -21,10 +21,12 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert import modeling_bert as hf
 
 from ..ops import add_layer_norm, attention, int8_linear, linear_gelu
-from ..ops.linear import linear, linear_forward
-from ..ops.registration import under_autocast
+from ..ops.feed_forward import feed_forward
+from ..ops.linear import linear, linear_dweight, linear_dx, linear_forward
+from ..ops.native_encoder import run_layers
+from ..ops.registration import contiguous_grad, under_autocast
 from .int8 import Int8Linear, join
-from .packed_layer import packed_layer
+from .packed_layer import packed_again, packed_layer
 from .packing import Packing
 from .plain import has_hooks, has_own_forward, has_plain_parameters, is_exact_gelu, is_int8_linear, is_plain_linear
 from .swap import replaces
@@ -100,16 +102,18 @@ class FusedLayer:
         return self(rows, packing)
 
     def _fused(self, hidden_states: Tensor, packing: Packing) -> Tensor:
-        if layer_fallback_reasons(self):
-            mask = _padding_mask(self, hidden_states, packing)
-            return packing.from_sequences(super().forward(packing.to_sequences(hidden_states), mask))
-        if (packed := packed_layer(self, hidden_states)) is not None:
-            return packed(hidden_states, packing.cu_seqlens)
+        packed = packed_again(self, hidden_states)
+        if packed is None:
+            if layer_fallback_reasons(self):
+                mask = _padding_mask(self, hidden_states, packing)
+                return packing.from_sequences(super().forward(packing.to_sequences(hidden_states), mask))
+            packed = packed_layer(self, hidden_states)
+        if packed is not None:
+            return run_layers([packed], hidden_states, packing.cu_seqlens)
         first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
-        intermediate = _intermediate(self.intermediate, hidden_states)
-        return _output(self.output, intermediate, hidden_states, packing, first_stream + 2)
+        return _feed_forward(self.intermediate, self.output, hidden_states, packing, first_stream + 2)
 
 
 @replaces(hf.BertLayer)
@@ -141,11 +145,24 @@ def _self_attention(module: nn.Module, hidden_states: Tensor, packing: Packing, 
 
 def _output(module: nn.Module, x: Tensor, residual: Tensor, packing: Packing, stream: int) -> Tensor:
     """BertSelfOutput and BertOutput: Linear, dropout, residual and LayerNorm."""
-    dense, norm = module.dense, module.LayerNorm
+    dense = module.dense
     if is_plain_linear(dense):
-        x, bias = linear(x, dense.weight, None), dense.bias
-    else:
-        x, bias = dense(x), None
+        return _add_layer_norm(module, linear(x, dense.weight, None), dense.bias, residual, packing, stream)
+    return _add_layer_norm(module, dense(x), None, residual, packing, stream)
+
+
+def _feed_forward(intermediate: nn.Module, output: nn.Module, x: Tensor, packing: Packing, stream: int) -> Tensor:
+    """BertIntermediate and BertOutput."""
+    first, activation, second = intermediate.dense, intermediate.intermediate_act_fn, output.dense
+    if is_plain_linear(first) and is_exact_gelu(activation) and is_plain_linear(second):
+        y = feed_forward(x, first.weight, first.bias, second.weight)
+        return _add_layer_norm(output, y, second.bias, x, packing, stream)
+    return _output(output, _intermediate(intermediate, x), x, packing, stream)
+
+
+def _add_layer_norm(module: nn.Module, x: Tensor, bias: Tensor | None, residual: Tensor, packing: Packing, stream: int) -> Tensor:
+    """The end of BertSelfOutput and BertOutput, behind the Linear."""
+    norm = module.LayerNorm
     dropout_p = active_dropout_p(module.dropout)
     # Under autocast Linears give half precision, and transformers adds that to hidden states which stay float32 through all layers.
     x = x.to(torch.promote_types(x.dtype, residual.dtype))
@@ -244,7 +261,7 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
     if not all(is_plain_linear(linear) for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    views_help = not (torch.compiler.is_compiling() or under_autocast(x) or x.dtype != weights[0].dtype)
+    views_help = not torch.compiler.is_compiling() and (under_autocast(x) or x.dtype == weights[0].dtype)
     if views_help and _are_adjacent(weights, biases):
         return _QKVLinear.apply(x, *weights, *biases)
     if all(bias is None for bias in biases):
@@ -325,9 +342,16 @@ class _QKVLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, query, key, value, query_bias, key_bias, value_bias):
-        ctx.save_for_backward(x, query, key, value)
-        bias = query_bias.as_strided((3 * query_bias.numel(),), (1,))
-        return linear_forward(x, _QKVLinear.fused_weight(query), bias)
+        weight, bias = _QKVLinear.fused_weight(query), query_bias.as_strided((3 * query_bias.numel(),), (1,))
+        ctx.converted = under_autocast(x)
+        if ctx.converted:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+            ctx.save_for_backward(x, weight)
+        else:
+            ctx.save_for_backward(x, query, key, value)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear_forward(x, weight, bias)
 
     @staticmethod
     def fused_weight(query: Tensor) -> Tensor:
@@ -335,10 +359,15 @@ class _QKVLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, query, key, value = ctx.saved_tensors
-        adjacent = _follow_each_other([query, key, value])
-        weight = _QKVLinear.fused_weight(query) if adjacent else torch.cat([query, key, value])
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        dweights = (dy.t() @ x).chunk(3) if any(ctx.needs_input_grad[1:4]) else (None,) * 3
+        dy = contiguous_grad(dy)
+        if ctx.converted:
+            x, weight = ctx.saved_tensors
+        else:
+            x, query, key, value = ctx.saved_tensors
+            adjacent = _follow_each_other([query, key, value])
+            weight = _QKVLinear.fused_weight(query) if adjacent else torch.cat([query, key, value])
+        # Autograd converts gradients to the dtype of what they belong to.
+        dx = linear_dx(dy, weight) if ctx.needs_input_grad[0] else None
+        dweights = linear_dweight(dy, x).chunk(3) if any(ctx.needs_input_grad[1:4]) else (None,) * 3
         dbiases = dy.sum(0).chunk(3) if any(ctx.needs_input_grad[4:]) else (None,) * 3
         return dx, *dweights, *dbiases

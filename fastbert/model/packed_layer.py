@@ -7,10 +7,11 @@ the same tensors at the same place with the same version counters, and a few wor
 
 from __future__ import annotations
 
-import operator
 import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,23 +22,63 @@ from ..ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWei
 from ..ops.native_encoder import PackedEncoderLayer, not_supported_reasons
 from ..ops.registration import under_autocast
 from .int8 import Int8Linear, join
-from .plain import is_exact_gelu, is_int8_linear, is_plain_linear
+from .plain import is_exact_gelu, is_int8_linear, is_plain_linear, is_watched
+from .snapshot import Snapshot
+from .swap import is_of_fast_class
 
 
-class _Entry(NamedTuple):
-    """modules and tensors: what was packed. versions: address and version counter of each tensor; samples: address and bytes."""
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A layer that was packed: its structure and its weights as they were then."""
 
-    modules: list[nn.Module]
+    structure: Snapshot
     tensors: list[Tensor]
-    versions: list[tuple[int, int]]
-    samples: list[tuple[int, int]]
+    addresses: list[int]
+    versions: list[int] | None  # None for tensors made in inference mode, which count none
+    words: Any  # a few of each tensor
     fingerprint: int
+    dropouts: list[nn.Dropout]
     dtype: torch.dtype
     packed: PackedEncoderLayer | None  # None where this machine cannot run it
+
+    def is_current(self, dtype: torch.dtype) -> bool:
+        return (
+            self.dtype == dtype
+            and self.structure.unchanged()
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+            and _versions(self.tensors) == self.versions
+            and self.words.fingerprint() == self.fingerprint
+            and (self.packed is None or self.packed.instruction_set == native.instruction_set())
+        )
 
 
 _entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 _lock = threading.Lock()
+
+
+def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
+    """:func:`packed_layer` for a layer that was packed before, where nothing has changed since and nothing is trained."""
+    entry = _entries.get(layer)
+    if (
+        entry is None
+        or torch.is_grad_enabled()
+        or any(dropout.training for dropout in entry.dropouts)
+        or not _takes(x)
+        or not entry.is_current(x.dtype)
+    ):
+        return None
+    return entry.packed
+
+
+def packed_stack(layers: Iterable[nn.Module], x: Tensor) -> list[PackedEncoderLayer]:
+    """What runs a call of these layers one after the other, where all were packed before and nobody watches them; else empty."""
+    stack = []
+    for layer in layers:
+        packed = packed_again(layer, x) if is_of_fast_class(layer) and not is_watched(layer) else None
+        if packed is None:
+            return []
+        stack.append(packed)
+    return stack
 
 
 def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
@@ -45,25 +86,27 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
 
     The layer is one that runs fused at all: ``layer_fallback_reasons`` has none.
     """
-    if x.device.type != "cpu" or type(x) is not Tensor or not native.AVAILABLE or torch.compiler.is_compiling():
+    if not native.AVAILABLE or not _takes(x):
         return None
     if _drops(layer) or _learns(layer, x):
         _entries.pop(layer, None)
         return None
-    linears = _linears(layer)
-    if under_autocast(x) or _changed_parts(layer, linears):
+    if _changed_parts(layer):
         return None
-    modules = [*linears, layer.attention.output.LayerNorm, layer.output.LayerNorm]
     entry = _entries.get(layer)
-    if entry is None or not _is_current(entry, modules, x.dtype):
+    if entry is None or not entry.is_current(x.dtype):
         with _lock:
-            entry = _entries[layer] = _pack(layer, modules, x.dtype)
+            entry = _entries[layer] = _pack(layer, x.dtype)
     return entry.packed
+
+
+def _takes(x: Tensor) -> bool:
+    return x.device.type == "cpu" and type(x) is Tensor and not (under_autocast(x) or torch.compiler.is_compiling())
 
 
 def packing_reasons(layer: nn.Module, dtype: torch.dtype) -> list[str]:
     """Why inference on a CPU takes this layer's ops one by one, for hidden states of ``dtype``; empty where they are one call."""
-    if changed := _changed_parts(layer, _linears(layer)):
+    if changed := _changed_parts(layer):
         return changed
     if any(tensor.is_meta for tensor in layer.state_dict().values()):
         return ["its weights are on the meta device"]
@@ -79,8 +122,9 @@ def _linears(layer: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
 
 
-def _changed_parts(layer: nn.Module, linears: list[nn.Module]) -> list[str]:
+def _changed_parts(layer: nn.Module) -> list[str]:
     """What a kernel for the whole layer does not know."""
+    linears = _linears(layer)
     if not (all(map(is_plain_linear, linears)) or all(map(is_int8_linear, linears))):
         return ["its Linears are not all plain ones, or all int8"]
     if not is_exact_gelu(layer.intermediate.intermediate_act_fn):
@@ -115,42 +159,31 @@ def _norm_weights(norm: nn.LayerNorm) -> LayerNormWeights:
     return LayerNormWeights(norm.weight, norm.bias, norm.eps)
 
 
+def _dropouts(layer: nn.Module) -> list[nn.Dropout]:
+    return [layer.attention.self.dropout, layer.attention.output.dropout, layer.output.dropout]
+
+
 def _drops(layer: nn.Module) -> bool:
-    return any(d.training and d.p > 0 for d in (layer.attention.self.dropout, layer.attention.output.dropout, layer.output.dropout))
+    return any(dropout.training and dropout.p > 0 for dropout in _dropouts(layer))
 
 
 def _learns(layer: nn.Module, x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters()))
 
 
-def _is_current(entry: _Entry, modules: list[nn.Module], dtype: torch.dtype) -> bool:
-    tensors = _tensors(modules)
-    return (
-        entry.dtype == dtype
-        and all(map(operator.is_, entry.modules, modules))
-        and len(entry.tensors) == len(tensors)
-        and all(map(operator.is_, entry.tensors, tensors))
-        and entry.versions == _versions(tensors)
-        and entry.fingerprint == native.fingerprint(entry.samples)
-        and (entry.packed is None or entry.packed.instruction_set == native.instruction_set())
-    )
-
-
 @torch.no_grad()
-def _pack(layer: nn.Module, modules: list[nn.Module], dtype: torch.dtype) -> _Entry:
-    tensors = _tensors(modules)
-    samples = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
-    versions, fingerprint = _versions(tensors), native.fingerprint(samples)
-    weights = _weights_of(layer)
+def _pack(layer: nn.Module, dtype: torch.dtype) -> _Entry:
+    norms = [layer.attention.output.LayerNorm, layer.output.LayerNorm]
+    attributes = {layer: ("chunk_size_feed_forward",), layer.attention.self: ("num_attention_heads", "scaling")}
+    structure = Snapshot(layer, attributes | dict.fromkeys(norms, ("eps",)))
+    held = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in (*_linears(layer), *norms))
+    tensors = [tensor for tensor in held if tensor is not None]
+    addresses, versions = list(map(Tensor.data_ptr, tensors)), _versions(tensors)
+    words = native.EXTENSION.Words([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
+    fingerprint, weights = words.fingerprint(), _weights_of(layer)
     packed = None if not_supported_reasons(weights, dtype, "cpu") else PackedEncoderLayer(weights, dtype)
-    return _Entry(modules, tensors, versions, samples, fingerprint, dtype, packed)
+    return _Entry(structure, tensors, addresses, versions, words, fingerprint, _dropouts(layer), dtype, packed)
 
 
-def _tensors(modules: list[nn.Module]) -> list[Tensor]:
-    held = chain.from_iterable((*module._parameters.values(), *module._buffers.values()) for module in modules)
-    return [tensor for tensor in held if tensor is not None]
-
-
-def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    """Tensors that were made in inference mode have no version counter."""
-    return [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+def _versions(tensors: list[Tensor]) -> list[int] | None:
+    return None if any(map(Tensor.is_inference, tensors)) else [tensor._version for tensor in tensors]

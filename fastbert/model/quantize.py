@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from .accelerate import accelerate, encoder_classes, module_of
 from .int8 import Int8Linear
@@ -65,11 +64,7 @@ def quantize(model: Model, *, skip: Iterable[str] = ()) -> Model:
     accelerate(module)
     for name, linear in rounded.items():
         module.set_submodule(name, linear)
-    for encoder in encoders.values():
-        encoder.requires_grad_(False)
-    for part in module.modules():
-        if isinstance(part, PreTrainedModel) and encoders_of(part):
-            mark_as_int8(part)
+    mark_as_int8(module)
     return model
 
 

@@ -44,9 +44,14 @@ def use_their_classes(model: nn.Module) -> list[nn.Module]:
     return _swap(model, _THEIRS)
 
 
+def is_of_fast_class(module: nn.Module) -> bool:
+    """Whether ``module`` itself is of a class of ours, not of one that somebody has made of it."""
+    return type(module) in _THEIRS
+
+
 def is_fast(model: nn.Module) -> bool:
     """Whether anything inside ``model`` is of a class of ours."""
-    return any(type(module) in _THEIRS for module in model.modules())
+    return any(map(is_of_fast_class, model.modules()))
 
 
 def counterparts() -> dict[type, type]:

@@ -1,20 +1,33 @@
-"""``linear``: x W^T + b by the faster of the matmul libraries that torch carries.
+"""``linear``: x W^T + b, and its three products by the faster of the matmul libraries that torch carries.
 
 On CPUs torch sends float32 matmuls to MKL, which on AMD reaches 40% of what oneDNN does, and adds the bias in a pass of its own
 before the matmul (x W^T + b takes up to 1.5 times the time of x W^T at BERT's small widths). oneDNN's linear, which torch
-carries for its compiler, adds the bias as it stores. The backward's two products stay with torch.mm: oneDNN is slower than MKL
-on transposed operands. Half precision, GPUs and autocast take torch's own linear.
+carries for its compiler, adds the bias as it stores, and computes the backward's two products too, once their operands are seen
+transposed: as views, or as copies, which cost memory traffic and gain where rows are many. :mod:`.calibration` measures which of
+these is the fastest for float32 and bfloat16; all of them multiply in the operands' dtype and add in float32. For float32 it has
+one of our own to choose, too (``csrc/cpu/matmul.cpp``), which takes transposed operands at full speed. GPUs, autocast, compilers
+and other dtypes take torch's own.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import backends, calibration
 from .registration import contiguous_grad, register, under_autocast
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Below FEW_ROWS a matmul is bound by reading (and packing) its weight. What is smaller than MEASURED_FLOPS takes the first candidate:
+# calls cost as much as their work there, and a model of that size must not wait for a measurement.
+FEW_ROWS, MEASURED_FLOPS = 256, 1 << 24
+# (rows, in_features, out_features) of the products that are timed.
+_TIMED = {"few rows": (64, 768, 3072), "many rows": (1024, 768, 1536)}
 
 
 @functools.cache
@@ -27,30 +40,154 @@ def onednn_unavailable_reason() -> str | None:
     return None
 
 
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@functools.cache
+def _native() -> ModuleType:
+    return backends.implementation("linear", "native")
+
+
+# product -> name -> function.
+_FORWARD: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "fastbert": lambda x, weight, bias: _native().matmul(x, weight.t(), bias),
+    "onednn": _onednn,
+    "torch": F.linear,
+}
+_DX: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "fastbert": lambda dy, weight: _native().matmul(dy, weight),
+    "onednn": lambda dy, weight: _onednn(dy, weight.t()),
+    "onednn on copies": lambda dy, weight: _onednn(dy, weight.t().contiguous()),
+    "torch": torch.mm,
+}
+_DWEIGHT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "fastbert": lambda dy, x: _native().matmul(dy.t(), x),
+    "onednn": lambda dy, x: _onednn(dy.t(), x.t()),
+    "onednn on copies": lambda dy, x: _onednn(dy.t().contiguous(), x.t().contiguous()),
+    "torch": lambda dy, x: dy.t() @ x,
+}
+PRODUCTS = {"forward": _FORWARD, "dx": _DX, "dweight": _DWEIGHT}
+
+
+@functools.cache
+def candidates(product: str, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
+    """name -> function of those that this installation can choose from; the first one is taken where nothing is measured.
+
+    That is our own in float32, whose results do not depend on the number of threads, and in bfloat16 torch's, which is oneDNN's.
+    """
+    table = PRODUCTS[product]
+    own = dtype == torch.float32 and backends.unavailable_reason("native") is None
+    usable = {name: function for name, function in table.items() if own or name != "fastbert"}
+    return usable if dtype == torch.float32 else {"torch": usable["torch"], **usable}
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (rows, in_features), weight (out_features, in_features), bias (out_features,) or None -> (rows, out_features)."""
     # A compiler chooses its own matmul, autocast its own dtype.
-    if torch.compiler.is_compiling() or under_autocast(x) or not takes_onednn(x, weight):
+    if torch.compiler.is_compiling() or under_autocast(x) or not is_ours(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.fastbert.linear(x, weight, bias)
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """:func:`linear` without autograd, for use inside other operators."""
-    if takes_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    if not is_ours(x, weight):
+        return F.linear(x, weight, bias)
+    return _FORWARD[choice("forward", x.dtype, x.shape[0], weight.numel())](x, weight, bias)
 
 
-def takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's linear takes these: float32 on a CPU."""
+def linear_forward_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in ``out`` or, where a library gives its results in memory of its own, there."""
+    if is_ours(x, weight):
+        name = choice("forward", x.dtype, x.shape[0], weight.numel())
+        if name != "torch":
+            return _native().matmul(x, weight.t(), out=out) if name == "fastbert" else _FORWARD[name](x, weight, None)
+    return torch.mm(x, weight.t(), out=out)
+
+
+def linear_gelu_without_gradients(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """gelu(x W^T + b) with the erf-GELU inside the matmul, or None where another library than oneDNN multiplies faster."""
+    if not is_ours(x, weight) or choice("forward", x.dtype, x.shape[0], weight.numel()) != "onednn":
+        return None
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+
+
+def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of x: dy W, (rows, in_features)."""
+    if not is_ours(dy, weight):
+        return dy @ weight
+    return _DX[choice("dx", dy.dtype, dy.shape[0], weight.numel())](dy, weight)
+
+
+def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the weight: dy^T x, (out_features, in_features)."""
+    if not is_ours(dy, x):
+        return dy.t() @ x
+    return _DWEIGHT[choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1])](dy, x)
+
+
+def linear_dweight_into(out: Tensor, dy: Tensor, x: Tensor) -> None:
+    """:func:`linear_dweight` written to ``out``, which has contiguous rows."""
+    if is_ours(dy, x):
+        name = choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1])
+        if name == "fastbert":
+            _native().matmul(dy.t(), x, out=out)
+            return
+        if name != "torch":
+            out.copy_(_DWEIGHT[name](dy, x))
+            return
+    torch.mm(dy.t(), x, out=out)
+
+
+def is_ours(a: Tensor, b: Tensor) -> bool:
+    """Whether there is a choice for a product of these: on a CPU, of one dtype that oneDNN knows, and not empty."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() > 0
+        a.device.type == "cpu"
+        and a.dtype == b.dtype
+        and a.dtype in DTYPES
+        and a.numel() > 0
+        and b.numel() > 0
         and torch.backends.mkldnn.enabled
         and onednn_unavailable_reason() is None
     )
+
+
+def choice(product: str, dtype: torch.dtype, rows: int, weight_elements: int) -> str:
+    """Which of the :func:`candidates` computes it: its name."""
+    usable = candidates(product, dtype)
+    if 2 * rows * weight_elements < MEASURED_FLOPS or not calibration.is_on():
+        return next(iter(usable))
+    size = "few rows" if rows < FEW_ROWS else "many rows"
+    timed_rows, in_features, out_features = _TIMED[size]
+    return calibration.fastest(
+        f"{product}, {str(dtype).removeprefix('torch.')}, {size}",
+        usable,
+        lambda: _operands(product, dtype, timed_rows, in_features, out_features),
+        2.0 * timed_rows * in_features * out_features,
+    )
+
+
+def _operands(product: str, dtype: torch.dtype, rows: int, in_features: int, out_features: int) -> tuple[Tensor, ...]:
+    """Of the size that is timed, drawn without touching torch's random state."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+
+    if product == "forward":
+        return draw(rows, in_features), draw(out_features, in_features), draw(out_features)
+    if product == "dx":
+        return draw(rows, out_features), draw(out_features, in_features)
+    return draw(rows, out_features), draw(rows, in_features)
+
+
+def calibrate() -> None:
+    """Measures all that has not been measured yet on this machine."""
+    for product in PRODUCTS:
+        for dtype in DTYPES:
+            for rows, in_features, out_features in _TIMED.values():
+                choice(product, dtype, rows, in_features * out_features)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,8 +205,8 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | N
     dy = contiguous_grad(dy)
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
     return (
-        dy @ weight if needs_x else None,
-        dy.t() @ x if needs_weight else None,
+        linear_dx(dy, weight) if needs_x else None,
+        linear_dweight(dy, x) if needs_weight else None,
         dy.sum(0) if needs_bias and ctx.has_bias else None,
     )
 

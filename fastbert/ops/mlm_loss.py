@@ -3,7 +3,7 @@
 Both directions walk over the vocabulary: a matmul makes one block of logits (rows, block) in a buffer that every block
 reuses, and the backend folds it into each row's running softmax statistics (forward) or turns it into its gradient in place
 (backward, which recomputes the logits), from where two more matmuls make that block's rows of dweight, written once, and a
-summand of dhidden. The matmuls stay with the vendor's library; blocks along the vocabulary, not along the rows, because then
+summand of dhidden. The matmuls are ``linear``'s; blocks along the vocabulary, not along the rows, because then
 no part of dweight is ever read back.
 
 FLOPs: 2 rows hidden classes forward, 6 backward (one third recomputed). Memory beyond hidden, weight and their gradients: one
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .backends import implementation_for
+from .linear import is_ours, linear_dweight_into, linear_dx, linear_forward_into
 from .registration import check_shape, register
 
 IGNORE_INDEX = -100
@@ -108,7 +109,7 @@ def _forward(
     row_sum, label_logit = torch.zeros(rows, **statistics), torch.zeros(rows, **statistics)
     logit_sum = torch.zeros(rows, **statistics) if label_smoothing else None
     for first, end, logits in _blocks(hidden, num_classes):
-        torch.mm(hidden, weight[first:end].t(), out=logits)
+        logits = linear_forward_into(logits, hidden, weight[first:end])
         block_bias = None if bias is None else bias[first:end]
         module.mlm_loss_forward(logits, block_bias, labels, first, row_max, row_sum, label_logit, logit_sum)
     log_sum = row_sum.log()
@@ -169,17 +170,17 @@ def _backward(
     num_classes = weight.shape[0]
     for first, end, logits in _blocks(hidden, num_classes):
         block_weight, block_bias = weight[first:end], None if bias is None else bias[first:end]
-        torch.mm(hidden, block_weight.t(), out=logits)
+        logits = linear_forward_into(logits, hidden, block_weight)
         module.mlm_loss_backward(
             logits, block_bias, labels, first, num_classes, row_max, row_sum, dlosses, label_smoothing,
             dbias[first:end] if needs_bias else None,
         )  # fmt: skip
         if needs_weight:
-            torch.mm(logits.t(), hidden, out=dweight[first:end])
-        if needs_hidden and logits.dtype == dhidden.dtype:
+            linear_dweight_into(dweight[first:end], logits, hidden)
+        if needs_hidden and logits.dtype == dhidden.dtype and not is_ours(logits, block_weight):
             dhidden.addmm_(logits, block_weight)
         elif needs_hidden:
-            dhidden.add_(logits @ block_weight)
+            dhidden.add_(linear_dx(logits, block_weight))
     return dhidden.to(hidden.dtype), dweight, dbias
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..build_report import why_not_built
 from . import reference
-from .linear import linear_forward, takes_onednn
+from .linear import linear_dweight, linear_dx, linear_forward, linear_gelu_without_gradients
 
 _TORCH_LIBRARY = re.compile(r"/libtorch_cpu\.so[.\d]*$")
 
@@ -85,11 +85,6 @@ def set_instruction_set(name: str) -> None:
 def packs(weight_dtype: torch.dtype) -> bool:
     """Whether the encoder layer runs with weights of this dtype on the instruction set in use."""
     return _cpu.packs(WEIGHT_DTYPES[weight_dtype])
-
-
-def fingerprint(tensors: list[tuple[int, int]]) -> int:
-    """A hash of a few words of each tensor (address, bytes): says whether weights are still those that were packed."""
-    return _cpu.fingerprint(tensors)
 
 
 def cpu_features() -> list[str]:
@@ -318,10 +313,29 @@ def gelu_layer_norm_backward(
     return dx, None if dbias is None else dbias.to(bias_dtype), dweight.to(dtype), dln_bias.to(dtype)
 
 
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a b + bias in float32, the same bits on any number of threads.
+
+    a: (rows, depth), b: (depth, columns), as they lie where their rows or their columns are contiguous; bias: (columns,); out:
+    (rows, columns) with contiguous rows, which is returned, or None for a new tensor. Nothing may be empty.
+    """
+    a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
+    bias = None if bias is None else bias.contiguous()
+    (rows, depth), columns = a.shape, b.shape[1]
+    out = _empty(rows, columns) if out is None else out
+    packed_columns = -(-columns // _cpu.MATMUL_PACKED_COLUMNS) * _cpu.MATMUL_PACKED_COLUMNS
+    packed_b = _empty(min(depth, _cpu.MATMUL_PACKED_DEPTH), packed_columns)
+    _cpu.matmul(
+        a.data_ptr(), b.data_ptr(), _pointer(bias), out.data_ptr(), packed_b.data_ptr(), rows, depth, columns,
+        *a.stride(), *b.stride(), out.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool) -> tuple[Tensor, Tensor | None]:
     """See :func:`reference.linear_gelu_forward`. Where nobody needs u, oneDNN applies bias and GELU as it stores."""
-    if not keep_preactivation and takes_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none"), None
+    if not keep_preactivation and (y := linear_gelu_without_gradients(x, weight, bias)) is not None:
+        return y, None
     u = linear_forward(x, weight, None)
     y = torch.empty_like(u) if keep_preactivation else u
     bias = _float32(bias)
@@ -336,14 +350,41 @@ def linear_gelu_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`reference.linear_gelu_backward`."""
     u = linear_forward(x, weight, None) if u is None else u
+    du = torch.empty_like(u)
+    dbias = _bias_gelu_backward(dy, u, bias, du, None)
+    return linear_dx(du, weight), linear_dweight(du, x), None if bias is None else dbias.to(bias.dtype)
+
+
+def _bias_gelu_backward(dy: Tensor, u: Tensor, bias: Tensor | None, du: Tensor, y: Tensor | None) -> Tensor:
+    """Writes du, which may be dy, and where y is given gelu(u + bias); returns the sums of du's columns in float32."""
     rows, columns = u.shape
-    du, dbias, partials = torch.empty_like(u), _empty(columns), _row_sums(rows, columns)
-    bias32 = _float32(bias)
+    dbias, partials, bias = _empty(columns), _row_sums(rows, columns), _float32(bias)
     _cpu.bias_gelu_backward(
-        dy.data_ptr(), u.data_ptr(), _pointer(bias32), du.data_ptr(), dbias.data_ptr(), partials.data_ptr(),
+        dy.data_ptr(), u.data_ptr(), _pointer(bias), du.data_ptr(), _pointer(y), dbias.data_ptr(), partials.data_ptr(),
         rows, columns, DTYPES[u.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    return du @ weight, du.t() @ x, None if bias is None else dbias.to(bias.dtype)
+    return dbias
+
+
+def feed_forward_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, out_weight: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight, bias and out_weight of gelu(x weight^T + bias) out_weight^T; ``needs``: which are wanted.
+
+    dy: (rows, out_features); x: (rows, in_features); u = x weight^T (rows, intermediate). One pass over u makes its gradient, in
+    the memory of gelu's, and gelu(u + bias) again.
+    """
+    du = linear_dx(dy, out_weight)
+    gelu = torch.empty_like(u) if needs[3] else None
+    dbias = _bias_gelu_backward(du, u, bias, du, gelu)
+    dout_weight = linear_dweight(dy, gelu) if needs[3] else None
+    del gelu  # before the next matmuls ask for memory
+    return (
+        linear_dx(du, weight) if needs[0] else None,
+        linear_dweight(du, x) if needs[1] else None,
+        dbias.to(bias.dtype) if needs[2] else None,
+        dout_weight,
+    )
 
 
 @functools.cache

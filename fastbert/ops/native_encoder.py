@@ -52,6 +52,24 @@ def work_seconds() -> dict[str, float]:
     return {name: nanoseconds / 1e9 for name, nanoseconds in zip(_WORK, _nanoseconds.tolist(), strict=True)}
 
 
+def run_layers(layers: list[PackedEncoderLayer], x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Layers of the same shapes and dtypes, at least one, on x (total, hidden); cu_seqlens: (batch + 1,) int32 from 0 to total.
+
+    Returns (total, hidden).
+    """
+    x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
+    y, between = torch.empty_like(x), torch.empty_like(x) if len(layers) > 1 else None
+    extension, handles, threads = native.EXTENSION, [layer.handle for layer in layers], torch.get_num_threads()
+    rows, batch, bounds = x.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr()
+    size = extension.encoder_layers_workspace_bytes(handles, bounds, rows, batch, threads)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
+    extension.encoder_layers(
+        handles, x.data_ptr(), bounds, y.data_ptr(), 0 if between is None else between.data_ptr(), workspace.data_ptr(),
+        rows, batch, threads,
+    )  # fmt: skip
+    return y
+
+
 class PackedEncoderLayer:
     """A layer's weights as this machine's kernels read them; later changes of ``weights`` do not reach it.
 
@@ -63,7 +81,7 @@ class PackedEncoderLayer:
         self._kept: list[Tensor] = []
         linears = [self._packed(linear) for _, linear in weights.linears()]
         norms = [self._float32(t) for _, norm in weights.norms() for t in (norm.weight, norm.bias)]
-        self._layer = native.EXTENSION.EncoderLayer(
+        self.handle = native.EXTENSION.EncoderLayer(
             *linears, *norms, weights.attention_norm.eps, weights.output_norm.eps, weights.num_heads, weights.head_dim,
             weights.softmax_scale, native.DTYPES[dtype], native.WEIGHT_DTYPES[weights.dtype], _nanoseconds.data_ptr(),
         )  # fmt: skip
@@ -71,16 +89,6 @@ class PackedEncoderLayer:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._kept)
-
-    def __call__(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """x (total, hidden), cu_seqlens (batch + 1,) int32 from 0 to total. Returns (total, hidden)."""
-        x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
-        y, extension, threads = torch.empty_like(x), native.EXTENSION, torch.get_num_threads()
-        rows, batch, bounds = x.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr()
-        size = extension.encoder_layer_workspace_bytes(self._layer, bounds, rows, batch, threads)
-        workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
-        extension.encoder_layer(self._layer, x.data_ptr(), bounds, y.data_ptr(), workspace.data_ptr(), rows, batch, threads)
-        return y
 
     def _packed(self, linear: LinearWeights):
         out_features, in_features = linear.weight.shape

@@ -46,6 +46,12 @@ def test_reasons_are_shown():
         "gpus": [{"name": "B", "compute_capability": "9.0", "memory_gib": 139.8}],
         "openmp_runtimes": ["/lib/libgomp.so.1", "/lib/libiomp5.so"],
         "native_build": {"reason": None, "modules": {"_cpu": {"built": False, "reason": "no compiler", "compiler": None}}},
+        "matmul": {
+            "not_measured": None,
+            "file": "/cache/matmul.json",
+            "flops_per_s": {"dx, float32, many rows": {"onednn": 4.4e11, "torch": 2.1e11}},
+        },
+        "memory": {"fresh_bytes_per_s": 3e9, "used_bytes_per_s": 2e10, "advice": "A=1"},
     }
     text = "\n".join(doctor.report_lines(report))
     for expected in (
@@ -56,6 +62,10 @@ def test_reasons_are_shown():
         "not triton: it is for GPUs; it is not installed",
         "more than one",
         "B, compute capability 9.0",
+        "dx, float32, many rows        onednn 440, torch 210",
+        "kept in /cache/matmul.json",
+        "3.0 GB/s into a new tensor of 64 MB, 20.0 GB/s",
+        "with A=1",
     ):
         assert expected in text
 
@@ -83,3 +93,19 @@ def test_cpu_features_come_from_the_first_processor(tmp_path):
     cpuinfo.write_text("model name\t: A\nflags\t\t: fpu avx2 fma\n\nmodel name\t: B\nflags\t: avx512f\n", encoding="utf-8")
     assert doctor._linux_cpu(cpuinfo) == ("A", {"fpu", "avx2", "fma"})
     assert doctor._linux_cpu(tmp_path / "none") == (None, frozenset())
+
+
+def test_matmuls_are_measured_unless_that_is_off(tmp_path, monkeypatch):
+    from fastbert.ops import calibration
+    from fastbert.ops import linear as products
+
+    assert "FASTBERT_CALIBRATION=off" in doctor._matmul()["not_measured"]
+    monkeypatch.delenv("FASTBERT_CALIBRATION")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "_known", {})
+    monkeypatch.setattr(products, "MEASURED_FLOPS", 0)
+    monkeypatch.setattr(products, "_TIMED", {"few rows": (4, 8, 16), "many rows": (300, 8, 16)})
+    report = doctor._matmul()
+    assert len(report["flops_per_s"]) == 12 and report["file"].startswith(str(tmp_path))
+    monkeypatch.setattr(products, "onednn_unavailable_reason", lambda: "there is none")
+    assert "there is none" in doctor._matmul()["not_measured"]

@@ -204,8 +204,8 @@ def test_gradient_checkpointing(tmp_path, monkeypatch):
     """The same parameters bit for bit, dropout included, from twice the forward passes."""
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     models = [fast(small("BertForSequenceClassification", **dropout), "class") for _ in range(2)]
-    calls, project = [], layer_module._intermediate
-    monkeypatch.setattr(layer_module, "_intermediate", lambda *arguments: calls.append(1) or project(*arguments))
+    calls, project = [], layer_module._feed_forward
+    monkeypatch.setattr(layer_module, "_feed_forward", lambda *arguments: calls.append(1) or project(*arguments))
     counts = []
     for model, checkpointing in zip(models, (False, True), strict=True):
         calls.clear()

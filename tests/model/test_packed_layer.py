@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import fastbert
+from fastbert.model import encoder as encoder_module
+from fastbert.model import layer as layer_module
 from fastbert.model import packed_layer
 from fastbert.ops import native
-from fastbert.ops.native_encoder import PackedEncoderLayer
+from fastbert.ops.native_encoder import PackedEncoderLayer, run_layers
 
 from .helpers import LENGTHS, inputs_for, mask, pair
 
@@ -23,13 +25,13 @@ NAME = "BertModel"
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry per call of a packed layer: its rows."""
     rows: list[int] = []
-    call = PackedEncoderLayer.__call__
 
-    def counted(self, x, cu_seqlens):
-        rows.append(x.shape[0])
-        return call(self, x, cu_seqlens)
+    def counted(layers, x, cu_seqlens):
+        rows.extend([x.shape[0]] * len(layers))
+        return run_layers(layers, x, cu_seqlens)
 
-    monkeypatch.setattr(PackedEncoderLayer, "__call__", counted)
+    monkeypatch.setattr(layer_module, "run_layers", counted)
+    monkeypatch.setattr(encoder_module, "run_layers", counted)
     return rows
 
 
@@ -185,6 +187,37 @@ def test_copies_and_pickles_hold_no_packed_weights():
         assert len(pickle.dumps(model)) == size
         assert torch.equal(output(copy.deepcopy(model), batch), expected)
         assert torch.equal(output(pickle.loads(pickle.dumps(model)), batch), expected)
+
+
+def test_layers_that_nobody_watches_are_one_call(monkeypatch):
+    """From the second forward pass on; a class that calls its layers in its own way is left to it."""
+    _, model = pair(NAME)
+    batch, single, several = inputs_for(NAME), [], []
+    monkeypatch.setattr(layer_module, "run_layers", lambda stack, *args: single.append(1) or run_layers(stack, *args))
+    monkeypatch.setattr(encoder_module, "run_layers", lambda stack, *args: several.append(len(stack)) or run_layers(stack, *args))
+    with torch.no_grad():
+        first = output(model, batch)
+        assert (len(single), several) == (3, [])
+        assert torch.equal(output(model, batch), first)
+        assert (len(single), several) == (3, [3])
+        states = model(**batch, output_hidden_states=True).hidden_states
+        assert torch.equal(states[-1] * batch["attention_mask"].unsqueeze(-1), first)
+        assert (len(single), several) == (6, [3])
+        seen = []
+        model.encoder.layer[2].register_forward_hook(lambda *_: seen.append(1))
+        assert torch.equal(output(model, batch), first)
+        assert (len(single), several, seen) == (9, [3], [1])
+
+    class Doubled(type(model.encoder.layer[0])):
+        def forward(self, hidden_states, *args, **kwargs):
+            return 2 * super().forward(hidden_states, *args, **kwargs)
+
+    _, model = pair(NAME)
+    model.encoder.layer[1].__class__ = Doubled
+    with torch.no_grad():
+        once = output(model, batch)
+        assert torch.equal(output(model, batch), once)
+    assert several == [3]
 
 
 def test_a_model_that_is_gone_leaves_nothing():

@@ -190,8 +190,8 @@ def test_gradient_checkpointing(reentrant, monkeypatch):
     ours.zero_grad()
     ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
     calls = []
-    project = layer_module._intermediate
-    monkeypatch.setattr(layer_module, "_intermediate", lambda *arguments: calls.append(1) or project(*arguments))
+    project = layer_module._feed_forward
+    monkeypatch.setattr(layer_module, "_feed_forward", lambda *arguments: calls.append(1) or project(*arguments))
     torch.manual_seed(5)
     ours(**batch).loss.backward()
     assert len(calls) == 2 * ours.config.num_hidden_layers

@@ -1,4 +1,4 @@
-"""Every backend of ``linear_gelu`` against float64, and ``linear`` against torch's."""
+"""Every backend of ``linear_gelu`` against float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from fastbert.ops import linear_gelu
-from fastbert.ops.linear import linear
 
 from .helpers import DEVICE, assert_within_budget, backend_cases, device_of, gradients, merged, rounded
 
@@ -117,16 +116,3 @@ def test_bad_input_is_named():
         linear_gelu(torch.zeros(2, 4), torch.zeros(3, 5), None)
     with pytest.raises(ValueError, match=r"bias has shape \(4,\), expected \(3,\)"):
         linear_gelu(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(4))
-
-
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize(("rows", "in_features", "out_features"), SHAPES)
-def test_linear(rows, in_features, out_features, with_bias):
-    def draw():
-        inputs, dy = inputs_for(rows, in_features, out_features, torch.float32, with_bias)
-        return tuple(
-            gradients(function, inputs, dy, dtype)
-            for function, dtype in ((linear, torch.float32), (F.linear, torch.float32), (F.linear, torch.float64))
-        )
-
-    assert_within_budget(*merged(draw, rows * out_features), ["y", "dx", "dweight", "dbias"])

