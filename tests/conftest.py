@@ -24,7 +24,7 @@ os.environ["FASTBERT_CALIBRATION"] = "off"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The tests of these files stay on the CPU on every machine.
-CPU_ONLY = ("tests/ops/test_native.py", "tests/ops/test_cuda_arithmetic.py")
+CPU_ONLY = ("tests/ops/test_native.py", "tests/ops/test_native_attention.py", "tests/ops/test_cuda_arithmetic.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m picks tests by their markers

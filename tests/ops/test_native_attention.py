@@ -1,0 +1,140 @@
+"""What the C++ attention must get right on every instruction set, beside what ``test_attention.py`` asks of every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastbert.ops import backends, native
+
+from . import test_attention
+from .helpers import assert_within_budget, new_seed
+from .test_native import instruction_set  # noqa: F401 (a fixture)
+
+REASON = backends.unavailable_reason("native")
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.usefixtures("instruction_set", "nan_filled_memory"),
+]
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def bounds(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+@both_dtypes
+@pytest.mark.parametrize("head_dim", [1, 7, 33, 65])
+def test_odd_sizes(dtype, head_dim):
+    """Two bfloat16 make one group of a dot product: the last one of an odd size is alone."""
+    test_attention.check("native", dtype, [1, 3, 31, 0, 129], heads=3, head_dim=head_dim, dropout_p=0.2)
+
+
+@both_dtypes
+@pytest.mark.parametrize(("length", "head_dim"), [(515, 64), (301, 16), (37, 160), (50, 256)])
+def test_several_blocks(dtype, length, head_dim):
+    """Of queries, of keys, and of the depth of either product."""
+    test_attention.check("native", dtype, [length, 5], heads=2, head_dim=head_dim)
+
+
+@both_dtypes
+def test_extreme_scores(dtype):
+    test_attention.test_large_scores_do_not_overflow("native", dtype)
+    test_attention.test_scores_far_below_every_bound_on_them("native", dtype)
+    for lse in (-100.0, -200.0):
+        test_attention.test_gradients_where_all_scores_are_far_below_zero("native", dtype, lse)
+
+
+@both_dtypes
+@pytest.mark.parametrize("softmax_scale", [-0.3, 0.0, 2.0])
+def test_any_softmax_scale(dtype, softmax_scale):
+    qkv, cu_seqlens, longest = test_attention.packed([21, 40], 2, 24)
+    qkv = qkv.to(dtype)
+    out, lse = native.attention_forward(qkv, cu_seqlens, longest, softmax_scale)
+    plain, truth = (test_attention.plain(x, cu_seqlens, softmax_scale) for x in (qkv, qkv.double()))
+    assert_within_budget([out], [plain], [truth], ["out"])
+    scores = [x[:, 0].transpose(0, 1) @ x[:, 1].permute(1, 2, 0) * softmax_scale for x in qkv.double().split([21, 40])]
+    truth = torch.cat([s.logsumexp(-1) for s in scores], dim=-1)
+    torch.testing.assert_close(lse.double(), truth, rtol=1e-6, atol=1e-6)
+
+
+@both_dtypes
+@pytest.mark.parametrize("head_dim", [7, 8])
+def test_a_head_never_reads_its_neighbours(dtype, head_dim):
+    """What lies behind the row of a head, and behind the last row of a sequence, may be anything."""
+    qkv, cu_seqlens, longest = test_attention.packed([5, 7], 2, head_dim)
+    qkv, dout = qkv.to(dtype), torch.randn(12, 2, head_dim).to(dtype)
+    for head, rows in ((0, slice(0, 5)), (1, slice(5, 12)), (0, slice(5, 12))):
+        poisoned = torch.full_like(qkv, torch.nan)
+        poisoned[rows, :, head] = qkv[rows, :, head]
+        dpoisoned = torch.full_like(dout, torch.nan)
+        dpoisoned[rows, head] = dout[rows, head]
+        results = []
+        for x, dx in ((qkv, dout), (poisoned, dpoisoned)):
+            out, lse = native.attention_forward(x, cu_seqlens, longest, 0.4)
+            dqkv = native.attention_backward(dx, x, out, lse, cu_seqlens, longest, 0.4)
+            results.append((out[rows, head], lse[head, rows], dqkv[rows, :, head]))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@both_dtypes
+def test_nan_stays_nan(dtype):
+    """In the rows that it reaches, and nowhere else."""
+    qkv = torch.randn(9, 3, 1, 16).to(dtype)
+    qkv[2, 0, 0, 3] = torch.nan
+    qkv[8, 2, 0, 5] = torch.nan
+    out, lse = native.attention_forward(qkv, bounds([4, 5]), 5, 0.25)
+    expected = torch.zeros(9, 16, dtype=torch.bool)
+    expected[2] = True
+    expected[4:, 5] = True
+    assert torch.equal(out[:, 0].isnan(), expected)
+    assert torch.equal(lse[0].isnan(), torch.arange(9) == 2)
+
+
+def test_the_exponential_is_exact_to_its_arguments_rounding():
+    """Pairs of keys with the scores 0 and x: softmax is exp(x) / (1 + exp(x)), from 1/2 to the smallest normal numbers."""
+    x = torch.linspace(-87, 0, 20001)
+    qkv = torch.zeros(2 * x.numel(), 3, 1, 1)
+    qkv[:, 0] = 1.0
+    qkv[1::2, 1, 0, 0], qkv[1::2, 2] = x, 1.0
+    out, lse = native.attention_forward(qkv, bounds([2] * x.numel()), 2, 1.0)
+    truth = x.double().sigmoid()
+    error = (out[::2, 0, 0].double() - truth).abs() / truth
+    assert (error <= 3e-7 + 1.2e-7 * x.abs()).all(), (error - 1.2e-7 * x.abs()).max()
+    torch.testing.assert_close(lse[0, ::2].double(), torch.log1p(x.double().exp()), rtol=1e-6, atol=1e-7)
+
+
+def test_one_key_is_copied_exactly():
+    qkv = torch.randn(40, 3, 2, 24)
+    out, lse = native.attention_forward(qkv, bounds([1] * 40), 1, 0.2)
+    assert torch.equal(out, qkv[:, 2])
+    torch.testing.assert_close(lse, (qkv[:, 0] * qkv[:, 1]).sum(-1).t() * 0.2, rtol=1e-5, atol=1e-6)
+
+
+@both_dtypes
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_bits_do_not_depend_on_the_number_of_threads(dtype, dropout_p):
+    lengths, seed = [130, 5, 64, 211], new_seed()
+    cu_seqlens = bounds(lengths)
+    qkv, dout = torch.randn(sum(lengths), 3, 4, 64).to(dtype), torch.randn(sum(lengths), 4, 64).to(dtype)
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out, lse = native.attention_forward(qkv, cu_seqlens, 211, 0.125, dropout_p, seed, 5)
+            dqkv = native.attention_backward(dout, qkv, out, lse, cu_seqlens, 211, 0.125, dropout_p, seed, 5)
+            runs.append((out, lse, dqkv))
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@both_dtypes
+def test_lse_may_be_left_out(dtype):
+    qkv = torch.randn(50, 3, 2, 32).to(dtype)
+    cu_seqlens, out = bounds([50]), torch.empty(50, 2, 32, dtype=dtype)
+    native._cpu.attention_forward(
+        qkv.data_ptr(), cu_seqlens.data_ptr(), out.data_ptr(), 0, 50, 1, 2, 32, 0.2, native._NO_DROPOUT, native._DTYPES[dtype], 1
+    )
+    assert torch.equal(out, native.attention_forward(qkv, cu_seqlens, 50, 0.2)[0])
