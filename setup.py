@@ -110,6 +110,15 @@ def run_parallel(commands: list[list[str]]) -> None:
             raise
 
 
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows these flags: those of AVX-512's later parts came with GCC 10 and clang 9."""
+    try:
+        run_command([*compiler, *flags, "-x", "c++", "-E", os.devnull])
+    except NativeBuildError:
+        return False
+    return True
+
+
 def include_flags() -> list[str]:
     return ["-Icsrc", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
@@ -160,14 +169,17 @@ def build_cpu(temp: Path, target: str) -> str:
     cxx = find_cxx()
     version = run_command([*cxx, "--version"]).splitlines()[0]
     flags = [*CPU_FLAGS, *include_flags()]
-    units = [(source, "common", []) for source in CPU_COMMON]
-    for name, isa_flags in INSTRUCTION_SETS[platform.machine()].items():
-        units += [(source, name, [*isa_flags, f"-DFASTBERT_ISA={name}"]) for source in sources("cpu", ".cpp", OPS)]
+    sets = INSTRUCTION_SETS[platform.machine()]
+    unknown = [name for name, isa_flags in sets.items() if not accepts(cxx, isa_flags)]
+    units = [(source, "common", [f"-DFASTBERT_WITHOUT_{name}" for name in unknown]) for source in CPU_COMMON]
+    for name, isa_flags in sets.items():
+        if name not in unknown:
+            units += [(source, name, [*isa_flags, f"-DFASTBERT_ISA={name}"]) for source in sources("cpu", ".cpp", OPS)]
     objects = [str(temp / f"{Path(source).stem}.{name}.o") for source, name, _ in units]
     # The slowest to compile are those of the widest vectors, which come last: start with them.
     run_parallel([[*cxx, *flags, *extra, "-c", source, "-o", obj] for (source, _, extra), obj in zip(units, objects)][::-1])
     run_command([*cxx, "-shared", *objects, "-o", target])
-    return version
+    return f"{version}; it knows no flags for {', '.join(unknown)}" if unknown else version
 
 
 def build_cuda(temp: Path, target: str) -> str:

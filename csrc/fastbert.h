@@ -244,7 +244,7 @@ struct EncoderLayerParams {
   int64_t total, batch, num_heads, head_dim;
   float softmax_scale;
   DType dtype;           // of x and y
-  DType weight_dtype;    // of all four weights
+  DType weight_dtype;    // of all four weights: dtype, or a narrower one that rows are converted to
   int64_t* nanoseconds;  // (3,): what the threads spent in linear layers, attention and the rest is added
 };
 

@@ -161,8 +161,11 @@ FASTBERT_INLINE void store_elements(float* row, int64_t element, Vec v) {
   }
 }
 
-#if defined(__AVX512BF16__)
 // Groups of two elements each, lane by lane.
+template <typename Dot>
+FASTBERT_INLINE Vec make_groups(Vec first, Vec second);
+
+#if defined(__AVX512BF16__)
 template <typename Dot>
 FASTBERT_INLINE Vec make_groups(Vec first, Vec second) {
   static_assert(Dot::kElements == 2);

@@ -36,10 +36,12 @@ const InstructionSet avx512_set = [] {
   return InstructionSet{"avx512", false, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
 
+#if !defined(FASTBERT_WITHOUT_avx512_bf16)
 const InstructionSet avx512_bf16_set = [] {
   namespace isa = avx512_bf16;
   return InstructionSet{"avx512_bf16", true, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
+#endif
 #endif
 
 // Those that this CPU and its operating system support, from the narrowest to the widest.
@@ -52,7 +54,9 @@ std::vector<const InstructionSet*> supported_sets() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       sets.push_back(&avx512_set);
+#if !defined(FASTBERT_WITHOUT_avx512_bf16)
       if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512_bf16_set);
+#endif
     }
   }
 #endif
@@ -73,9 +77,9 @@ void require_supported(const PackWeightParams& params) {
 }
 
 void require_supported(const EncoderLayerParams& params) {
-  const bool same = params.dtype == params.weight_dtype, quantised = params.weight_dtype == DType::int8;
   const bool activations = params.dtype == DType::float32 || params.dtype == DType::bfloat16;
-  if (!packs(params.weight_dtype) || !activations || !(same || quantised)) {
+  const bool wider = params.weight_dtype == DType::float32 && params.dtype != DType::float32;
+  if (!packs(params.weight_dtype) || !activations || wider) {
     throw std::invalid_argument("this instruction set has no encoder layer for these dtypes");
   }
 }

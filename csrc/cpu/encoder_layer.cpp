@@ -7,6 +7,8 @@
 
 #include <time.h>
 
+#include <type_traits>
+
 #include "cpu/encoder_plan.h"
 #include "cpu/layer_norm.h"
 #include "cpu/packed_linear.h"
@@ -45,6 +47,9 @@ struct Precision {
   using Hidden = HiddenType;
   using Inner = InnerType;
   static constexpr bool kQuantizes = Group::kElements == 4;
+  // Whether rows of T become another dtype before a linear layer can read them.
+  template <typename T>
+  static constexpr bool kConverts = kQuantizes || (Group::kElements == 2 && sizeof(T) == 4);
 };
 
 // The rows of a chunk that one set of buffers holds, and the steps of the layer on some of them (first, last: counted from
@@ -67,10 +72,17 @@ struct Rows {
 
   template <typename T>
   void enter(const T* from, int64_t columns, int64_t first, int64_t last) const {
-    if constexpr (P::kQuantizes) {
+    if constexpr (P::template kConverts<T>) {
       const Stopwatch watch(p, kRest);
       for (int64_t row = first; row < last; ++row) {
-        buffers.scales[row] = quantize_row(from + row * columns, columns, buffers.quantized + row * columns);
+        const T* from_row = from + row * columns;
+        if constexpr (P::kQuantizes) {
+          buffers.scales[row] = quantize_row(from_row, columns, static_cast<uint8_t*>(buffers.converted) + row * columns);
+        } else {
+          BFloat16* to = static_cast<BFloat16*>(buffers.converted) + row * columns;
+          for_columns(columns,
+                      [&](int64_t column, auto extent) { store(to + column, load(from_row + column, extent), extent); });
+        }
       }
     }
   }
@@ -79,12 +91,10 @@ struct Rows {
   void linear(const PackedLinear& layer, const T* from, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
               void* sums, const Finish& finish) const {
     const Stopwatch watch(p, kLinear);
-    LeftMatrixRows left;
-    if constexpr (P::kQuantizes) {
-      left = {buffers.quantized + first * layer.in_features, layer.in_features, buffers.scales + first};
-    } else {
-      left = {from + first * layer.in_features, layer.in_features * static_cast<int64_t>(sizeof(T)), nullptr};
-    }
+    const int64_t row_bytes = layer.in_features * (4 / Group::kElements);
+    const void* rows = P::template kConverts<T> ? buffers.converted : static_cast<const void*>(from);
+    const LeftMatrixRows left{static_cast<const char*>(rows) + first * row_bytes, row_bytes,
+                              P::kQuantizes ? buffers.scales + first : nullptr};
     packed_linear<Group>(last - first, left, layer, first_panel, last_panel, sums, finish);
   }
 
@@ -205,7 +215,7 @@ void run_rows_by_column(const Rows<P>& all, int64_t rows, int num_threads, bool 
   const EncoderLayerParams& p = all.p;
   const int64_t hidden = all.hidden;
   const auto enter = [&](const auto* from, int64_t columns) {
-    if constexpr (P::kQuantizes) {
+    if constexpr (P::template kConverts<std::remove_cv_t<std::remove_pointer_t<decltype(from)>>>) {
       for_rows(rows, columns, num_threads, [&](int64_t row) { all.enter(from, columns, row, row + 1); });
     }
   };
@@ -278,7 +288,8 @@ void encoder_layer(const EncoderLayerParams& p, int num_threads) {
   if (p.weight_dtype == DType::float32) return run_layer<Precision<FloatGroup, float, float>>(p, num_threads);
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
   if (p.weight_dtype == DType::bfloat16) {
-    return run_layer<Precision<BFloat16Group, BFloat16, BFloat16>>(p, num_threads);
+    return p.dtype == DType::float32 ? run_layer<Precision<BFloat16Group, float, BFloat16>>(p, num_threads)
+                                     : run_layer<Precision<BFloat16Group, BFloat16, BFloat16>>(p, num_threads);
   }
   p.dtype == DType::float32 ? run_layer<Precision<Int8Group, float, BFloat16>>(p, num_threads)
                             : run_layer<Precision<Int8Group, BFloat16, BFloat16>>(p, num_threads);

@@ -51,12 +51,13 @@ void* Memory::take(int64_t bytes) {
 
 EncoderBuffers::EncoderBuffers(Memory& memory, const EncoderLayerParams& p, int64_t rows) {
   const int64_t hidden = p.qkv.in_features, wide = p.output.in_features;
-  const int64_t quantized_rows = p.weight_dtype == DType::int8 ? rows : 0;
+  const bool quantizes = p.weight_dtype == DType::int8;
+  const int64_t converted_bytes = quantizes ? std::max(hidden, wide) : p.weight_dtype != p.dtype ? hidden * 2 : 0;
   z = static_cast<float*>(memory.take(rows * hidden * 4));
   h = memory.take(rows * hidden * hidden_bytes(p));
   inner = memory.take(rows * wide * inner_bytes(p));
-  quantized = static_cast<uint8_t*>(memory.take(quantized_rows * std::max(hidden, wide)));
-  scales = static_cast<float*>(memory.take(quantized_rows * 4));
+  converted = memory.take(rows * converted_bytes);
+  scales = static_cast<float*>(memory.take(quantizes ? rows * 4 : 0));
 }
 
 EncoderWorkspace::EncoderWorkspace(Memory& memory, const EncoderLayerParams& p, int64_t longest_chunk, int num_threads)

@@ -43,13 +43,14 @@ class Memory {
   int64_t used_ = 0;
 };
 
-// What the steps after attention keep of some rows; and, for int8 weights, the rows that enter a linear layer.
+// What the steps after attention keep of some rows; and the rows that enter a linear layer where its weights are of another
+// dtype: int8, or bfloat16 under float32 rows.
 struct EncoderBuffers {
-  float* z;            // (rows, hidden), the input of a LayerNorm without its residual
-  void* h;             // (rows, hidden), the output of the first LayerNorm
-  void* inner;         // (rows, intermediate), activations
-  uint8_t* quantized;  // (rows, the widest input)
-  float* scales;       // (rows,)
+  float* z;         // (rows, hidden), the input of a LayerNorm without its residual
+  void* h;          // (rows, hidden), the output of the first LayerNorm
+  void* inner;      // (rows, intermediate), activations
+  void* converted;  // (rows, the widest input)
+  float* scales;    // (rows,) of int8
 
   EncoderBuffers(Memory& memory, const EncoderLayerParams& p, int64_t rows);
 };

@@ -110,6 +110,10 @@ class FusedLayer:
             packed = packed_layer(self, hidden_states)
         if packed is not None:
             return run_layers([packed], hidden_states, packing.cu_seqlens)
+        return self.op_by_op(hidden_states, packing)
+
+    def op_by_op(self, hidden_states: Tensor, packing: Packing) -> Tensor:
+        """The fused layer on (total, hidden), with derivatives and dropout."""
         first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)

@@ -10,21 +10,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import native
+from ..ops import calibration, native
 from ..ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWeights
-from ..ops.native_encoder import PackedEncoderLayer, not_supported_reasons
+from ..ops.linear import MEASURED_FLOPS
+from ..ops.native_encoder import PackedEncoderLayer, not_supported_reasons, run_layers
 from ..ops.registration import under_autocast
 from .int8 import Int8Linear, join
+from .packing import Packing
 from .plain import is_exact_gelu, is_int8_linear, is_plain_linear, is_watched
 from .snapshot import Snapshot
 from .swap import is_of_fast_class
+
+_Dtypes = tuple[torch.dtype, torch.dtype | None]  # of rows, and autocast's
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +42,12 @@ class _Entry:
     words: Any  # a few of each tensor
     fingerprint: int
     dropouts: list[nn.Dropout]
-    dtype: torch.dtype
+    dtypes: _Dtypes
     packed: PackedEncoderLayer | None  # None where this machine cannot run it
 
-    def is_current(self, dtype: torch.dtype) -> bool:
+    def is_current(self, dtypes: _Dtypes) -> bool:
         return (
-            self.dtype == dtype
+            self.dtypes == dtypes
             and self.structure.unchanged()
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
             and _versions(self.tensors) == self.versions
@@ -64,7 +68,7 @@ def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
         or torch.is_grad_enabled()
         or any(dropout.training for dropout in entry.dropouts)
         or not _takes(x)
-        or not entry.is_current(x.dtype)
+        or not entry.is_current(_dtypes(x))
     ):
         return None
     return entry.packed
@@ -94,14 +98,18 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
     if _changed_parts(layer):
         return None
     entry = _entries.get(layer)
-    if entry is None or not entry.is_current(x.dtype):
+    if entry is None or not entry.is_current(_dtypes(x)):
         with _lock:
-            entry = _entries[layer] = _pack(layer, x.dtype)
+            entry = _entries[layer] = _pack(layer, _dtypes(x))
     return entry.packed
 
 
 def _takes(x: Tensor) -> bool:
-    return x.device.type == "cpu" and type(x) is Tensor and not (under_autocast(x) or torch.compiler.is_compiling())
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _dtypes(x: Tensor) -> _Dtypes:
+    return x.dtype, torch.get_autocast_dtype("cpu") if under_autocast(x) else None
 
 
 def packing_reasons(layer: nn.Module, dtype: torch.dtype) -> list[str]:
@@ -110,7 +118,42 @@ def packing_reasons(layer: nn.Module, dtype: torch.dtype) -> list[str]:
         return changed
     if any(tensor.is_meta for tensor in layer.state_dict().values()):
         return ["its weights are on the meta device"]
-    return not_supported_reasons(_weights_of(layer), dtype, "cpu")
+    weights = _weights_of(layer)
+    if reasons := not_supported_reasons(weights, dtype, "cpu"):
+        return reasons
+    rates = calibration.known().get(_kind(weights, dtype), {}) if calibration.is_on() else {}
+    if rates and next(iter(rates)) != _ONE_CALL:
+        return [f"measured here: {', '.join(f'{name} {rate / 1e9:,.0f} GFLOP/s' for name, rate in rates.items())}"]
+    return []
+
+
+# The candidates, the default first, and a batch of about as many tokens as a short request has.
+_ONE_CALL, _OP_BY_OP = "one call", "op by op"
+_TIMED_LENGTHS = (64,) * 8
+
+
+def _kind(weights: EncoderLayerWeights, rows: torch.dtype) -> str:
+    names = (str(dtype).removeprefix("torch.") for dtype in (weights.dtype, rows))
+    return "encoder layer, weights {}, rows {}".format(*names)
+
+
+def _measured_fastest(layer: nn.Module, packed: PackedEncoderLayer, weights: EncoderLayerWeights, dtypes: _Dtypes) -> str:
+    """Which of the candidates is the faster on this machine; one that multiplies with AMX may gain more than one call does."""
+    total, (rows, autocast) = sum(_TIMED_LENGTHS), dtypes
+    flops = 2 * total * sum(linear.weight.numel() for _, linear in weights.linears())
+    if flops < 4 * MEASURED_FLOPS or not calibration.is_on():
+        return _ONE_CALL
+    bounds = torch.tensor([0, *accumulate(_TIMED_LENGTHS)], dtype=torch.int32, device="cpu")
+    packing = Packing(bounds, max(_TIMED_LENGTHS), (len(_TIMED_LENGTHS), max(_TIMED_LENGTHS)))
+
+    def op_by_op(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            return layer.op_by_op(x, packing)
+
+    x = torch.randn(total, weights.hidden, dtype=rows, device="cpu")
+    op_by_op(x)  # its matmuls are calibrated first
+    candidates = {_ONE_CALL: lambda x: run_layers([packed], x, bounds), _OP_BY_OP: op_by_op}
+    return calibration.fastest(_kind(weights, rows), candidates, lambda: (x,), flops)
 
 
 def _linears(layer: nn.Module) -> list[nn.Module]:
@@ -172,7 +215,7 @@ def _learns(layer: nn.Module, x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _pack(layer: nn.Module, dtype: torch.dtype) -> _Entry:
+def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
     norms = [layer.attention.output.LayerNorm, layer.output.LayerNorm]
     attributes = {layer: ("chunk_size_feed_forward",), layer.attention.self: ("num_attention_heads", "scaling")}
     structure = Snapshot(layer, attributes | dict.fromkeys(norms, ("eps",)))
@@ -181,8 +224,13 @@ def _pack(layer: nn.Module, dtype: torch.dtype) -> _Entry:
     addresses, versions = list(map(Tensor.data_ptr, tensors)), _versions(tensors)
     words = native.EXTENSION.Words([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
     fingerprint, weights = words.fingerprint(), _weights_of(layer)
-    packed = None if not_supported_reasons(weights, dtype, "cpu") else PackedEncoderLayer(weights, dtype)
-    return _Entry(structure, tensors, addresses, versions, words, fingerprint, _dropouts(layer), dtype, packed)
+    rows, autocast = dtypes
+    if autocast is not None and weights.dtype != torch.int8:
+        weights = weights.with_linears(autocast)
+    packed = None if not_supported_reasons(weights, rows, "cpu") else PackedEncoderLayer(weights, rows)
+    if packed is not None and _measured_fastest(layer, packed, weights, dtypes) != _ONE_CALL:
+        packed = None
+    return _Entry(structure, tensors, addresses, versions, words, fingerprint, _dropouts(layer), dtypes, packed)
 
 
 def _versions(tensors: list[Tensor]) -> list[int] | None:

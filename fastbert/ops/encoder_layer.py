@@ -10,7 +10,7 @@ backend makes of it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,14 @@ class EncoderLayerWeights:
         for name in ("attention_norm", "output_norm"):
             yield name, getattr(self, name)
 
+    def with_linears(self, dtype: torch.dtype) -> EncoderLayerWeights:
+        """The linear layers' weights converted; the LayerNorms stay as they are, as under autocast."""
+        converted = {
+            name: LinearWeights(linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype))
+            for name, linear in self.linears()
+        }
+        return replace(self, **converted)
+
     def check(self) -> None:
         """Raises ValueError where shapes or dtypes do not fit together."""
         hidden, wide = self.hidden, self.intermediate.weight.shape[0]
@@ -94,7 +102,8 @@ class EncoderLayerWeights:
 def encoder_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: EncoderLayerWeights, *, backend: str = "auto") -> Tensor:
     """One encoder layer (Vaswani et al., 2017, with the erf-GELU of Devlin et al., 2019) on a packed batch, without dropout.
 
-    x: (total, hidden), float32 or bfloat16, of the weights' dtype where that is not int8; cu_seqlens: (batch + 1,) int32 from 0
+    x: (total, hidden), of the weights' dtype, or float32 under weights of bfloat16 (as in autocast) and float32 or bfloat16 under
+    int8: a linear layer then rounds its input to the weights' dtype; cu_seqlens: (batch + 1,) int32 from 0
     to total; max_seqlen: the longest sequence. backend: "auto", "native" (weights are packed for this call: keep what
     ``native_encoder.PackedEncoderLayer`` makes of them for more than one) or "reference".
 

@@ -30,7 +30,7 @@ def not_supported_reasons(weights: EncoderLayerWeights, dtype: torch.dtype, devi
     reasons = []
     if device_type != "cpu":
         reasons.append(f"it runs on cpu tensors, these are on {device_type}")
-    if weights.dtype != torch.int8 and weights.dtype != dtype:
+    if weights.dtype == torch.float32 and dtype != torch.float32:
         reasons.append(f"the weights are {weights.dtype}, x is {dtype}")
     if dtype not in native.DTYPES or weights.dtype not in native.WEIGHT_DTYPES:
         reasons.append(f"it has no kernels for {dtype} with weights of {weights.dtype}")

@@ -534,10 +534,10 @@ def encoder_layer_forward(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weight
     def linear(rows: Tensor, layer: LinearWeights) -> Tensor:
         if layer.scale is not None:
             return int8_linear_forward(rows, layer.weight, layer.scale, layer.bias, "none")
-        return F.linear(rows, layer.weight, layer.bias)
+        return F.linear(rows.to(layer.weight.dtype), layer.weight, layer.bias)
 
     def add_norm(rows: Tensor, residual: Tensor, norm: LayerNormWeights) -> Tensor:
-        return add_layer_norm_forward(rows, None, residual, norm.weight, norm.bias, norm.eps)[0]
+        return add_layer_norm_forward(rows.to(residual.dtype), None, residual, norm.weight, norm.bias, norm.eps)[0]
 
     qkv = linear(x, weights.qkv).view(-1, 3, weights.num_heads, weights.head_dim)
     context = attention_forward(qkv, cu_seqlens, max_seqlen, weights.softmax_scale)[0].flatten(1)

@@ -12,7 +12,7 @@ import fastbert
 from fastbert.model import encoder as encoder_module
 from fastbert.model import layer as layer_module
 from fastbert.model import packed_layer
-from fastbert.ops import native
+from fastbert.ops import calibration, native
 from fastbert.ops.native_encoder import PackedEncoderLayer, run_layers
 
 from .helpers import LENGTHS, inputs_for, mask, pair
@@ -23,15 +23,15 @@ NAME = "BertModel"
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry per call of a packed layer: its rows."""
+    """One entry per packed layer that is run: its rows."""
     rows: list[int] = []
 
     def counted(layers, x, cu_seqlens):
         rows.extend([x.shape[0]] * len(layers))
         return run_layers(layers, x, cu_seqlens)
 
-    monkeypatch.setattr(layer_module, "run_layers", counted)
-    monkeypatch.setattr(encoder_module, "run_layers", counted)
+    for module in (layer_module, encoder_module, packed_layer):
+        monkeypatch.setattr(module, "run_layers", counted)
     return rows
 
 
@@ -257,11 +257,56 @@ def test_modules_that_are_not_plain_take_the_ops(calls):
     assert len(calls) == 1
 
 
-def test_autocast_takes_the_ops(calls):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(calls, dtype):
+    """bfloat16 weights under rows that stay float32; no kernels for float16."""
+    theirs, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        truth = output(theirs, batch)
+        for _ in range(2):
+            with torch.autocast("cpu", dtype):
+                result, expected = output(ours, batch), output(theirs, batch)
+            assert result.dtype == torch.float32
+            assert (result - truth).abs().max() <= 2 * (expected - truth).abs().max()
+        assert len(calls) == (6 if dtype == torch.bfloat16 and native.packs(dtype) else 0)
+        assert (output(ours, batch) - truth).abs().max() < 2e-5  # packed again, in float32
+
+
+@pytest.mark.parametrize("winner", ["one call", "op by op"])
+def test_the_faster_of_both_is_taken(calls, monkeypatch, tmp_path, winner):
+    """Measured once per machine; a model that is too small to matter is not measured."""
+    monkeypatch.setenv("FASTBERT_CALIBRATION", "on")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "_known", {})
+    asked = []
+
+    def measured(candidates, operands, flops):
+        x = operands()
+        results = [candidate(*x) for candidate in candidates.values()]
+        if "one call" in candidates:
+            asked.append(list(candidates))
+            assert (results[0] - results[1]).abs().max() < 1e-4
+            return {winner: 2e9, **{name: 1e9 for name in candidates if name != winner}}
+        return dict.fromkeys(candidates, 1e9)
+
+    monkeypatch.setattr(calibration, "_measure", measured)
     _, model = pair(NAME)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         model(**inputs_for(NAME))
-    assert calls == []
+    assert asked == []
+    assert len(calls) == 3
+    calls.clear()
+    _, model = pair(NAME, hidden_size=192, intermediate_size=768)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        first = output(model, batch)
+        assert torch.equal(output(model, batch), first)
+    assert asked == [["one call", "op by op"]]
+    assert len(calls) == 1 + (6 if winner == "one call" else 0)  # the measurement's own
+    text = str(fastbert.explain(model))
+    assert ("one call per layer" in text) == (winner == "one call")
+    assert ("measured here: op by op 2 GFLOP/s, one call 1 GFLOP/s" in text) == (winner == "op by op")
 
 
 def test_explain_says_what_inference_takes(calls):

@@ -113,6 +113,21 @@ def test_int8(dtype, hidden, intermediate, heads, lengths):
     assert_within_budget([ours], [plain], [truth], ["y"])
 
 
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("hidden", "intermediate", "heads"), SHAPES)
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_bfloat16_weights_under_float32_rows(hidden, intermediate, heads, lengths):
+    """As under autocast: what enters a linear layer is rounded, residuals and LayerNorms are not."""
+    exact = draw(hidden, intermediate, heads, torch.bfloat16)
+    weights = converted(exact, torch.float32).with_linears(torch.bfloat16)
+    skip_where_not_supported(weights, torch.float32)
+    x, cu_seqlens, longest = torch.randn(sum(lengths), hidden), bounds(lengths), max(lengths)
+    truth = reference.encoder_layer_forward(x.double(), cu_seqlens, longest, exact)
+    plain = reference.encoder_layer_forward(x, cu_seqlens, longest, weights)
+    ours = encoder_layer(x, cu_seqlens, longest, weights, backend="native")
+    assert_within_budget([ours], [plain], [truth], ["y"])
+
+
 @pytest.mark.parametrize("lengths", [(32,), (300, 2, 298)], ids=str)
 def test_int8_products_are_exact(lengths):
     """Where nothing but one linear layer moves the result, it is that layer to the last digits but a few: no budget of int8."""
@@ -233,6 +248,8 @@ def test_what_does_not_fit_is_refused():
         encoder_layer(x, cu_seqlens, 3, weights, backend="cuda")
     with pytest.raises(RuntimeError, match=r"the weights are torch.float32, x is torch.bfloat16"):
         encoder_layer(x.bfloat16(), cu_seqlens, 3, weights, backend="native")
+    with pytest.raises(RuntimeError, match="no kernels for torch.float16"):
+        encoder_layer(x.half(), cu_seqlens, 3, converted(weights, torch.float16), backend="native")
     odd = draw(9, 10, 1, torch.bfloat16)
     if native.packs(torch.bfloat16):
         assert not_supported_reasons(converted(odd, torch.bfloat16), torch.bfloat16, "cpu") == [
