@@ -76,7 +76,8 @@ class GemmsAlone:
 
     Four per layer: query, key and value together, attention's output, and the feed-forward network's two; attention's own
     products are not among them. Every layer has weights of its own, so that they come from memory as a model's do, packed for
-    oneDNN where that is there.
+    oneDNN where that is there. On a few rows, where reading the weights is all that counts, an engine with a matmul of its own can
+    be faster than that.
     """
 
     def __init__(self, config: BertConfig, device: str, dtype: torch.dtype) -> None:

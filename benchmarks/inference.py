@@ -97,9 +97,9 @@ def run(options: Options, say: Say) -> dict[str, Any]:
         floors = {dtype: GemmsAlone(config, device, getattr(torch, dtype)) for dtype in options.dtypes}
         for name, (lengths, padded_to) in BATCHES.items():
             batch = padded_batch(lengths, padded_to, device)
-            rounds = options.rounds * (10 if sum(lengths) < 100 else 1)
+            many = 10 if sum(lengths) < 100 else 1
             alone = {dtype: floor.for_tokens(sum(lengths)) for dtype, floor in floors.items()}
-            result = measure(contenders, subject, batch, alone, rounds, options.limit_s)
+            result = measure(contenders, subject, batch, alone, options.rounds * many, options.limit_s)
             result["flops"] = encoder_flops(config, lengths)
             for contender in result["contenders"].values():
                 rate = result["flops"] / contender["median_s"]
@@ -108,7 +108,9 @@ def run(options: Options, say: Say) -> dict[str, Any]:
             show(name, sum(lengths), result, say)
             if device == "cpu":
                 profiles[name] = {
-                    c.name: profile.shares(lambda c=c, batch=batch: c.run(batch), rounds=2) for c in contenders if c.ours
+                    c.name: profile.shares(lambda c=c, batch=batch: c.run(batch), rounds=2 * many)
+                    for c in contenders
+                    if c.ours and c.name in result["contenders"]
                 }
     if profiles:
         show_profiles(profiles, say)

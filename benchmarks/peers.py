@@ -146,7 +146,7 @@ def _transformers_sorted(subject: Subject, dtype: str) -> Run:
 
     def run(batch: Batch) -> Tensor:
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        hidden = torch.zeros(*ids.shape, subject.config.hidden_size, dtype=model.dtype, device=ids.device)
+        hidden = ids.new_zeros((*ids.shape, subject.config.hidden_size), dtype=getattr(torch, dtype))
         lengths, order = mask.sum(1).sort()
         for group in token_budget_groups(lengths.tolist(), TOKEN_BUDGET):
             rows, longest = order[group], int(lengths[group][-1])

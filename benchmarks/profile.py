@@ -8,14 +8,15 @@ nobody accounts for.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fastbert.ops import native, native_encoder
 
 from .harness import quiet
 
@@ -23,15 +24,17 @@ GEMM, ATTENTION, REST, OPTIMIZER, OUTSIDE = "gemm", "attention", "rest", "optimi
 PARTS = (GEMM, ATTENTION, REST, OPTIMIZER)
 # The encoder layer's own counters (fastbert.ops.native_encoder.work_seconds).
 _COUNTERS = {"linear": GEMM, "attention": ATTENTION, "rest": REST}
+OWN_MATMUL = "fastbert::matmul"
 # By name, without what an operator calls inside of it: around a matmul there is only dispatch. What nothing names is arithmetic.
 _GEMM_OPERATORS = "mkldnn::_linear_pointwise mkl::_mkl_linear aten::addmm aten::addmm_ aten::mm aten::bmm aten::_int_mm"
 _AROUND_GEMMS = "fastbert::linear aten::linear aten::matmul"
 _VIEWS = "view reshape _unsafe_view as_strided slice select t transpose expand unsqueeze squeeze detach flatten unbind chunk split"
-_NEW_MEMORY = "empty empty_like empty_strided new_empty resize_ item _local_scalar_dense"
+_NEW_MEMORY = "empty empty_like empty_strided new_empty resize_ item _local_scalar_dense resolve_conj resolve_neg"
 CATEGORIES = {
     **dict.fromkeys(_GEMM_OPERATORS.split(), GEMM),
     **dict.fromkeys(_AROUND_GEMMS.split(), OUTSIDE),
     **dict.fromkeys((f"aten::{name}" for name in f"{_VIEWS} {_NEW_MEMORY}".split()), OUTSIDE),
+    OWN_MATMUL: GEMM,
     "aten::_fused_adamw_": OPTIMIZER,
 }
 CATEGORIES_BY_PREFIX = {
@@ -60,7 +63,7 @@ def shares(run: Callable[[], Any], rounds: int) -> dict[str, Any]:
         before, start = _layer_seconds(), time.perf_counter()
         run()
         plain.append((time.perf_counter() - start, {part: after - before[part] for part, after in _layer_seconds().items()}))
-        with quiet(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with quiet(), _named_matmul(), profile(activities=[ProfilerActivity.CPU]) as profiler:
             run()
         profiled.append({event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()})
     seconds, counted = min(plain, key=lambda timed: timed[0])
@@ -78,11 +81,24 @@ def shares(run: Callable[[], Any], rounds: int) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _named_matmul() -> Iterator[None]:
+    """fastbert's own matmul is called from inside of operators, backward passes too, and is none itself: here it gets a name."""
+    matmul = native.matmul
+
+    def named(*operands, **options):
+        with record_function(OWN_MATMUL):
+            return matmul(*operands, **options)
+
+    native.matmul = named
+    try:
+        yield
+    finally:
+        native.matmul = matmul
+
+
 def _layer_seconds() -> dict[str, float]:
     """By category, what the native encoder layers have counted so far: thread-seconds, spread over the threads evenly."""
-    if importlib.util.find_spec("fastbert.ops.native_encoder") is None:
-        return {}
-    native_encoder = importlib.import_module("fastbert.ops.native_encoder")
     counted = native_encoder.work_seconds()
     return {part: counted[name] / torch.get_num_threads() for name, part in _COUNTERS.items()}
 

@@ -14,7 +14,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -156,7 +156,7 @@ class TrainingStep:
     """step(parts) -> one optimizer step of ``model`` on the gradients of all parts."""
 
     def __init__(self, model: torch.nn.Module, device: str, dtype: torch.dtype) -> None:
-        self.model, self.called = model.train(), model
+        self.model, self.called = model.train(), cast(Callable[..., Any], model)
         self.autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
         self.optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.01)
         self.context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext

