@@ -192,7 +192,10 @@ def _matmul_lines(matmul: dict[str, Any]) -> list[str]:
     lines = []
     for kind, rates in matmul["flops_per_s"].items():
         lines.append(f"  {kind:<30}{', '.join(f'{name} {rate / 1e9:,.0f}' for name, rate in rates.items())}")
-    return [*lines, f"  kept in {matmul['file']}" if matmul["file"] else "  kept for this process only: the cache folder cannot be written"]
+    return [
+        *lines,
+        f"  kept in {matmul['file']}" if matmul["file"] else "  kept for this process only: the cache folder cannot be written",
+    ]
 
 
 def _memory_lines(memory: dict[str, Any]) -> list[str]:

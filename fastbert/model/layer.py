@@ -152,9 +152,7 @@ def _feed_forward(intermediate: nn.Module, output: nn.Module, x: Tensor, packing
     return _output(output, _intermediate(intermediate, x), x, packing, stream)
 
 
-def _add_layer_norm(
-    module: nn.Module, x: Tensor, bias: Tensor | None, residual: Tensor, packing: Packing, stream: int
-) -> Tensor:
+def _add_layer_norm(module: nn.Module, x: Tensor, bias: Tensor | None, residual: Tensor, packing: Packing, stream: int) -> Tensor:
     """The end of BertSelfOutput and BertOutput, behind the Linear."""
     norm = module.LayerNorm
     dropout_p = active_dropout_p(module.dropout)
