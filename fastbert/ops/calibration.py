@@ -102,7 +102,8 @@ def cache_file() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     # The XDG base directory specification: a relative path is to be ignored.
     folder = Path(base) if base and os.path.isabs(base) else Path("~/.cache").expanduser()
-    key = json.dumps([_processor(), torch.get_num_threads(), torch.__version__, __version__])
+    isa = os.environ.get("FASTBERT_CPU_ISA")
+    key = json.dumps([_processor(), isa, torch.get_num_threads(), torch.__version__, __version__])
     return folder / "fastbert" / f"matmul-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 

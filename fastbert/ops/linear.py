@@ -23,7 +23,7 @@ from . import backends, calibration
 from .registration import contiguous_grad, register, under_autocast
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Below FEW_ROWS a matmul is bound by reading (and packing) its weight. What is smaller than MEASURED_FLOPS takes the first candidate:
+# Below FEW_ROWS a matmul is bound by reading (and packing) its weight. Less than MEASURED_FLOPS takes the first candidate:
 # calls cost as much as their work there, and a model of that size must not wait for a measurement.
 FEW_ROWS, MEASURED_FLOPS = 256, 1 << 24
 # (rows, in_features, out_features) of the products that are timed.

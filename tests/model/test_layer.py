@@ -159,3 +159,22 @@ def test_explain_of_a_fast_model_and_of_a_stranger():
         fastbert.explain(nn.Linear(2, 2))
     theirs, _ = pair("BertModel")
     assert "see fastbert.accelerate" in str(fastbert.explain(theirs))
+
+
+@pytest.mark.skipif(backends.unavailable_reason("native") is not None, reason="linear_gelu and linear keep a wide tensor each")
+def test_what_a_layer_keeps_for_the_backward_pass():
+    """In float32 on a CPU: qkv, the context and its lse; each half's sum and normalised rows with two statistics; the
+    pre-activation. The layer's input is the last of these of the layer before."""
+
+    def kept(num_layers: int) -> int:
+        model = fastbert.BertModel(small_config(num_hidden_layers=num_layers)).train()
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+            model(**inputs_for("BertModel"))
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}  # now: the forward pass moves some together
+        distinct = {t.data_ptr(): t for t in tensors if t.untyped_storage().data_ptr() not in parameters}
+        return sum(t.numel() for t in distinct.values() if t.is_floating_point())
+
+    config = small_config()
+    per_row = 8 * config.hidden_size + config.intermediate_size + config.num_attention_heads + 4
+    assert kept(4) - kept(3) == int(mask().sum()) * per_row

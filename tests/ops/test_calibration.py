@@ -155,3 +155,16 @@ def test_calibrate_measures_everything(monkeypatch):
     products.calibrate()
     assert len(calibration.known()) == 12
     assert all(set(rates) for rates in calibration.known().values())
+
+
+def test_measured_without_autocast_and_gradients():
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        fastest({"one": lambda x: seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))})
+    assert set(seen) == {(False, False)}
+
+
+def test_a_forced_instruction_set_has_a_file_of_its_own(monkeypatch):
+    paths = {calibration.cache_file()}
+    monkeypatch.setenv("FASTBERT_CPU_ISA", "avx2")
+    assert calibration.cache_file() not in paths

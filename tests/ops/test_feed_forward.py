@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.library import opcheck
 from torch.nn import functional as F
 
 from fastbert.ops import backends
@@ -97,3 +98,23 @@ def test_no_rows():
     leaves = [torch.ones(shape, requires_grad=True) for shape in ((0, 4), (8, 4), (8,), (3, 8))]
     feed_forward(*leaves).sum().backward()
     assert all((leaf.grad == 0).all() for leaf in leaves)
+
+
+def test_as_an_operator():
+    inputs, _ = inputs_for(6, 8, torch.float32)
+    leaves = [t.float().requires_grad_() for t in inputs]
+    opcheck(torch.ops.fastbert.feed_forward.default, tuple(leaves))
+    y = feed_forward(*leaves)
+    (dx,) = torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        dx.sum().backward()
+
+
+def test_compiled_it_is_the_two_operators():
+    """In one graph, with the same results."""
+    inputs, dy = inputs_for(6, 8, torch.float32)
+    compiled = torch.compile(feed_forward, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(
+        gradients(compiled, inputs, dy, torch.float32), gradients(feed_forward, inputs, dy, torch.float32), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
