@@ -28,7 +28,7 @@ struct Shape {
   int64_t length, head_dim;
   int64_t padded_length, padded_head_dim;  // whole vectors
   int64_t score_leading;  // an odd number of cache lines: walking down a column touches all sets of the cache
-  int64_t query_block;    // even; the blocks of a sequence are of nearly equal size
+  int64_t query_block;    // whole tiles; the blocks of a sequence are of nearly equal size
 
   Shape(int64_t length, int64_t head_dim)
       : length(length),
@@ -38,7 +38,7 @@ struct Shape {
         score_leading((round_up(length, 16) / 16 | 1) * 16) {
     const int64_t fitting = kScoreFloats / score_leading, largest = fitting < kMinQueryBlock ? kMinQueryBlock : fitting;
     const int64_t blocks = (length + largest - 1) / largest;
-    query_block = round_up((length + blocks - 1) / blocks, 2);
+    query_block = round_up((length + blocks - 1) / blocks, kTileRows);
   }
 };
 
