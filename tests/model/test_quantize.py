@@ -179,6 +179,17 @@ def test_a_watched_int8_linear_is_called():
     assert "output.dense has hooks" in str(fastbert.explain(model))
 
 
+@pytest.mark.parametrize("name", ["attention.self.key", "intermediate.dense"])
+def test_an_int8_linear_with_another_forward_is_called(name):
+    model, batch = quantized("BertModel"), inputs_for("BertModel")
+    linear = model.encoder.layer[0].get_submodule(name)
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state
+        linear.forward = lambda x: 0 * Int8Linear.forward(linear, x)
+        assert (model(**batch).last_hidden_state - expected).abs().max() > 1e-3
+    assert f"{name.rpartition('.')[2]} has another forward than its class" in str(fastbert.explain(model))
+
+
 @pytest.mark.parametrize("how", ["eager", "restored"])
 def test_transformers_own_forward(how):
     theirs = transformers.BertModel(small_config()).eval()
