@@ -160,7 +160,6 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
 
-  m.attr("MATMUL_PACKED_DEPTH") = kMaxPackedDepth;
   m.attr("MATMUL_PACKED_COLUMNS") = kMaxPackedColumns;
   m.def(
       "matmul",

@@ -172,7 +172,7 @@ struct BiasGeluBackwardParams {
   DType dtype;  // of dy, u, du and y
 };
 
-constexpr int64_t kMaxPackedDepth = 256, kMaxPackedColumns = 32;
+constexpr int64_t kMaxPackedColumns = 32;
 
 // c = A B + bias in float32; one stride of A and one of B is 1.
 struct MatmulParams {
@@ -180,7 +180,7 @@ struct MatmulParams {
   const float* b;     // element (k, column) is b[k * b_depth_stride + column * b_column_stride]
   const float* bias;  // (columns,) or null
   float* c;           // (rows, columns), rows c_row_stride apart
-  float* packed_b;    // workspace: min(depth, kMaxPackedDepth) rows of columns, rounded up to kMaxPackedColumns
+  float* packed_b;    // workspace: depth x columns, these rounded up to kMaxPackedColumns
   int64_t rows, depth, columns;
   int64_t a_row_stride, a_depth_stride, b_depth_stride, b_column_stride, c_row_stride;
   DType dtype;  // float32

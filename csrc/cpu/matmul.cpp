@@ -18,15 +18,17 @@ constexpr int kTileRows = kVectorRegisters == 32 ? 14 : 6;
 constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kWidth;
 static_assert(kMaxPackedColumns % kTileColumns == 0, "the workspace is sized for whole panels");
+constexpr int64_t kMaxDepth = 256;
 // With 512-bit vectors a block of A has 504 rows and takes half a megabyte, a panel of B 32 KB; measured: a third of that
 // block costs 5%.
 constexpr int64_t kBlockPanels = 36;
-// Of a wider C so many columns at a time: each block of the depth adds to all of them, and 2,048 rows of 3,072 do not stay
-// in the last-level cache meanwhile (measured: 4%).
-constexpr int64_t kMaxChunkColumns = 1536;
+// Of a wider C so many columns at a time: each block of the depth adds to all of them, which stay in the last-level cache.
+constexpr int64_t kChunkPanels = 1536 / kTileColumns;
+// A thread that is held up must not hold up the others for long: so many tasks for each.
+constexpr int64_t kTasksPerThread = 2;
 
 int64_t depth_block(int64_t depth) {
-  const int64_t blocks = (depth + kMaxPackedDepth - 1) / kMaxPackedDepth;
+  const int64_t blocks = (depth + kMaxDepth - 1) / kMaxDepth;
   return round_up((depth + blocks - 1) / blocks, kWidth);
 }
 
@@ -129,70 +131,70 @@ void multiply_part_of_tile(int64_t depth, const float* a, const float* b, float*
   }
 }
 
-void multiply_columns(const MatmulParams& p, int num_threads) {
-  const int64_t row_panels = (p.rows + kTileRows - 1) / kTileRows;
-  const int64_t column_panels = (p.columns + kTileColumns - 1) / kTileColumns;
-  // Blocks of equal size, a multiple of the threads if there are enough rows, else the columns are shared out, too.
-  int64_t row_blocks = (row_panels + kBlockPanels - 1) / kBlockPanels;
-  row_blocks = round_up(row_blocks, num_threads) <= row_panels ? round_up(row_blocks, num_threads) : row_blocks;
-  int64_t column_blocks = row_blocks < num_threads ? (num_threads + row_blocks - 1) / row_blocks : 1;
-  column_blocks = column_blocks < column_panels ? column_blocks : column_panels;
+// What a thread does at a time: all sums of a block of rows and columns, given B packed.
+struct Block {
+  int64_t first_row_panel, last_row_panel, first_column_panel, last_column_panel;
+};
 
-  const int64_t block = depth_block(p.depth);
-  for (int64_t first_k = 0; first_k < p.depth; first_k += block) {
-    const int64_t depth = p.depth - first_k < block ? p.depth - first_k : block;
-    parallel_for(column_panels, num_threads, [&](int64_t panel) {
-      const int64_t column = panel * kTileColumns;
-      pack_panel<kTileColumns>(p.b + column * p.b_column_stride + first_k * p.b_depth_stride, p.b_column_stride,
-                               p.b_depth_stride, p.columns - column, depth, p.packed_b + column * depth);
-    });
-    parallel_for(row_blocks * column_blocks, num_threads, [&](int64_t task) {
-      const int64_t row_block = task / column_blocks, column_block = task % column_blocks;
-      const int64_t first_row_panel = row_block * row_panels / row_blocks;
-      const int64_t last_row_panel = (row_block + 1) * row_panels / row_blocks;
-      const int64_t first_column_panel = column_block * column_panels / column_blocks;
-      const int64_t last_column_panel = (column_block + 1) * column_panels / column_blocks;
-      float* packed_a = thread_scratch(static_cast<size_t>((last_row_panel - first_row_panel) * kTileRows * depth + kWidth));
-      for (int64_t panel = first_row_panel; panel < last_row_panel; ++panel) {
-        const int64_t row = panel * kTileRows;
-        pack_panel<kTileRows>(p.a + row * p.a_row_stride + first_k * p.a_depth_stride, p.a_row_stride, p.a_depth_stride,
-                              p.rows - row, depth, packed_a + (panel - first_row_panel) * kTileRows * depth);
-      }
-      for (int64_t column_panel = first_column_panel; column_panel < last_column_panel; ++column_panel) {
-        const int64_t column = column_panel * kTileColumns, columns = p.columns - column;
-        for (int64_t row_panel = first_row_panel; row_panel < last_row_panel; ++row_panel) {
-          const int64_t row = row_panel * kTileRows, rows = p.rows - row;
-          const float* a = packed_a + (row_panel - first_row_panel) * kTileRows * depth;
-          const float* b = p.packed_b + column * depth;
-          float* c = p.c + row * p.c_row_stride + column;
-          const float* bias = p.bias == nullptr ? nullptr : p.bias + column;
-          if (rows < kTileRows || columns < kTileColumns) {
-            multiply_part_of_tile(depth, a, b, c, p.c_row_stride, bias, rows < kTileRows ? rows : kTileRows,
-                                  columns < kTileColumns ? columns : kTileColumns, first_k > 0);
-          } else if (first_k > 0) {
-            multiply_tile<true>(depth, a, b, c, p.c_row_stride, nullptr);
-          } else {
-            multiply_tile<false>(depth, a, b, c, p.c_row_stride, bias);
-          }
+void multiply_block(const MatmulParams& p, int64_t depth_per_block, int64_t packed_columns, const Block& block) {
+  const int64_t row_panels = block.last_row_panel - block.first_row_panel;
+  float* packed_a = thread_scratch(static_cast<size_t>(row_panels * kTileRows * depth_per_block + kWidth));
+  for (int64_t first_k = 0; first_k < p.depth; first_k += depth_per_block) {
+    const int64_t depth = p.depth - first_k < depth_per_block ? p.depth - first_k : depth_per_block;
+    for (int64_t panel = 0; panel < row_panels; ++panel) {
+      const int64_t row = (block.first_row_panel + panel) * kTileRows;
+      pack_panel<kTileRows>(p.a + row * p.a_row_stride + first_k * p.a_depth_stride, p.a_row_stride, p.a_depth_stride,
+                            p.rows - row, depth, packed_a + panel * kTileRows * depth);
+    }
+    for (int64_t column_panel = block.first_column_panel; column_panel < block.last_column_panel; ++column_panel) {
+      const int64_t column = column_panel * kTileColumns, columns = p.columns - column;
+      const float* b = p.packed_b + first_k * packed_columns + column * depth;
+      const float* bias = p.bias == nullptr ? nullptr : p.bias + column;
+      for (int64_t panel = 0; panel < row_panels; ++panel) {
+        const int64_t row = (block.first_row_panel + panel) * kTileRows, rows = p.rows - row;
+        const float* a = packed_a + panel * kTileRows * depth;
+        float* c = p.c + row * p.c_row_stride + column;
+        if (rows < kTileRows || columns < kTileColumns) {
+          multiply_part_of_tile(depth, a, b, c, p.c_row_stride, bias, rows < kTileRows ? rows : kTileRows,
+                                columns < kTileColumns ? columns : kTileColumns, first_k > 0);
+        } else if (first_k > 0) {
+          multiply_tile<true>(depth, a, b, c, p.c_row_stride, nullptr);
+        } else {
+          multiply_tile<false>(depth, a, b, c, p.c_row_stride, bias);
         }
       }
-    });
+    }
   }
 }
 
 }  // namespace
 
+// Two parallel loops, since every one ends with a wait for the slowest thread.
 void matmul(const MatmulParams& p, int num_threads) {
-  const int64_t chunks = (p.columns + kMaxChunkColumns - 1) / kMaxChunkColumns;
-  const int64_t chunk = chunks > 0 ? round_up((p.columns + chunks - 1) / chunks, kTileColumns) : 0;
-  for (int64_t first = 0; first < p.columns; first += chunk) {
-    MatmulParams part = p;
-    part.columns = p.columns - first < chunk ? p.columns - first : chunk;
-    part.b = p.b + first * p.b_column_stride;
-    part.bias = p.bias == nullptr ? nullptr : p.bias + first;
-    part.c = p.c + first;
-    multiply_columns(part, num_threads);
-  }
+  const int64_t row_panels = (p.rows + kTileRows - 1) / kTileRows;
+  const int64_t column_panels = (p.columns + kTileColumns - 1) / kTileColumns;
+  const int64_t packed_columns = column_panels * kTileColumns;
+  const int64_t depth_per_block = depth_block(p.depth), depth_blocks = (p.depth + depth_per_block - 1) / depth_per_block;
+  parallel_for(depth_blocks * column_panels, num_threads, [&](int64_t task) {
+    const int64_t first_k = task / column_panels * depth_per_block, column = task % column_panels * kTileColumns;
+    const int64_t depth = p.depth - first_k < depth_per_block ? p.depth - first_k : depth_per_block;
+    pack_panel<kTileColumns>(p.b + column * p.b_column_stride + first_k * p.b_depth_stride, p.b_column_stride,
+                             p.b_depth_stride, p.columns - column, depth,
+                             p.packed_b + first_k * packed_columns + column * depth);
+  });
+
+  // Equal blocks, of at most kBlockPanels x kChunkPanels, and where there are few of them smaller ones.
+  const int64_t wanted = kTasksPerThread * num_threads;
+  const int64_t column_blocks = (column_panels + kChunkPanels - 1) / kChunkPanels;
+  int64_t row_blocks = (row_panels + kBlockPanels - 1) / kBlockPanels;
+  if (num_threads > 1 && row_blocks * column_blocks < wanted) row_blocks = (wanted + column_blocks - 1) / column_blocks;
+  row_blocks = row_blocks < row_panels ? row_blocks : row_panels;
+  parallel_for(row_blocks * column_blocks, num_threads, [&](int64_t task) {
+    const int64_t row_block = task / column_blocks, column_block = task % column_blocks;
+    multiply_block(p, depth_per_block, packed_columns,
+                   {row_block * row_panels / row_blocks, (row_block + 1) * row_panels / row_blocks,
+                    column_block * column_panels / column_blocks, (column_block + 1) * column_panels / column_blocks});
+  });
 }
 
 }  // namespace fastbert::cpu::FASTBERT_ISA

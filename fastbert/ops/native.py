@@ -324,7 +324,7 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None 
     (rows, depth), columns = a.shape, b.shape[1]
     out = _empty(rows, columns) if out is None else out
     packed_columns = -(-columns // _cpu.MATMUL_PACKED_COLUMNS) * _cpu.MATMUL_PACKED_COLUMNS
-    packed_b = _empty(min(depth, _cpu.MATMUL_PACKED_DEPTH), packed_columns)
+    packed_b = _empty(depth, packed_columns)
     _cpu.matmul(
         a.data_ptr(), b.data_ptr(), _pointer(bias), out.data_ptr(), packed_b.data_ptr(), rows, depth, columns,
         *a.stride(), *b.stride(), out.stride(0), torch.get_num_threads(),
