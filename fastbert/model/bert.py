@@ -7,7 +7,7 @@ from transformers.models.bert import modeling_bert as hf
 from . import int8_checkpoint  # noqa: F401 (so that an int8 checkpoint loads)
 from .attention_interface import register_attention
 from .encoder import PackedEncoder
-from .swap import replaces, use_fast_classes
+from .swap import FastParts, replaces
 
 # So that a checkpoint saved with attn_implementation="fastbert" loads.
 register_attention()
@@ -39,12 +39,8 @@ class CheckedLoading:
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
-class PackedHead(CheckedLoading):
-    """Mixin of every head: whatever transformers' constructor built, its encoder works on packed rows."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        use_fast_classes(self)
+class PackedHead(FastParts, CheckedLoading):
+    """Mixin of every head of BERT: whatever transformers' constructor built, its encoder works on packed rows."""
 
 
 @replaces(hf.BertModel)

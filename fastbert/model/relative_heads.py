@@ -20,7 +20,7 @@ from .lm_head import LanguageModelHead
 from .lm_heads import MaskedLM
 from .outputs import EncoderOutput
 from .plain import is_watched
-from .swap import replaces
+from .swap import FastParts, replaces
 
 
 class _MeanLoss:
@@ -98,28 +98,28 @@ class _RobertaMultipleChoice(_MeanLoss, MultipleChoice):
 
 
 @replaces(roberta.RobertaForMaskedLM)
-class RobertaForMaskedLM(_RobertaMaskedLM, roberta.RobertaForMaskedLM):
+class RobertaForMaskedLM(FastParts, _RobertaMaskedLM, roberta.RobertaForMaskedLM):
     """transformers' class; see :class:`fastbert.model.lm_heads.MaskedLM` for what differs."""
 
     lm_head_class = roberta.RobertaLMHead
 
 
 @replaces(xlm_roberta.XLMRobertaForMaskedLM)
-class XLMRobertaForMaskedLM(_RobertaMaskedLM, xlm_roberta.XLMRobertaForMaskedLM):
+class XLMRobertaForMaskedLM(FastParts, _RobertaMaskedLM, xlm_roberta.XLMRobertaForMaskedLM):
     """transformers' class; see :class:`fastbert.model.lm_heads.MaskedLM` for what differs."""
 
     lm_head_class = xlm_roberta.XLMRobertaLMHead
 
 
 @replaces(camembert.CamembertForMaskedLM)
-class CamembertForMaskedLM(_RobertaMaskedLM, camembert.CamembertForMaskedLM):
+class CamembertForMaskedLM(FastParts, _RobertaMaskedLM, camembert.CamembertForMaskedLM):
     """transformers' class; see :class:`fastbert.model.lm_heads.MaskedLM` for what differs."""
 
     lm_head_class = camembert.CamembertLMHead
 
 
 @replaces(electra.ElectraForMaskedLM)
-class ElectraForMaskedLM(MaskedLM, electra.ElectraForMaskedLM):
+class ElectraForMaskedLM(FastParts, MaskedLM, electra.ElectraForMaskedLM):
     """transformers' class; see :class:`fastbert.model.lm_heads.MaskedLM` for what differs."""
 
     def forward(
@@ -150,85 +150,85 @@ class ElectraForMaskedLM(MaskedLM, electra.ElectraForMaskedLM):
 
 
 @replaces(roberta.RobertaForSequenceClassification)
-class RobertaForSequenceClassification(_FirstTokenClassification, roberta.RobertaForSequenceClassification):
+class RobertaForSequenceClassification(FastParts, _FirstTokenClassification, roberta.RobertaForSequenceClassification):
     """transformers' class; takes packed inputs, and no padding before the classifier."""
 
 
 @replaces(roberta.RobertaForTokenClassification)
-class RobertaForTokenClassification(TokenClassification, roberta.RobertaForTokenClassification):
+class RobertaForTokenClassification(FastParts, TokenClassification, roberta.RobertaForTokenClassification):
     """transformers' class; see :class:`fastbert.model.heads.TokenClassification` for what differs."""
 
 
 @replaces(roberta.RobertaForQuestionAnswering)
-class RobertaForQuestionAnswering(_MeanLoss, QuestionAnswering, roberta.RobertaForQuestionAnswering):
+class RobertaForQuestionAnswering(FastParts, _MeanLoss, QuestionAnswering, roberta.RobertaForQuestionAnswering):
     """transformers' class; see :class:`fastbert.model.heads.QuestionAnswering` for what differs."""
 
 
 @replaces(roberta.RobertaForMultipleChoice)
-class RobertaForMultipleChoice(_RobertaMultipleChoice, roberta.RobertaForMultipleChoice):
+class RobertaForMultipleChoice(FastParts, _RobertaMultipleChoice, roberta.RobertaForMultipleChoice):
     """transformers' class; packed inputs are an error."""
 
 
 @replaces(xlm_roberta.XLMRobertaForSequenceClassification)
-class XLMRobertaForSequenceClassification(_FirstTokenClassification, xlm_roberta.XLMRobertaForSequenceClassification):
+class XLMRobertaForSequenceClassification(FastParts, _FirstTokenClassification, xlm_roberta.XLMRobertaForSequenceClassification):
     """transformers' class; takes packed inputs, and no padding before the classifier."""
 
 
 @replaces(xlm_roberta.XLMRobertaForTokenClassification)
-class XLMRobertaForTokenClassification(TokenClassification, xlm_roberta.XLMRobertaForTokenClassification):
+class XLMRobertaForTokenClassification(FastParts, TokenClassification, xlm_roberta.XLMRobertaForTokenClassification):
     """transformers' class; see :class:`fastbert.model.heads.TokenClassification` for what differs."""
 
 
 @replaces(xlm_roberta.XLMRobertaForQuestionAnswering)
-class XLMRobertaForQuestionAnswering(_MeanLoss, QuestionAnswering, xlm_roberta.XLMRobertaForQuestionAnswering):
+class XLMRobertaForQuestionAnswering(FastParts, _MeanLoss, QuestionAnswering, xlm_roberta.XLMRobertaForQuestionAnswering):
     """transformers' class; see :class:`fastbert.model.heads.QuestionAnswering` for what differs."""
 
 
 @replaces(xlm_roberta.XLMRobertaForMultipleChoice)
-class XLMRobertaForMultipleChoice(_RobertaMultipleChoice, xlm_roberta.XLMRobertaForMultipleChoice):
+class XLMRobertaForMultipleChoice(FastParts, _RobertaMultipleChoice, xlm_roberta.XLMRobertaForMultipleChoice):
     """transformers' class; packed inputs are an error."""
 
 
 @replaces(camembert.CamembertForSequenceClassification)
-class CamembertForSequenceClassification(_FirstTokenClassification, camembert.CamembertForSequenceClassification):
+class CamembertForSequenceClassification(FastParts, _FirstTokenClassification, camembert.CamembertForSequenceClassification):
     """transformers' class; takes packed inputs, and no padding before the classifier."""
 
 
 @replaces(camembert.CamembertForTokenClassification)
-class CamembertForTokenClassification(TokenClassification, camembert.CamembertForTokenClassification):
+class CamembertForTokenClassification(FastParts, TokenClassification, camembert.CamembertForTokenClassification):
     """transformers' class; see :class:`fastbert.model.heads.TokenClassification` for what differs."""
 
 
 @replaces(camembert.CamembertForQuestionAnswering)
-class CamembertForQuestionAnswering(_MeanLoss, QuestionAnswering, camembert.CamembertForQuestionAnswering):
+class CamembertForQuestionAnswering(FastParts, _MeanLoss, QuestionAnswering, camembert.CamembertForQuestionAnswering):
     """transformers' class; see :class:`fastbert.model.heads.QuestionAnswering` for what differs."""
 
 
 @replaces(camembert.CamembertForMultipleChoice)
-class CamembertForMultipleChoice(_RobertaMultipleChoice, camembert.CamembertForMultipleChoice):
+class CamembertForMultipleChoice(FastParts, _RobertaMultipleChoice, camembert.CamembertForMultipleChoice):
     """transformers' class; packed inputs are an error."""
 
 
 @replaces(electra.ElectraForSequenceClassification)
-class ElectraForSequenceClassification(_FirstTokenClassification, electra.ElectraForSequenceClassification):
+class ElectraForSequenceClassification(FastParts, _FirstTokenClassification, electra.ElectraForSequenceClassification):
     """transformers' class; takes packed inputs, and no padding before the classifier."""
 
 
 @replaces(electra.ElectraForTokenClassification)
-class ElectraForTokenClassification(TokenClassification, electra.ElectraForTokenClassification):
+class ElectraForTokenClassification(FastParts, TokenClassification, electra.ElectraForTokenClassification):
     """transformers' class; see :class:`fastbert.model.heads.TokenClassification` for what differs."""
 
 
 @replaces(electra.ElectraForQuestionAnswering)
-class ElectraForQuestionAnswering(_MeanLoss, QuestionAnswering, electra.ElectraForQuestionAnswering):
+class ElectraForQuestionAnswering(FastParts, _MeanLoss, QuestionAnswering, electra.ElectraForQuestionAnswering):
     """transformers' class; see :class:`fastbert.model.heads.QuestionAnswering` for what differs."""
 
 
 @replaces(electra.ElectraForMultipleChoice)
-class ElectraForMultipleChoice(_MeanLoss, MultipleChoice, electra.ElectraForMultipleChoice):
+class ElectraForMultipleChoice(FastParts, _MeanLoss, MultipleChoice, electra.ElectraForMultipleChoice):
     """transformers' class; packed inputs are an error."""
 
 
 @replaces(electra.ElectraForPreTraining)
-class ElectraForPreTraining(_MeanLoss, electra.ElectraForPreTraining):
+class ElectraForPreTraining(FastParts, _MeanLoss, electra.ElectraForPreTraining):
     """transformers' class, the discriminator."""

@@ -39,6 +39,14 @@ def use_fast_classes(model: nn.Module) -> list[nn.Module]:
     return _swap(model, _FAST)
 
 
+class FastParts:
+    """Mixin in front of transformers' model class with a head, whose constructor builds transformers' encoder."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        use_fast_classes(self)
+
+
 def use_their_classes(model: nn.Module) -> list[nn.Module]:
     """The inverse of :func:`use_fast_classes`."""
     return _swap(model, _THEIRS)

@@ -83,9 +83,12 @@ def test_relatives_of_bert(registered, config_class):
     config = config_class(
         vocab_size=60, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=20
     )
-    model = transformers.AutoModel.from_config(config)
-    assert type(model).__module__.startswith("fastbert.")
-    assert isinstance(model, getattr(transformers, type(model).__name__))
+    heads = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+    for auto in (transformers.AutoModel, *(getattr(transformers, f"AutoModelFor{head}") for head in heads)):
+        model = auto.from_config(config)
+        assert type(model).__module__.startswith("fastbert.")
+        assert isinstance(model, getattr(transformers, type(model).__name__))
+        assert fastbert.explain(model).encoder == []  # the encoder inside of a head is ours, too
 
 
 def test_a_class_that_somebody_else_registered_stays():
