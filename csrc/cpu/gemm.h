@@ -82,10 +82,9 @@ struct TilePlace {
   int64_t row, column;
 };
 
-// Never inlined: within a large function the compiler runs out of registers and keeps sums in memory.
 template <typename Dot, int Rows, int Vectors, typename Finish>
-__attribute__((noinline)) void multiply_tile(TilePlace place, int64_t depth, LeftMatrix a, const float* b, int64_t b_leading,
-                                             const Partial& addend, const Finish& finish) {
+FASTBERT_INLINE void multiply_tile(TilePlace place, int64_t depth, LeftMatrix a, const float* b, int64_t b_leading,
+                                   const Partial& addend, const Finish& finish) {
   Vec sums[Rows][Vectors];
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
@@ -125,6 +124,20 @@ FASTBERT_INLINE void multiply_rows(int64_t rows, TilePlace place, int64_t depth,
   multiply_tile<Dot, Rows, Vectors>(place, depth, a, b, b_leading, addend, finish);
 }
 
+// Never inlined: within a larger function the compiler runs out of registers and keeps sums in memory.
+template <typename Dot, int Vectors, typename Finish>
+__attribute__((noinline)) void multiply_tiles(int64_t rows, int64_t column, int64_t depth, LeftMatrix a, const float* b,
+                                              int64_t b_leading, const Partial& addend, const Finish& finish,
+                                              Prefetcher& prefetcher) {
+  // Tiles of nearly equal size: a last one of one row would leave most of the arithmetic units idle.
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = tile * rows / tiles, last = (tile + 1) * rows / tiles;
+    multiply_rows<Dot, Vectors>(last - first, {first, column}, depth, a, b, b_leading, addend, finish);
+    prefetcher.step();
+  }
+}
+
 template <typename Dot, int Vectors = kPanelVectors, typename Finish>
 FASTBERT_INLINE void multiply_panel(int64_t vectors, int64_t rows, int64_t column, int64_t depth, LeftMatrix a,
                                     const float* b, int64_t b_leading, const Partial& addend, const Finish& finish,
@@ -134,13 +147,7 @@ FASTBERT_INLINE void multiply_panel(int64_t vectors, int64_t rows, int64_t colum
       return multiply_panel<Dot, Vectors - 1>(vectors, rows, column, depth, a, b, b_leading, addend, finish, prefetcher);
     }
   }
-  // Tiles of nearly equal size: a last one of one row would leave most of the arithmetic units idle.
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t first = tile * rows / tiles, last = (tile + 1) * rows / tiles;
-    multiply_rows<Dot, Vectors>(last - first, {first, column}, depth, a, b, b_leading, addend, finish);
-    prefetcher.step();
-  }
+  multiply_tiles<Dot, Vectors>(rows, column, depth, a, b, b_leading, addend, finish, prefetcher);
 }
 
 // C (rows, columns) = A B, or C += A B where the partial sums accumulate. columns is a multiple of kWidth, depth counts

@@ -1,7 +1,8 @@
 """The C++ CPU kernels (csrc/cpu) under the names and signatures of ``reference.py``: tensors become pointers here.
 
 Inputs are contiguous CPU tensors of float32 or bfloat16 (``backends.py`` refuses others); a block of logits may have a row
-stride. Arithmetic, statistics and sums are float32. Results do not depend on the number of threads, which is torch's.
+stride. Arithmetic, statistics and sums are float32, except that attention multiplies bfloat16 as it is, and adds the products in
+float32, with avx512_bf16. Results do not depend on the number of threads, which is torch's.
 
 The extension links no OpenMP runtime: it is handed the entry point of the one that torch uses, so the process has one.
 FASTBERT_CPU_ISA=baseline|avx2|avx512|avx512_bf16 forces an instruction set; the widest that the CPU supports is the default.
