@@ -38,7 +38,8 @@ class Int8Linear(nn.Module):
         weight, bias = linear.weight.detach(), linear.bias
         if not (weight.is_meta or weight.isfinite().all()):
             raise ValueError("its weight holds inf or NaN")
-        return cls(*quantize_weight(weight), None if bias is None else bias.detach().float().clone())
+        with torch.inference_mode(False), torch.no_grad():  # memory made in inference mode could not be moved by the layer
+            return cls(*quantize_weight(weight), None if bias is None else bias.detach().float().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         rows = int8_linear(x.reshape(-1, self.in_features), self.weight, self.weight_scale, self.bias)

@@ -3,8 +3,8 @@
     qkv = x [Wq Wk Wv]          attention (dropout inside)      add_layer_norm(. Wo + bo, x)
     gelu(x W1 + b1)                                             add_layer_norm(. W2 + b2, x)
 
-Same submodules and parameters as transformers' layer; where :func:`fastbert.quantize` has put an ``Int8Linear``, the GEMM is one of
-int8. A submodule that is something else (a LoRA or torchao Linear, one with hooks) is called as a module, so that what it adds
+Same submodules and parameters as transformers' layer; where :func:`fastbert.quantize` put an ``Int8Linear``, the GEMM is int8.
+A submodule that is something else (a LoRA or torchao Linear, one with hooks) is called as a module, so that what it adds
 takes part; what cannot be honoured inside the fused layer sends the whole layer to transformers' own forward.
 :func:`layer_notes` names both, per layer. Without gradients a CPU runs the layer in one call on packed weights (``packed_layer``).
 """

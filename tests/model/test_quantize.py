@@ -146,6 +146,14 @@ def test_the_projections_are_one_matmul_of_neighbours(bias, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(join(linears)[:2], calls[-1][1:3], strict=True))
 
 
+def test_quantized_in_inference_mode():
+    with torch.inference_mode():
+        model = quantized("BertModel")
+        model(**inputs_for("BertModel"))
+    attention = model.encoder.layer[0].attention.self
+    assert attention.key.weight.data_ptr() == attention.query.weight.data_ptr() + attention.query.weight.nbytes
+
+
 def test_gelu_is_fused(monkeypatch):
     intermediate = quantized("BertModel").encoder.layer[0].intermediate
     x = torch.randn(9, 48)
