@@ -29,11 +29,12 @@ def compare(goals: Iterable[Goal], measurements: Any) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], title: str) -> str:
-    lines = [f"{title:<72}{'goal':>12}{'measured':>14}  {'unit':<17}"]
+    width = max(len(text) for text in (title, *(row["name"] for row in rows)))
+    lines = [f"{title:<{width}}{'goal':>12}{'measured':>14}  {'unit':<17}"]
     for row in rows:
         measured = "not measured" if row["measured"] is None else number(row["measured"])
         verdict = {None: "", True: "met", False: "not met"}[row["met"]]
-        lines.append(f"{row['name']:<72}{number(row['goal']):>12}{measured:>14}  {row['unit']:<17}{verdict}".rstrip())
+        lines.append(f"{row['name']:<{width}}{number(row['goal']):>12}{measured:>14}  {row['unit']:<17}{verdict}".rstrip())
     return "\n".join(lines)
 
 
