@@ -14,9 +14,9 @@ import resource, torch
 from fastbert.train.memory import keep_freed_memory
 reason = keep_freed_memory() if {keep} else None
 assert reason is None, reason
-for round in range(6):
-    if round == 3: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.ones(12 << 20) for _ in range(2)]
+for round in range(24):  # an aligned request does not fit a freed one of its size: it takes some rounds until all find their places
+    if round == 20: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(9 << 20) for _ in range(2)]
     del tensors
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -29,7 +29,7 @@ def test_freed_memory_is_used_again():
         return int(done.stdout)
 
     fresh, kept = faults(False), faults(True)
-    assert fresh > 1000, "malloc keeps tensors of 48 MB without being told: this module is not needed any more"
+    assert fresh > 1000, "malloc keeps tensors of 36 MB without being told: this module is not needed any more"
     assert kept < fresh / 20
 
 
