@@ -277,13 +277,15 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
 def _joined_int8(linears: tuple[Int8Linear, Int8Linear, Int8Linear]) -> tuple[Tensor, Tensor, Tensor | None]:
     """(weight, weight_scale, bias) of queries, keys and values side by side, without a copy where they are neighbours."""
     groups = [[linear._buffers[name] for linear in linears] for name in ("weight", "weight_scale", "bias")]
-    if torch.compiler.is_compiling() or not _are_adjacent(*groups):
+    if torch.compiler.is_compiling() or not _are_adjacent(*groups, kind=Tensor):
         return join(linears)
     return tuple(group[0].as_strided((3 * group[0].shape[0], *group[0].shape[1:]), group[0].stride()) for group in groups)
 
 
-def _are_adjacent(*groups: list[Tensor | None]) -> bool:
+def _are_adjacent(*groups: list[Tensor | None], kind: type = nn.Parameter) -> bool:
     """Whether the three tensors of each group lie one after the other in one storage, moving them there where that is safe.
+
+    kind: the class of what may be moved, nn.Parameter or, of buffers, Tensor: in a parameter's place somebody else has put that.
 
     The idea of nn.RNN.flatten_parameters: one GEMM needs one matrix, the state dict three. ``.to()`` and optimizers that swap
     storages undo it, so it is checked at each forward pass: six pointer comparisons.
@@ -293,7 +295,7 @@ def _are_adjacent(*groups: list[Tensor | None]) -> bool:
             return False
         if not _follow_each_other(group):
             with _flatten_lock:
-                if not _follow_each_other(group) and not _flatten(group):
+                if not _follow_each_other(group) and not _flatten(group, kind):
                     return False
     return True
 
@@ -309,11 +311,11 @@ def _follow_each_other(group: list[Tensor]) -> bool:
     )
 
 
-def _flatten(group: list[Tensor]) -> bool:
+def _flatten(group: list[Tensor], kind: type) -> bool:
     """Moves three parameters (or buffers) of one shape into one buffer; False where their memory belongs to someone else."""
     first = group[0]
     ours_to_move = len({p.data_ptr() for p in group}) == 3 and all(
-        type(p) in (nn.Parameter, Tensor)
+        type(p) is kind
         and p.shape == first.shape
         and p.dtype == first.dtype
         and p.device == first.device

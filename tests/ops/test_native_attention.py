@@ -135,6 +135,6 @@ def test_lse_may_be_left_out(dtype):
     qkv = torch.randn(50, 3, 2, 32).to(dtype)
     cu_seqlens, out = bounds([50]), torch.empty(50, 2, 32, dtype=dtype)
     native._cpu.attention_forward(
-        qkv.data_ptr(), cu_seqlens.data_ptr(), out.data_ptr(), 0, 50, 1, 2, 32, 0.2, native._NO_DROPOUT, native._DTYPES[dtype], 1
+        qkv.data_ptr(), cu_seqlens.data_ptr(), out.data_ptr(), 0, 50, 1, 2, 32, 0.2, native._NO_DROPOUT, native.DTYPES[dtype], 1
     )
     assert torch.equal(out, native.attention_forward(qkv, cu_seqlens, 50, 0.2)[0])
