@@ -54,8 +54,8 @@ struct LeftRows {
   int64_t row_bytes;
 };
 
-// tile (Rows, kPanelColumns) = or += the products of one block of groups: its rounding errors grow with the block, not with the
-// depth. With each group it asks the memory for kLines cache lines from prefetch on.
+// tile (Rows, kPanelColumns) = or += the products of one block of groups: its rounding errors grow with the block, not with
+// the depth. With each group it asks the memory for kLines cache lines from prefetch on.
 template <typename Group, int Rows, int kLines>
 __attribute__((noinline)) void packed_tile(int64_t groups, LeftRows a, const uint32_t* panel, typename Group::Sum* tile,
                                            bool accumulate, const char* prefetch) {
