@@ -195,7 +195,7 @@ def test_what_is_not_finite_stays_in_its_sequence(weight_dtype, dtype, value):
     clean = run_layers([packed], x, cu_seqlens)
     x[10, 7] = value
     y = run_layers([packed], x, cu_seqlens)
-    assert y[10].isnan().all()
+    assert y[9:14].isnan().all()  # its neighbours see it as a key and as a value
     assert torch.equal(y[:9], clean[:9])
     assert torch.equal(y[14:], clean[14:])
 
