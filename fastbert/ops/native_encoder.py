@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from . import native
+from .backends import MAX_HEAD_DIM
 
 if TYPE_CHECKING:
     from .encoder_layer import EncoderLayerWeights, LinearWeights
 
-MAX_HEAD_DIM = 256
 _GROUP_BYTES = 4  # of neighbours in a row of a weight, which one instruction multiplies
 _ROWS_OF_PANEL = 64  # no instruction set packs more rows of a weight side by side
 _WORK = ("linear", "attention", "rest")
@@ -85,10 +85,6 @@ class PackedEncoderLayer:
             *linears, *norms, weights.attention_norm.eps, weights.output_norm.eps, weights.num_heads, weights.head_dim,
             weights.softmax_scale, native.DTYPES[dtype], native.WEIGHT_DTYPES[weights.dtype], _nanoseconds.data_ptr(),
         )  # fmt: skip
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._kept)
 
     def _packed(self, linear: LinearWeights):
         out_features, in_features = linear.weight.shape

@@ -79,6 +79,16 @@ def skip_where_not_supported(weights: EncoderLayerWeights, dtype: torch.dtype) -
         pytest.skip("; ".join(reasons))
 
 
+def check(weights: EncoderLayerWeights, exact: EncoderLayerWeights, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """On rows of ``dtype``, against plain torch with ``weights`` and the truth of ``exact`` in float64."""
+    cu_seqlens, longest = bounds(lengths), max(lengths)
+    x = torch.randn(sum(lengths), weights.hidden).to(dtype)
+    truth = reference.encoder_layer_forward(x.double(), cu_seqlens, longest, exact)
+    plain = reference.encoder_layer_forward(x, cu_seqlens, longest, weights)
+    ours = encoder_layer(x, cu_seqlens, longest, weights, backend="native")
+    assert_within_budget([ours], [plain], [truth], ["y"])
+
+
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("hidden", "intermediate", "heads"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,12 +99,7 @@ def test_every_instruction_set_is_right(instruction_set, dtype, hidden, intermed
     exact = draw(hidden, intermediate, heads, dtype, bias=hidden != 12)
     weights = converted(exact, dtype)
     skip_where_not_supported(weights, dtype)
-    cu_seqlens, longest = bounds(lengths), max(lengths)
-    x = torch.randn(sum(lengths), hidden).to(dtype)
-    truth = reference.encoder_layer_forward(x.double(), cu_seqlens, longest, exact)
-    plain = reference.encoder_layer_forward(x, cu_seqlens, longest, weights)
-    ours = encoder_layer(x, cu_seqlens, longest, weights, backend="native")
-    assert_within_budget([ours], [plain], [truth], ["y"])
+    check(weights, exact, lengths, dtype)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -105,12 +110,7 @@ def test_int8(dtype, hidden, intermediate, heads, lengths):
     """Against the float64 layer of the same weights, whose activations are not rounded to int8."""
     weights = draw(hidden, intermediate, heads, torch.int8)
     skip_where_not_supported(weights, dtype)
-    x, cu_seqlens, longest = torch.randn(sum(lengths), hidden).to(dtype), bounds(lengths), max(lengths)
-    exact = converted(weights, torch.float64, dequantize=True)
-    truth = reference.encoder_layer_forward(x.double(), cu_seqlens, longest, exact)
-    plain = reference.encoder_layer_forward(x, cu_seqlens, longest, weights)
-    ours = encoder_layer(x, cu_seqlens, longest, weights, backend="native")
-    assert_within_budget([ours], [plain], [truth], ["y"])
+    check(weights, converted(weights, torch.float64, dequantize=True), lengths, dtype)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -121,11 +121,7 @@ def test_bfloat16_weights_under_float32_rows(hidden, intermediate, heads, length
     exact = draw(hidden, intermediate, heads, torch.bfloat16)
     weights = converted(exact, torch.float32).with_linears(torch.bfloat16)
     skip_where_not_supported(weights, torch.float32)
-    x, cu_seqlens, longest = torch.randn(sum(lengths), hidden), bounds(lengths), max(lengths)
-    truth = reference.encoder_layer_forward(x.double(), cu_seqlens, longest, exact)
-    plain = reference.encoder_layer_forward(x, cu_seqlens, longest, weights)
-    ours = encoder_layer(x, cu_seqlens, longest, weights, backend="native")
-    assert_within_budget([ours], [plain], [truth], ["y"])
+    check(weights, exact, lengths, torch.float32)
 
 
 @pytest.mark.parametrize("lengths", [(32,), (300, 2, 298)], ids=str)
