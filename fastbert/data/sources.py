@@ -1,0 +1,18 @@
+"""Where labelled data come from: a file, or a split of a Hugging Face dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """``path``: a file; or ``dataset`` (``name`` or ``name:config``) and ``split`` of a Hugging Face dataset."""
+
+    path: Path | None = None
+    dataset: str | None = None
+    split: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.path is not None else f"{self.dataset}, split {self.split}"

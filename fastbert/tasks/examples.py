@@ -1,0 +1,83 @@
+"""Labelled examples, one class per family of tasks, each with the place that it was read from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from fastbert.data.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class TextExample:
+    """One text or a pair. ``label``: a class, a number (regression), several classes (multi-label), None where it is not known."""
+
+    place: str
+    text: str
+    text_pair: str | None = None
+    label: str | float | tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WordsExample:
+    """A sentence in words; ``tags``: one per word, or None."""
+
+    place: str
+    words: tuple[str, ...]
+    tags: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """``start``: of ``text``, in characters of the context."""
+
+    text: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionExample:
+    """``answers``: None where they are not known, empty where the context has none (SQuAD 2.0)."""
+
+    place: str
+    id: str
+    question: str
+    context: str
+    answers: tuple[Answer, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceExample:
+    """``choices`` follow ``context`` (with ``question``, where there is one, in front of each choice); ``label``: of the right
+    one, from 0."""
+
+    place: str
+    context: str
+    choices: tuple[str, ...]
+    question: str | None = None
+    label: int | None = None
+
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True)
+class Examples(Generic[E]):
+    """One split. ``source``: its file or dataset, for messages; ``columns``: what the source calls the fields of an example, so
+    that messages can name a column (``{"text": "sentence", "label": "gold_label"}``)."""
+
+    source: str
+    items: list[E]
+    columns: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[E]:
+        return iter(self.items)
+
+    def error(self, example: E | None, field: str | None, problem: str) -> DataError:
+        """The error of ``problem`` in a field of an example, or of all of them."""
+        place = None if example is None else example.place  # type: ignore[attr-defined]
+        return DataError.at(self.source, place, None if field is None else self.columns.get(field, field), problem)

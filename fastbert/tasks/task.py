@@ -1,0 +1,77 @@
+"""What every family of tasks can do; fine-tuning, prediction and GLUE know nothing else about a task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from fastbert.data.sources import Source
+
+from .examples import Examples
+
+Outputs = Sequence[NDArray]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Model inputs. ``rows``: what transformers' and fastbert's collators take (input_ids, token_type_ids, labels, ...);
+    ``example_of``: for each row the number of its example (a long one makes several rows); ``notes``: for each row what the task
+    needs to read its outputs (where its words are, ...); ``truncated``: examples that were cut to the longest sequence."""
+
+    rows: list[dict[str, Any]]
+    example_of: list[int]
+    notes: list[Any] = field(default_factory=list)
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """``name``: as ``--task`` gives it; ``labels``: names of the classes by their number, empty before they are known or where
+    there are none; ``columns``: which columns of a table hold which field of an example, where the user said so."""
+
+    name: str
+    labels: tuple[str, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)
+
+    auto_class: ClassVar[str]  # of transformers: "AutoModelForSequenceClassification"
+    family: ClassVar[str]  # "text", "words", "questions", "choices"
+    pads: ClassVar[bool] = False  # True: the model takes no packed rows
+
+    @property
+    @abstractmethod
+    def main_metric(self) -> str:
+        """The score, the higher the better, that chooses the best checkpoint."""
+
+    @abstractmethod
+    def read(self, source: Source) -> Examples:
+        """One split. Raises DataError naming file, row and column."""
+
+    @abstractmethod
+    def with_labels_of(self, train: Examples) -> Task:
+        """The same task with the labels that the training data have. Raises DataError where they cannot be learned (one class)."""
+
+    @abstractmethod
+    def check(self, examples: Examples, *, labelled: bool) -> None:
+        """Raises DataError for an example that fits not: an unknown label, an empty text, labels that are missing."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What the model's configuration must say: num_labels, id2label, label2id, problem_type."""
+
+    @abstractmethod
+    def features(self, examples: Examples, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, *, labelled: bool) -> Features:
+        """The model's inputs, with labels (``labelled``) or without."""
+
+    @abstractmethod
+    def scores(self, outputs: Outputs, features: Features, examples: Examples) -> dict[str, float]:
+        """Metrics from 0 to 1 (correlations from -1); ``outputs``: for each row of features its logits, float32: (num_labels,) of a
+        sequence, (length, num_labels) of tokens, (length, 2) of start and end, (num_choices,)."""
+
+    @abstractmethod
+    def predictions(self, outputs: Outputs, features: Features, examples: Examples) -> list[dict[str, Any]]:
+        """For each example what a user wants to read, JSON-ready: label and probabilities, entities, answer, ..."""
