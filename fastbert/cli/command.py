@@ -15,6 +15,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from fastbert.data.errors import DataError
+from fastbert.train.errors import SettingsError
+
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 Say = Callable[[str], None]
@@ -83,7 +86,9 @@ def run_command(name: str, body: Callable[[Say], CommandResult], *, json_output:
         result = body(say)
     except CommandFailure as failure:
         _fail(name, str(failure), failure.exit_code, json_output, debug, failure)
-    except OSError as error:
+    except SettingsError as error:
+        _fail(name, str(error), WRONG_USAGE, json_output, debug, error)
+    except (DataError, OSError) as error:
         _fail(name, str(error), FAILED, json_output, debug, error)
     except KeyboardInterrupt as interrupt:
         _fail(name, "interrupted", INTERRUPTED, json_output, debug, interrupt)

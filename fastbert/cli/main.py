@@ -7,34 +7,11 @@ from typing import Annotated
 
 import typer
 
-from fastbert import __version__
 from fastbert.gpus import GPUS
 from fastbert.train.settings import MODEL_PRESETS, PretrainSettings
 
+from .app import app
 from .command import DebugOption, JsonOption, SeveralValuesCommand, given_options, run_command
-
-app = typer.Typer(
-    help="The BERT of Hugging Face transformers, only faster.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-
-def _print_version(requested: bool) -> None:
-    if requested:
-        typer.echo(f"fastbert {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def fastbert(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """The options that stand before the command."""
 
 
 @app.command()

@@ -7,26 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.train.checkpoint import checkpoint_folders, latest_checkpoint
-from fastbert.train.errors import SettingsError, TrainingError, TrainingInterrupted
+from fastbert.train.errors import TrainingError, TrainingInterrupted
 from fastbert.train.run_folder import STATE_NAME, check_output_folder
 from fastbert.train.settings import PretrainSettings, refuse_changed_settings
 
-from .command import DONE, FAILED, INTERRUPTED, WRONG_USAGE, CommandFailure, CommandResult, Say
+from .command import DONE, FAILED, INTERRUPTED, CommandFailure, CommandResult, Say
 
 
 def pretrain(given: dict[str, Any], say: Say) -> CommandResult:
     """Runs the command with the options ``given`` by name.
 
-    Raises :class:`CommandFailure`; ``OSError`` and KeyboardInterrupt are left to ``run_command``.
+    Raises :class:`CommandFailure`; other errors are left to ``run_command``.
     """
-    try:
-        settings = settings_from_options(given)
-        # Before torch and transformers are imported: a refusal comes at once.
-        check_output_folder(Path(settings.output), resume=settings.resume, overwrite=settings.overwrite)
-    except SettingsError as error:
-        raise CommandFailure(str(error), WRONG_USAGE) from error
-    from fastbert.data.corpus import CorpusError
-    from fastbert.data.tokenizer import TokenizerError
+    settings = settings_from_options(given)
+    # Before torch and transformers are imported: a refusal comes at once.
+    check_output_folder(Path(settings.output), resume=settings.resume, overwrite=settings.overwrite)
     from fastbert.train.memory import keep_freed_memory
     from fastbert.train.pretrain import pretrain as run
 
@@ -34,16 +29,12 @@ def pretrain(given: dict[str, Any], say: Say) -> CommandResult:
     keep_freed_memory()  # this process does nothing else; where it cannot be, training is a little slower
     try:
         result = run(settings, say)
-    except SettingsError as error:
-        raise CommandFailure(str(error), WRONG_USAGE) from error
     except TrainingInterrupted as stop:
         raise CommandFailure(f"{stop}\nTo go on: {resume_command(output)}", INTERRUPTED) from stop
     except KeyboardInterrupt as interrupt:
         raise CommandFailure(f"interrupted; {_what_is_left(output)}", INTERRUPTED) from interrupt
     except TrainingError as error:
         raise CommandFailure(f"{error}; {_what_is_left(output)}") from error
-    except (CorpusError, TokenizerError) as error:
-        raise CommandFailure(str(error)) from error
     agree = result.comparison is None or result.comparison["agree"]
     return CommandResult(result.to_dict(), DONE if agree else FAILED)
 

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastbert.data.documents import CorpusError, CorpusReport, Document
+from fastbert.data.documents import CorpusReport, Document
 from fastbert.data.embedded import embedded_documents
+from fastbert.data.errors import CorpusError
 
 __all__ = ["CorpusError", "CorpusReport", "Document", "embedded_documents", "read_documents"]
 

@@ -1,4 +1,4 @@
-"""What a corpus is made of: documents of paragraphs, the error that names bad input, and the counts of a corpus."""
+"""What a corpus is made of: documents of paragraphs, and the counts of a corpus."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _SOURCES_SHOWN = 6
-
-
-class CorpusError(ValueError):
-    """The text cannot be used as a corpus; the message names the file and the line or row, and what would be right."""
 
 
 @dataclass

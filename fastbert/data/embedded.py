@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastbert.data.documents import CorpusError, CorpusReport, Document
+from fastbert.data.documents import CorpusReport, Document
+from fastbert.data.errors import CorpusError
 
 _FIRST_PACKAGES = ("numpy", "torch", "transformers")
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "site-packages", "dist-packages", "_vendor", "__pycache__"})

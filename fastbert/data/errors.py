@@ -1,4 +1,4 @@
-"""What is wrong with data that a user gave: one class, whose message names the place."""
+"""What is wrong with what a user gave to read: labelled data, a corpus, a tokenizer. The message names the place."""
 
 from __future__ import annotations
 
@@ -11,3 +11,11 @@ class DataError(ValueError):
         """``dev.tsv, line 12, column 'label': problem``; a place or column that is None is left out."""
         where = [source, place, None if column is None else f"column {column!r}"]
         return cls(f"{', '.join(part for part in where if part is not None)}: {problem}")
+
+
+class CorpusError(DataError):
+    """The text cannot be used as a corpus; the message names the file and the line or row, and what would be right."""
+
+
+class TokenizerError(DataError):
+    """The tokenizer cannot be loaded or cannot serve BERT; the message names the file and what is missing."""

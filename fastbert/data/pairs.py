@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbert.data.documents import CorpusError
+from fastbert.data.errors import CorpusError
 from fastbert.data.tokens import TokenizedCorpus
 
 SPECIAL_TOKENS_PER_PAIR = 3

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import WordPiece
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
-from fastbert.data.documents import CorpusError
+from fastbert.data.errors import CorpusError, TokenizerError
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -27,10 +27,6 @@ _ALPHABET_SIZES = (64, 1000)
 _ALPHABET_SHARE = 8
 _CONTINUATION = "##"
 _NOT_A_WORD = re.compile(r"\[\w+\]")
-
-
-class TokenizerError(ValueError):
-    """The tokenizer cannot be loaded or cannot serve BERT; the message names the file and what is missing."""
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, *, lowercase: bool = True) -> PreTrainedTokenizerFast:

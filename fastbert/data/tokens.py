@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from fastbert.data.documents import CorpusError, Document
+from fastbert.data.documents import Document
 from fastbert.data.encoding import SentenceEncoder
+from fastbert.data.errors import CorpusError
 from fastbert.data.sentences import split_sentences
 
 _BATCH_CHARACTERS = 2_000_000
