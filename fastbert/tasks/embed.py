@@ -263,7 +263,9 @@ class Embedder:
         lengths = np.array([part.stop - part.start for part in slices])
         cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
         inputs = {name: torch.from_numpy(np.concatenate([row[s] for s in slices])) for name, row in encoded.inputs.items()}
-        layers = self._packed_layers(inputs, cu_seqlens, int(lengths.max())) if self.packed else self._padded_layers(inputs, lengths)
+        layers = (
+            self._packed_layers(inputs, cu_seqlens, int(lengths.max())) if self.packed else self._padded_layers(inputs, lengths)
+        )
         rows = token_rows(layers)
         if self.level == "sequence":
             rows = sequence_rows(rows, cu_seqlens.to(self.device), self.pooling)
@@ -336,4 +338,3 @@ def _words_without_tokens(encoded: transformers.BatchEncoding) -> list[tuple[int
         present = {word for word in encoding.word_ids if word is not None}
         bare += [(index, word) for word in range(max(present, default=0)) if word not in present]
     return bare
-

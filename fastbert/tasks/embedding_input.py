@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastbert.data.errors import DataError
+from fastbert.data.lines import without_line_end
 from fastbert.data.sources import DATASET_NAME, Source
 from fastbert.data.tables import TABLE_TYPES, Table, file_kind, read_table
 
@@ -44,7 +45,7 @@ class Texts:
             parts = [text] if isinstance(text, str) else list(text)
             if self.pairs is not None:
                 parts.append(self.pairs[index])
-            # No text has a null byte in front of its length, so that texts cannot run into each other.
+            # Behind its length each, so that texts cannot run into each other.
             for part in parts:
                 encoded = part.encode()
                 digest.update(b"%d\0" % len(encoded) + encoded)
@@ -96,9 +97,11 @@ def _lines_of(stream: BinaryIO, name: str) -> Table:
     rows = []
     for number, line in enumerate(stream, 1):
         try:
-            rows.append({_TEXT: line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")})
+            rows.append({_TEXT: without_line_end(line.decode("utf-8-sig" if number == 1 else "utf-8"))})
         except UnicodeDecodeError as error:
             raise DataError.at(name, f"line {number}", None, f"not UTF-8 ({error.reason})") from error
+    while rows and not rows[-1][_TEXT].strip():  # as at the end of a file
+        rows.pop()
     if not rows:
         raise DataError(f"{name}: there are no lines")
     return Table(name, (_TEXT,), rows, [f"line {number}" for number in range(1, len(rows) + 1)])

@@ -62,7 +62,9 @@ class EmbedSettings:
         if self.inputs.count("-") > 1:
             raise SettingsError("--input - is standard input, which can be read once")
         if self.output.suffix.lower() not in OUTPUT_TYPES:
-            raise SettingsError(f"--output {self.output}: the name must end in one of {', '.join(OUTPUT_TYPES)}, which is the format")
+            raise SettingsError(
+                f"--output {self.output}: the name must end in one of {', '.join(OUTPUT_TYPES)}, which is the format"
+            )
         if self.dtype not in (None, *DTYPES):
             raise SettingsError(f"--dtype {self.dtype} is not known; known are {', '.join(DTYPES)}")
         for name in ("max_seq_length", "tokens_per_batch", "num_processes"):
