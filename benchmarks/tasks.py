@@ -18,29 +18,21 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from fastbert.data.sources import Source
 from fastbert.tasks.finetune import train_seed
-from fastbert.tasks.model import TaskModel, load_model
 from fastbert.tasks.prepared import DEV, PreparedTask, prepare_task
 from fastbert.tasks.registry import task_for
 from fastbert.tasks.settings import FinetuneSettings
-from fastbert.tasks.trainer import build_trainer
 
-from .ceilings import ceilings
-from .harness import interleaved, paired_ratio, quiet, summary, write_json, write_results
-from .machine import machine
+from .harness import write_json
 from .peers import onednn_float32_matmul
 
 THEIRS, OURS = "transformers", "fastbert"

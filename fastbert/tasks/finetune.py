@@ -153,9 +153,7 @@ def train_seed(
 
     checkpoints = Path(settings.output) / CHECKPOINTS
     rows = prepared.train.features.rows
-    trainer = build_trainer(
-        loaded, rows, settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes
-    )
+    trainer = build_trainer(loaded, rows, settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=_resumable(checkpoints) if settings.resume else None)
     seconds = time.perf_counter() - started - trainer.aside_seconds

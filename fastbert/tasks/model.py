@@ -35,8 +35,8 @@ _UNLIMITED = 512
 
 @dataclass(frozen=True)
 class TaskModel:
-    """``packed``: whether batches are rows without padding; ``collate``: what makes them; ``notes``: what the user should know about
-    the model (a new head, why it is not fast)."""
+    """``packed``: whether batches are rows without padding; ``collate``: what makes them; ``notes``: what the user should know
+    about the model (a new head, why it is not fast)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase

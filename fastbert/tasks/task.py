@@ -57,7 +57,7 @@ class Task(ABC):
 
     @abstractmethod
     def examples_from(self, inputs: Sequence[Any]) -> Examples:
-        """Examples without labels out of what a Python caller has: texts, pairs, lists of words, dicts with question and context."""
+        """Examples without labels out of what a caller has: texts, pairs, lists of words, dicts with question and context."""
 
     @abstractmethod
     def with_labels_of(self, train: Examples) -> Task:

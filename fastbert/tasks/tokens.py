@@ -36,8 +36,8 @@ class Words:
 
 @dataclass(frozen=True)
 class TokenClassification(Task):
-    """``columns``: ``words`` and ``tags``, by number in CoNLL files or by name in CoNLL-U and tables. ``entities``: whether tags are
-    BIO and scored as entities; None decides by the tags.
+    """``columns``: ``words`` and ``tags``, by number in CoNLL files or by name in CoNLL-U and tables. ``entities``: whether tags
+    are BIO and scored as entities; None decides by the tags.
 
     A sentence that is longer than the model takes is cut between words into several rows: no word goes without a tag.
     """
@@ -173,8 +173,8 @@ class TokenClassification(Task):
 
     def predictions(self, outputs: Outputs, features: Features, examples: Examples[WordsExample]) -> list[dict[str, Any]]:
         """``words``, ``tags``, ``probabilities`` (of each tag) and, of BIO tags, ``entities``: type, text, start and
-        end in characters of the text (of the words joined by blanks where they came as words), first and last word, probability (the
-        mean of its words')."""
+        end in characters of the text (of the words joined by blanks where they came as words), first and last word, probability
+        (the mean of its words')."""
         probabilities = [np.zeros(len(example.words)) for example in examples]
         for logits, number, words in zip(outputs, features.example_of, features.notes, strict=True):
             scores = logits[words.positions].astype(np.float64)
