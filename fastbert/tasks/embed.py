@@ -22,17 +22,19 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastbert.data.batches import boundary_arguments
 from fastbert.data.budget import token_budget_batches
 from fastbert.data.errors import DataError
 from fastbert.model.encoder import PackedEncoder
 from fastbert.model.explain import explain
+from fastbert.model.int8_checkpoint import METHOD as INT8
 from fastbert.train.errors import SettingsError
 
 from .embedding_settings import TOKENS_PER_BATCH, check_pooling
 from .encoder_loading import load_encoder
+from .model import check_length, longest_sequence
 from .pooling import LAST_LAYERS, num_layers, sequence_rows, token_rows
 
 Text = str | Sequence[str]  # a text, or its words
@@ -53,7 +55,6 @@ class TextError(DataError):
 CHUNK_CHARACTERS = {"sequence": 2**18, "token": 2**16}
 _CHARACTERS_PER_TOKEN = 4
 _SPECIAL_TOKENS = 2
-_NO_LIMIT = 10**6  # transformers' tokenizers say 10**30
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ class _Encoded:
 class Embedder:
     """Embeddings of texts by ``model``, which should be in evaluation mode, on one device.
 
-    pooling: "mean" (the default), "cls", "max" or "last-4", see :mod:`fastbert.tasks.pooling`. level: "sequence", a row per text, or
-    "token": a row per token, [CLS] and [SEP] included, or, of texts that are given as lists of words, a row per word, that of its
-    first piece; the rows are those of the last layer then, or with pooling "last-4" of the last four. normalize: rows get length 1.
+    pooling: "mean" (the default), "cls", "max" or "last-4", see :mod:`fastbert.tasks.pooling`. level: "sequence", a row per text,
+    or "token": a row per token, [CLS] and [SEP] included, or, of texts that are given as lists of words, a row per word, that of
+    its first piece; the rows are those of the last layer then, or with pooling "last-4" of the last four. Words that were cut off
+    with the end of their text have no row. normalize: rows get length 1.
     max_seq_length: tokens at most, [CLS] and [SEP] included; longer texts are cut; None: as many as the model has positions for.
     tokens_per_batch: of a packed batch at most, but for a text that is longer.
 
@@ -98,7 +100,7 @@ class Embedder:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         pooling: str | None = None,
         level: str = "sequence",
@@ -138,6 +140,13 @@ class Embedder:
         embedder = cls(model, tokenizer, **settings)
         embedder.notes[:0] = notes
         return embedder
+
+    @property
+    def dtype(self) -> str:
+        """Of the encoder's matmuls."""
+        if getattr(self.model, "quantization_method", None) == INT8:
+            return "int8"
+        return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def dim(self) -> int:
@@ -295,19 +304,12 @@ class Embedder:
     # --- checks ---------------------------------------------------------------------------------------------------------
 
     def _longest(self, wanted: int | None) -> int:
-        limits = {"the tokenizer allows (model_max_length)": self.tokenizer.model_max_length}
-        if (positions := getattr(self.model.config, "max_position_embeddings", None)) is not None:
-            limits["the model has positions for"] = positions - getattr(self.model, "first_position", 0)
+        positions = longest_sequence(self.model.config, self.tokenizer)
         if wanted is None:
-            if (limit := min(limits.values())) > _NO_LIMIT:
-                raise SettingsError("neither the tokenizer nor the model names a longest sequence: give --max-seq-length")
-            return limit
-        shortest = self.tokenizer.num_special_tokens_to_add() + 1
-        if wanted < shortest:
+            return positions
+        if wanted < (shortest := self.tokenizer.num_special_tokens_to_add() + 1):
             raise SettingsError(f"--max-seq-length must be at least {shortest}, special tokens included, not {wanted}")
-        # model_max_length may be a habit of the tokenizer's (sentence-transformers cuts below it); positions are a fact.
-        if positions is not None and wanted > (limit := limits["the model has positions for"]):
-            raise SettingsError(f"--max-seq-length {wanted} is above the {limit} tokens that the model has positions for")
+        check_length(wanted, positions, self.model.name_or_path)
         return wanted
 
     def _notes(self) -> list[str]:

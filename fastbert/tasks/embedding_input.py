@@ -6,7 +6,6 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,22 +20,23 @@ _TEXT = "text"
 
 @dataclass(frozen=True)
 class Texts:
-    """``texts``: strings, or lists of words; ``pairs``: the second text of each, None without; ``tables``: where they come from,
-    one behind the other."""
+    """``texts``: strings, or lists of words; ``pairs``: the second text of each, None without; ``sources``: where they come from,
+    one behind the other, each with the places of its texts."""
 
     texts: list[str] | list[list[str]]
     pairs: list[str] | None
-    tables: list[Table]
+    sources: list[tuple[str, list[str]]]
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def error(self, index: int, problem: str) -> DataError:
         """The error of ``problem`` with one text, which names its file and line."""
-        for table, end in zip(self.tables, accumulate(map(len, self.tables))):
-            if index < end:
-                return table.error(index - end, None, problem)  # counted from the end of the table
-        raise IndexError(f"text {index} of {len(self)}")
+        for source, places in self.sources:
+            if index < len(places):
+                return DataError.at(source, places[index], None, problem)
+            index -= len(places)
+        raise IndexError(f"there are only {len(self)} texts")
 
     def fingerprint(self) -> str:
         """SHA-256 of the texts and their pairs, wherever they come from."""
@@ -67,10 +67,12 @@ def read_texts(
     text_column: None is the column "text", or the only one that there is. words_column instead: words, in a list or with spaces
     between them. Raises DataError for what cannot be read, a column that is not there, and a text that is empty or no text.
     """
-    tables = [_table(source, split) for source in inputs]
     texts: list[Any] = []
     pairs: list[str] | None = None if text_pair_column is None else []
-    for table in tables:
+    sources = []
+    for name in inputs:
+        table = _table(name, split)
+        sources.append((table.source, table.places))  # and not its other columns, which would stay in memory
         if words_column is not None:
             column = _column(table, words_column, "--words-column")
             texts += [_words(table, row, column) for row in range(len(table))]
@@ -80,7 +82,7 @@ def read_texts(
         if pairs is not None:
             second = _column(table, text_pair_column, "--text-pair-column")
             pairs += [_text(table, row, second) for row in range(len(table))]
-    return Texts(texts, pairs, tables)
+    return Texts(texts, pairs, sources)
 
 
 def _table(source: str, split: str) -> Table:

@@ -10,52 +10,29 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastbert.data.errors import DataError
 from fastbert.train.errors import SettingsError
 from fastbert.train.run_folder import write_json
 
 from .embed import Embedded
-
-MANIFEST = "manifest.json"
-_OURS = re.compile(r"manifest\.json|\.manifest\.json\.new|\.?chunk-\d+-[0-9a-f]+\.npz(\.\d+)?")
+from .embedding_settings import MANIFEST, parts_folder
 
 
-def parts_folder(output: Path) -> Path:
-    return output.with_name(f"{output.name}.parts")
+@dataclass(frozen=True)
+class Totals:
+    """Of one chunk: tokens that the model saw, texts that were cut, rows of the output."""
 
-
-def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuses, before any work, an output that must not be written.
-
-    Raises SettingsError where it, or what a run has left of it, is there and neither ``resume`` nor ``overwrite`` is set, where
-    there is nothing left to resume, and where the folder of parts holds files that are none of ours; OSError where the output
-    cannot be written.
-    """
-    folder = parts_folder(output)
-    if output.is_dir():
-        raise SettingsError(f"--output {output} is a folder; give the name of a file")
-    if not output.absolute().parent.is_dir():
-        raise SettingsError(f"--output {output}: there is no folder {output.absolute().parent}")
-    if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output {output}: no permission to write to {output.absolute().parent}")
-    if folder.exists() and (not folder.is_dir() or any(not _OURS.fullmatch(path.name) for path in folder.iterdir())):
-        raise SettingsError(
-            f"{folder} holds files that no run of fastbert embed wrote; they are left alone: choose another --output"
-        )
-    if resume and output.exists() and not folder.exists():
-        raise SettingsError(f"{output} is there and whole: there is nothing to resume (--overwrite makes it anew)")
-    if not (resume or overwrite):
-        if folder.exists():
-            raise SettingsError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite begins anew")
-        if output.exists():
-            raise SettingsError(f"{output} is there already: --overwrite makes it anew, --output names another file")
+    tokens: int
+    truncated: int
+    rows: int
 
 
 class Parts:
@@ -97,10 +74,19 @@ class Parts:
         except Exception as error:  # zipfile's and zlib's own, which have no class in common
             raise self._damaged(path, error) from error
 
-    def counts(self, index: int) -> np.ndarray:
+    def counts(self, index: int) -> NDArray[np.int64]:
         """The rows of each text of a chunk, without reading the rows."""
         with np.load(self.path(index), allow_pickle=False) as part:
             return part["counts"]
+
+    def totals(self, index: int) -> Totals:
+        with np.load(self.path(index), allow_pickle=False) as part:
+            return Totals(int(part["tokens"]), int(part["truncated"]), int(part["counts"].sum()))
+
+    def progress(self) -> str:
+        """What there is, for the end of a run that failed."""
+        finished = sum(self.path(index).exists() for index in range(self.count))
+        return f"{finished} of {self.count} chunks are finished in {self.folder}; the same command with --resume goes on from them"
 
     def delete(self) -> None:
         """Deletes the run's files; the manifest goes last, so that what an interrupted deletion leaves is still a run."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ OUTPUT_TYPES = (".npy", ".parquet", ".jsonl")
 POOLINGS = ("mean", "cls", "max", "last-4")
 # Packed tokens of a batch: from 1,024 on the rate of matmuls is nearly flat on CPUs; larger batches only take more memory.
 TOKENS_PER_BATCH = 4096
+# What a run keeps its finished chunks in, and the names of all that it writes there.
+MANIFEST = "manifest.json"
+_OURS = re.compile(r"manifest\.json|\.manifest\.json\.new|\.?chunk-\d+-[0-9a-f]+\.npz(\.\d+)?")
 
 
 def check_pooling(pooling: str | None, level: str) -> str | None:
@@ -76,7 +81,7 @@ class EmbedSettings:
             raise SettingsError("--resume goes on with a run and --overwrite begins anew: give one of them")
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide about the output beside model, input and kind of device: a run that goes on must have the same."""
+        """What decides about the output beside model, input and kind of device: a run that goes on must have the same."""
         others = ("model", "inputs", "output", "num_processes", "device", "resume", "overwrite")
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
 
@@ -84,3 +89,34 @@ class EmbedSettings:
         """Keyword arguments of ``Embedder.from_pretrained``."""
         names = ("pooling", "level", "normalize", "max_seq_length", "tokens_per_batch", "dtype", "device")
         return {**{name: getattr(self, name) for name in names}, "words": self.words_column is not None}
+
+
+def parts_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.parts")
+
+
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuses, before any work, an output that must not be written.
+
+    Raises SettingsError where it, or what a run has left of it, is there and neither ``resume`` nor ``overwrite`` is set, where
+    there is nothing left to resume, and where the folder of parts holds files that are none of ours; OSError where the output
+    cannot be written.
+    """
+    folder = parts_folder(output)
+    if output.is_dir():
+        raise SettingsError(f"--output {output} is a folder; give the name of a file")
+    if not output.absolute().parent.is_dir():
+        raise SettingsError(f"--output {output}: there is no folder {output.absolute().parent}")
+    if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output {output}: no permission to write to {output.absolute().parent}")
+    if folder.exists() and (not folder.is_dir() or any(not _OURS.fullmatch(path.name) for path in folder.iterdir())):
+        raise SettingsError(
+            f"{folder} holds files that are from no run of fastbert embed and are left alone: choose another --output"
+        )
+    if resume and output.exists() and not folder.exists():
+        raise SettingsError(f"{output} is there and whole: there is nothing to resume (--overwrite makes it anew)")
+    if not (resume or overwrite):
+        if folder.exists():
+            raise SettingsError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite begins anew")
+        if output.exists():
+            raise SettingsError(f"{output} is there already: --overwrite makes it anew, --output names another file")

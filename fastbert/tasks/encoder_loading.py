@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastbert.data.errors import DataError, TokenizerError
 from fastbert.model.accelerate import accelerate
 from fastbert.model.int8_checkpoint import METHOD as INT8
 from fastbert.model.quantize import quantize
@@ -17,50 +16,29 @@ from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 
 from .embedding_settings import DTYPES
+from .model import first_line, load_config, load_fast_tokenizer
 
 
 def load_encoder(
     name: str, *, dtype: str | None = None, device: str = "auto", words: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[str]]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """The encoder of a checkpoint (a folder, or a name on the Hugging Face hub) in evaluation mode, its tokenizer, and notes of
     why it is not fast; a head on top of it is left out.
 
     dtype: "float32" (None), "bfloat16" or "int8"; what was saved in int8 stays so. device: "auto" is a GPU where there is one.
-    words: texts will come as lists of words. Raises SettingsError for settings that cannot work, DataError for a checkpoint that
-    cannot be used.
+    words: texts will come as lists of words. Raises SettingsError for settings that cannot work and checkpoints that cannot be used.
     """
     target = str(pick_device(device))
-    config, tokenizer = _load_config(name), _load_tokenizer(name, words)
-    if len(tokenizer) > config.vocab_size:
-        raise TokenizerError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}: they do not belong together, or "
-            "tokens were added without model.resize_token_embeddings"
+    config = load_config(name)
+    if config.is_encoder_decoder:
+        raise SettingsError(
+            f"--model {name}: its type {config.model_type!r} has an encoder and a decoder; embeddings need an encoder"
         )
+    tokenizer = load_fast_tokenizer(name, config, words=words)
+    if len(tokenizer) > config.vocab_size:
+        raise SettingsError(f"--model {name} has {config.vocab_size} entries in its vocabulary, its tokenizer {len(tokenizer)}")
     model, notes = _load_model(name, config, dtype, target)
     return model, tokenizer, notes
-
-
-def _load_config(name: str) -> transformers.PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name}: no model that can be loaded ({_first_line(error)})") from error
-    if config.is_encoder_decoder:
-        raise DataError(f"{name}: a model of type {config.model_type!r} has an encoder and a decoder; embeddings need an encoder")
-    return config
-
-
-def _load_tokenizer(name: str, words: bool) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if words and getattr(tokenizer, "add_prefix_space", True) is False:
-            # A byte-level tokenizer takes words only with the space before each that it was trained with.
-            tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{name}: no tokenizer that can be loaded ({_first_line(error)})") from error
-    if not tokenizer.is_fast:
-        raise TokenizerError(f"{name}: {type(tokenizer).__name__} is not backed by the tokenizers library")
-    return tokenizer
 
 
 def _load_model(
@@ -83,24 +61,20 @@ def _load_model(
         transformers.logging.set_verbosity_error()  # what is missing is reported below, and a head that is left over is no loss
         model, loading = AutoModel.from_pretrained(name, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
-        raise DataError(f"{name}: the model cannot be loaded ({_first_line(error)})") from error
+        raise SettingsError(f"--model {name} cannot be loaded as an encoder: {first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     if missing := sorted(key for key in loading["missing_keys"] if not key.startswith("pooler.")):
-        raise DataError(f"{name}: the checkpoint lacks weights of {type(model).__name__}: {', '.join(missing[:3])}, ...")
+        raise SettingsError(f"--model {name} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}, ...")
     model.eval()
     notes = []
     try:
         accelerate(model)
     except TypeError as error:
-        notes = [f"padded batches in transformers' own code: {error}"]
+        notes = [f"transformers' own code, on padded batches: {error}"]
     if dtype == "int8" and not saved_in_int8:
         try:
             quantize(model)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"--dtype int8: {error}") from error
     return model.to(device), notes
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
