@@ -230,7 +230,7 @@ class Embedder:
         words = bool(texts) and not isinstance(texts[0], str)
         texts = [list(text) for text in texts] if words else list(texts)
         encoded = self._tokenized(texts, text_pairs, words)
-        if words and (bare := _words_without_tokens(encoded)):
+        if words and (bare := _words_without_tokens(encoded, texts)):
             # Characters that the tokenizer drops (a lone variation selector, say) make a word of nothing; every word gets a row.
             for index, word in bare:
                 texts[index][word] = self.tokenizer.unk_token
@@ -333,10 +333,12 @@ def _first_pieces(encoding: Any) -> list[bool]:
     return [word is not None and word != before for before, word in zip([None, *words], words)]
 
 
-def _words_without_tokens(encoded: transformers.BatchEncoding) -> list[tuple[int, int]]:
+def _words_without_tokens(encoded: transformers.BatchEncoding, texts: list[list[str]]) -> list[tuple[int, int]]:
     """(text, word) of the words that no token stands for, but for those that were cut off."""
     bare = []
-    for index, encoding in enumerate(encoded.encodings):
+    for index, (encoding, words) in enumerate(zip(encoded.encodings, texts)):
         present = {word for word in encoding.word_ids if word is not None}
-        bare += [(index, word) for word in range(max(present, default=0)) if word not in present]
+        if len(present) < len(words):
+            end = max(present, default=0) if encoding.overflowing else len(words)
+            bare += [(index, word) for word in range(end) if word not in present]
     return bare

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from fastbert.train.memory import keep_freed_memory
 
@@ -98,6 +99,7 @@ def _work(connection: Connection, model: str, settings: dict[str, Any], threads:
     """A process: chunks come in, what became of them goes out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     torch.set_num_threads(threads)
+    transformers.logging.disable_progress_bar()
     keep_freed_memory()
     embedder = Embedder.from_pretrained(model, **settings)
     with contextlib.suppress(EOFError, ConnectionError):

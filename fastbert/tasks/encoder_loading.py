@@ -26,7 +26,8 @@ def load_encoder(
     why it is not fast; a head on top of it is left out.
 
     dtype: "float32" (None), "bfloat16" or "int8"; what was saved in int8 stays so. device: "auto" is a GPU where there is one.
-    words: texts will come as lists of words. Raises SettingsError for settings that cannot work and checkpoints that cannot be used.
+    words: texts will come as lists of words. Raises SettingsError for settings that cannot work and checkpoints that cannot be
+    used.
     """
     target = str(pick_device(device))
     config = load_config(name)
