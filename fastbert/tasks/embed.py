@@ -228,13 +228,13 @@ class Embedder:
 
     def _encode(self, texts: Sequence[Text], text_pairs: Sequence[str] | None, names: bool) -> _Encoded:
         words = bool(texts) and not isinstance(texts[0], str)
-        texts = [list(text) for text in texts] if words else list(texts)
         encoded = self._tokenized(texts, text_pairs, words)
         if words and (bare := _words_without_tokens(encoded, texts)):
             # Characters that the tokenizer drops (a lone variation selector, say) make a word of nothing; every word gets a row.
+            visible = [list(text) for text in texts]
             for index, word in bare:
-                texts[index][word] = self.tokenizer.unk_token
-            encoded = self._tokenized(texts, text_pairs, words)
+                visible[index][word] = self.tokenizer.unk_token
+            encoded = self._tokenized(visible, text_pairs, words)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         if 0 in lengths:
             raise TextError(lengths.index(0), "has no token that the tokenizer knows")
@@ -253,9 +253,9 @@ class Embedder:
         truncated = sum(bool(part.overflowing) for part in encoded.encodings)
         return _Encoded(inputs, offsets, kept, row_names, truncated)
 
-    def _tokenized(self, texts: list, text_pairs: Sequence[str] | None, words: bool) -> transformers.BatchEncoding:
+    def _tokenized(self, texts: Sequence[Text], text_pairs: Sequence[str] | None, words: bool) -> transformers.BatchEncoding:
         return self.tokenizer(
-            texts,
+            [list(text) for text in texts] if words else list(texts),
             None if text_pairs is None else list(text_pairs),
             truncation=True,
             max_length=self.max_seq_length,
@@ -319,7 +319,7 @@ class Embedder:
         return [f"the encoder runs transformers' forward pass: {reason}" for reason in explain(self.model, **hidden_states).encoder]
 
 
-def _names(encoding: Any, words: list[str], by_word: bool) -> Iterator[str]:
+def _names(encoding: Any, words: Text, by_word: bool) -> Iterator[str]:
     """Of the rows that a text has at level "token"."""
     if not by_word:
         yield from encoding.tokens
@@ -333,7 +333,7 @@ def _first_pieces(encoding: Any) -> list[bool]:
     return [word is not None and word != before for before, word in zip([None, *words], words)]
 
 
-def _words_without_tokens(encoded: transformers.BatchEncoding, texts: list[list[str]]) -> list[tuple[int, int]]:
+def _words_without_tokens(encoded: transformers.BatchEncoding, texts: Sequence[Text]) -> list[tuple[int, int]]:
     """(text, word) of the words that no token stands for, but for those that were cut off."""
     bare = []
     for index, (encoding, words) in enumerate(zip(encoded.encodings, texts)):
