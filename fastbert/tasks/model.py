@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    DataCollatorForMultipleChoice,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from fastbert.data.collator import DataCollatorWithPacking
 from fastbert.data.tokenizer import load_tokenizer
@@ -33,8 +37,8 @@ _UNLIMITED = 512
 
 @dataclass(frozen=True)
 class TaskModel:
-    """``packed``: whether batches are rows without padding; ``collate``: what makes them; ``notes``: what the user should know about
-    the model (a new head, why it is not fast)."""
+    """``packed``: whether batches are rows without padding; ``collate``: what makes them; ``notes``: what the user should know
+    about the model (a new head, why it is not fast)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -55,9 +59,10 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
     auto_class = getattr(transformers, task.auto_class)
     try:
         # A fine-tuned checkpoint may have another number of labels: its head is then a new one, which the notes say.
-        model, loading = auto_class.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
-        )
+        with quiet_transformers():
+            model, loading = auto_class.from_pretrained(
+                name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
+            )
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(f"--model {name} cannot be loaded as {task.auto_class}: {_first_line(error)}") from error
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
@@ -72,7 +77,21 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
             f"--model {name} has {model.config.vocab_size} entries in its vocabulary, its tokenizer {len(tokenizer)}"
         )
     packed = fast and not task.pads and takes_packed_rows(model)
-    return TaskModel(model, tokenizer, packed, collator(model, tokenizer, packed), tuple(notes))
+    return TaskModel(model, tokenizer, packed, collator(model, tokenizer, task.family, packed), tuple(notes))
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: a command says itself, in its own words, what they are about."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def takes_packed_rows(model: PreTrainedModel) -> bool:
@@ -80,12 +99,12 @@ def takes_packed_rows(model: PreTrainedModel) -> bool:
     return isinstance(model.base_model, PackedEncoder)
 
 
-def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packed: bool) -> Collate:
-    """Packs where the model takes packed rows, and pads to the longest elsewhere (:class:`~fastbert.tasks.task.Task` brings another
-    one where its rows hold more than a sequence)."""
+def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, packed: bool) -> Collate:
+    """Packs where the model takes packed rows; elsewhere transformers' collator of the family, which pads to the longest."""
     if packed:
         return DataCollatorWithPacking(position_ids_start=model.base_model.first_position)
-    return DataCollatorWithPadding(tokenizer)
+    padding = {"words": DataCollatorForTokenClassification, "choices": DataCollatorForMultipleChoice}
+    return padding.get(family, DataCollatorWithPadding)(tokenizer)
 
 
 def load_config(name: str) -> PretrainedConfig:
