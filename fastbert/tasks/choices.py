@@ -39,8 +39,8 @@ class MultipleChoice(Task):
     pads: ClassVar[bool] = True
 
     @property
-    def main_metric(self) -> str:
-        return "accuracy"
+    def metric_names(self) -> tuple[str, ...]:
+        return ("accuracy",)
 
     def read(self, source: Source) -> Examples[ChoiceExample]:
         """A table with a column of the context (context, sent1, premise, article, passage, ctx), of the question, if any (question,

@@ -69,8 +69,8 @@ class QuestionAnswering(Task):
             raise SettingsError(f"--task {self.name} reads columns question, context, answers and id; it takes no others ({named})")
 
     @property
-    def main_metric(self) -> str:
-        return "f1"
+    def metric_names(self) -> tuple[str, ...]:
+        return ("f1", "exact_match")
 
     def read(self, source: Source) -> Examples[QuestionExample]:
         items = []

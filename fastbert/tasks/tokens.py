@@ -48,10 +48,6 @@ class TokenClassification(Task):
     family: ClassVar[str] = "words"
 
     @property
-    def main_metric(self) -> str:
-        return self.metric_names[0]
-
-    @property
     def metric_names(self) -> tuple[str, ...]:
         return metrics.ENTITIES if self.entities else metrics.TAGS
 
