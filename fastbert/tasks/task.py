@@ -43,9 +43,14 @@ class Task(ABC):
     pads: ClassVar[bool] = False  # True: the model takes no packed rows
 
     @property
-    @abstractmethod
     def main_metric(self) -> str:
-        """The score, the higher the better, that chooses the best checkpoint."""
+        """The score that chooses the best checkpoint where nobody says."""
+        return self.metric_names[0]
+
+    @property
+    @abstractmethod
+    def metric_names(self) -> tuple[str, ...]:
+        """The scores of :meth:`scores` that are better when higher."""
 
     @abstractmethod
     def read(self, source: Source) -> Examples:

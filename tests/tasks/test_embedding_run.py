@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-import torch
 
 from fastbert.data.errors import DataError
 from fastbert.tasks import embed as embed_module
@@ -42,14 +41,6 @@ def checkpoint(tmp_path_factory) -> Path:
 def small_chunks(monkeypatch):
     for level in ("sequence", "token"):
         monkeypatch.setitem(embed_module.CHUNK_CHARACTERS, level, 400)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
