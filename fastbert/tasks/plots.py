@@ -56,6 +56,7 @@ def plot_learning_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], metric
     loss_axes.set(title="Loss", xlabel="step")
     score_axes.set(title=f"{metric} (dev)", xlabel="step")
     for axes in (loss_axes, score_axes):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend()

@@ -335,6 +335,14 @@ def test_settings_that_cannot_work(options, message):
         EmbedSettings(**{"model": "m", "inputs": ("a.txt",), "output": Path("out.npy"), **options})
 
 
+def test_the_offsets_of_others_are_left_alone(checkpoint, lines, tmp_path):
+    (tmp_path / "out.offsets.npy").write_bytes(b"mine")
+    with pytest.raises(SettingsError, match="out.offsets.npy is there already"):
+        embed(settings_for(checkpoint, lines, tmp_path / "out.npy", level="token"), quiet)
+    assert (tmp_path / "out.offsets.npy").read_bytes() == b"mine"
+    embed(settings_for(checkpoint, lines, tmp_path / "out.npy"), quiet)
+
+
 def test_outputs_that_cannot_be_written(checkpoint, lines, tmp_path):
     with pytest.raises(SettingsError, match="is a folder"):
         (tmp_path / "folder.npy").mkdir()
