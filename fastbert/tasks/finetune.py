@@ -26,7 +26,8 @@ from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder
-from .model import TaskModel, load_model
+from .model import load_model
+from .modes import Tuning, prepare_mode
 from .outputs import model_outputs
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .registry import save_task, task_for
@@ -97,12 +98,12 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         if str(seed) in document["seeds"]:
             say(f"Seed {seed}: done before")
             continue
-        result, loaded = train_seed(settings, prepared, seed, device, say)
+        result, tuning = train_seed(settings, prepared, seed, device, say)
         metric = main_metric(settings, prepared.task)
         best = best_seed(document["seeds"], metric)
-        document["notes"] = list(loaded.notes)
+        document["notes"] = list(tuning.whole.notes)
         if best is None or result.scores[DEV][metric] > document["seeds"][best]["scores"][DEV][metric]:
-            save_model(loaded, prepared, output, settings)
+            save_model(tuning, prepared, output, settings)
         document["seeds"][str(seed)] = result.__dict__
         write_json(output / RUN_NAME, document)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
@@ -135,7 +136,7 @@ def train_seed(
     *,
     fast: bool = True,
     **changes: Any,
-) -> tuple[SeedResult, TaskModel]:
+) -> tuple[SeedResult, Tuning]:
     """Trains one model and scores its best checkpoint; ``fast`` False: transformers' own model, on padded batches. ``changes``: to
     transformers' TrainingArguments."""
     set_seed(seed)
@@ -144,16 +145,19 @@ def train_seed(
     say(f"Seed {seed}: {type(loaded.model).__name__}, {'packed rows' if loaded.packed else 'padded batches'}, on {device}")
     for note in loaded.notes:
         say(f"  {note}")
-    metric = main_metric(settings, prepared.task)
+    metric, family = main_metric(settings, prepared.task), prepared.task.family
     autocast = torch.bfloat16 if settings.dtype == "bfloat16" else None
+    rows = {name: split.features.rows for name, split in prepared.splits.items()}
+    tuning = prepare_mode(loaded, rows, settings, family=family, say=say)
 
     def score(split: Split = prepared.dev) -> dict[str, float]:
-        outputs = model_outputs(loaded, split.features.rows, family=prepared.task.family, autocast=autocast)
+        outputs = model_outputs(tuning.trained, tuning.rows[split.name], family=family, autocast=autocast)
         return prepared.task.scores(outputs, split.features, split.examples)
 
     checkpoints = Path(settings.output) / CHECKPOINTS
-    rows = prepared.train.features.rows
-    trainer = build_trainer(loaded, rows, settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes)
+    trainer = build_trainer(
+        tuning.trained, tuning.rows[TRAIN], settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes
+    )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=_resumable(checkpoints) if settings.resume else None)
     seconds = time.perf_counter() - started - trainer.aside_seconds
@@ -169,7 +173,7 @@ def train_seed(
         tokens_per_second=prepared.train.tokens * float(state.epoch or 0) / seconds,
         log=state.log_history,
     )
-    return result, loaded
+    return result, tuning
 
 
 def _resumable(checkpoints: Path) -> str | None:
@@ -179,18 +183,19 @@ def _resumable(checkpoints: Path) -> str | None:
     return None if newest is None else str(newest)
 
 
-def save_model(loaded: TaskModel, prepared: PreparedTask, output: Path, settings: FinetuneSettings) -> None:
+def save_model(tuning: Tuning, prepared: PreparedTask, output: Path, settings: FinetuneSettings) -> None:
     """Model, tokenizer, task and the predictions of every split but the training data, moved into ``output`` when all are there."""
     new = new_folder(output)
-    loaded.model.save_pretrained(new)
-    loaded.tokenizer.save_pretrained(new)
-    save_task(prepared.task, prepared.max_seq_length, new)
     autocast = torch.bfloat16 if settings.dtype == "bfloat16" else None
     for name, split in prepared.splits.items():
         if name != TRAIN:
-            outputs = model_outputs(loaded, split.features.rows, family=prepared.task.family, autocast=autocast)
+            outputs = model_outputs(tuning.trained, tuning.rows[name], family=prepared.task.family, autocast=autocast)
             predictions = prepared.task.predictions(outputs, split.features, split.examples)
             write_jsonl(new / f"predictions_{name}.jsonl", predictions)
+    final = tuning.finish(new)
+    final.model.save_pretrained(new)
+    final.tokenizer.save_pretrained(new)
+    save_task(prepared.task, prepared.max_seq_length, new)
     move_in(new, output)
 
 

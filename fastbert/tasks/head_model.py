@@ -80,9 +80,7 @@ class StatesCollator:
         packed = torch.from_numpy(np.concatenate(states))
         targets = {name: [row[name] for row in rows] for name in ("labels", "start_positions", "end_positions") if name in rows[0]}
         if self.family == "words":
-            labels = {
-                name: torch.tensor([label for row in values for label in row]).unsqueeze(0) for name, values in targets.items()
-            }
+            labels = {name: torch.tensor([list(chain.from_iterable(of_rows))]) for name, of_rows in targets.items()}
             return {"inputs_embeds": packed.unsqueeze(0), **labels}
         batch = {name: torch.tensor(values) for name, values in targets.items()}
         if self.family == "questions":

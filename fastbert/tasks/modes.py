@@ -29,6 +29,7 @@ from .model import TaskModel
 from .settings import FinetuneSettings
 
 ADAPTER = "adapter"
+TOP_K_LAYERS = 2
 # Rank, scale and dropout of PEFT's own examples on GLUE; the paper has rank 8 for RoBERTa, too.
 LORA_R, LORA_ALPHA, LORA_DROPOUT = 8, 16, 0.1
 LORA_TARGETS = ("query", "value")
@@ -72,9 +73,7 @@ def prepare_mode(loaded: TaskModel, rows: dict[str, Rows], settings: FinetuneSet
         tuning = Tuning(head_model(loaded, family), with_states, loaded)
     else:
         if mode == "top-k":
-            if settings.top_k_layers is None:
-                raise SettingsError("--mode top-k needs --top-k-layers K, the number of upper layers that train")
-            freeze_below(model, settings.top_k_layers, mode)
+            freeze_below(model, settings.top_k_layers or TOP_K_LAYERS, mode)
         tuning = Tuning(loaded, rows, loaded)
     trained, everything = trained_parameters(tuning.trained.model)[0], trained_parameters(loaded.model)[1]
     say(f"  {mode}: {trained:,} of {everything:,} parameters train")
