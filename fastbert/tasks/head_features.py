@@ -85,25 +85,20 @@ def encoder_states(
     ``model``: one whose encoder is fastbert's; it is left in the mode, training or not, that it was in. ``title``: what to call the
     data. Raises OSError where the disk is too full.
     """
+    if not len(rows):
+        return []
     sequences = Sequences.of(rows)
-    if per_token:
-        total, bounds = int(sequences.lengths.sum()), np.concatenate([[0], np.cumsum(sequences.lengths)])[sequences.bounds]
-    else:
-        total, bounds = len(sequences.features), sequences.bounds
-    shape = (total, model.config.hidden_size)
-    key = _key(model, sequences, per_token, autocast)
-    path = cache_folder() / f"{key}.npy"
-    size = (
-        f"{len(sequences.features):,} sequences, {int(sequences.lengths.sum()):,} tokens, {4 * shape[0] * shape[1] / 1e6:,.1f} MB"
-    )
+    bounds = sequences.starts[sequences.bounds] if per_token else sequences.bounds
+    shape = (int(bounds[-1]), model.config.hidden_size)
+    path = cache_folder() / f"{_key(model, sequences, per_token, autocast)}.npy"
+    num_bytes = shape[0] * shape[1] * _ITEM_BYTES
+    size = f"{len(sequences.features):,} sequences, {sequences.starts[-1]:,} tokens, {num_bytes / 1e6:,.1f} MB"
     states = _load(path, shape, say)
     if states is None:
         started = time.perf_counter()
-        _check_space(path.parent, 4 * shape[0] * shape[1])
+        _check_space(path.parent, num_bytes)
         _write(path, shape, lambda states: _compute(model, sequences, per_token, autocast, states, title))
-        states = _load(path, shape, say)
-        if states is None:
-            raise OSError(f"{path}: what was written there comes back changed; is the disk in order?")
+        states = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         say(f"  {title}: encoder outputs ({size}) computed in {time.perf_counter() - started:.1f} s, kept in {path}")
     else:
         say(f"  {title}: encoder outputs ({size}) found in {path}")
@@ -162,7 +157,7 @@ def _key(model: PreTrainedModel, sequences: Sequences, per_token: bool, autocast
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     digest.update(sequences.starts.tobytes())
-    for name in sequences.features[0] if sequences.features else ():
+    for name in sequences.features[0]:
         digest.update(name.encode())
         for feature in sequences.features:
             digest.update(np.asarray(feature[name], np.int32))
