@@ -26,7 +26,7 @@ from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder
-from .model import load_model
+from .model import load_model, quiet_transformers
 from .modes import Tuning, prepare_mode
 from .outputs import model_outputs
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
@@ -82,6 +82,7 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         _refuse_changes(settings, run)
     device = pick_device(settings.device)
     prepared = prepare_task(task_of(settings), sources_of(settings), settings, say)
+    main_metric(settings, prepared.task)
     if settings.overwrite:
         delete_folder(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -124,6 +125,9 @@ def sources_of(settings: FinetuneSettings) -> dict[str, Source]:
 
 
 def main_metric(settings: FinetuneSettings, task: Task) -> str:
+    """What chooses the best checkpoint. Raises SettingsError for a score that the task has not."""
+    if settings.metric is not None and settings.metric not in task.metric_names:
+        raise SettingsError(f"--metric {settings.metric} is no score of {task.name}; it has {', '.join(task.metric_names)}")
     return settings.metric or task.main_metric
 
 
@@ -159,7 +163,8 @@ def train_seed(
         tuning.trained, tuning.rows[TRAIN], settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes
     )
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_resumable(checkpoints) if settings.resume else None)
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=_resumable(checkpoints) if settings.resume else None)
     seconds = time.perf_counter() - started - trainer.aside_seconds
     state = trainer.state
     scores = {name: score(split) for name, split in prepared.splits.items() if split.labelled and name != TRAIN}
@@ -192,9 +197,10 @@ def save_model(tuning: Tuning, prepared: PreparedTask, output: Path, settings: F
             outputs = model_outputs(tuning.trained, tuning.rows[name], family=prepared.task.family, autocast=autocast)
             predictions = prepared.task.predictions(outputs, split.features, split.examples)
             write_jsonl(new / f"predictions_{name}.jsonl", predictions)
-    final = tuning.finish(new)
-    final.model.save_pretrained(new)
-    final.tokenizer.save_pretrained(new)
+    with quiet_transformers():
+        final = tuning.finish(new)
+        final.model.save_pretrained(new)
+        final.tokenizer.save_pretrained(new)
     save_task(prepared.task, prepared.max_seq_length, new)
     move_in(new, output)
 
