@@ -12,7 +12,7 @@ import os
 import shutil
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 
-from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder
+from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
+from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
 from .model import load_model, quiet_transformers
 from .modes import Tuning, prepare_mode
 from .outputs import model_outputs
@@ -35,6 +36,7 @@ from .settings import FinetuneSettings
 from .task import Task
 from .trainer import build_trainer
 
+ADAPTED, WITHOUT_ADAPTATION = "adapted", "without-adaptation"
 _ON_RESUME = ("resume", "overwrite", "output", "device")
 
 
@@ -56,7 +58,7 @@ class SeedResult:
 @dataclass(frozen=True)
 class FinetuneResult:
     """``scores``: of each split and metric the mean, the standard deviation over seeds and the single values; ``best_seed``: whose
-    model lies in ``output``."""
+    model lies in ``output``; ``adaptation``: with ``settings.adapt``, an :class:`~.adapt.Adaptation` and its ``effect``."""
 
     output: str
     task: str
@@ -66,6 +68,7 @@ class FinetuneResult:
     seeds: list[dict[str, Any]]
     data: dict[str, Any]
     notes: list[str]
+    adaptation: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -95,11 +98,13 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         "notes": [],
     }
     write_json(output / RUN_NAME, document)
+    without = train_without_adaptation(settings, say) if settings.adapt else None
+    trained = settings if without is None else replace(settings, model=str(adapted_model(settings, prepared, device, say)))
     for seed in settings.seeds:
         if str(seed) in document["seeds"]:
             say(f"Seed {seed}: done before")
             continue
-        result, tuning = train_seed(settings, prepared, seed, device, say)
+        result, tuning = train_seed(trained, prepared, seed, device, say)
         metric = main_metric(settings, prepared.task)
         best = best_seed(document["seeds"], metric)
         document["notes"] = list(tuning.whole.notes)
@@ -108,7 +113,25 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         document["seeds"][str(seed)] = result.__dict__
         write_json(output / RUN_NAME, document)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    return _finish(settings, prepared, document, say)
+    return _finish(settings, prepared, document, without, say)
+
+
+def train_without_adaptation(settings: FinetuneSettings, say: Say) -> FinetuneResult:
+    """The same run on the checkpoint as it is, in a folder of its own: what the effect of adaptation is measured against."""
+    folder = Path(settings.output) / WITHOUT_ADAPTATION
+    say("Fine-tuning without adaptation, to compare with:")
+    resume = settings.resume and read_run(folder) is not None
+    return finetune(replace(settings, adapt=(), adapt_steps=None, output=str(folder), resume=resume, overwrite=False), say)
+
+
+def adapted_model(settings: FinetuneSettings, prepared: PreparedTask, device: torch.device, say: Say) -> Path:
+    """The folder of the checkpoint adapted to ``settings.adapt``; what a resumed run has there already is taken."""
+    folder = Path(settings.output) / ADAPTED
+    if not (folder / ADAPTATION_NAME).is_file():
+        length = min(LONGEST, prepared.max_seq_length)
+        options = {"steps": settings.adapt_steps, "max_seq_length": length, "seed": settings.seeds[0], "dtype": settings.dtype}
+        adapt(settings.model, settings.adapt, folder, **options, device=device, say=say)
+    return folder
 
 
 def task_of(settings: FinetuneSettings) -> Task:
@@ -229,9 +252,15 @@ def summary(seeds: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]
     return scores
 
 
-def _finish(settings: FinetuneSettings, prepared: PreparedTask, document: dict[str, Any], say: Say) -> FinetuneResult:
+def _finish(
+    settings: FinetuneSettings, prepared: PreparedTask, document: dict[str, Any], without: FinetuneResult | None, say: Say
+) -> FinetuneResult:
     metric = main_metric(settings, prepared.task)
     seeds = [document["seeds"][str(seed)] for seed in settings.seeds]
+    adaptation = None
+    if without is not None:
+        adaptation = json.loads((Path(settings.output) / ADAPTED / ADAPTATION_NAME).read_text(encoding="utf-8"))
+        adaptation["effect"] = effect(without.scores, summary(seeds), say)
     result = FinetuneResult(
         output=settings.output,
         task=prepared.task.name,
@@ -241,6 +270,7 @@ def _finish(settings: FinetuneSettings, prepared: PreparedTask, document: dict[s
         seeds=[{key: value for key, value in seed.items() if key != "log"} for seed in seeds],
         data=document["data"],
         notes=document["notes"],
+        adaptation=adaptation,
     )
     write_json(Path(settings.output) / RUN_NAME, {**document, "results": result.to_dict()})
     for split, metrics in result.scores.items():
