@@ -61,7 +61,7 @@ def test_several_labels_in_a_cell_or_in_columns(tmp_path):
         (
             "text\tother\na\t1\nb\t2\n",
             "text-classification",
-            r"train.tsv: has no column 'label', it has 'text', 'other'; --label-column names",
+            r"has no column 'label', it has 'text', 'other'; --label-column names",
         ),
         ("x\tlabel\na\t1\n", "text-classification", r"has the columns 'x', 'label'; --text-column names the one with the text"),
     ],
