@@ -43,6 +43,7 @@ class Split:
             "rows": len(self.features.rows),
             "tokens": self.tokens,
             "truncated": self.features.truncated,
+            "notices": self.features.notices,
             "labelled": self.labelled,
         }
 
@@ -81,7 +82,7 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
         examples[TRAIN], examples[DEV] = held_out(examples[TRAIN], settings.dev_fraction)
         say(f"No dev data: {len(examples[DEV]):,} of the training examples are held out for it, the same in every run")
     if settings.limit is not None:
-        examples = {name: replace(split, items=split.items[: settings.limit]) for name, split in examples.items()}
+        examples = {name: drawn(split, settings.limit) for name, split in examples.items()}
     task = task.with_labels_of(examples[TRAIN])
     labelled = {name: name in (TRAIN, DEV) or _has_labels(split) for name, split in examples.items()}
     for name, split in examples.items():
@@ -109,6 +110,14 @@ def held_out(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
     return replace(examples, items=parts[0]), replace(examples, items=parts[1])
 
 
+def drawn(examples: Examples, count: int) -> Examples:
+    """At most ``count`` of the examples, in their order: a draw that depends on their number alone (files may be sorted)."""
+    if len(examples) <= count:
+        return examples
+    chosen = sorted(random.Random(0).sample(range(len(examples)), count))
+    return replace(examples, items=[examples.items[number] for number in chosen])
+
+
 def _has_labels(examples: Examples) -> bool:
     first = examples.items[0] if len(examples) else None
     return first is not None and any(getattr(first, field, None) is not None for field in ("label", "tags", "answers"))
@@ -121,7 +130,7 @@ def _line(split: Split, max_seq_length: int) -> str:
         line += f", in {facts['rows']:,} rows of at most {max_seq_length} tokens"
     if facts["truncated"]:
         line += f"; {facts['truncated']:,} are longer than {max_seq_length} tokens and were cut"
-    return line
+    return "; ".join([line, *split.features.notices])
 
 
 def _tokens(ids: list[Any]) -> int:
