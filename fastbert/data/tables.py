@@ -268,9 +268,7 @@ def _arrow_rows(
             elif names := getattr(getattr(feature, "feature", None), "names", None):
                 cells = [value if value is None else [_label(part, names) for part in value] for value in cells]
         except IndexError as error:
-            raise DataError.at(
-                name, None, column, f"has label numbers for which there is no name; {len(names)} are named"
-            ) from error
+            raise DataError.at(name, None, column, f"a label number has no name; {len(names)} have one") from error
         values.append(cells)
     rows = [dict(zip(columns, cells)) for cells in zip(*values)]
     return columns, rows, [f"row {number}" for number in range(1, len(rows) + 1)]
