@@ -39,10 +39,6 @@ class MultipleChoice(Task):
     pads: ClassVar[bool] = True
 
     @property
-    def main_metric(self) -> str:
-        return self.metric_names[0]
-
-    @property
     def metric_names(self) -> tuple[str, ...]:
         return ("accuracy",)
 

@@ -69,10 +69,6 @@ class QuestionAnswering(Task):
             raise SettingsError(f"--task {self.name} reads columns question, context, answers and id; it takes no others ({named})")
 
     @property
-    def main_metric(self) -> str:
-        return self.metric_names[0]
-
-    @property
     def metric_names(self) -> tuple[str, ...]:
         return ("f1", "exact_match")
 

@@ -66,7 +66,7 @@ def test_the_same_numbers_as_transformers_with_padding(toy_model, sentiment_fold
     device = module.pick_device("cpu")
     results = [module.train_seed(given, prepared, 0, device, lambda line: None, fast=fast) for fast in (True, False)]
     (ours, fast), (theirs, slow) = results
-    assert fast.packed and not slow.packed
+    assert fast.trained.packed and not slow.trained.packed
     losses = [[row["loss"] for row in result.log if "loss" in row] for result in (ours, theirs)]
     assert len(losses[0]) > 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
