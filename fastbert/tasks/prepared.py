@@ -98,8 +98,8 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
 
 
 def held_out(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
-    """(the rest, ``fraction`` of the examples): a draw that depends on the examples alone, the same in every run. Questions about the
-    same context stay together. Raises DataError where that leaves nothing for one side."""
+    """(the rest, ``fraction`` of the examples): a draw that depends on the examples alone, the same in every run. Questions
+    about the same context stay together. Raises DataError where that leaves nothing for one side."""
     groups: dict[Any, list[int]] = {}
     for number, example in enumerate(examples):
         groups.setdefault(getattr(example, "context", number), []).append(number)
