@@ -13,7 +13,6 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    DataCollatorForMultipleChoice,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PretrainedConfig,
@@ -28,6 +27,7 @@ from fastbert.model.accelerate import accelerate
 from fastbert.model.encoder import PackedEncoder
 from fastbert.train.errors import SettingsError
 
+from .choices import pad_choices
 from .task import Task
 
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
@@ -100,10 +100,10 @@ def takes_packed_rows(model: PreTrainedModel) -> bool:
 
 
 def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, packed: bool) -> Collate:
-    """Packs where the model takes packed rows; elsewhere transformers' collator of the family, which pads to the longest."""
+    """Packs where the model takes packed rows; elsewhere the collator of the family, which pads to the longest."""
     if packed:
         return DataCollatorWithPacking(position_ids_start=model.base_model.first_position)
-    padding = {"words": DataCollatorForTokenClassification, "choices": DataCollatorForMultipleChoice}
+    padding = {"words": DataCollatorForTokenClassification, "choices": pad_choices}
     return padding.get(family, DataCollatorWithPadding)(tokenizer)
 
 

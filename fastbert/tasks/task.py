@@ -21,12 +21,14 @@ Outputs = Sequence[NDArray]
 class Features:
     """Model inputs. ``rows``: what transformers' and fastbert's collators take (input_ids, token_type_ids, labels, ...);
     ``example_of``: for each row the number of its example (a long one makes several rows); ``notes``: for each row what the task
-    needs to read its outputs (where its words are, ...); ``truncated``: examples that were cut to the longest sequence."""
+    needs to read its outputs (where its words are, ...); ``truncated``: examples that were cut to the longest sequence;
+    ``notices``: what else was done to them, in words."""
 
     rows: list[dict[str, Any]]
     example_of: list[int]
     notes: list[Any] = field(default_factory=list)
     truncated: int = 0
+    notices: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
