@@ -32,6 +32,7 @@ from .modes import Tuning, prepare_mode
 from .outputs import model_outputs
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .registry import save_task, task_for
+from .report import write_report
 from .settings import FinetuneSettings
 from .task import Task
 from .trainer import build_trainer
@@ -93,7 +94,7 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         "command_name": settings.command_name,
         "command": settings.command(),
         "settings": settings.to_dict(),
-        "data": {name: split.facts() for name, split in prepared.splits.items()},
+        "data": {name: split.facts(prepared.task) for name, split in prepared.splits.items()},
         "seeds": {},
         "notes": [],
     }
@@ -273,6 +274,7 @@ def _finish(
         adaptation=adaptation,
     )
     write_json(Path(settings.output) / RUN_NAME, {**document, "results": result.to_dict()})
+    write_report(settings, prepared, document["seeds"], result.to_dict(), say)
     for split, metrics in result.scores.items():
         say(f"{split}: " + ", ".join(_score_text(name, score) for name, score in metrics.items()))
     say(f"Model, tokenizer, predictions and scores: {settings.output}")
