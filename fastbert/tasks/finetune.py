@@ -181,7 +181,7 @@ def train_seed(
         outputs = model_outputs(tuning.trained, tuning.rows[split.name], family=family, autocast=autocast)
         return prepared.task.scores(outputs, split.features, split.examples)
 
-    checkpoints = Path(settings.output) / CHECKPOINTS
+    checkpoints = Path(settings.output) / CHECKPOINTS / f"seed-{seed}"
     trainer = build_trainer(
         tuning.trained, tuning.rows[TRAIN], settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes
     )

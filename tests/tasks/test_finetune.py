@@ -156,7 +156,7 @@ def test_resumed_after_a_kill(toy_model, sentiment_folder, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "fastbert.cli", *given.command().split()[1:]], stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+    while not list(checkpoints.glob("seed-*/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.wait()
