@@ -21,11 +21,14 @@ class TextExample:
 
 @dataclass(frozen=True, slots=True)
 class WordsExample:
-    """A sentence in words; ``tags``: one per word, or None."""
+    """A sentence in words; ``tags``: one per word, or None. ``text``, ``spans``: where the words were cut out of a text, it and the
+    (start, end) of each in characters."""
 
     place: str
     words: tuple[str, ...]
     tags: tuple[str, ...] | None = None
+    text: str | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

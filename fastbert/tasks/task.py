@@ -52,6 +52,10 @@ class Task(ABC):
         """One split. Raises DataError naming file, row and column."""
 
     @abstractmethod
+    def examples_from(self, inputs: Sequence[Any]) -> Examples:
+        """Examples without labels out of what a Python caller has: texts, pairs, lists of words, dicts with question and context."""
+
+    @abstractmethod
     def with_labels_of(self, train: Examples) -> Task:
         """The same task with the labels that the training data have. Raises DataError where they cannot be learned (one class)."""
 

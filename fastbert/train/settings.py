@@ -6,11 +6,10 @@ Nothing here imports torch or transformers, so the command line can refuse a wro
 from __future__ import annotations
 
 import dataclasses
-import math
-import shlex
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from .command_settings import CommandSettings, option
 from .errors import SettingsError
 
 DEFAULT_VOCAB_SIZE = 30522
@@ -38,12 +37,14 @@ MODEL_PRESETS = {
     "large": ModelSize(24, 1024, 16, 4096),
 }
 
+_SIZE_NAMES = tuple(field.name for field in dataclasses.fields(ModelSize))
+
 # A continued run takes the same steps as the run it continues; only what leaves the steps alone may be given anew.
 CHANGEABLE_ON_RESUME = frozenset({"output", "device", "save_steps", "log_steps", "resume", "overwrite"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings:
+class PretrainSettings(CommandSettings):
     """The settings of ``fastbert pretrain``; the command's options carry the same names.
 
     ``corpus``: files, folders or a Hugging Face dataset name; empty for the text that every installation holds.
@@ -84,18 +85,21 @@ class PretrainSettings:
     resume: bool = False
     overwrite: bool = False
 
+    command_name: ClassVar[str] = "pretrain"
+    least: ClassVar[dict[str, int]] = {
+        **dict.fromkeys(_SIZE_NAMES, 1),
+        **dict.fromkeys(("steps", "save_steps", "log_steps", "compare_steps"), 1),
+        "warmup_steps": 0,
+        "seed": 0,
+        "max_seq_length": 8,
+        "vocab_size": 100,
+    }
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpus", tuple(self.corpus))
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SettingsError(f"{option(name)} is {value}; it must be at least {least}")
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise SettingsError(f"{option(name)} is {value}; it must be a positive number")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise SettingsError(f"--weight-decay is {self.weight_decay}; it must be 0 or a positive number")
+        self.check_least()
+        self.check_positive("learning_rate", "max_grad_norm")
+        self.check_not_negative("weight_decay")
         if not 0 < self.held_out_fraction < 1:
             raise SettingsError(f"--held-out-fraction is {self.held_out_fraction}; it must lie between 0 and 1")
         if self.dropout is not None and not 0 <= self.dropout < 1:
@@ -112,8 +116,7 @@ class PretrainSettings:
             raise SettingsError("--compare-steps needs --compare")
         if self.compare and self.dropout:
             raise SettingsError("--compare trains both models without dropout; leave --dropout out or set it to 0")
-        if self.resume and self.overwrite:
-            raise SettingsError("--resume continues the run in the output folder, --overwrite deletes it: give one of them")
+        self.check_resume_or_overwrite()
         self._check_model()
 
     def _check_model(self) -> None:
@@ -168,48 +171,6 @@ class PretrainSettings:
         if not self.compare:
             return 0
         return self.steps if self.compare_steps is None else min(self.compare_steps, self.steps)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; ``from_dict`` reads it back."""
-        return {**dataclasses.asdict(self), "corpus": list(self.corpus)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PretrainSettings:
-        """Raises :class:`SettingsError` for names that this version does not know."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise SettingsError(f"settings of another version of fastbert: {', '.join(unknown)} are not known here")
-        return cls(**values)
-
-    def command(self) -> str:
-        """The shell command that asks for this run; settings at their default are left out."""
-        words = ["fastbert", "pretrain"]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value == field.default or field.name in ("resume", "overwrite"):
-                continue
-            words.append(option(field.name))
-            if field.name == "corpus":
-                words.extend(value)
-            elif value is not True:
-                words.append(str(value))
-        return shlex.join(words)
-
-
-_SIZE_NAMES = tuple(field.name for field in dataclasses.fields(ModelSize))
-_LEAST = {
-    **dict.fromkeys(_SIZE_NAMES, 1),
-    **dict.fromkeys(("steps", "save_steps", "log_steps", "compare_steps"), 1),
-    "warmup_steps": 0,
-    "seed": 0,
-    "max_seq_length": 8,
-    "vocab_size": 100,
-}
-
-
-def option(name: str) -> str:
-    """The command-line option of a setting."""
-    return "--" + name.replace("_", "-")
 
 
 def refuse_changed_settings(output: str, settings: dict[str, Any], run_settings: dict[str, Any]) -> None:

@@ -1,0 +1,84 @@
+"""Scores of predictions: scikit-learn's, scipy's and seqeval's, as plain numbers from 0 to 1 (correlations from -1).
+
+A correlation of something that never changes is undefined; it counts as 0, and :func:`regression_scores` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbert.train.errors import SettingsError
+
+
+def classification_scores(predicted: NDArray[np.integer], labels: NDArray[np.integer], num_labels: int) -> dict[str, float]:
+    """accuracy, f1 (of class 1 where there are two classes, else the mean over classes), f1_macro, matthews_correlation.
+
+    predicted, labels: (n,) class numbers.
+    """
+    metrics = _sklearn_metrics()
+    classes = list(range(num_labels))
+    f1_macro = metrics.f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)
+    f1 = metrics.f1_score(labels, predicted, labels=classes, zero_division=0) if num_labels == 2 else f1_macro
+    return {
+        "accuracy": float(metrics.accuracy_score(labels, predicted)),
+        "f1": float(f1),
+        "f1_macro": float(f1_macro),
+        "matthews_correlation": float(metrics.matthews_corrcoef(labels, predicted)),
+    }
+
+
+def multi_label_scores(predicted: NDArray[np.bool_], labels: NDArray[np.bool_]) -> dict[str, float]:
+    """f1_micro, f1_macro and accuracy (the share of examples of which all labels are right). predicted, labels: (n, k)."""
+    metrics = _sklearn_metrics()
+    return {
+        "f1_micro": float(metrics.f1_score(labels, predicted, average="micro", zero_division=0)),
+        "f1_macro": float(metrics.f1_score(labels, predicted, average="macro", zero_division=0)),
+        "accuracy": float((predicted == labels).all(axis=1).mean()),
+    }
+
+
+def regression_scores(predicted: NDArray[np.floating], values: NDArray[np.floating]) -> dict[str, float]:
+    """pearson and spearman (0 where either side is constant), their mean, and the mean squared error. predicted, values: (n,)."""
+    stats = _optional("scipy.stats")
+    correlations = {"pearson": 0.0, "spearman": 0.0}
+    if len(values) > 1 and np.ptp(predicted) > 0 and np.ptp(values) > 0:
+        correlations = {
+            "pearson": float(stats.pearsonr(predicted, values)[0]),
+            "spearman": float(stats.spearmanr(predicted, values)[0]),
+        }
+    return {
+        **correlations,
+        "pearson_spearman": sum(correlations.values()) / 2,
+        "mean_squared_error": float(np.square(predicted - values).mean()),
+    }
+
+
+def entity_scores(predicted: Sequence[Sequence[str]], tags: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Of whole entities, as CoNLL counts them (type and both ends right): precision, recall, f1; accuracy is of single words.
+
+    predicted, tags: BIO tags of each sentence, of equal lengths.
+    """
+    seqeval = _optional("seqeval.metrics")
+    predicted, tags = [list(x) for x in predicted], [list(x) for x in tags]
+    return {
+        "precision": float(seqeval.precision_score(tags, predicted, zero_division=0)),
+        "recall": float(seqeval.recall_score(tags, predicted, zero_division=0)),
+        "f1": float(seqeval.f1_score(tags, predicted, zero_division=0)),
+        "accuracy": float(seqeval.accuracy_score(tags, predicted)),
+    }
+
+
+def _sklearn_metrics():
+    return _optional("sklearn.metrics")
+
+
+def _optional(module: str):
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SettingsError(f"scores need {module.partition('.')[0]}: pip install 'fastbert[eval]'") from error

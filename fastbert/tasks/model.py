@@ -1,0 +1,133 @@
+"""A checkpoint, its tokenizer and the head of a task: fastbert's classes where there are some for it, transformers' elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastbert.data.collator import DataCollatorWithPacking
+from fastbert.data.tokenizer import load_tokenizer
+from fastbert.model.accelerate import accelerate
+from fastbert.model.encoder import PackedEncoder
+from fastbert.train.errors import SettingsError
+
+from .task import Task
+
+Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+# Longest sequence of a model that has no positions of its own to run out of.
+_UNLIMITED = 512
+
+
+@dataclass(frozen=True)
+class TaskModel:
+    """``packed``: whether batches are rows without padding; ``collate``: what makes them; ``notes``: what the user should know about
+    the model (a new head, why it is not fast)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    packed: bool
+    collate: Collate
+    notes: tuple[str, ...]
+
+
+def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
+    """The model of ``task`` on the CPU in float32, from a folder or a name on the Hugging Face hub.
+
+    ``task`` knows its labels, or takes those of a fine-tuned checkpoint. With ``fast`` False it stays transformers' own, on padded
+    batches. Raises SettingsError naming the model where it cannot be loaded or has no such head.
+    """
+    config = load_config(name)
+    tokenizer = load_task_tokenizer(name, config, task)
+    changes = task.config()
+    auto_class = getattr(transformers, task.auto_class)
+    try:
+        # A fine-tuned checkpoint may have another number of labels: its head is then a new one, which the notes say.
+        model, loading = auto_class.from_pretrained(
+            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingsError(f"--model {name} cannot be loaded as {task.auto_class}: {_first_line(error)}") from error
+    new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    notes = [f"New weights, not in the checkpoint: {', '.join(new)}"] if new else []
+    if fast:
+        try:
+            accelerate(model)
+        except TypeError as error:
+            notes.append(f"transformers' own code, on padded batches: {error}")
+    if len(tokenizer) > model.config.vocab_size:
+        raise SettingsError(
+            f"--model {name} has {model.config.vocab_size} entries in its vocabulary, its tokenizer {len(tokenizer)}"
+        )
+    packed = fast and not task.pads and takes_packed_rows(model)
+    return TaskModel(model, tokenizer, packed, collator(model, tokenizer, packed), tuple(notes))
+
+
+def takes_packed_rows(model: PreTrainedModel) -> bool:
+    """Whether ``model`` is ours and takes several sequences in one row."""
+    return isinstance(model.base_model, PackedEncoder)
+
+
+def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packed: bool) -> Collate:
+    """Packs where the model takes packed rows, and pads to the longest elsewhere (:class:`~fastbert.tasks.task.Task` brings another
+    one where its rows hold more than a sequence)."""
+    if packed:
+        return DataCollatorWithPacking(position_ids_start=model.base_model.first_position)
+    return DataCollatorWithPadding(tokenizer)
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """Raises SettingsError where there is none."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise SettingsError(f"--model {name}: the folder holds no config.json, so it is no model of transformers")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"--model {name}: no such folder, and loading it from the Hugging Face hub failed ({_first_line(error)})"
+        ) from error
+
+
+def load_task_tokenizer(name: str, config: PretrainedConfig, task: Task) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, without the padding and the truncation that may be baked into it."""
+    if config.model_type == "bert":
+        return load_tokenizer(name)
+    options = {"add_prefix_space": True} if task.family == "words" else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--model {name}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+    if not tokenizer.is_fast:
+        raise SettingsError(f"--model {name}: {type(tokenizer).__name__} is not backed by the tokenizers library")
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
+
+
+def longest_sequence(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the model takes at most, [CLS] and [SEP] included."""
+    positions = getattr(config, "max_position_embeddings", None) or _UNLIMITED
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= config.pad_token_id + 1
+    return min(positions, tokenizer.model_max_length)
+
+
+def check_length(max_seq_length: int, longest: int, name: str) -> None:
+    if max_seq_length > longest:
+        raise SettingsError(f"--max-seq-length is {max_seq_length}; --model {name} takes {longest} tokens at most")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,236 @@
+"""Text classification: one label of several, several of many, or a number, for a text or a pair of texts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fastbert.data.sources import Source
+from fastbert.data.tables import Table, read_table
+
+from . import metrics
+from .columns import find_label_columns, find_text_columns
+from .examples import Examples, TextExample
+from .task import Features, Outputs, Task
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+_MAIN_METRIC = {SINGLE: "accuracy", MULTI: "f1_micro", REGRESSION: "pearson_spearman"}
+_LABELS_SHOWN = 12
+_FALSE = ("", "0", "false", "no")
+
+
+@dataclass(frozen=True)
+class TextClassification(Task):
+    """``problem``: transformers' problem_type. ``columns``: of the fields text, text_pair and label; several label columns
+    (``"a,b,c"``) are a label each, with 0 or 1 in it. ``label_separator``: between the labels of a text (multi-label). ``header``:
+    the columns of files that have no header line. ``metric``: the main one, where not the problem's usual."""
+
+    problem: str = SINGLE
+    label_separator: str = ","
+    header: tuple[str, ...] | None = None
+    metric: str | None = None
+
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    family: ClassVar[str] = "text"
+
+    @property
+    def main_metric(self) -> str:
+        return self.metric or _MAIN_METRIC[self.problem]
+
+    def read(self, source: Source) -> Examples[TextExample]:
+        table = read_table(source, header=self.header)
+        text, pair = find_text_columns(table, self.columns)
+        names = find_label_columns(table, self.columns)
+        columns = {"text": text, **({"text_pair": pair} if pair else {}), **({"label": ", ".join(names)} if names else {})}
+        examples = Examples(table.source, [], columns)
+        label = self._label_reader(table, names, examples)
+        for place, row in zip(table.places, table.rows, strict=True):
+            example = TextExample(place, _text(row[text]), _text(row[pair]) if pair else None)
+            examples.items.append(replace(example, label=label(example, row)))
+        return examples
+
+    def _label_reader(
+        self, table: Table, names: list[str], examples: Examples
+    ) -> Callable[[TextExample, dict[str, Any]], str | float | tuple[str, ...] | None]:
+        if not names:
+            return lambda example, row: None
+        if len(names) > 1:
+            return lambda example, row: tuple(name for name in names if str(row[name]).strip().lower() not in _FALSE)
+        (name,) = names
+        if self.problem == REGRESSION:
+            return lambda example, row: _number(row[name], example, examples)
+        if self.problem == MULTI:
+            return lambda example, row: self._several(row[name])
+        return lambda example, row: _one_class(row[name], example, examples)
+
+    def _several(self, value: Any) -> tuple[str, ...]:
+        values = value if isinstance(value, (list, tuple)) else str("" if value is None else value).split(self.label_separator)
+        return tuple(label for item in values if (label := str(item).strip()))
+
+    def examples_from(self, inputs: Sequence[Any]) -> Examples[TextExample]:
+        """inputs: texts, or pairs of texts."""
+        items = []
+        for number, value in enumerate(inputs, 1):
+            first, second = (value, None) if isinstance(value, str) else value
+            items.append(TextExample(f"input {number}", first, second))
+        return Examples("inputs", items, {})
+
+    def with_labels_of(self, train: Examples[TextExample]) -> TextClassification:
+        self.check_present(train)
+        if self.problem == REGRESSION:
+            if len({example.label for example in train}) == 1:
+                raise train.error(
+                    None, "label", f"holds {train.items[0].label} in all {len(train)} rows: there is nothing to learn"
+                )
+            return self
+        if self.labels:
+            return self
+        counts = label_counts(train)
+        if not counts or (self.problem == SINGLE and len(counts) == 1):
+            held = f"holds {next(iter(counts))!r} in all {len(train)} rows" if counts else f"names no label in {len(train)} rows"
+            raise train.error(None, "label", f"{held}: there is nothing to learn")
+        return replace(self, labels=tuple(sorted(counts, key=_order)))
+
+    def check(self, examples: Examples[TextExample], *, labelled: bool) -> None:
+        for example in examples:
+            for field in ("text", "text_pair"):
+                value = getattr(example, field)
+                if value is not None and not value.strip():
+                    raise examples.error(example, field, "is empty")
+        if labelled:
+            self.check_present(examples)
+            self._check_known(examples)
+
+    def check_present(self, examples: Examples[TextExample]) -> None:
+        """Raises DataError for no examples, and for one without a label."""
+        if not len(examples):
+            raise examples.error(None, None, "holds no examples")
+        if "label" not in examples.columns:
+            wanted = self.columns.get("label", "label")
+            raise examples.error(None, None, f"has no column {wanted!r}; --label-column names the column of the labels")
+        for example in examples:
+            if example.label is None:
+                raise examples.error(example, "label", "has no label")
+
+    def _check_known(self, examples: Examples[TextExample]) -> None:
+        if self.problem == REGRESSION:
+            return
+        known = set(self.labels)
+        for example in examples:
+            for label in example.label if isinstance(example.label, tuple) else (example.label,):
+                if label not in known:
+                    shown = ", ".join(map(repr, self.labels[:_LABELS_SHOWN])) + (", ..." if len(known) > _LABELS_SHOWN else "")
+                    raise examples.error(example, "label", f"holds {label!r}; the training data have {shown}")
+
+    def config(self) -> dict[str, Any]:
+        if self.problem == REGRESSION:
+            return {"num_labels": 1, "problem_type": REGRESSION}
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: number for number, label in enumerate(self.labels)},
+            "problem_type": self.problem,
+        }
+
+    def features(
+        self, examples: Examples[TextExample], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, *, labelled: bool
+    ) -> Features:
+        if not len(examples):
+            return Features([], [])
+        texts = [example.text for example in examples]
+        pairs = [example.text_pair for example in examples] if examples.items[0].text_pair is not None else None
+        encoded = tokenizer(texts, pairs, truncation=True, max_length=max_seq_length, return_attention_mask=False)
+        self._check_tokens(examples, tokenizer, encoded)
+        rows = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
+        if labelled:
+            for row, example in zip(rows, examples, strict=True):
+                row["labels"] = self._target(example)
+        truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+        return Features(rows, list(range(len(rows))), truncated=truncated)
+
+    def _check_tokens(self, examples: Examples[TextExample], tokenizer: PreTrainedTokenizerBase, encoded: Any) -> None:
+        """Raises DataError for a text of which the tokenizer keeps nothing (control characters alone, ...)."""
+        fewest = tokenizer.num_special_tokens_to_add(pair=examples.items[0].text_pair is not None)
+        for example, encoding in zip(examples, encoded.encodings, strict=True):
+            if len(encoding.ids) <= fewest:
+                raise examples.error(example, "text", f"holds {example.text!r}, of which the tokenizer keeps nothing")
+
+    def _target(self, example: TextExample) -> int | float | list[float]:
+        if self.problem == REGRESSION:
+            return float(example.label)  # type: ignore[arg-type]
+        if self.problem == SINGLE:
+            return self._numbers[example.label]
+        return [float(label in example.label) for label in self.labels]  # type: ignore[operator]
+
+    @cached_property
+    def _numbers(self) -> dict[Any, int]:
+        return {label: number for number, label in enumerate(self.labels)}
+
+    def scores(self, outputs: Outputs, features: Features, examples: Examples[TextExample]) -> dict[str, float]:
+        logits = np.stack(outputs)
+        targets = np.array([self._target(example) for example in examples])
+        if self.problem == REGRESSION:
+            return metrics.regression_scores(logits[:, 0], targets)
+        if self.problem == MULTI:
+            return metrics.multi_label_scores(logits > 0, targets > 0)
+        return metrics.classification_scores(logits.argmax(1), targets, len(self.labels))
+
+    def predictions(self, outputs: Outputs, features: Features, examples: Examples[TextExample]) -> list[dict[str, Any]]:
+        """``label`` (or ``labels``, ``score`` in regression) and ``probabilities`` by label."""
+        return [self._prediction(np.asarray(logits, np.float64)) for logits in outputs]
+
+    def _prediction(self, logits: np.ndarray) -> dict[str, Any]:
+        if self.problem == REGRESSION:
+            return {"score": float(logits[0])}
+        if self.problem == MULTI:
+            probabilities = np.exp(-np.logaddexp(0, -logits))
+            chosen = [label for label, logit in zip(self.labels, logits, strict=True) if logit > 0]
+            return {"labels": chosen, "probabilities": dict(zip(self.labels, probabilities.tolist(), strict=True))}
+        probabilities = np.exp(logits - np.logaddexp.reduce(logits))
+        best = int(logits.argmax())
+        return {
+            "label": self.labels[best],
+            "probability": float(probabilities[best]),
+            "probabilities": dict(zip(self.labels, probabilities.tolist(), strict=True)),
+        }
+
+
+def label_counts(examples: Examples[TextExample]) -> Counter[str]:
+    """How often each label stands in ``examples``."""
+    counts: Counter[str] = Counter()
+    for example in examples:
+        counts.update(example.label if isinstance(example.label, tuple) else (example.label,))  # type: ignore[arg-type]
+    return counts
+
+
+def _order(label: str) -> tuple[bool, float, str]:
+    """Numbers by their size, in front of words in alphabetical order."""
+    return (False, float(label), label) if label.lstrip("-").isdigit() else (True, 0.0, label)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _one_class(value: Any, example: TextExample, examples: Examples) -> str:
+    label = "" if value is None else str(value).strip()
+    if not label:
+        raise examples.error(example, "label", "is empty")
+    return label
+
+
+def _number(value: Any, example: TextExample, examples: Examples) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise examples.error(example, "label", f"holds {value!r}, expected a number") from None
+    if not math.isfinite(number):
+        raise examples.error(example, "label", f"holds {value!r}, expected a finite number")
+    return number

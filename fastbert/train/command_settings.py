@@ -1,0 +1,81 @@
+"""What the settings of all commands share: to JSON and back, the shell command that asks for them, and checks by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from typing import Any, ClassVar, TypeVar
+
+from .errors import SettingsError
+
+S = TypeVar("S", bound="CommandSettings")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandSettings:
+    """Settings that the options of ``command_name`` carry, under the same names; a tuple is an option with several values."""
+
+    command_name: ClassVar[str]
+    # Options about the folder that a run goes to, which are no part of what it does.
+    not_in_command: ClassVar[tuple[str, ...]] = ("resume", "overwrite")
+    least: ClassVar[dict[str, int]] = {}
+
+    def check_least(self) -> None:
+        """Raises :class:`SettingsError` for a number below what ``least`` says of its setting."""
+        for name, least in self.least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SettingsError(f"{option(name)} is {value}; it must be at least {least}")
+
+    def check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise SettingsError(f"{option(name)} is {value}; it must be a positive number")
+
+    def check_not_negative(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise SettingsError(f"{option(name)} is {value}; it must be 0 or a positive number")
+
+    def check_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise SettingsError(f"{option(name)} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+
+    def check_resume_or_overwrite(self) -> None:
+        if self.resume and self.overwrite:  # type: ignore[attr-defined]
+            raise SettingsError("--resume continues the run in the output folder, --overwrite deletes it: give one of them")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; ``from_dict`` reads it back."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls: type[S], values: dict[str, Any]) -> S:
+        """Raises :class:`SettingsError` for names that this version does not know."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise SettingsError(f"settings of another version of fastbert: {', '.join(unknown)} are not known here")
+        return cls(**values)
+
+    def command(self) -> str:
+        """The shell command that asks for this run; settings at their default are left out."""
+        words = ["fastbert", self.command_name]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default or field.name in self.not_in_command:
+                continue
+            words.append(option(field.name))
+            if isinstance(value, tuple):
+                words.extend(map(str, value))
+            elif value is not True:
+                words.append(str(value))
+        return shlex.join(words)
+
+
+def option(name: str) -> str:
+    """The command-line option of a setting."""
+    return "--" + name.replace("_", "-")
