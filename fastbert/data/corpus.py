@@ -6,11 +6,8 @@ names the place, and no text is skipped without a word.
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 from fastbert.data.documents import CorpusReport, Document
 from fastbert.data.embedded import embedded_documents
 from fastbert.data.errors import CorpusError
+from fastbert.data.lines import read_lines
 
 __all__ = ["CorpusError", "CorpusReport", "Document", "embedded_documents", "read_documents"]
 
@@ -96,7 +94,7 @@ def _read_file(path: Path, text_column: str) -> Iterator[Document]:
 
 def _read_text(path: Path) -> Iterator[Document]:
     paragraphs: list[str] = []
-    for _, line in _lines(path):
+    for _, line in read_lines(path, CorpusError):
         paragraph = line.strip()
         if paragraph:
             paragraphs.append(paragraph)
@@ -108,7 +106,7 @@ def _read_text(path: Path) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
-    for number, line in _lines(path):
+    for number, line in read_lines(path, CorpusError):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -121,29 +119,6 @@ def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
         paragraphs = _row_paragraphs(row, text_column, where)
         if paragraphs:
             yield Document(str(path), paragraphs)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, unzipped where its name ends in .gz, with their numbers."""
-    zipped = path.name.lower().endswith(".gz")
-    number = 0
-    try:
-        if zipped and path.stat().st_size == 0:
-            raise EOFError
-        with gzip.open(path) if zipped else path.open("rb") as file:
-            for number, line in enumerate(io.BufferedReader(file), 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise CorpusError(
-            f"{path}, line {number}: not UTF-8 (byte 0x{byte:02x} at byte {error.start + 1} of the line, {error.reason})"
-        ) from error
-    except EOFError as error:
-        raise CorpusError(f"{path}, line {number + 1}: the gzip data end too early (a truncated file)") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise CorpusError(f"{path}, line {number + 1}: damaged gzip data ({error})") from error
-    except OSError as error:
-        raise CorpusError(f"{path}, line {number + 1}: cannot be read ({error.strerror or error})") from error
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[Document]:
