@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .glue_metrics import METRIC_NAMES, figure_of_bert_paper
+from .glue_metrics import figure_of_bert_paper
 from .glue_tasks import GLUE_TASKS, GlueTask, glue_task
 from .published import BERT_PAPER, BERT_ROWS, LEADERBOARD, LEADERBOARD_ROWS, PublishedRow
 
@@ -59,8 +59,8 @@ def _what(run: Document) -> str:
     modes = {"full": "all weights", "head": "the output layer only", "lora": "LoRA adapters"}
     seeds = ", ".join(map(str, run["seeds"]))
     return (
-        f"Fine-tuned: {modes.get(run['mode'], run['mode'])}; a model per task and seed (seeds {seeds}), from `{run['model']}` where the "
-        f"notes name nothing else; scored on GLUE's dev sets in `{run['data']}`. All figures are times 100."
+        f"Fine-tuned: {modes.get(run['mode'], run['mode'])}; a model per task and seed (seeds {seeds}), from `{run['model']}` where "
+        f"the notes name nothing else; scored on GLUE's dev sets in `{run['data']}`. All figures are times 100."
     )
 
 
@@ -85,10 +85,10 @@ def _average_line(run: Document) -> str:
 
 def _comparison_text(run: Document) -> str:
     return (
-        "Own scores are of the **dev** sets, all others of the **test** sets, which only GLUE's server can score: they are near each "
-        "other, not the same. A dash: not published there, or not run.\n\n"
-        f"- BERT-base and BERT-large: {BERT_PAPER}. F1 for MRPC and QQP, Spearman for STS-B. The paper's average leaves WNLI out and "
-        "counts MNLI's two sets as two of nine columns: it is no GLUE score.\n"
+        "Own scores are of the **dev** sets, all others of the **test** sets, which only GLUE's server can score: they are near "
+        "each other, not the same. A dash: not published there, or not run.\n\n"
+        f"- BERT-base and BERT-large: {BERT_PAPER}. F1 for MRPC and QQP, Spearman for STS-B. The paper's average leaves WNLI out "
+        "and counts MNLI's two sets as two of nine columns: it is no GLUE score.\n"
         f"- The ranks: {LEADERBOARD}, the columns that were at hand; the average is the GLUE score over all nine tasks."
     )
 

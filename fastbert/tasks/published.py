@@ -3,8 +3,8 @@
 Two sources. The first rows of the leaderboard (https://gluebenchmark.com/leaderboard) with GLUE's own figures: Matthews
 correlation of CoLA, accuracy of SST-2, F1/accuracy of MRPC and QQP, Pearson/Spearman correlation of STS-B, and the GLUE score over
 all tasks; the other tasks' columns are not at hand. And BERT's paper (Devlin et al. 2019, https://arxiv.org/abs/1810.04805,
-Table 1, scored by the same server): F1 for QQP and MRPC, Spearman correlation for STS-B, Matthews correlation for CoLA, accuracy for
-the rest. WNLI is left out there, and its average counts MNLI's two test sets as two of nine columns, so it is no GLUE score.
+Table 1, scored by the same server): F1 for QQP and MRPC, Spearman correlation for STS-B, Matthews correlation for CoLA, accuracy
+for the rest. WNLI is left out there, and the average counts MNLI's two test sets as two of nine columns: it is no GLUE score.
 """
 
 from __future__ import annotations
