@@ -12,7 +12,7 @@ from fastbert.data.sources import Source
 from fastbert.data.tables import Table, read_table
 
 from .examples import Examples, TextExample
-from .glue_tasks import AX_PATHS, GLUE_TASKS, GlueTask, glue_task, is_glue_task
+from .glue_tasks import AX_PATHS, AX_SPLIT, GLUE_TASKS, GlueTask, glue_task, is_glue_task
 from .sequence import REGRESSION, SINGLE, TextClassification
 
 
@@ -63,6 +63,9 @@ def find_splits(task: GlueTask, folder: Path) -> GlueSplits:
     splits = GlueSplits(task)
     tables = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith((".tsv", ".tsv.gz")))
     for split in task.splits:
+        if split == AX_SPLIT:
+            _add_ax(splits, folder.parent)
+            continue
         exact = folder / f"{split}.tsv"
         others = [path for path in tables if path.name.startswith(split)]
         if exact in tables:
@@ -79,9 +82,29 @@ def find_splits(task: GlueTask, folder: Path) -> GlueSplits:
     return splits
 
 
-def find_ax(root: Path) -> Path | None:
-    """The diagnostic set, where it is there."""
-    return next((path for name in AX_PATHS if (path := root / name).is_file()), None)
+def _add_ax(splits: GlueSplits, root: Path) -> None:
+    path = next((path for name in AX_PATHS if (path := root / name).is_file()), None)
+    if path is None:
+        splits.missing[AX_SPLIT] = f"the diagnostic set is missing ({AX_PATHS[0]})"
+    else:
+        splits.files[AX_SPLIT] = path
+
+
+def glue_sources(splits: GlueSplits) -> dict[str, Source]:
+    """The splits under the names that fine-tuning gives them: train, dev, test, and MNLI's dev_mismatched, test_mismatched and ax.
+
+    Raises DataError naming the file where train or dev is missing.
+    """
+    if splits.why_not is not None:
+        raise DataError(f"{splits.task.title}: {splits.why_not}")
+    names = finetune_names(splits.task)
+    return {names[split]: Source(path=path) for split, path in splits.files.items()}
+
+
+def finetune_names(task: GlueTask) -> dict[str, str]:
+    """For each split of GLUE what fine-tuning calls it: the dev set that chooses the best checkpoint is "dev"."""
+    first = {task.dev[0]: "dev", next(iter(task.submissions)): "test"}
+    return {split: first.get(split, split) for split in task.splits}
 
 
 def read_glue(task: GlueTask, source: Source) -> tuple[Examples[TextExample], list[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastbert.train.errors import SettingsError
 
+from .glue_report import model_title
 from .glue_tasks import GLUE_TASKS, GlueTask
 from .published import BERT_ROWS, LEADERBOARD_ROWS, PublishedRow
 
@@ -40,13 +41,13 @@ def _figure(run: Mapping[str, Any]) -> Any:
         [place for place, _ in own],
         [score["mean"] for _, score in own],
         yerr=[score["sd"] or 0.0 for _, score in own],
-        width=0.6, color="C0", alpha=0.75, capsize=4, label=f"{run['model']}, {run['mode']}: dev, mean ± sd over seeds",
+        width=0.6, color="C0", alpha=0.75, capsize=4, label=f"{model_title(run)}, {run['mode']}: dev, mean ± sd over seeds",
     )  # fmt: skip
     for place, score in own:
         axes.annotate(f"{score['mean']:.1f}", (place, 2), ha="center", color="white", fontsize=9)
     for row, marker, colour in zip(BERT_ROWS, "os", ("C1", "C3")):
         points = [(place, score) for place, task in enumerate(GLUE_TASKS) if (score := published_score(task, row)) is not None]
-        axes.plot(*zip(*points), marker, color=colour, label=f"{row.model}: test")
+        axes.plot(*zip(*points), marker, color=colour, label=f"{row.model}: test (F1 or Spearman alone)")
     leaders = [
         (place, score)
         for row in LEADERBOARD_ROWS

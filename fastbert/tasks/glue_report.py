@@ -20,7 +20,7 @@ _NOTHING = "–"
 
 def markdown_report(run: Document, picture: str) -> str:
     """``picture``: the name of the picture's file, beside the report."""
-    sections = [f"# GLUE: {run['model']}", _what(run)]
+    sections = [f"# GLUE: {model_title(run)}", _what(run)]
     if run["limit"] is not None:
         sections.append(
             f"**A quick look: at most {run['limit']:,} examples of each split were used. These scores are no results on GLUE.**"
@@ -40,7 +40,7 @@ def markdown_report(run: Document, picture: str) -> str:
 
 def terminal_table(run: Document) -> str:
     """The scores in aligned columns, a line per task, and the average."""
-    rows = [["task", "metric", "dev, mean ± sd", "seeds", "BERT-base, test", "best on leaderboard, test"]]
+    rows = [["task", "metric", "dev, mean ± sd", "seeds", "BERT-base, test", "leaderboard's first, test"]]
     for task, entry in _tasks(run):
         rows.append(
             [task.title, _metric_names(task), _own(task, entry), str(entry["score"]["n"]), _published(task, BERT_ROWS[0]),
@@ -51,6 +51,11 @@ def terminal_table(run: Document) -> str:
     return "\n".join([*lines, _average_line(run).replace("**", "")])
 
 
+def model_title(run: Document) -> str:
+    """The model's name without the folders in front of it."""
+    return run["model"].rstrip("/").rpartition("/")[2]
+
+
 def _tasks(run: Document) -> list[tuple[GlueTask, Mapping[str, Any]]]:
     return [(task, run["tasks"][task.name]) for task in GLUE_TASKS if task.name in run["tasks"]]
 
@@ -59,8 +64,8 @@ def _what(run: Document) -> str:
     modes = {"full": "all weights", "head": "the output layer only", "lora": "LoRA adapters"}
     seeds = ", ".join(map(str, run["seeds"]))
     return (
-        f"Fine-tuned: {modes.get(run['mode'], run['mode'])}; a model per task and seed (seeds {seeds}), from `{run['model']}` where "
-        f"the notes name nothing else; scored on GLUE's dev sets in `{run['data']}`. All figures are times 100."
+        f"Fine-tuned: {modes.get(run['mode'], run['mode'])}; a model per task and seed (seeds {seeds}), from `{run['model']}` "
+        f"where the notes name nothing else; scored on GLUE's dev sets in `{run['data']}`. All figures are times 100."
     )
 
 
@@ -101,7 +106,7 @@ def _comparison_table(run: Document) -> str:
     if average["value"] is not None and average["name"] != "GLUE score":
         own_average += f" (of {len(average['tasks'])})"
     own = [_own(task, entries[task.name]) if task.name in entries else _NOTHING for task in GLUE_TASKS]
-    rows = [[f"**{run['model']}**", "dev", *own, own_average]]
+    rows = [[f"**{model_title(run)}**", "dev", *own, own_average]]
     for row in (*BERT_ROWS, *LEADERBOARD_ROWS):
         name = row.model if row.rank is None else f"{row.rank}. {row.model} ({row.team})"
         average_cell = f"{row.average:.1f}" + ("" if row.rank else " (see above)")
@@ -125,7 +130,7 @@ def _same_tasks(run: Document) -> str | None:
     titles = ", ".join(task.title for task, _ in shared)
     return (
         f"On the tasks that both have ({titles}), with the paper's metrics and MNLI matched only, the means are: "
-        f"{run['model']} {own:.1f} (dev), {', '.join(theirs)}."
+        f"{model_title(run)} {own:.1f} (dev), {', '.join(theirs)}."
     )
 
 
@@ -134,10 +139,10 @@ def _submission(run: Document) -> str:
     if not submission["files"]:
         return f"There is none: {submission['why_none']}."
     files = ", ".join(f"{name}.tsv" for name in submission["files"])
-    text = f"`{submission['zip']}` holds {files}, each by the seed that is best on dev."
+    text = f"`{submission['zip']}` holds {files}, predicted by the seed that is best on dev."
     if submission["missing"]:
         missing = ", ".join(f"{name}.tsv" for name in submission["missing"])
-        text += f" GLUE's server wants all files and will refuse it until {missing} are added."
+        text += f" GLUE's server wants all files and refuses a zip without {missing}."
     return text
 
 

@@ -52,6 +52,11 @@ _PAIR = ("sentence1", "sentence2")
 _ACCURACY = {"metrics": ("accuracy",), "main_metric": "accuracy"}
 _F1_ACCURACY = {"metrics": ("f1", "accuracy"), "main_metric": "f1"}
 
+# The diagnostic set: a test set for the MNLI model, which does not count for the GLUE score. GLUE's download script puts it into a
+# folder beside MNLI's, the data server calls it AX.tsv.
+AX_SPLIT = "ax"
+AX_PATHS = ("diagnostic/diagnostic.tsv", "AX/diagnostic.tsv", "AX/test.tsv", "AX/AX.tsv", "AX.tsv")
+
 # In the order of GLUE's leaderboard.
 GLUE_TASKS = (
     GlueTask(
@@ -64,20 +69,15 @@ GLUE_TASKS = (
     GlueTask("qqp", "QQP", ("question1", "question2"), **_F1_ACCURACY, label="is_duplicate", index="id", broken_rows=True),
     GlueTask(
         "mnli", "MNLI", _PAIR, **_ACCURACY, label="gold_label", labels=("entailment", "neutral", "contradiction"),
-        dev=("dev_matched", "dev_mismatched"), test=(("test_matched", "MNLI-m"), ("test_mismatched", "MNLI-mm")),
+        dev=("dev_matched", "dev_mismatched"), test=(("test_matched", "MNLI-m"), ("test_mismatched", "MNLI-mm"), (AX_SPLIT, "AX")),
     ),
     GlueTask("qnli", "QNLI", ("question", "sentence"), **_ACCURACY, labels=_ENTAILMENT),
     GlueTask("rte", "RTE", _PAIR, **_ACCURACY, labels=_ENTAILMENT),
     GlueTask("wnli", "WNLI", _PAIR, **_ACCURACY),
 )  # fmt: skip
 
-# The diagnostic set: a test set of its own for the MNLI model, which does not count for the GLUE score. GLUE's download script puts
-# it into the folder "diagnostic", the data server calls it AX.tsv.
-AX = "AX"
-AX_PATHS = ("diagnostic/diagnostic.tsv", "AX/diagnostic.tsv", "AX/test.tsv", "AX/AX.tsv", "AX.tsv")
-
 # All files of a submission, in the order of the leaderboard: the server refuses a zip without one of them.
-SUBMISSION_NAMES = (*(name for task in GLUE_TASKS for name in task.submissions.values()), AX)
+SUBMISSION_NAMES = tuple(name for task in GLUE_TASKS for name in task.submissions.values())
 
 
 def _key(name: str) -> str:
