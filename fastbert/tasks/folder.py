@@ -1,0 +1,79 @@
+"""The output folder of fine-tuning: whose it is, what may be deleted there, and how a model gets there whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fastbert.train.errors import SettingsError
+
+RUN_NAME = "run.json"
+CHECKPOINTS = "checkpoints"
+_NEW = ".new"
+
+
+def check_folder(output: Path, command: str, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """The document of the run in ``output`` that is to be continued, or None. Raises SettingsError, before any work, for a folder
+    that must not be written to."""
+    if output.exists() and not output.is_dir():
+        raise SettingsError(f"--output {output} is a file; give a folder")
+    run = read_run(output)
+    if run is None:
+        if output.is_dir() and any(output.iterdir()):
+            raise SettingsError(f"{output} holds files but no {RUN_NAME} of fastbert {command}: choose another --output")
+        if resume:
+            raise SettingsError(f"{output} holds no run: there is nothing to resume (leave out --resume to start one)")
+        return None
+    if run.get("command_name") != command:
+        raise SettingsError(f"{output} holds a run of another command ({run.get('command')}): choose another --output")
+    if not (resume or overwrite):
+        raise SettingsError(
+            f"{output} already holds a run: --resume continues it, --overwrite deletes it, --output names another folder"
+        )
+    return run if resume else None
+
+
+def read_run(output: Path) -> dict[str, Any] | None:
+    """``run.json``, or None where there is none. Raises SettingsError for a damaged one."""
+    path = output / RUN_NAME
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("no object")
+        return document
+    except ValueError as error:
+        raise SettingsError(f"{path} is not readable ({error}); choose another --output") from error
+
+
+def delete_folder(output: Path) -> None:
+    """Deletes a run; ``run.json``, which says whose folder it is, goes last, so that an interrupted deletion can be repeated."""
+    if not output.is_dir():
+        return
+    for path in sorted(output.iterdir(), key=lambda path: path.name == RUN_NAME):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def move_in(new: Path, output: Path) -> None:
+    """Moves the files of ``new`` into ``output``, over those of their names, and deletes ``new``."""
+    for path in sorted(new.iterdir()):
+        target = output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    new.rmdir()
+
+
+def new_folder(output: Path) -> Path:
+    """An empty folder inside ``output``, to write to before :func:`move_in`."""
+    new = output / _NEW
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    return new

@@ -1,0 +1,128 @@
+"""Before the first step: all splits of a task read, checked and made into model inputs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fastbert.data.sources import Source
+
+from .examples import Examples
+from .model import check_length, load_config, load_task_tokenizer, longest_sequence
+from .settings import FinetuneSettings
+from .task import Features, Task
+
+Say = Callable[[str], None]
+TRAIN, DEV = "train", "dev"
+# What a task takes where nobody says: windows of questions as in Devlin et al. (2019).
+_DEFAULT_LENGTHS = {"questions": 384}
+
+
+@dataclass(frozen=True)
+class Split:
+    """``labelled``: whether its labels are known, so that it can be scored."""
+
+    name: str
+    examples: Examples
+    features: Features
+    labelled: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(_tokens(row["input_ids"]) for row in self.features.rows)
+
+    def facts(self) -> dict[str, Any]:
+        """Counts, JSON-ready."""
+        return {
+            "source": self.examples.source,
+            "examples": len(self.examples),
+            "rows": len(self.features.rows),
+            "tokens": self.tokens,
+            "truncated": self.features.truncated,
+            "labelled": self.labelled,
+        }
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """``splits``: train and dev, and what else there was (test, dev_mismatched, ...)."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    max_seq_length: int
+    splits: dict[str, Split]
+
+    @property
+    def train(self) -> Split:
+        return self.splits[TRAIN]
+
+    @property
+    def dev(self) -> Split:
+        return self.splits[DEV]
+
+
+def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSettings, say: Say) -> PreparedTask:
+    """Reads and checks everything, so that bad data end a run before it begins.
+
+    Raises DataError naming file, row and column, and SettingsError for a length that the model does not take.
+    """
+    config = load_config(settings.model)
+    tokenizer = load_task_tokenizer(settings.model, config, task)
+    longest = longest_sequence(config, tokenizer)
+    max_seq_length = settings.max_seq_length or min(longest, _DEFAULT_LENGTHS.get(task.family, longest))
+    check_length(max_seq_length, longest, settings.model)
+
+    examples = {name: task.read(source) for name, source in sources.items()}
+    if DEV not in examples:
+        examples[TRAIN], examples[DEV] = held_out(examples[TRAIN], settings.dev_fraction)
+        say(f"No dev data: {len(examples[DEV]):,} of the training examples are held out for it, the same in every run")
+    if settings.limit is not None:
+        examples = {name: replace(split, items=split.items[: settings.limit]) for name, split in examples.items()}
+    task = task.with_labels_of(examples[TRAIN])
+    labelled = {name: name in (TRAIN, DEV) or _has_labels(split) for name, split in examples.items()}
+    for name, split in examples.items():
+        task.check(split, labelled=labelled[name])
+    splits = {}
+    for name, split in examples.items():
+        features = task.features(split, tokenizer, max_seq_length, labelled=labelled[name])
+        splits[name] = Split(name, split, features, labelled[name])
+        say(_line(splits[name], max_seq_length))
+    if task.labels:
+        say(f"Labels ({len(task.labels)}): {', '.join(task.labels[:20])}{', ...' if len(task.labels) > 20 else ''}")
+    return PreparedTask(task, tokenizer, max_seq_length, splits)
+
+
+def held_out(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
+    """(the rest, ``fraction`` of the examples): a draw that depends on their number alone. Raises DataError for fewer than two."""
+    if len(examples) < 2:
+        raise examples.error(None, None, f"holds {len(examples)} examples, and none can be held out for dev; --dev names a file")
+    order = list(range(len(examples)))
+    random.Random(0).shuffle(order)
+    chosen = set(order[: max(1, min(len(order) - 1, round(fraction * len(order))))])
+    parts = ([], [])
+    for number, example in enumerate(examples):
+        parts[number in chosen].append(example)
+    return replace(examples, items=parts[0]), replace(examples, items=parts[1])
+
+
+def _has_labels(examples: Examples) -> bool:
+    first = examples.items[0] if len(examples) else None
+    return first is not None and any(getattr(first, field, None) is not None for field in ("label", "tags", "answers"))
+
+
+def _line(split: Split, max_seq_length: int) -> str:
+    facts = split.facts()
+    line = f"{split.name}: {facts['examples']:,} examples, {facts['tokens']:,} tokens ({facts['source']})"
+    if facts["rows"] != facts["examples"]:
+        line += f", in {facts['rows']:,} rows of at most {max_seq_length} tokens"
+    if facts["truncated"]:
+        line += f"; {facts['truncated']:,} are longer than {max_seq_length} tokens and were cut"
+    return line
+
+
+def _tokens(ids: list[Any]) -> int:
+    return sum(map(_tokens, ids)) if ids and isinstance(ids[0], list) else len(ids)
