@@ -33,7 +33,9 @@ def write_toy_glue(root: Path, *, train: int = 24, dev: int = 12, test: int = 6)
         labelled = split != "test"
 
         if labelled:
-            write_tsv(root / f"CoLA/{split}.tsv", [("gj04", label, "" if label else "*", a) for label, (a, _) in zip(binary, texts)])
+            write_tsv(
+                root / f"CoLA/{split}.tsv", [("gj04", label, "" if label else "*", a) for label, (a, _) in zip(binary, texts)]
+            )
             rows = [("sentence", "label"), *((f"{a} ", label) for label, (a, _) in zip(binary, texts))]
         else:
             rows = [("index", "sentence"), *((number, a) for number, (a, _) in enumerate(texts))]

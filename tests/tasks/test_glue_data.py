@@ -145,7 +145,11 @@ def test_folders_in_other_spellings(tmp_path):
     [
         ("CoLA/dev.tsv", [("gj04", "2", "", "A text.")], r"dev.tsv, line 1, column 'label': holds '2', expected 0 or 1"),
         ("CoLA/dev.tsv", [("gj04", "1", "A text.")], r"dev.tsv, line 1: has 3 fields"),
-        ("RTE/dev.tsv", [("index", "sentence1", "label"), (0, "a", "entailment")], r"dev.tsv: has no column 'sentence2', which RTE"),
+        (
+            "RTE/dev.tsv",
+            [("index", "sentence1", "label"), (0, "a", "entailment")],
+            r"dev.tsv: has no column 'sentence2', which RTE",
+        ),
         (
             "MNLI/dev_matched.tsv",
             [("index", "sentence1", "sentence2", "gold_label"), (0, "a", "b", "-")],
