@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-NOUNS = "water light house river stone paper table garden winter summer music time".split()
-GOOD, BAD = "little great early green young small".split(), "walks sleeps sings reads writes opens".split()
+NOUNS = ["water", "light", "house", "river", "stone", "paper", "table", "garden", "winter", "summer", "music", "time"]
+GOOD, BAD = ["little", "great", "early", "green", "young", "small"], ["walks", "sleeps", "sings", "reads", "writes", "opens"]
 _TREES = ["genre", "sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse"]
 
 

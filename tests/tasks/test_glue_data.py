@@ -148,7 +148,7 @@ def test_folders_in_other_spellings(tmp_path):
         (
             "RTE/dev.tsv",
             [("index", "sentence1", "label"), (0, "a", "entailment")],
-            r"dev.tsv: has no column 'sentence2', which RTE",
+            r"dev.tsv: has no column 'sentence2'",
         ),
         (
             "MNLI/dev_matched.tsv",
