@@ -22,6 +22,7 @@ class GlueSplits:
     under another name than GLUE's."""
 
     task: GlueTask
+    folder: Path
     files: dict[str, Path] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -60,7 +61,7 @@ def find_splits(task: GlueTask, folder: Path) -> GlueSplits:
 
     Raises DataError where several could be meant.
     """
-    splits = GlueSplits(task)
+    splits = GlueSplits(task, folder)
     tables = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith((".tsv", ".tsv.gz")))
     for split in task.splits:
         if split == AX_SPLIT:

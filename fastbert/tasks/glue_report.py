@@ -62,7 +62,7 @@ def _tasks(run: Document) -> list[tuple[GlueTask, Mapping[str, Any]]]:
 
 def _what(run: Document) -> str:
     modes = {"full": "all weights", "head": "the output layer only", "lora": "LoRA adapters"}
-    seeds = ", ".join(map(str, run["seeds"]))
+    seeds = ", ".join(sorted({seed for entry in run["tasks"].values() for seed in entry["seeds"]}, key=int))
     return (
         f"Fine-tuned: {modes.get(run['mode'], run['mode'])}; a model per task and seed (seeds {seeds}), from `{run['model']}` "
         f"where the notes name nothing else; scored on GLUE's dev sets in `{run['data']}`. All figures are times 100."
