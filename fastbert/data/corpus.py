@@ -7,7 +7,6 @@ names the place, and no text is skipped without a word.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from fastbert.data.documents import CorpusReport, Document
 from fastbert.data.embedded import embedded_documents
 from fastbert.data.errors import CorpusError
 from fastbert.data.lines import read_lines
+from fastbert.data.sources import DATASET_NAME
 
 __all__ = ["CorpusError", "CorpusReport", "Document", "embedded_documents", "read_documents"]
 
 FILE_TYPES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-_DATASET_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 _PARQUET_ROWS = 1024
 
 
@@ -64,7 +63,7 @@ def _read_source(source: str | Path, text_column: str) -> Iterator[Document]:
     else:
         dataset = None
         if isinstance(source, str) and not source.lower().endswith(FILE_TYPES):
-            dataset = _DATASET_NAME.fullmatch(source)
+            dataset = DATASET_NAME.fullmatch(source)
         if dataset is None:
             raise CorpusError(f"{source}: no such file or folder")
         yield from _read_dataset(dataset["name"], dataset["config"], text_column)

@@ -71,9 +71,7 @@ def read_table(source: Source, *, header: Sequence[str] | None = None, quoted: b
         records = _quoted_records(path, _DELIMITERS[kind]) if quoted else _plain_records(path, _DELIMITERS[kind])
         columns, rows, places = _rows_of_records(name, records, header)
     elif kind == ".txt":
-        records = list(_plain_records(path, None))
-        columns, rows = ["text"], [{"text": fields[0]} for _, fields in records]
-        places = [f"line {line}" for line, _ in records]
+        columns, rows, places = _rows_of_records(name, _plain_records(path, None), ("text",))
     elif kind == ".jsonl":
         columns, rows, places = _json_lines(path)
     elif kind == ".json":
