@@ -43,7 +43,12 @@ def glue(
             show_default=False,
         ),
     ] = None,
-    seeds: Annotated[list[int] | None, X] = None,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="A model of each task for each of them; several may follow.  [default: 0]", metavar="SEED...", show_default=False
+        ),
+    ] = None,
     mode: Annotated[str, typer.Option(help=f"What is trained: {', '.join(MODES)}.")] = GlueSettings.mode,
     top_k_layers: Annotated[int | None, typer.Option(help="Layers that --mode top-k trains.", show_default=False)] = None,
     lora_r: Annotated[int | None, typer.Option(help="Rank of --mode lora.", show_default=False)] = None,

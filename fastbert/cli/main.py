@@ -10,6 +10,7 @@ import typer
 from fastbert.gpus import GPUS
 from fastbert.train.settings import MODEL_PRESETS, PretrainSettings
 
+from . import glue  # noqa: F401
 from .app import app
 from .command import DebugOption, JsonOption, SeveralValuesCommand, given_options, run_command
 

@@ -26,6 +26,8 @@ from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder
+from .glue_data import find_glue_splits, glue_sources
+from .glue_tasks import glue_task, is_glue_task
 from .model import TaskModel, load_model
 from .outputs import model_outputs
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
@@ -119,6 +121,11 @@ def task_of(settings: FinetuneSettings) -> Task:
 
 
 def sources_of(settings: FinetuneSettings) -> dict[str, Source]:
+    """The splits; those of a task of GLUE as its download calls them, the diagnostic set beside MNLI included."""
+    if is_glue_task(settings.task) and Path(settings.data).is_dir():
+        found = glue_sources(find_glue_splits(glue_task(settings.task), Path(settings.data)))
+        given = {"dev": settings.dev, "test": settings.test}
+        return {**found, **{name: Source(path=Path(path)) for name, path in given.items() if path is not None}}
     return find_splits(settings.data, dev=settings.dev, test=settings.test)
 
 

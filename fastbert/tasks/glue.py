@@ -21,7 +21,7 @@ from fastbert.train.run_folder import write_json
 
 from .finetune import finetune
 from .folder import RUN_NAME, check_folder, delete_folder, read_run
-from .glue_data import GlueSplits, find_folders, find_splits, finetune_names, read_glue, read_index
+from .glue_data import GlueSplits, find_folders, find_glue_splits, finetune_names, read_glue, read_index
 from .glue_document import glue_document
 from .glue_picture import plot_scores
 from .glue_report import markdown_report, terminal_table
@@ -122,7 +122,7 @@ def _read_all(root: Path, asked: set[str]) -> tuple[dict[str, GlueSplits], dict[
         if task.name not in folders:
             left_out[task.name] = f"{root} holds no folder {task.title}"
             continue
-        splits = find_splits(task, folders[task.name])
+        splits = find_glue_splits(task, folders[task.name])
         if splits.why_not is not None:
             left_out[task.name] = splits.why_not
             continue

@@ -10,6 +10,7 @@ from fastbert.data.errors import DataError
 from fastbert.data.lines import read_lines, without_line_end
 from fastbert.data.sources import Source
 from fastbert.data.tables import Table, read_table
+from fastbert.train.errors import SettingsError
 
 from .examples import Examples, TextExample
 from .glue_tasks import AX_PATHS, AX_SPLIT, GLUE_TASKS, GlueTask, glue_task, is_glue_task
@@ -56,7 +57,7 @@ def find_folders(root: Path) -> dict[str, Path]:
     return found
 
 
-def find_splits(task: GlueTask, folder: Path) -> GlueSplits:
+def find_glue_splits(task: GlueTask, folder: Path) -> GlueSplits:
     """The files of a task's splits: ``train.tsv``, or else the one table whose name starts with ``train``, which is noted.
 
     Raises DataError where several could be meant.
@@ -150,7 +151,15 @@ def read_index(task: GlueTask, source: Source) -> list[str]:
 
 @dataclass(frozen=True)
 class GlueTextTask(TextClassification):
-    """Text classification that reads GLUE's files as they are. ``name``: that of one of the nine tasks."""
+    """Text classification that reads GLUE's files as they are. ``name``: that of one of the nine tasks.
+
+    Raises SettingsError where ``columns`` are given, which GLUE has fixed.
+    """
+
+    def __post_init__(self) -> None:
+        if self.columns:
+            given = ", ".join(f"--{name.replace('_', '-')}-column" for name in self.columns)
+            raise SettingsError(f"--task {self.name} reads GLUE's files, whose columns are known: leave {given} out")
 
     def read(self, source: Source) -> Examples[TextExample]:
         return read_glue(glue_task(self.name), source)[0]
@@ -164,11 +173,15 @@ class GlueTextTask(TextClassification):
             self.check_present(examples)
 
 
+def glue_text_fields(task: GlueTask) -> dict[str, Any]:
+    """What a :class:`GlueTextTask` must be made of, besides its name."""
+    return {"labels": task.labels, "problem": SINGLE if task.labels else REGRESSION, "metric": task.main_metric}
+
+
 def glue_text_task(name: str) -> GlueTextTask:
-    """The task as :mod:`fastbert.tasks.finetune` takes it, labels and main metric included. ``name``: in any spelling."""
+    """The task as fine-tuning takes it, with labels and main metric. ``name``: in any spelling."""
     task = glue_task(name)
-    problem = SINGLE if task.labels else REGRESSION
-    return GlueTextTask(task.name, task.labels, problem=problem, metric=task.main_metric)
+    return GlueTextTask(task.name, **glue_text_fields(task))
 
 
 def _read(task: GlueTask, source: Source) -> tuple[Table, list[str]]:

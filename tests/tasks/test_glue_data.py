@@ -8,7 +8,7 @@ from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.tasks.glue_data import (
     find_folders,
-    find_splits,
+    find_glue_splits,
     finetune_names,
     glue_sources,
     glue_text_task,
@@ -46,7 +46,7 @@ def toy(tmp_path_factory):
 
 @pytest.mark.parametrize("task", GLUE_TASKS, ids=lambda task: task.name)
 def test_the_real_files(task, data_folder):
-    splits = find_splits(task, find_folders(data_folder / "glue")[task.name])
+    splits = find_glue_splits(task, find_folders(data_folder / "glue")[task.name])
     examples = {split: read_glue(task, Source(path=path))[0] for split, path in splits.files.items()}
     assert {split: len(items) for split, items in examples.items()} == REAL_ROWS[task.name]
     for split, items in examples.items():
@@ -73,7 +73,7 @@ def test_the_real_files(task, data_folder):
     ],
 )
 def test_what_the_real_files_lack_is_named(name, why_not, data_folder):
-    splits = find_splits(glue_task(name), data_folder / "glue" / glue_task(name).title)
+    splits = find_glue_splits(glue_task(name), data_folder / "glue" / glue_task(name).title)
     if why_not is None:
         assert splits.why_not is None
         assert splits.notes == ["QNLI: train is read from train_sample.tsv, there is no train.tsv"]
@@ -86,7 +86,7 @@ def test_what_the_real_files_lack_is_named(name, why_not, data_folder):
 
 @pytest.mark.parametrize("task", GLUE_TASKS, ids=lambda task: task.name)
 def test_files_as_glue_has_them(task, toy):
-    splits = find_splits(task, toy / task.title)
+    splits = find_glue_splits(task, toy / task.title)
     assert set(splits.files) == set(task.splits) and not splits.missing and not splits.notes
     assert set(glue_sources(splits)) == set(finetune_names(task).values()) >= {"train", "dev", "test"}
     text_task = glue_text_task(task.title)
@@ -180,10 +180,10 @@ def test_a_pair_without_any_text_is_refused(tmp_path):
 def test_several_files_for_a_split(tmp_path):
     folder = write_toy_glue(tmp_path) / "RTE"
     (folder / "train.tsv").rename(folder / "train_a.tsv")
-    assert find_splits(glue_task("rte"), folder).files["train"].name == "train_a.tsv"
+    assert find_glue_splits(glue_task("rte"), folder).files["train"].name == "train_a.tsv"
     (folder / "train_b.tsv").write_bytes((folder / "train_a.tsv").read_bytes())
     with pytest.raises(DataError, match=r"no train.tsv, but train_a.tsv and train_b.tsv; rename the right one train.tsv"):
-        find_splits(glue_task("rte"), folder)
+        find_glue_splits(glue_task("rte"), folder)
 
 
 def test_a_folder_that_is_not_glue(tmp_path):
