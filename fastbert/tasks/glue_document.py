@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastbert import __version__
@@ -42,7 +43,7 @@ def glue_document(
         "data": settings.data,
         "limit": settings.limit,
         "tasks": tasks,
-        "average": average_over_seeds(scores),
+        "average": average_over_seeds(scores, whole=settings.limit is None),
         "left_out": dict(left_out),
         "submission": submission,
     }
@@ -65,8 +66,8 @@ def task_entry(task: GlueTask, runs: Mapping[int, Mapping[str, Any]], model: str
             "started_from": run["settings"]["model"],
         }
         notes += [f"{note} (seed {seed})" for split in figures for note in figure_notes(task, figures[split], split)]
-        if run["settings"]["model"] != model:
-            notes.append(f"{task.title}, seed {seed}: started from the MNLI model {run['settings']['model']} (Phang et al. 2018)")
+    if others := sorted({Path(one["started_from"]).name for one in seeds.values() if one["started_from"] != model}):
+        notes.append(f"{task.title}: started from the MNLI model of {', '.join(others)}, not from {model} (Phang et al. 2018)")
     rows = next(iter(runs.values()))["results"]["data"]
     splits = next(iter(seeds.values()))["figures"]
     return {

@@ -13,9 +13,9 @@ from typing import Any
 from .glue_tasks import GLUE_TASKS, GlueTask
 
 _CONSTANT = {
-    "matthews_correlation": "gives every text the same class, which counts as 0",
-    "pearson": "gives every pair the same number, for which a correlation is not defined; it counts as 0",
-    "spearman": "gives every pair the same number, for which a correlation is not defined; it counts as 0",
+    "matthews_correlation": "gives every text the same class",
+    "pearson": "gives every pair the same number, for which a correlation is not defined",
+    "spearman": "gives every pair the same number, for which a correlation is not defined",
 }
 METRIC_NAMES = {
     "matthews_correlation": "Matthews correlation",
@@ -34,7 +34,7 @@ def glue_figures(task: GlueTask, scores: Mapping[str, float]) -> dict[str, float
 def figure_notes(task: GlueTask, figures: Mapping[str, float], split: str) -> list[str]:
     """What has to be said beside figures that are 0 by convention: the model answers the same everywhere."""
     zero = [metric for metric in task.metrics if metric in _CONSTANT and figures[metric] == 0.0]
-    return [f"{task.title}, {split}: {METRIC_NAMES[metric]} is 0; a model that {_CONSTANT[metric]}" for metric in zero[:1]]
+    return [f"{task.title}, {split}: {METRIC_NAMES[metric]} is 0, as where a model {_CONSTANT[metric]}" for metric in zero[:1]]
 
 
 def task_score(figures_by_split: Mapping[str, Mapping[str, float]]) -> float:
@@ -42,12 +42,12 @@ def task_score(figures_by_split: Mapping[str, Mapping[str, float]]) -> float:
     return statistics.fmean(statistics.fmean(figures.values()) for figures in figures_by_split.values())
 
 
-def average(scores: Mapping[str, float]) -> dict[str, Any]:
-    """``value``: the mean of the tasks' scores (by task name); ``name``: "GLUE score" where all nine are there, else of what it is
-    the mean, by name; ``tasks``: their names. Without scores the value is None."""
+def average(scores: Mapping[str, float], *, whole: bool = True) -> dict[str, Any]:
+    """``value``: the mean of the tasks' scores (by task name); ``name``: "GLUE score" where all nine are there and the sets were
+    ``whole``, else of what it is the mean, by name; ``tasks``: their names. Without scores the value is None."""
     tasks = [task for task in GLUE_TASKS if task.name in scores]
     value = statistics.fmean(scores[task.name] for task in tasks) if tasks else None
-    name = "GLUE score" if len(tasks) == len(GLUE_TASKS) else f"mean of {_counted(tasks)}"
+    name = "GLUE score" if whole and len(tasks) == len(GLUE_TASKS) else f"mean of {_counted(tasks)}"
     return {"name": name, "value": value, "tasks": [task.name for task in tasks]}
 
 
@@ -60,12 +60,12 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
     }
 
 
-def average_over_seeds(scores: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+def average_over_seeds(scores: Mapping[str, Mapping[int, float]], *, whole: bool = True) -> dict[str, Any]:
     """:func:`average` of the tasks' means, with the standard deviation over seeds of the average of each seed.
 
     ``scores``: for each task and seed the task's score. ``sd`` is None where the tasks have not all the same two or more seeds.
     """
-    result = average({name: statistics.fmean(by_seed.values()) for name, by_seed in scores.items()})
+    result = average({name: statistics.fmean(by_seed.values()) for name, by_seed in scores.items()}, whole=whole)
     seeds = {frozenset(by_seed) for by_seed in scores.values()}
     per_seed = []
     if len(seeds) == 1:

@@ -48,7 +48,8 @@ def terminal_table(run: Document) -> str:
         )  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, _average_line(run).replace("**", "")])
+    limited = [] if run["limit"] is None else [f"A quick look at {run['limit']:,} examples of each split: no results on GLUE."]
+    return "\n".join([*lines, _average_line(run).replace("**", ""), *limited])
 
 
 def model_title(run: Document) -> str:
@@ -84,7 +85,7 @@ def _average_line(run: Document) -> str:
     if average["value"] is None:
         return "No task was scored."
     value = _with_spread(average["value"], average["sd"])
-    note = "" if average["name"] == "GLUE score" else "; it is no GLUE score, which needs all nine tasks"
+    note = "" if average["name"] == "GLUE score" else "; it is no GLUE score, which needs all nine tasks, whole"
     return f"**{average['name'][0].upper()}{average['name'][1:]}, dev: {value}**{note}."
 
 

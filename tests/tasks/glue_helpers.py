@@ -81,3 +81,22 @@ def write_toy_glue(root: Path, *, train: int = 24, dev: int = 12, test: int = 6)
     rows = [(number, sentence(number, True), sentence(number, False)) for number in range(test)]
     write_tsv(root / "diagnostic/diagnostic.tsv", [("index", "sentence1", "sentence2"), *rows])
     return root
+
+
+def write_toy_bert(folder: Path, **changes: int) -> Path:
+    """A BERT of one small layer, random weights, with a tokenizer that knows the toy files' words."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: number for number, word in enumerate([*special, '"', *NOUNS, *GOOD, *BAD])}
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=BertWordPieceTokenizer(vocabulary)._tokenizer, model_max_length=64, **names)
+    tokenizer.save_pretrained(folder)
+    sizes = {
+        "vocab_size": len(vocabulary), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+        "max_position_embeddings": 64, "initializer_range": 0.1,
+    }  # fmt: skip
+    BertModel(BertConfig(**{**sizes, **changes})).save_pretrained(folder)
+    return folder
