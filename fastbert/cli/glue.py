@@ -34,7 +34,7 @@ def glue(
         typer.Option(help="Folder laid out as GLUE's own download: CoLA/train.tsv, MNLI/dev_matched.tsv, ...", show_default=False),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint: folder or Hub name.", show_default=False)] = None,
-    output: Annotated[str, typer.Option(help="Folder of the run.")] = GlueSettings.output,
+    output: Annotated[str, typer.Option("--output", "--output-dir", help="Folder of the run.")] = GlueSettings.output,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,23 +45,27 @@ def glue(
     ] = None,
     seeds: Annotated[
         list[int] | None,
-        typer.Option(
-            help="A model of each task for each of them; several may follow.  [default: 0]", metavar="SEED...", show_default=False
-        ),
+        typer.Option("--seeds", "--seed", help="A model of each task for each.  [default: 0]", metavar="N...", show_default=False),
     ] = None,
-    mode: Annotated[str, typer.Option(help=f"What is trained: {', '.join(MODES)}.")] = GlueSettings.mode,
-    top_k_layers: Annotated[int | None, typer.Option(help="Layers that --mode top-k trains.", show_default=False)] = None,
-    lora_r: Annotated[int | None, typer.Option(help="Rank of --mode lora.", show_default=False)] = None,
-    lora_alpha: Annotated[int | None, typer.Option(help="Scale of --mode lora.", show_default=False)] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = GlueSettings.epochs,
-    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = GlueSettings.batch_size,
+    mode: Annotated[
+        str, typer.Option(help=f"What trains: {', '.join(MODES)} (head: the output layer only; top-k: the upper layers).")
+    ] = GlueSettings.mode,
+    top_k_layers: Annotated[int | None, typer.Option(help="Of --mode top-k.  [default: 2]", show_default=False)] = None,
+    lora_r: Annotated[int | None, typer.Option(help="Rank, of --mode lora.  [default: 8]", show_default=False)] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Scale, of --mode lora.  [default: 16]", show_default=False)] = None,
+    epochs: Annotated[
+        float, typer.Option("--epochs", "--num-train-epochs", help="Passes over the training data.")
+    ] = GlueSettings.epochs,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--per-device-train-batch-size", help="Examples of a step on a device.")
+    ] = GlueSettings.batch_size,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak of the schedule.  [default: the mode's usual one]", show_default=False)
+        float | None, typer.Option(help="Peak.  [default: 5e-5; lora 5e-4, head 1e-3]", show_default=False)
     ] = None,
     max_seq_length: Annotated[
         int, typer.Option(help="Tokens of a text or pair at most, [CLS] and [SEP] included.")
     ] = GlueSettings.max_seq_length,
-    dtype: Annotated[str, typer.Option(help=f"Of the matmuls: {', '.join(DTYPES)}.")] = GlueSettings.dtype,
+    dtype: Annotated[str, typer.Option(help=f"{' or '.join(DTYPES)} (autocast).")] = GlueSettings.dtype,
     limit: Annotated[
         int | None, typer.Option(help="Examples of each split that are used, for a quick look.", show_default=False)
     ] = None,

@@ -11,23 +11,29 @@ from pathlib import Path
 from fastbert.data.errors import DataError
 from fastbert.data.lines import read_lines, without_line_end
 from fastbert.data.sources import Source
-from fastbert.data.tables import file_kind
+from fastbert.data.tables import Table, file_kind, read_table
 
 CONLLU_COLUMNS = ("ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")
-_NO_CONLL = (".csv", ".jsonl", ".json", ".parquet")
+_TABLES = (".jsonl", ".json", ".parquet")
+_WORD_COLUMNS = ("tokens", "words")
+_TAG_COLUMNS = {True: ("ner_tags", "tags", "labels"), False: ("pos_tags", "upos", "tags", "labels")}
 _ID = re.compile(r"\d+([-.]\d+)?")  # 3; 3-4, a token of several words; 8.1, a word that is not in the text
 _ENTITY_TAG = re.compile(r"([BIESLU])-(.+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """``tags``: one per word, None where they were not asked for; ``place``: "line 12", of its first word; ``lines``: of each
-    word, from 1."""
+    """``tags``: one per word, None where they were not asked for; ``place``: "line 12", of its first word, or "row 12" of a table;
+    ``lines``: of each word, from 1, none in a table."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...] | None
     place: str
-    lines: tuple[int, ...]
+    lines: tuple[int, ...] = ()
+
+    def place_of(self, word: int) -> str:
+        """ "line 14" or "row 12, word 3" of the word with this index, for messages."""
+        return f"line {self.lines[word]}" if self.lines else f"{self.place}, word {word + 1}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class _Format:
 
 
 def read_conll(
-    source: Source, *, word_column: int | str | None = None, tag_column: int | str | None = None, labelled: bool = True
+    source: Source, *, word_column: int | str | None = None, tag_column: int | str | None = None, labelled: bool | None = True
 ) -> list[Sentence]:
     """The sentences of a file, plain or ``.gz``: a word per line, a blank line (or one of blanks only) between sentences.
 
@@ -65,7 +71,8 @@ def read_conll(
 
     Columns are counted from 0, negative ones from the last. Lines that begin with ``# `` are comments where words are numbered;
     elsewhere (``#`` is a word, too) only ahead of a sentence and where they have another number of columns than the words.
-    ``labelled=False`` reads no tags, and needs none.
+    ``labelled=False`` reads no tags, and needs none; None reads them where there are any: a second column, and in CoNLL-U not a
+    ``_`` everywhere.
 
     Raises DataError, with the line: another number of columns than the file's other lines, an empty word, a tag that is missing, a
     column that is not there, words that are not counted 1, 2, 3; and for damaged files and those without a sentence.
@@ -73,7 +80,7 @@ def read_conll(
     path = _conll_path(source)
     lines = [_Line(number, without_line_end(line)) for number, line in read_lines(path)]
     if file_kind(path) == ".conllu":
-        layout = _conllu_format(str(path), word_column, tag_column, labelled)
+        layout = _conllu_format(str(path), lines, word_column, tag_column, labelled)
     else:
         layout = _detected_format(str(path), lines, word_column, tag_column, labelled)
     sentences: list[Sentence] = []
@@ -82,7 +89,7 @@ def read_conll(
     for line in [*lines, _Line(len(lines) + 1, "")]:
         if _is_blank(line.text):
             if words:
-                sentences.append(_sentence(words, labelled))
+                sentences.append(_sentence(words, layout.tag is not None))
             words, count = [], 0
             continue
         if _is_comment(line.text, layout, first=not words):
@@ -96,6 +103,29 @@ def read_conll(
     return sentences
 
 
+def read_sentences(
+    source: Source, *, word_column: str | None = None, tag_column: str | None = None, entities: bool | None = None
+) -> list[Sentence]:
+    """The sentences of a file of :func:`read_conll`, or of a table (``.jsonl``, ``.json``, ``.parquet``, a dataset) whose rows are
+    sentences, with lists of words and of tags; tags are None where the source has none.
+
+    Columns are numbers or names in CoNLL files, names in tables; left out, those of a table are the ones that published data sets
+    have (tokens or words; tags, ner_tags, pos_tags, ...). ``entities``: True makes the tags BIO (:func:`to_bio`), False leaves
+    them as they are, None makes BIO of those of which all are O or a prefix and a type.
+
+    Raises DataError as read_conll and to_bio do, and for a column of a table that is not there, or no list of words, or for which
+    there are several candidates; tags that are not as many as the words.
+    """
+    if source.path is not None and file_kind(source.path) not in _TABLES:
+        sentences = read_conll(source, word_column=word_column, tag_column=tag_column, labelled=None)
+    else:
+        sentences = _table_sentences(read_table(source), word_column, tag_column, entities)
+    if entities is None:
+        tags = {tag for sentence in sentences for tag in sentence.tags or ()}
+        entities = all(tag == "O" or _ENTITY_TAG.fullmatch(tag) for tag in tags)
+    return to_bio(sentences, str(source)) if entities else sentences
+
+
 def to_bio(sentences: Sequence[Sentence], source: str) -> list[Sentence]:
     """The sentences with their entity tags as BIO (IOB2); ``source`` names the file in messages.
 
@@ -107,14 +137,14 @@ def to_bio(sentences: Sequence[Sentence], source: str) -> list[Sentence]:
     """
     first: dict[str, str] = {}  # prefix: where it stands first
     for sentence in sentences:
-        for tag, line in zip(sentence.tags or (), sentence.lines):
+        for word, tag in enumerate(sentence.tags or ()):
             if tag == "O":
                 continue
             match = _ENTITY_TAG.fullmatch(tag)
             if match is None:
                 problem = f"the tag {tag!r} fits no scheme; expected O, or B-, I- (or E-, S-; L-, U-) and a type, such as B-LOC"
-                raise DataError.at(source, f"line {line}", None, problem)
-            first.setdefault(match[1], f"line {line}")
+                raise DataError.at(source, sentence.place_of(word), None, problem)
+            first.setdefault(match[1], sentence.place_of(word))
     for one, other in (("E", "L"), ("E", "U"), ("S", "L"), ("S", "U")):
         if one in first and other in first:
             problem = f"a tag with {other}- (BILOU), but one with {one}- (BIOES) at {first[one]}; a file has one scheme"
@@ -136,27 +166,68 @@ def _bio(tags: Sequence[str]) -> tuple[str, ...]:
     return tuple(made)
 
 
+# --- tables ----------------------------------------------------------------------------------------------------------------
+
+
+def _table_sentences(table: Table, word_column: str | None, tag_column: str | None, entities: bool | None) -> list[Sentence]:
+    word_column = _table_column(table, word_column, _WORD_COLUMNS)
+    if word_column is None:
+        raise DataError(f"{table.source}: no column of words ({', '.join(_WORD_COLUMNS)}); it has {', '.join(table.columns)}")
+    known = [*_TAG_COLUMNS[True], *_TAG_COLUMNS[False]] if entities is None else _TAG_COLUMNS[entities]
+    tag_column = _table_column(table, tag_column, list(dict.fromkeys(known)))
+    sentences = []
+    for number, (row, place) in enumerate(zip(table.rows, table.places)):
+        words, tags = row[word_column], None if tag_column is None else row[tag_column]
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise table.error(number, word_column, "expected a list of words")
+        if tags is not None:
+            if not isinstance(tags, list) or any(tag is None for tag in tags):
+                raise table.error(number, tag_column, "expected a list of tags, one per word")
+            if len(tags) != len(words):
+                raise table.error(number, tag_column, f"has {len(tags)} tags for {len(words)} words")
+            tags = tuple(map(str, tags))
+        sentences.append(Sentence(tuple(words), tags, place))
+    return sentences
+
+
+def _table_column(table: Table, column: str | None, known: Sequence[str]) -> str | None:
+    """The column of this name or, without one, the only one of the known that is there; None where none is."""
+    if column is not None:
+        if column not in table.columns:
+            raise DataError(f"{table.source}: no column {column!r}; it has {', '.join(table.columns)}")
+        return column
+    found = [name for name in known if name in table.columns]
+    if len(found) > 1:
+        raise DataError(f"{table.source}: {' and '.join(found)} could both be meant; name the column")
+    return found[0] if found else None
+
+
 # --- the file --------------------------------------------------------------------------------------------------------------
 
 
 def _conll_path(source: Source) -> Path:
     if source.path is None:
         raise DataError(f"{source}: CoNLL columns are read from files, not from a dataset")
-    if file_kind(source.path) in _NO_CONLL:
+    if file_kind(source.path) in (*_TABLES, ".csv"):
         raise DataError(f"{source}: a table, expected CoNLL columns, a word per line (.conll, .conllu, .iob2, .tsv, .txt)")
     if source.path.is_dir():
         raise DataError(f"{source}: a folder, expected a file")
     return source.path
 
 
-def _conllu_format(source: str, word_column: int | str | None, tag_column: int | str | None, labelled: bool) -> _Format:
+def _conllu_format(
+    source: str, lines: Sequence[_Line], word_column: int | str | None, tag_column: int | str | None, labelled: bool | None
+) -> _Format:
     word = _column(source, "FORM" if word_column is None else word_column, len(CONLLU_COLUMNS), CONLLU_COLUMNS)
     tag = _column(source, "UPOS" if tag_column is None else tag_column, len(CONLLU_COLUMNS), CONLLU_COLUMNS)
+    if labelled is None:
+        rows = (line.text.split("\t") for line in lines if not line.text.startswith("#"))
+        labelled = any(fields[tag] not in ("", "_") for fields in rows if len(fields) == len(CONLLU_COLUMNS))
     return _Format(True, len(CONLLU_COLUMNS), True, word, tag if labelled else None, "_")
 
 
 def _detected_format(
-    source: str, lines: Sequence[_Line], word_column: int | str | None, tag_column: int | str | None, labelled: bool
+    source: str, lines: Sequence[_Line], word_column: int | str | None, tag_column: int | str | None, labelled: bool | None
 ) -> _Format:
     """See :func:`read_conll`; what most lines of a file have is what it is meant to have."""
     texts = [line.text for line in lines if not _is_blank(line.text) and not _is_document_start(line.text)]
@@ -169,7 +240,7 @@ def _detected_format(
     columns = counts.most_common(1)[0][0]
     numbered = tabs and columns >= 3 and _counts_words(lines)
     word = _column(source, (1 if numbered else 0) if word_column is None else word_column, columns, ())
-    if not labelled:
+    if labelled is False or (labelled is None and columns == 1):
         return _Format(tabs, columns, numbered, word, None, "")
     if tag_column is None and columns == 1:
         raise DataError(f"{source}: there is one column, expected a word and its tag")
@@ -193,6 +264,8 @@ def _counts_words(lines: Sequence[_Line]) -> bool:
 
 def _column(source: str, column: int | str, columns: int, names: Sequence[str]) -> int:
     """The number of a column, from 0."""
+    if isinstance(column, str) and re.fullmatch(r"-?\d+", column):
+        column = int(column)
     if isinstance(column, str):
         if column.upper() not in names:
             known = f"it has {', '.join(names)}" if names else f"its {columns} columns have numbers, from 0"

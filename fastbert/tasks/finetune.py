@@ -134,9 +134,17 @@ def main_metric(settings: FinetuneSettings, task: Task) -> str:
 
 
 def train_seed(
-    settings: FinetuneSettings, prepared: PreparedTask, seed: int, device: torch.device, say: Say, *, fast: bool = True
+    settings: FinetuneSettings,
+    prepared: PreparedTask,
+    seed: int,
+    device: torch.device,
+    say: Say,
+    *,
+    fast: bool = True,
+    **changes: Any,
 ) -> tuple[SeedResult, TaskModel]:
-    """Trains one model and scores its best checkpoint; ``fast`` False: transformers' own model, on padded batches."""
+    """Trains one model and scores its best checkpoint; ``fast`` False: transformers' own model, on padded batches. ``changes``: to
+    transformers' TrainingArguments."""
     set_seed(seed)
     loaded = load_model(settings.model, prepared.task, fast=fast)
     loaded.model.to(device)
@@ -151,9 +159,8 @@ def train_seed(
         return prepared.task.scores(outputs, split.features, split.examples)
 
     checkpoints = Path(settings.output) / CHECKPOINTS
-    trainer = build_trainer(
-        loaded, prepared.train.features.rows, settings, seed, metric=metric, score=score, folder=checkpoints, say=say
-    )
+    rows = prepared.train.features.rows
+    trainer = build_trainer(loaded, rows, settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=_resumable(checkpoints) if settings.resume else None)
     seconds = time.perf_counter() - started - trainer.aside_seconds

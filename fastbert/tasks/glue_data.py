@@ -9,7 +9,7 @@ from typing import Any
 from fastbert.data.errors import DataError
 from fastbert.data.lines import read_lines, without_line_end
 from fastbert.data.sources import Source
-from fastbert.data.tables import Table, read_table
+from fastbert.data.tables import Table, file_kind, read_table
 from fastbert.train.errors import SettingsError
 
 from .examples import Examples, TextExample
@@ -109,27 +109,28 @@ def finetune_names(task: GlueTask) -> dict[str, str]:
     return {split: first.get(split, split) for split in task.splits}
 
 
-def read_glue(task: GlueTask, source: Source) -> tuple[Examples[TextExample], list[str]]:
-    """A split of a task (train, dev or test: the file's columns tell) and what was unusual about it, counted.
+def read_glue(task: GlueTask, source: Source, *, labelled: bool = True) -> tuple[Examples[TextExample], list[str]]:
+    """A split of a task (train, dev or test: the file's columns tell) and what was unusual about it, counted. Without ``labelled``
+    labels are not looked at.
 
     Raises DataError for columns that are not GLUE's, labels out of the label set or range, and rows without any text. Rows with
     one empty text of two are kept: QQP has a few, in test files, too, where every row needs its answer.
     """
     table, notes = _read(task, source)
-    wanted = [*task.texts, *([task.label] if task.label in table.columns else [])]
-    if lacking := [column for column in wanted if column not in table.columns]:
+    if lacking := [column for column in task.texts if column not in table.columns]:
         listed = ", ".join(map(repr, table.columns))
         raise DataError.at(
             table.source, None, None, f"has no column {lacking[0]!r}, which {task.title} has in GLUE; its columns are {listed}"
         )
     fields = dict(zip(("text", "text_pair"), task.texts))
-    if task.label in table.columns:
+    labelled = labelled and task.label in table.columns
+    if labelled:
         fields["label"] = task.label
     examples: Examples[TextExample] = Examples(table.source, [], fields)
     empty = 0
     for row, place in zip(table.rows, table.places, strict=True):
         texts = [row[column] for column in task.texts]
-        label = _label(task, row[task.label], table, place) if task.label in table.columns else None
+        label = _label(task, row[task.label], table, place) if labelled else None
         empty += any(not text.strip() for text in texts)
         examples.items.append(TextExample(place, *texts, label=label))
     if empty:
@@ -164,6 +165,14 @@ class GlueTextTask(TextClassification):
     def read(self, source: Source) -> Examples[TextExample]:
         return read_glue(glue_task(self.name), source)[0]
 
+    def read_unlabelled(self, source: Source) -> Examples[TextExample]:
+        """A file of GLUE, or any other table whose columns of texts are known by their names."""
+        if source.path is not None and file_kind(source.path) == ".tsv":
+            task, first = glue_task(self.name), _first_fields(source.path)
+            if all(column in first for column in task.texts) or len(first) == len(task.header or ()):
+                return read_glue(task, source, labelled=False)[0]
+        return super().read(source)
+
     def check(self, examples: Examples[TextExample], *, labelled: bool) -> None:
         """As for other texts, but one text of a pair may be empty."""
         for example in examples:
@@ -192,7 +201,7 @@ def _read(task: GlueTask, source: Source) -> tuple[Table, list[str]]:
     """
     if source.path is None:
         return read_table(source), []
-    first = next((without_line_end(line).split("\t") for _, line in read_lines(source.path)), [])
+    first = _first_fields(source.path)
     headless = task.header is not None and task.texts[0] not in first
     if not (task.broken_rows and task.label in first):
         return read_table(source, header=task.header if headless else None), []
@@ -215,6 +224,10 @@ def _read(task: GlueTask, source: Source) -> tuple[Table, list[str]]:
         else []
     )
     return table, notes
+
+
+def _first_fields(path: Path) -> list[str]:
+    return next((without_line_end(line).split("\t") for _, line in read_lines(path)), [])
 
 
 def _label(task: GlueTask, value: Any, table: Table, place: str) -> str | float:

@@ -12,6 +12,8 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    DataCollatorForMultipleChoice,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PretrainedConfig,
     PreTrainedModel,
@@ -33,8 +35,8 @@ _UNLIMITED = 512
 
 @dataclass(frozen=True)
 class TaskModel:
-    """``packed``: whether batches are rows without padding; ``collate``: what makes them; ``notes``: what the user should know about
-    the model (a new head, why it is not fast)."""
+    """``packed``: whether batches are rows without padding; ``collate``: what makes them; ``notes``: what the user should know
+    about the model (a new head, why it is not fast)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -72,7 +74,7 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
             f"--model {name} has {model.config.vocab_size} entries in its vocabulary, its tokenizer {len(tokenizer)}"
         )
     packed = fast and not task.pads and takes_packed_rows(model)
-    return TaskModel(model, tokenizer, packed, collator(model, tokenizer, packed), tuple(notes))
+    return TaskModel(model, tokenizer, packed, collator(model, tokenizer, task.family, packed), tuple(notes))
 
 
 def takes_packed_rows(model: PreTrainedModel) -> bool:
@@ -80,12 +82,12 @@ def takes_packed_rows(model: PreTrainedModel) -> bool:
     return isinstance(model.base_model, PackedEncoder)
 
 
-def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packed: bool) -> Collate:
-    """Packs where the model takes packed rows, and pads to the longest elsewhere (:class:`~fastbert.tasks.task.Task` brings another
-    one where its rows hold more than a sequence)."""
+def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, packed: bool) -> Collate:
+    """Packs where the model takes packed rows; elsewhere transformers' collator of the family, which pads to the longest."""
     if packed:
         return DataCollatorWithPacking(position_ids_start=model.base_model.first_position)
-    return DataCollatorWithPadding(tokenizer)
+    padding = {"words": DataCollatorForTokenClassification, "choices": DataCollatorForMultipleChoice}
+    return padding.get(family, DataCollatorWithPadding)(tokenizer)
 
 
 def load_config(name: str) -> PretrainedConfig:

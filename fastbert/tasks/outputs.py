@@ -29,8 +29,8 @@ def model_outputs(
     autocast: torch.dtype | None = None,
     progress: str | None = None,
 ) -> list[NDArray[np.float32]]:
-    """For each row its logits, float32: (num_labels,) of family "text", (length, num_labels) of "words", (length, 2) of "questions",
-    (num_choices,) of "choices".
+    """For each row its logits, float32: (num_labels,) of family "text", (length, num_labels) of "words", (length, 2) of
+    "questions", (num_choices,) of "choices".
 
     ``rows``: features, whose labels are left out; ``autocast``: the dtype of matmuls; ``progress``: the title of a progress bar.
     The model comes back in the mode, training or not, that it was in.

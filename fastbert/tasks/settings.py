@@ -23,9 +23,9 @@ class FinetuneSettings(CommandSettings):
     Hugging Face dataset; ``dev``, ``test``: files besides; without any dev data ``dev_fraction`` of the training data is held out.
     ``label_column``: several are labels of their own, with 0 or 1 in each row. ``learning_rate``: None for the mode's usual one.
     ``max_seq_length``: None for what the model takes (384 in question answering). ``max_steps``: None for all of ``epochs``.
-    ``warmup``: share of the steps. ``eval_steps``: None evaluates after every epoch; ``early_stopping``: evaluations without a better
-    score after which training ends. ``metric``: that chooses the best checkpoint, None for the task's. ``limit``: examples of
-    each split that are used, for a quick look. ``adapt``: raw text of the domain (files, folders or a dataset) on which the masked
+    ``warmup``: share of the steps. ``eval_steps``: None evaluates after every epoch; ``early_stopping``: evaluations without a
+    better score after which training ends. ``metric``: that chooses the best checkpoint, None for the task's. ``limit``: examples
+    of each split that are used, for a quick look. ``adapt``: raw text of the domain (files, folders or a dataset) on which the masked
     language model goes on first, for ``adapt_steps``.
 
     Raises :class:`SettingsError`, naming the setting, for a value or a combination that cannot work.

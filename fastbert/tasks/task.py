@@ -51,9 +51,13 @@ class Task(ABC):
     def read(self, source: Source) -> Examples:
         """One split. Raises DataError naming file, row and column."""
 
+    def read_unlabelled(self, source: Source) -> Examples:
+        """What is to be predicted; labels, where there are some, need not be right."""
+        return self.read(source)
+
     @abstractmethod
     def examples_from(self, inputs: Sequence[Any]) -> Examples:
-        """Examples without labels out of what a Python caller has: texts, pairs, lists of words, dicts with question and context."""
+        """Examples without labels out of what a caller has: texts, pairs, lists of words, dicts with question and context."""
 
     @abstractmethod
     def with_labels_of(self, train: Examples) -> Task:

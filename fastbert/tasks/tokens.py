@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fastbert.data.conll import read_sentences
 from fastbert.data.sources import Source
+from fastbert.data.tables import file_kind, read_table
 
 from . import metrics
 from .examples import Examples, WordsExample
 from .task import Features, Outputs, Task
+from .words import read_words
 
 IGNORED = -100
 _ENTITY_TAG = re.compile(r"[BI]-.+")
@@ -35,8 +36,8 @@ class Words:
 
 @dataclass(frozen=True)
 class TokenClassification(Task):
-    """``columns``: ``words`` and ``tags``, by number in CoNLL files or by name in CoNLL-U and tables. ``entities``: whether tags are
-    BIO and scored as entities; None decides by the tags.
+    """``columns``: ``words`` and ``tags``, by number in CoNLL files or by name in CoNLL-U and tables. ``entities``: whether tags
+    are BIO and scored as entities; None decides by the tags.
 
     A sentence that is longer than the model takes is cut between words into several rows: no word goes without a tag.
     """
@@ -51,10 +52,16 @@ class TokenClassification(Task):
         return "f1" if self.entities else "accuracy"
 
     def read(self, source: Source) -> Examples[WordsExample]:
-        columns = {"words": self.columns.get("words"), "tags": self.columns.get("tags")}
-        sentences = read_sentences(source, word_column=columns["words"], tag_column=columns["tags"], entities=self.entities)
-        items = [WordsExample(sentence.place, tuple(sentence.words), _tuple(sentence.tags)) for sentence in sentences]
-        return Examples(str(source), items, {field: name for field, name in columns.items() if name is not None})
+        return read_words(source, self.columns.get("words"), self.columns.get("tags"), self.entities)
+
+    def read_unlabelled(self, source: Source) -> Examples[WordsExample]:
+        """A text in each line of a .txt file; sentences in words elsewhere."""
+        if source.path is not None and file_kind(source.path) == ".txt":
+            table = read_table(source)
+            examples = self.examples_from([row["text"] for row in table.rows])
+            items = [replace(example, place=place) for example, place in zip(examples, table.places, strict=True)]
+            return Examples(table.source, items, {})
+        return read_words(source, self.columns.get("words"), self.columns.get("tags"), self.entities, labelled=False)
 
     def examples_from(self, inputs: Sequence[Any]) -> Examples[WordsExample]:
         """inputs: texts, which are split into words, or lists of words."""
@@ -166,8 +173,8 @@ class TokenClassification(Task):
 
     def predictions(self, outputs: Outputs, features: Features, examples: Examples[WordsExample]) -> list[dict[str, Any]]:
         """``words``, ``tags``, ``probabilities`` (of each tag) and, of BIO tags, ``entities``: type, text, start and
-        end in characters of the text (of the words joined by blanks where they came as words), first and last word, probability (the
-        mean of its words')."""
+        end in characters of the text (of the words joined by blanks where they came as words), first and last word, probability
+        (the mean of its words')."""
         probabilities = [np.zeros(len(example.words)) for example in examples]
         for logits, number, words in zip(outputs, features.example_of, features.notes, strict=True):
             scores = logits[words.positions].astype(np.float64)
@@ -230,7 +237,3 @@ def _cuts(lengths: list[int], room: int) -> list[tuple[int, int]]:
         used += length
     cuts.append((first, len(lengths)))
     return cuts
-
-
-def _tuple(tags: Sequence[str] | None) -> tuple[str, ...] | None:
-    return None if tags is None else tuple(tags)

@@ -55,8 +55,8 @@ class Lines(TrainerCallback):
         score = logs.get(f"eval_{self.metric}")
         if score is not None and state.is_world_process_zero:
             others = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
-            rest = ", ".join(f"{key} {value:.4f}" for key, value in others.items() if key != self.metric)
-            self.say(f"  step {state.global_step:,}: loss {self.loss:.4f}, dev {self.metric} {score:.4f}" + (f" ({rest})" if rest else ""))
+            rest = "".join(f", {key} {value:.4f}" for key, value in others.items() if key != self.metric)
+            self.say(f"  step {state.global_step:,}: loss {self.loss:.4f}, dev {self.metric} {score:.4f}{rest}")
 
 
 def build_trainer(
@@ -69,12 +69,13 @@ def build_trainer(
     score: Score,
     folder: Path,
     say: Say,
+    **changes: Any,
 ) -> FineTuning:
-    """A Trainer of ``loaded`` on the features ``rows``; checkpoints go to ``folder``. ``metric``: of ``score`` the one, the higher the
-    better, that the best checkpoint has."""
+    """A Trainer of ``loaded`` on the features ``rows``; checkpoints go to ``folder``. ``metric``: of ``score`` the one, the
+    higher the better, that the best checkpoint has; ``changes``: to transformers' TrainingArguments."""
     by_steps = settings.eval_steps is not None
     steps_in_epoch = -(-len(rows) // (settings.batch_size * settings.gradient_accumulation_steps))
-    arguments = TrainingArguments(
+    arguments = dict(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -100,6 +101,7 @@ def build_trainer(
         report_to="none",
         disable_tqdm=True,
     )
+    arguments = TrainingArguments(**(arguments | changes))
     callbacks: list[TrainerCallback] = [Lines(say, metric)]
     if settings.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping))

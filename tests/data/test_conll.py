@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastbert.data.conll import Sentence, read_conll, to_bio
+from fastbert.data.conll import Sentence, read_conll, read_sentences, to_bio
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 
@@ -198,3 +200,71 @@ def test_tags_of_no_scheme_are_refused() -> None:
         to_bio(tagged("O S-LOC", "U-LOC"), "dev.conll")
     untagged = [Sentence(("a",), None, "line 1", (1,))]
     assert to_bio(untagged, "dev.conll") == untagged
+
+
+# --- files and tables ------------------------------------------------------------------------------------------------------
+
+
+def test_sentences_of_files_have_the_tags_that_are_there(tmp_path: Path) -> None:
+    columns = write(tmp_path / "a.conll", "EU NNP I-ORG\nso RB O\n")
+    assert pairs(read_sentences(columns)) == [[("EU", "B-ORG"), ("so", "O")]]
+    assert pairs(read_sentences(columns, entities=False)) == [[("EU", "I-ORG"), ("so", "O")]]
+    assert pairs(read_sentences(columns, tag_column="1")) == [[("EU", "NNP"), ("so", "RB")]]
+    assert read_sentences(write(tmp_path / "b.conll", "EU\nso\n")) == [Sentence(("EU", "so"), None, "line 1", (1, 2))]
+    with pytest.raises(DataError, match=r"a\.conll, line 1: the tag 'NNP' fits no scheme"):
+        read_sentences(columns, tag_column="-2", entities=True)
+    conllu = write(tmp_path / "a.conllu", CONLLU)
+    assert pairs(read_sentences(conllu, tag_column="XPOS"))[1] == [("#", "NN"), ("New York", "NNP")]
+    untagged = CONLLU
+    for tag in ("AUX", "PART", "ADV", "VERB", "SYM", "PROPN"):
+        untagged = untagged.replace(f"\t{tag}\t", "\t_\t")
+    assert [sentence.tags for sentence in read_sentences(write(tmp_path / "b.conllu", untagged))] == [None, None]
+    with pytest.raises(DataError, match="line 4: the tag of 'Do' is missing"):
+        read_sentences(write(tmp_path / "c.conllu", CONLLU.replace("AUX", "_")))
+
+
+ROWS = [
+    {"id": 1, "tokens": ["EU", "so"], "ner_tags": ["I-ORG", "O"], "pos_tags": ["NNP", "RB"]},
+    {"id": 2, "tokens": ["#"], "ner_tags": ["O"], "pos_tags": ["SYM"]},
+]
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> Source:
+    return write(path, "\n".join(map(json.dumps, rows)))
+
+
+def test_sentences_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = table(tmp_path / "a.jsonl", ROWS)
+    entities = [Sentence(("EU", "so"), ("B-ORG", "O"), "line 1"), Sentence(("#",), ("O",), "line 2")]
+    assert read_sentences(source, entities=True) == entities
+    assert read_sentences(source, tag_column="ner_tags") == entities
+    assert pairs(read_sentences(source, entities=False)) == [[("EU", "NNP"), ("so", "RB")], [("#", "SYM")]]
+    numbers = [{"words": ["a", "b"], "tags": [3, 0]}]
+    assert read_sentences(table(tmp_path / "b.jsonl", numbers)) == [Sentence(("a", "b"), ("3", "0"), "line 1")]
+    assert read_sentences(table(tmp_path / "c.jsonl", [{"words": ["a"]}])) == [Sentence(("a",), None, "line 1")]
+
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-ORG"]))
+    features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("string")), "ner_tags": tags})
+    dataset = datasets.Dataset.from_dict({"tokens": [["EU", "so"]], "ner_tags": [[1, 0]]}, features=features)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: dataset)
+    named = read_sentences(Source(dataset="conll2003", split="train"))
+    assert named == [Sentence(("EU", "so"), ("B-ORG", "O"), "row 1")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (ROWS, {}, r"a\.jsonl: ner_tags and pos_tags could both be meant; name the column"),
+        (ROWS, {"tag_column": "chunks"}, r"no column 'chunks'; it has id, tokens, ner_tags, pos_tags"),
+        (ROWS, {"word_column": "id", "entities": True}, "line 1, column 'id': expected a list of words"),
+        (ROWS, {"tag_column": "pos_tags", "entities": True}, "line 1, word 1: the tag 'NNP' fits no scheme"),
+        ([{"text": "a b"}], {}, r"no column of words \(tokens, words\); it has text"),
+        ([{"tokens": ["a", None]}], {}, "line 1, column 'tokens': expected a list of words"),
+        ([{"tokens": ["a", "b"], "tags": ["O"]}], {}, "line 1, column 'tags': has 1 tags for 2 words"),
+        ([{"tokens": ["a"], "tags": "O"}], {}, "line 1, column 'tags': expected a list of tags"),
+    ],
+)
+def test_a_bad_table_of_sentences_is_named(tmp_path: Path, rows: Any, options: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_sentences(table(tmp_path / "a.jsonl", rows), **options)

@@ -1,0 +1,105 @@
+"""``fastbert predict``: a fine-tuned folder on lines of text or a file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastbert.train.errors import SettingsError
+
+from .app import app
+from .command import CommandResult, DebugOption, JsonOption, Say, run_command
+
+_FORMATS = (".jsonl", ".csv")
+
+
+@app.command()
+def predict(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts, in place of --input.", show_default=False)] = None,
+    model: Annotated[str, typer.Option(help="A folder that fastbert finetune wrote.")] = "runs/finetune",
+    input_file: Annotated[
+        str | None,
+        typer.Option(
+            "--input", help="A file like those of training, .txt with a text in each line, or - for lines on stdin."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="A .jsonl or .csv file.  [default: JSON lines on stdout]", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or int8.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1.")] = "auto",
+    max_seq_length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens of a sequence at most.  [default: as in training]", show_default=False)
+    ] = None,
+    tokens_per_batch: Annotated[int, typer.Option(min=1, help="Tokens that are computed at once.")] = 4096,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Predict with a fine-tuned model: labels with probabilities, entities as spans, tags, answers."""
+
+    def body(say: Say) -> CommandResult:
+        if bool(texts) == (input_file is not None):
+            raise SettingsError("give either texts or --input FILE")
+        target = None if output is None else check_output(Path(output), overwrite)
+        if input_file not in (None, "-") and not Path(input_file).is_file():
+            raise SettingsError(f"--input {input_file}: no such file")
+        from fastbert.tasks.predictor import Predictor
+
+        predictor = Predictor.from_pretrained(
+            model, dtype=dtype, device=device, max_seq_length=max_seq_length, tokens_per_batch=tokens_per_batch
+        )
+        if input_file is None or input_file == "-":
+            lines = texts or [line.rstrip("\r\n") for line in sys.stdin]
+            examples = predictor.task.examples_from(lines)
+        else:
+            examples = predictor.read(input_file)
+        predictions = predictor.predict(examples, progress="predict" if sys.stderr.isatty() else None)
+        rows = [{"input": example.place, **prediction} for example, prediction in zip(examples, predictions, strict=True)]
+        document: dict[str, Any] = {"model": model, "task": predictor.task.name, "predictions": len(rows)}
+        if target is None:
+            for row in rows:
+                say(json.dumps(row, ensure_ascii=False))
+            document["results"] = rows
+        else:
+            write_predictions(target, rows)
+            document["output"] = str(target)
+            say(f"{len(rows):,} predictions: {target}")
+        return CommandResult(document)
+
+    run_command("predict", body, json_output=json_output, debug=debug)
+
+
+def check_output(path: Path, overwrite: bool) -> Path:
+    """Raises SettingsError, before any work, for a file that must not or cannot be written."""
+    if path.suffix not in _FORMATS:
+        raise SettingsError(f"--output {path}: the name must end in {' or '.join(_FORMATS)}")
+    if path.exists() and not overwrite:
+        raise SettingsError(f"--output {path} is there already; --overwrite replaces it")
+    if not path.absolute().parent.is_dir():
+        raise SettingsError(f"--output {path}: there is no folder {path.absolute().parent}")
+    return path
+
+
+def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
+    """JSON lines, or CSV, whose cells are JSON where a value is a list or an object. Whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, list(rows[0]) if rows else ["input"])
+            writer.writeheader()
+            for row in rows:
+                writer.writerow({key: _cell(value) for key, value in row.items()})
+    os.replace(temporary, path)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value

@@ -1,0 +1,97 @@
+"""A fine-tuned folder on new inputs.
+
+from fastbert.tasks.predictor import Predictor
+
+predict = Predictor.from_pretrained("runs/finetune")
+predict(["A fine film.", "A dull one."])  # [{"label": ..., "probability": ..., "probabilities": {...}}, ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbert.data.sources import Source
+from fastbert.train.errors import SettingsError
+from fastbert.train.prepare import pick_device
+
+from .examples import Examples
+from .model import TaskModel, check_length, load_config, load_model, longest_sequence
+from .outputs import TOKENS_PER_BATCH, model_outputs
+from .registry import load_task
+from .task import Task
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+class Predictor:
+    """Predictions of a folder that ``fastbert finetune`` wrote; what they look like is said by the task's ``predictions``.
+
+    ``predictor(inputs)`` takes, by task: texts or pairs of texts; texts or lists of words (tags, entities); dicts with ``question``
+    and ``context``; dicts with ``context`` and ``choices``.
+    """
+
+    def __init__(self, task: Task, loaded: TaskModel, max_seq_length: int, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
+        self.task, self.loaded = task, loaded
+        self.max_seq_length, self.tokens_per_batch = max_seq_length, tokens_per_batch
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        max_seq_length: int | None = None,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+    ) -> Predictor:
+        """``dtype``: of the arithmetic; int8 (CPU only) quantizes the encoder's matmuls. Raises DataError for a folder without a
+        task, SettingsError for what cannot work."""
+        if dtype not in DTYPES:
+            raise SettingsError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        task, trained_length = load_task(Path(folder))
+        loaded = load_model(str(folder), task)
+        model = loaded.model.eval()
+        if dtype == "bfloat16":
+            model.bfloat16()
+        if dtype == "int8":
+            _quantize(model)
+        model.to(pick_device(device))
+        if max_seq_length is not None:
+            check_length(max_seq_length, longest_sequence(load_config(str(folder)), loaded.tokenizer), str(folder))
+        return cls(task, loaded, max_seq_length or trained_length, tokens_per_batch)
+
+    def __call__(self, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """One prediction for each input. Raises DataError naming an input that cannot be used, before anything is computed."""
+        if isinstance(inputs, str):
+            raise TypeError("expected a list of inputs, not a single string")
+        return self.predict(self.task.examples_from(inputs))
+
+    def read(self, path: str | Path) -> Examples:
+        """The examples of a file, whose labels, if it has some, play no part. Raises DataError."""
+        return self.task.read_unlabelled(Source(Path(path)))
+
+    def predict(self, examples: Examples, *, progress: str | None = None) -> list[dict[str, Any]]:
+        """``progress``: the title of a progress bar on stderr."""
+        self.task.check(examples, labelled=False)
+        features = self.task.features(examples, self.loaded.tokenizer, self.max_seq_length, labelled=False)
+        outputs = model_outputs(
+            self.loaded,
+            features.rows,
+            family=self.task.family,
+            tokens_per_batch=self.tokens_per_batch,
+            progress=progress,
+        )
+        return self.task.predictions(outputs, features, examples)
+
+
+def _quantize(model: torch.nn.Module) -> None:
+    from fastbert.model.quantize import quantize
+
+    try:
+        quantize(model)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"--dtype int8: {error}") from error
