@@ -133,9 +133,8 @@ def _read_all(root: Path, asked: set[str]) -> tuple[dict[str, GlueSplits], dict[
             if split in task.submissions:
                 read_index(task, Source(path=path))
     if not found:
-        raise DataError(
-            "; ".join([f"{root}: no task can be run", *(f"{glue_task(name).title}: {why}" for name, why in left_out.items())])
-        )
+        reasons = "; ".join(f"{glue_task(name).title}: {reason}" for name, reason in left_out.items())
+        raise DataError(f"{root}: no task can be run: {reasons}")
     return found, left_out, notes
 
 

@@ -92,7 +92,9 @@ def write_toy_bert(folder: Path, **changes: int) -> Path:
     vocabulary = {word: number for number, word in enumerate([*special, '"', *NOUNS, *GOOD, *BAD])}
     folder.mkdir(parents=True, exist_ok=True)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=BertWordPieceTokenizer(vocabulary)._tokenizer, model_max_length=64, **names)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=BertWordPieceTokenizer(vocabulary)._tokenizer, model_max_length=64, **names
+    )
     tokenizer.save_pretrained(folder)
     sizes = {
         "vocab_size": len(vocabulary), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
