@@ -93,7 +93,7 @@ def run_glue(given: dict[str, Any], say: Say) -> CommandResult:
 
     keep_freed_memory()  # this process does nothing else; where it cannot be, training is a little slower
     try:
-        return CommandResult(run(settings, say))
+        document = run(settings, say)
     except KeyboardInterrupt as interrupt:
         raise CommandFailure(
             f"interrupted; what is done stays, and this goes on from it: {settings.command()} --resume", INTERRUPTED
