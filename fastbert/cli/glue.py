@@ -95,9 +95,10 @@ def run_glue(given: dict[str, Any], say: Say) -> CommandResult:
     try:
         document = run(settings, say)
     except KeyboardInterrupt as interrupt:
-        raise CommandFailure(
-            f"interrupted; what is done stays, and this goes on from it: {settings.command()} --resume", INTERRUPTED
-        ) from interrupt
+        message = f"interrupted; what is done stays, and this goes on from it: {settings.command()} --resume"
+        raise CommandFailure(message, INTERRUPTED) from interrupt
+    # "command" is the command's name in what --json prints, and the whole command line in run.json.
+    return CommandResult({name: value for name, value in document.items() if name not in ("command", "command_name")})
 
 
 def settings_from_options(given: dict[str, Any]) -> GlueSettings:

@@ -53,8 +53,8 @@ def terminal_table(run: Document) -> str:
 
 
 def model_title(run: Document) -> str:
-    """The model's name without the folders in front of it."""
-    return run["model"].rstrip("/").rpartition("/")[2]
+    """The model's name; of a path the last two folders."""
+    return "/".join(run["model"].rstrip("/").split("/")[-2:])
 
 
 def _tasks(run: Document) -> list[tuple[GlueTask, Mapping[str, Any]]]:
