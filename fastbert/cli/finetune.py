@@ -75,9 +75,7 @@ def finetune(
     early_stopping: Annotated[
         int | None, typer.Option(help="Evaluations without a better score after which training ends.  [default: never]")
     ] = S.early_stopping,
-    dev_fraction: Annotated[
-        float, typer.Option(help="Held out of the training data without dev data.")
-    ] = S.dev_fraction,
+    dev_fraction: Annotated[float, typer.Option(help="Held out of the training data without dev data.")] = S.dev_fraction,
     limit: Annotated[int | None, typer.Option(help="Examples of each split, for a quick look.  [default: all]")] = S.limit,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1.")] = S.device,
     adapt: Annotated[

@@ -25,9 +25,7 @@ def predict(
     model: Annotated[str, typer.Option(help="A folder that fastbert finetune wrote.")] = "runs/finetune",
     input_file: Annotated[
         str | None,
-        typer.Option(
-            "--input", help="A file like those of training, .txt with a text in each line, or - for lines on stdin."
-        ),
+        typer.Option("--input", help="A file like those of training, .txt with a text in each line, or - for lines on stdin."),
     ] = None,
     output: Annotated[
         str | None, typer.Option(help="A .jsonl or .csv file.  [default: JSON lines on stdout]", show_default=False)

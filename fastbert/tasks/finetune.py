@@ -28,7 +28,7 @@ from fastbert.train.run_folder import write_json
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder
 from .glue_data import find_glue_splits, glue_sources
 from .glue_tasks import glue_task, is_glue_task
-from .model import TaskModel, load_model
+from .model import TaskModel, load_model, quiet_transformers
 from .outputs import model_outputs
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .registry import save_task, task_for
@@ -83,6 +83,7 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         _refuse_changes(settings, run)
     device = pick_device(settings.device)
     prepared = prepare_task(task_of(settings), sources_of(settings), settings, say)
+    main_metric(settings, prepared.task)
     if settings.overwrite:
         delete_folder(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -130,6 +131,9 @@ def sources_of(settings: FinetuneSettings) -> dict[str, Source]:
 
 
 def main_metric(settings: FinetuneSettings, task: Task) -> str:
+    """What chooses the best checkpoint. Raises SettingsError for a score that the task has not."""
+    if settings.metric is not None and settings.metric not in task.metric_names:
+        raise SettingsError(f"--metric {settings.metric} is no score of {task.name}; it has {', '.join(task.metric_names)}")
     return settings.metric or task.main_metric
 
 
@@ -162,7 +166,8 @@ def train_seed(
     rows = prepared.train.features.rows
     trainer = build_trainer(loaded, rows, settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_resumable(checkpoints) if settings.resume else None)
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=_resumable(checkpoints) if settings.resume else None)
     seconds = time.perf_counter() - started - trainer.aside_seconds
     state = trainer.state
     scores = {name: score(split) for name, split in prepared.splits.items() if split.labelled and name != TRAIN}
@@ -189,8 +194,9 @@ def _resumable(checkpoints: Path) -> str | None:
 def save_model(loaded: TaskModel, prepared: PreparedTask, output: Path, settings: FinetuneSettings) -> None:
     """Model, tokenizer, task and the predictions of every split but the training data, moved into ``output`` when all are there."""
     new = new_folder(output)
-    loaded.model.save_pretrained(new)
-    loaded.tokenizer.save_pretrained(new)
+    with quiet_transformers():
+        loaded.model.save_pretrained(new)
+        loaded.tokenizer.save_pretrained(new)
     save_task(prepared.task, prepared.max_seq_length, new)
     autocast = torch.bfloat16 if settings.dtype == "bfloat16" else None
     for name, split in prepared.splits.items():

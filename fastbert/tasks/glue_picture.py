@@ -44,7 +44,7 @@ def _figure(run: Mapping[str, Any]) -> Any:
         width=0.6, color="C0", alpha=0.75, capsize=4, label=f"{model_title(run)}, {run['mode']}: dev, mean ± sd over seeds",
     )  # fmt: skip
     for place, score in own:
-        axes.annotate(f"{score['mean']:.1f}", (place, 2), ha="center", color="white", fontsize=9)
+        axes.annotate(f"{score['mean']:.1f}", (place, 2), ha="center", fontsize=9)
     for row, marker, colour in zip(BERT_ROWS, "os", ("C1", "C3")):
         points = [(place, score) for place, task in enumerate(GLUE_TASKS) if (score := published_score(task, row)) is not None]
         axes.plot(*zip(*points), marker, color=colour, label=f"{row.model}: test (F1 or Spearman alone)")
@@ -63,7 +63,7 @@ def _figure(run: Mapping[str, Any]) -> Any:
     limited = f", at most {run['limit']:,} examples of each split" if run["limit"] is not None else ""
     axes.set_title(f"GLUE{limited}: own scores are of dev sets, published ones of test sets", fontsize=11)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
     return figure
 
 

@@ -12,6 +12,13 @@ from numpy.typing import NDArray
 
 from fastbert.train.errors import SettingsError
 
+# Those of each kind that are better when higher; the first is the usual one.
+CLASSIFICATION = ("accuracy", "f1", "f1_macro", "matthews_correlation")
+MULTI_LABEL = ("f1_micro", "f1_macro", "accuracy")
+REGRESSION = ("pearson_spearman", "pearson", "spearman")
+ENTITIES = ("f1", "precision", "recall", "accuracy")
+TAGS = ("accuracy", "f1_macro")
+
 
 def classification_scores(predicted: NDArray[np.integer], labels: NDArray[np.integer], num_labels: int) -> dict[str, float]:
     """accuracy, f1 (of class 1 where there are two classes, else the mean over classes), f1_macro, matthews_correlation.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from fastbert.data.collator import DataCollatorWithPacking
 from fastbert.data.tokenizer import load_tokenizer
@@ -57,9 +59,10 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
     auto_class = getattr(transformers, task.auto_class)
     try:
         # A fine-tuned checkpoint may have another number of labels: its head is then a new one, which the notes say.
-        model, loading = auto_class.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
-        )
+        with quiet_transformers():
+            model, loading = auto_class.from_pretrained(
+                name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
+            )
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(f"--model {name} cannot be loaded as {task.auto_class}: {_first_line(error)}") from error
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
@@ -75,6 +78,20 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
         )
     packed = fast and not task.pads and takes_packed_rows(model)
     return TaskModel(model, tokenizer, packed, collator(model, tokenizer, task.family, packed), tuple(notes))
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: a command says itself, in its own words, what they are about."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def takes_packed_rows(model: PreTrainedModel) -> bool:

@@ -21,7 +21,7 @@ from .examples import Examples, TextExample
 from .task import Features, Outputs, Task
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-_MAIN_METRIC = {SINGLE: "accuracy", MULTI: "f1_micro", REGRESSION: "pearson_spearman"}
+_METRICS = {SINGLE: metrics.CLASSIFICATION, MULTI: metrics.MULTI_LABEL, REGRESSION: metrics.REGRESSION}
 _LABELS_SHOWN = 12
 _FALSE = ("", "0", "false", "no")
 
@@ -42,7 +42,11 @@ class TextClassification(Task):
 
     @property
     def main_metric(self) -> str:
-        return self.metric or _MAIN_METRIC[self.problem]
+        return self.metric or self.metric_names[0]
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return _METRICS[self.problem]
 
     def read(self, source: Source) -> Examples[TextExample]:
         table = read_table(source, header=self.header)

@@ -47,6 +47,11 @@ class Task(ABC):
     def main_metric(self) -> str:
         """The score, the higher the better, that chooses the best checkpoint."""
 
+    @property
+    @abstractmethod
+    def metric_names(self) -> tuple[str, ...]:
+        """The scores, among those of :meth:`scores`, that can choose the best checkpoint."""
+
     @abstractmethod
     def read(self, source: Source) -> Examples:
         """One split. Raises DataError naming file, row and column."""

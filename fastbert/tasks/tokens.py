@@ -49,7 +49,11 @@ class TokenClassification(Task):
 
     @property
     def main_metric(self) -> str:
-        return "f1" if self.entities else "accuracy"
+        return self.metric_names[0]
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return metrics.ENTITIES if self.entities else metrics.TAGS
 
     def read(self, source: Source) -> Examples[WordsExample]:
         return read_words(source, self.columns.get("words"), self.columns.get("tags"), self.entities)
@@ -169,7 +173,7 @@ class TokenClassification(Task):
             return metrics.entity_scores(predicted, expected)  # type: ignore[arg-type]
         flat = [np.array([self._numbers[tag] for tags in side for tag in tags]) for side in (predicted, expected)]
         scores = metrics.classification_scores(flat[0], flat[1], len(self.labels))
-        return {name: scores[name] for name in ("accuracy", "f1_macro")}
+        return {name: scores[name] for name in metrics.TAGS}
 
     def predictions(self, outputs: Outputs, features: Features, examples: Examples[WordsExample]) -> list[dict[str, Any]]:
         """``words``, ``tags``, ``probabilities`` (of each tag) and, of BIO tags, ``entities``: type, text, start and

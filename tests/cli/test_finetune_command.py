@@ -1,0 +1,90 @@
+"""``fastbert finetune`` and ``fastbert predict`` as commands: exit codes, JSON, files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fastbert.cli.main import app
+
+from ..tasks.conftest import sentiment_folder, toy_model, toy_tokenizer  # noqa: F401 (fixtures)
+
+
+def run(*arguments: object, **options):
+    return CliRunner().invoke(app, [*map(str, arguments)], **options)
+
+
+@pytest.fixture
+def trained(toy_model: Path, sentiment_folder: Path, tmp_path: Path) -> Path:  # noqa: F811
+    output = tmp_path / "run"
+    done = run(
+        "finetune", "--task", "sentiment", "--model", toy_model, "--data", sentiment_folder, "--output", output, "--epochs", 8,
+        "--batch-size", 16, "--learning-rate", 1e-2, "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["scores"]["dev"]["accuracy"]["mean"] > 0.9
+    return output
+
+
+def test_texts_and_files(trained, tmp_path):
+    done = run("predict", "--model", trained, "the film is great", "the song was awful", "--json")
+    assert [row["label"] for row in json.loads(done.stdout.splitlines()[-1])["results"]] == ["pos", "neg"]
+
+    lines = tmp_path / "lines.txt"
+    lines.write_text("the film is great\nthe song was awful\n", encoding="utf-8")
+    done = run("predict", "--model", trained, "--input", lines, "--output", tmp_path / "out.csv")
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["input"], row["label"]) for row in rows] == [("line 1", "pos"), ("line 2", "neg")]
+    assert json.loads(rows[0]["probabilities"])["pos"] == pytest.approx(float(rows[0]["probability"]))
+
+    done = run("predict", "--model", trained, "--input", "-", input="the film is great\n")
+    assert json.loads(done.stdout)["label"] == "pos"
+    assert run("predict", "--model", trained, "--input", lines, "--output", tmp_path / "out.csv").exit_code == 2
+    assert run("predict", "--model", trained, "--input", lines, "--output", tmp_path / "out.csv", "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--model", "nowhere", "x"], 1, "nowhere: the folder holds no task.json; fastbert finetune writes it"),
+        (["--model", "nowhere"], 2, "give either texts or --input FILE"),
+        (["--model", "nowhere", "--input", "absent.txt"], 2, "--input absent.txt: no such file"),
+        (["--model", "nowhere", "x", "--output", "a.xml"], 2, "must end in .jsonl or .csv"),
+    ],
+)
+def test_wrong_usage_of_predict(arguments, code, message):
+    done = run("predict", *arguments)
+    assert done.exit_code == code
+    assert message in done.stderr
+
+
+def test_an_empty_line_names_itself(trained, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("the film\n \nthe song\n", encoding="utf-8")
+    done = run("predict", "--model", trained, "--input", lines)
+    assert done.exit_code == 1
+    assert "lines.txt, line 2, column 'text': is empty" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs is 0.0; it must be a positive number"),
+        (["--mode", "half"], "--mode is 'half'; it must be one of full, head, lora, top-k"),
+        (["--lora-r", "4"], "--lora-r is for --mode lora, not for --mode full"),
+        (["--seeds", "1", "1"], "--seeds is 1 1; it must be different numbers from 0 on"),
+        (["--resume", "--overwrite"], "give one of them"),
+        (["--dtype", "float16"], "--dtype is 'float16'; it must be one of float32, bfloat16"),
+    ],
+)
+def test_wrong_usage_of_finetune(arguments, message):
+    done = run("finetune", "--task", "ner", "--model", "m", "--data", "d", *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr

@@ -1,0 +1,147 @@
+"""Text classification: reading, labels, checks, features, scores and predictions, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+
+from fastbert.data.errors import DataError
+from fastbert.data.sources import Source
+from fastbert.tasks.registry import task_for
+
+
+def read(tmp_path: Path, content: str, task: str = "text-classification", name: str = "train.tsv", **columns: str):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    made = task_for(task, columns)
+    return made, made.read(Source(path))
+
+
+def test_pairs_and_labels_by_their_usual_names(tmp_path):
+    task, examples = read(tmp_path, "index\tquestion\tsentence\tlabel\n0\tWho?\tBob.\tno\n1\tWhere?\tRome.\tyes\n")
+    assert [(e.text, e.text_pair, e.label) for e in examples] == [("Who?", "Bob.", "no"), ("Where?", "Rome.", "yes")]
+    assert task.with_labels_of(examples).labels == ("no", "yes")
+
+
+def test_numeric_labels_are_in_numeric_order(tmp_path):
+    task, examples = read(tmp_path, "text\tlabel\na\t10\nb\t9\nc\t-1\n")
+    assert task.with_labels_of(examples).labels == ("-1", "9", "10")
+
+
+def test_named_columns(tmp_path):
+    _, examples = read(tmp_path, "a\tb\tc\nx\ty\tz\n", text="b", text_pair="c", label="a")
+    assert [(e.text, e.text_pair, e.label) for e in examples] == [("y", "z", "x")]
+
+
+def test_several_labels_in_a_cell_or_in_columns(tmp_path):
+    task, examples = read(tmp_path, "text\tlabel\nx\tred, blue\ny\t\n", "multi-label-classification")
+    assert [e.label for e in examples] == [("red", "blue"), ()]
+    assert task.with_labels_of(examples).labels == ("blue", "red")
+    _, examples = read(tmp_path, "text\tred\tblue\nx\t1\t0\ny\t0\t0\n", "multi-label-classification", label="red,blue")
+    assert [e.label for e in examples] == [("red",), ()]
+    _, examples = read(tmp_path, '{"text": "x", "labels": ["red"]}\n', "multi-label-classification", name="train.jsonl")
+    assert [e.label for e in examples] == [("red",)]
+
+
+@pytest.mark.parametrize(
+    ("content", "task", "message"),
+    [
+        (
+            "text\tlabel\na\t1\nb\t1\n",
+            "text-classification",
+            r"train.tsv, column 'label': holds '1' in all 2 rows: there",
+        ),
+        ("text\tscore\na\t1\nb\t1.0\n", "regression", r"train.tsv, column 'score': holds 1.0 in all 2 rows"),
+        ("text\tscore\na\t1\nb\tmuch\n", "regression", r"train.tsv, line 3, column 'score': holds 'much', expected a number"),
+        ("text\tscore\na\t1\nb\tinf\n", "regression", r"line 3, column 'score': holds 'inf', expected a finite number"),
+        ("text\tlabel\na\t1\nb\t\n", "text-classification", r"train.tsv, line 3, column 'label': is empty"),
+        ("text\tother\na\t1\nb\t2\n", "text-classification", r"train.tsv: has no column 'label'; --label-column names"),
+        ("x\tlabel\na\t1\n", "text-classification", r"has the columns 'x', 'label'; --text-column names the one with the text"),
+    ],
+)
+def test_labels_that_cannot_be_learned(content, task, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        made, examples = read(tmp_path, content, task)
+        made.with_labels_of(examples)
+
+
+def test_an_unknown_label_in_dev_names_its_line(tmp_path):
+    task, train = read(tmp_path, "text\tlabel\na\t0\nb\t1\n")
+    task = task.with_labels_of(train)
+    _, dev = read(tmp_path, "text\tlabel\na\t0\nb\t2\n", name="dev.tsv")
+    with pytest.raises(DataError, match=r"dev.tsv, line 3, column 'label': holds '2'; the training data have '0', '1'"):
+        task.check(dev, labelled=True)
+    task.check(dev, labelled=False)
+
+
+@pytest.mark.parametrize(("text", "column"), [(" \t0", "sentence1"), ("x\t0", "sentence2")])
+def test_an_empty_text_names_its_column(text, column, tmp_path):
+    first, label = text.split("\t")
+    content = f"sentence1\tsentence2\tlabel\na\tb\t1\n{first}\t{' ' if column == 'sentence2' else 'b'}\t{label}\n"
+    task, examples = read(tmp_path, content)
+    with pytest.raises(DataError, match=rf"train.tsv, line 3, column '{column}': is empty"):
+        task.check(examples, labelled=True)
+
+
+def test_a_text_that_the_tokenizer_drops(tmp_path, toy_tokenizer):
+    task, examples = read(tmp_path, "text\tlabel\ngood\t0\n\u200b\u200d\t1\n")
+    task = task.with_labels_of(examples)
+    with pytest.raises(DataError, match=r"line 3, column 'text': holds .* of which the tokenizer keeps nothing"):
+        task.features(examples, toy_tokenizer, 16, labelled=True)
+
+
+def test_features_are_what_the_tokenizer_gives_and_truncation_is_counted(tmp_path, toy_tokenizer):
+    task, examples = read(tmp_path, f"text\ttext_pair\tlabel\ngood film\tbad\t1\n{'house ' * 40}\tbad\t0\n")
+    features = task.with_labels_of(examples).features(examples, toy_tokenizer, 16, labelled=True)
+    expected = toy_tokenizer("good film", "bad")
+    assert features.rows[0] == {
+        "input_ids": expected["input_ids"], "token_type_ids": expected["token_type_ids"], "labels": 1,
+    }  # fmt: skip
+    assert [len(row["input_ids"]) for row in features.rows] == [6, 16]
+    assert features.truncated == 1
+
+
+def test_scores_of_each_problem(tmp_path):
+    task, examples = read(tmp_path, "text\tlabel\na\t0\nb\t1\nc\t1\nd\t0\n")
+    task = task.with_labels_of(examples)
+    outputs = [np.array(x, np.float32) for x in ([2, 1], [0, 1], [1, 0], [0, 3])]
+    scores = task.scores(outputs, None, examples)
+    assert scores["accuracy"] == 0.5
+    assert scores["f1"] == f1_score([0, 1, 1, 0], [0, 1, 0, 1])
+    assert scores["matthews_correlation"] == 0.0
+
+    task, examples = read(tmp_path, "text\tlabel\na\tx\nb\tx,y\n", "multi-label-classification")
+    outputs = [np.array(x, np.float32) for x in ([1, -1], [1, -1])]
+    scores = task.with_labels_of(examples).scores(outputs, None, examples)
+    assert scores["accuracy"] == 0.5
+    assert scores["f1_micro"] == pytest.approx(0.8)
+
+    task, examples = read(tmp_path, "text\tscore\na\t1\nb\t2\nc\t4\n", "regression")
+    scores = task.scores([np.array([x], np.float32) for x in (1, 2, 3)], None, examples)
+    assert scores["spearman"] == pytest.approx(1.0)
+    assert scores["mean_squared_error"] == pytest.approx(1 / 3)
+    constant = task.scores([np.array([1.0], np.float32)] * 3, None, examples)
+    assert constant["pearson_spearman"] == 0.0
+
+
+def test_predictions_are_probabilities(tmp_path):
+    task, examples = read(tmp_path, "text\tlabel\na\tneg\nb\tpos\n")
+    task = task.with_labels_of(examples)
+    first, second = task.predictions([np.array([0.0, 0.0]), np.array([-1000.0, 1000.0])], None, examples)
+    assert first["probabilities"] == {"neg": pytest.approx(0.5), "pos": pytest.approx(0.5)}
+    assert second == {"label": "pos", "probability": 1.0, "probabilities": {"neg": 0.0, "pos": 1.0}}
+    task, examples = read(tmp_path, "text\tlabel\na\tx\nb\tx,y\n", "multi-label-classification")
+    (prediction,) = task.with_labels_of(examples).predictions([np.array([1000.0, -1000.0])], None, examples)
+    assert prediction == {"labels": ["x"], "probabilities": {"x": 1.0, "y": 0.0}}
+
+
+def test_files_of_glue(data_folder):
+    task = task_for("text-classification", {"label": "Quality"})
+    examples = task.read(Source(data_folder / "glue/MRPC/train.tsv"))
+    assert len(examples) == 3668
+    assert task.with_labels_of(examples).labels == ("0", "1")
+    test = task.read(Source(data_folder / "glue/MRPC/test.tsv"))
+    assert len(test) == 1725 and test.items[0].label is None
