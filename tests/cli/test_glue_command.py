@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from fastbert.cli.main import app
-from tests.tasks.glue_helpers import write_toy_bert, write_toy_glue, write_tsv
+
+from ..tasks.conftest import toy_model, toy_tokenizer  # noqa: F401 (fixtures)
+from ..tasks.glue_helpers import write_toy_glue, write_tsv
 
 OPTIONS = ["--max-seq-length", "32", "--epochs", "1", "--batch-size", "8", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> list[str]:
+def toy(tmp_path_factory, toy_model) -> list[str]:  # noqa: F811
     """--data and --model of toys."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("toy")
-    return ["--data", str(write_toy_glue(folder / "GLUE")), "--model", str(write_toy_bert(folder / "bert"))]
+    return ["--data", str(write_toy_glue(tmp_path_factory.mktemp("GLUE"))), "--model", str(toy_model)]
 
 
 def glue(*words: str):
@@ -79,7 +78,7 @@ def test_bad_data(toy, tmp_path):
     run = glue("--data", str(tmp_path / "nowhere"), *toy[2:], "--output", str(tmp_path / "run"), "--json")
     assert run.exit_code == 1 and "no such folder" in last_line(run.stdout)["error"]
     root = write_toy_glue(tmp_path / "GLUE")
-    write_tsv(root / "CoLA/train.tsv", [("gj04", "1", "", "water"), ("gj04", "3", "", "light")])
+    write_tsv(root / "CoLA/train.tsv", [("gj04", "1", "", "house"), ("gj04", "3", "", "river")])
     run = glue("--data", str(root), *toy[2:], "--output", str(tmp_path / "run"), "--json")
     assert run.exit_code == 1
     assert "CoLA/train.tsv, line 2, column 'label': holds '3', expected 0 or 1" in last_line(run.stdout)["error"]

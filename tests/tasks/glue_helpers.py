@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-NOUNS = ["water", "light", "house", "river", "stone", "paper", "table", "garden", "winter", "summer", "music", "time"]
-GOOD, BAD = ["little", "great", "early", "green", "young", "small"], ["walks", "sleeps", "sings", "reads", "writes", "opens"]
+from .conftest import BAD, GOOD, NOUNS
+
 _TREES = ["genre", "sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse"]
 
 
 def sentence(number: int, good: bool) -> str:
     """Words of which one tells the class."""
-    words = [NOUNS[(number * step) % len(NOUNS)] for step in (1, 5, 7)]
+    words = [NOUNS[(number * step) % len(NOUNS)] for step in (1, 3, 7)]
     return " ".join([words[0], (GOOD if good else BAD)[number % 6], *words[1:]])
 
 
@@ -55,7 +55,7 @@ def write_toy_glue(root: Path, *, train: int = 24, dev: int = 12, test: int = 6)
         if labelled:
             rows = [(number, 1, 2, a, b, label) for number, (label, (a, b)) in enumerate(zip(binary, texts))]
             if split == "train":
-                rows = [*rows, (90, 1, 2, "", "water", 0), (91, 1, 2, "cut in"), ("two", "light", 0)]
+                rows = [*rows, (90, 1, 2, "", "house", 0), (91, 1, 2, "cut in"), ("two", "river", 0)]
             write_tsv(root / f"QQP/{split}.tsv", [("id", "qid1", "qid2", "question1", "question2", "is_duplicate"), *rows])
         else:
             rows = [(number, a, b) for number, (a, b) in enumerate(texts)]
@@ -81,24 +81,3 @@ def write_toy_glue(root: Path, *, train: int = 24, dev: int = 12, test: int = 6)
     rows = [(number, sentence(number, True), sentence(number, False)) for number in range(test)]
     write_tsv(root / "diagnostic/diagnostic.tsv", [("index", "sentence1", "sentence2"), *rows])
     return root
-
-
-def write_toy_bert(folder: Path, **changes: int) -> Path:
-    """A BERT of one small layer, random weights, with a tokenizer that knows the toy files' words."""
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = {word: number for number, word in enumerate([*special, '"', *NOUNS, *GOOD, *BAD])}
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=BertWordPieceTokenizer(vocabulary)._tokenizer, model_max_length=64, **names
-    )
-    tokenizer.save_pretrained(folder)
-    sizes = {
-        "vocab_size": len(vocabulary), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
-        "max_position_embeddings": 64, "initializer_range": 0.1,
-    }  # fmt: skip
-    BertModel(BertConfig(**{**sizes, **changes})).save_pretrained(folder)
-    return folder
