@@ -8,6 +8,7 @@ are made of what lies in the folders of the tasks and seeds, so a run that was s
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
+from fastbert.train.errors import SettingsError
 from fastbert.train.run_folder import write_json
 
 from .finetune import finetune
@@ -35,6 +37,9 @@ REPORT_NAME, PICTURE_NAME, SUBMISSION_FOLDER = "report.md", "scores.png", "submi
 _FROM_MNLI = ("mrpc", "stsb", "rte")
 _TRAINS_ENCODER = ("full", "top-k")
 
+# What a run needs at its end, and the extra that brings it: to be missed at its beginning.
+_NEEDED = {"sklearn": "eval", "scipy": "eval", "matplotlib": "train"}
+
 Say = Callable[[str], None]
 
 
@@ -47,6 +52,7 @@ def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
     Raises SettingsError for what cannot be done as asked, and DataError for bad files and where no task can be run, before any
     training.
     """
+    _check_installed()
     output = Path(settings.output)
     run = check_folder(output, settings.command_name, resume=settings.resume, overwrite=settings.overwrite)
     if run is not None:
@@ -94,6 +100,13 @@ def write_report(document: dict[str, Any], output: Path) -> None:
 def pair_folder(output: Path, name: str, seed: int) -> Path:
     """Where the model of a task and seed lies, as ``fastbert predict`` loads it."""
     return output / name / f"seed-{seed}"
+
+
+def _check_installed() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        extras = ",".join(sorted({_NEEDED[name] for name in missing}))
+        raise SettingsError(f"fastbert glue needs {', '.join(missing)}: pip install 'fastbert[{extras}]'")
 
 
 def _finished(output: Path) -> dict[str, dict[int, dict[str, Any]]]:

@@ -8,18 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastbert.train.errors import SettingsError
-
 from .glue_report import model_title
 from .glue_tasks import GLUE_TASKS, GlueTask
 from .published import BERT_ROWS, LEADERBOARD_ROWS, PublishedRow
 
 
 def plot_scores(run: Mapping[str, Any], path: Path) -> None:
-    """Draws the run's document to a PNG at ``path``, written whole.
-
-    Raises SettingsError where matplotlib is not installed.
-    """
+    """Draws the run's document to a PNG at ``path``, written whole."""
     figure = _figure(run)
     temporary = path.with_name(f".{path.name}.new")
     figure.savefig(temporary, dpi=120, format="png")
@@ -27,11 +22,9 @@ def plot_scores(run: Mapping[str, Any], path: Path) -> None:
 
 
 def _figure(run: Mapping[str, Any]) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SettingsError("the picture needs matplotlib: pip install 'fastbert[train]'") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

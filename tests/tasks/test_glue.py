@@ -213,11 +213,20 @@ def test_a_run_that_was_stopped_goes_on(make_settings, tmp_path, monkeypatch):
     assert figures(resumed) == figures(whole)
     assert (tmp_path / "stopped/submission.zip").read_bytes() == (tmp_path / "whole/submission.zip").read_bytes()
 
-    # Another seed of one task: nothing else is trained, and the report is of all.
+    # Another seed of one task, whose folder a crash has left half made: nothing else is trained, and the report is of all.
+    half = pair_folder(tmp_path / "stopped", "cola", 3)
+    half.mkdir()
+    (half / ".run.json.new").write_text("{")
     more = glue(dataclasses.replace(settings, resume=True, tasks=("cola",), seeds=(0, 3)), lambda line: None)
     assert trained[3:] == ["cola", "qnli", "cola"]  # "cola", "qnli" of the whole run
     assert set(more["tasks"]) == {"cola", "qnli"} and set(more["tasks"]["cola"]["seeds"]) == {"0", "3"}
     assert more["average"]["sd"] is None
+
+
+def test_a_library_that_is_missing_is_named_at_once(make_settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(glue_module._NEEDED, "no_such_library", "eval")
+    with pytest.raises(SettingsError, match=r"fastbert glue needs no_such_library: pip install 'fastbert\[eval\]'"):
+        glue(make_settings(tmp_path / "run"), lambda line: None)
 
 
 @pytest.mark.parametrize("change", [{"epochs": 2.0}, {"model": "bert-base-uncased"}, {"limit": 3}, {"mode": "head"}])
