@@ -18,21 +18,29 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import random
+import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from fastbert.data.sources import Source
 from fastbert.tasks.finetune import train_seed
+from fastbert.tasks.model import TaskModel, load_model
 from fastbert.tasks.prepared import DEV, PreparedTask, prepare_task
 from fastbert.tasks.registry import task_for
 from fastbert.tasks.settings import FinetuneSettings
+from fastbert.tasks.trainer import build_trainer
 
-from .harness import write_json
+from .ceilings import ceilings
+from .harness import interleaved, paired_ratio, quiet, summary, write_json, write_results
+from .machine import machine
 from .peers import onednn_float32_matmul
 
 THEIRS, OURS = "transformers", "fastbert"
@@ -63,26 +71,26 @@ WORKLOADS = {
         options={"header": ("source", "label", "mark", "sentence")},
     ),
     "SST-2": Workload("text-classification", _glue("SST-2"), {"epochs": 1}),
-    "MRPC": Workload("text-classification", _glue("MRPC"), {"epochs": 3, "metric": "f1"}),
-    "STS-B": Workload("regression", _glue("STS-B"), {"epochs": 2}),
-    "QNLI (RTE's format, 4,000 pairs)": Workload(
-        "text-classification", _glue("QNLI", "train_sample.tsv"), {"epochs": 1, "limit": 4000},
+    "MRPC": Workload("text-classification", _glue("MRPC"), {"epochs": 2, "metric": "f1"}),
+    "STS-B": Workload("regression", _glue("STS-B"), {"epochs": 1}),
+    "QNLI (RTE's format, 2,000 pairs)": Workload(
+        "text-classification", _glue("QNLI", "train_sample.tsv"), {"epochs": 1, "limit": 2000},
     ),
     "WNUT-17": Workload(
-        "ner", {"train": "ner/wnut17/train.conll", "dev": "ner/wnut17/dev.conll", "test": "ner/wnut17/test.conll"}, {"epochs": 3}
+        "ner", {"train": "ner/wnut17/train.conll", "dev": "ner/wnut17/dev.conll", "test": "ner/wnut17/test.conll"}, {"epochs": 2}
     ),
     "UD English EWT": Workload(
         "pos", {split: f"pos/ud_english_ewt/en_ewt-ud-{split}.conllu.gz" for split in ("train", "dev")}, {"epochs": 1}
     ),
-    "IMDb 4k": Workload(
+    "IMDb (1,000 of 4k)": Workload(
         "text-classification",
         {"train": "text_classification/imdb/train_4k.tsv.gz", "dev": "text_classification/imdb/test_4k.tsv.gz"},
-        {"epochs": 1, "max_seq_length": 256},
+        {"epochs": 1, "max_seq_length": 256, "limit": 1000},
     ),
-    "SQuAD (1,500 questions)": Workload(
+    "SQuAD (800 questions)": Workload(
         "question-answering",
         {"train": "qa/squad_v1.1/train-sample-v1.1.json.gz", "dev": "qa/squad_v1.1/dev-v1.1.json.gz"},
-        {"epochs": 1, "limit": 1500, "batch_size": 16},
+        {"epochs": 1, "limit": 800, "batch_size": 16},
     ),
 }  # fmt: skip
 LEARNING_RATE = 1e-4
@@ -105,7 +113,7 @@ def main() -> None:
     elif given.part == "seconds":
         measure_seconds(given)
     else:
-        raise SystemExit("not yet")
+        report_scores(given)
 
 
 def checkpoint() -> str:
@@ -146,6 +154,95 @@ def measure_scores(given: argparse.Namespace) -> None:
 
 def _result_file(folder: Path, name: str, side: str, seed: int) -> Path:
     return folder / f"{name.split(' ')[0]}-{side}-{seed}.json"
+
+
+def report_scores(given: argparse.Namespace) -> None:
+    """Means and spreads of what is there; a task counts where both sides have the same seeds."""
+    results: dict[str, Any] = {}
+    print(f"{'task':<34}{'score':<24}{'transformers':>18}{'fastbert':>18}{'difference':>12}{'spread':>9}")
+    for name in given.tasks:
+        by_side = {side: _kept(given.work, name, side, given.seeds) for side in (THEIRS, OURS)}
+        seeds = sorted(set(by_side[THEIRS]) & set(by_side[OURS]))
+        if not seeds:
+            print(f"{name:<34}not measured")
+            continue
+        metric = main_metric_of(name)
+        values = {side: [by_side[side][seed]["scores"][DEV][metric] for seed in seeds] for side in by_side}
+        means = {side: statistics.fmean(scores) for side, scores in values.items()}
+        spread = max(statistics.stdev(scores) if len(scores) > 1 else 0.0 for scores in values.values())
+        difference = means[OURS] - means[THEIRS]
+        shown = {side: f"{100 * means[side]:.2f} ({len(seeds)} seeds)" for side in values}
+        print(
+            f"{name:<34}{metric:<24}{shown[THEIRS]:>18}{shown[OURS]:>18}{100 * difference:>+12.2f}{100 * spread:>9.2f}"
+            + ("" if abs(difference) <= spread else "  outside")
+        )
+        results[name] = {
+            "metric": metric, "seeds": seeds, "values": values, "means": means, "difference": difference, "spread": spread,
+            "within_spread": abs(difference) <= spread, "settings": by_side[OURS][seeds[0]]["settings"],
+            "all_scores": {side: {seed: by_side[side][seed]["scores"] for seed in seeds} for side in values},
+        }  # fmt: skip
+    write_results("tasks_scores", {"machine": machine(), "results": results}, given.save)
+
+
+def main_metric_of(name: str) -> str:
+    workload = WORKLOADS[name]
+    return workload.settings.get("metric") or task_for(workload.task, **(workload.options or {})).main_metric
+
+
+def _kept(folder: Path, name: str, side: str, seeds: list[int]) -> dict[int, Any]:
+    paths = {seed: _result_file(folder, name, side, seed) for seed in seeds}
+    return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.exists()}
+
+
+def measure_seconds(given: argparse.Namespace) -> None:
+    results: dict[str, Any] = {}
+    limits = {dtype: ceilings("cpu", getattr(torch, dtype)) for dtype in given.dtype}
+    print(f"{'task':<34}{'dtype':<10}{'contender':<32}{'s':>8}{'real tokens/s':>15}{'fastbert is':>13}")
+    for name in given.tasks:
+        settings, inputs = prepared(name, given.data)
+        rows = random.Random(0).sample(inputs.train.features.rows, settings.batch_size * TIMED_BATCHES)
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        results[name] = {"examples": len(rows), "tokens": tokens, "settings": settings.to_dict()}
+        for dtype in given.dtype:
+            runs = dict(contenders(replace(settings, dtype=dtype), inputs, rows))
+            with quiet():
+                seconds = interleaved(runs, given.rounds)
+            results[name][dtype] = {
+                contender: {
+                    **summary(times), "tokens_per_second": tokens / statistics.median(times),
+                    "fastbert_is": paired_ratio(times, seconds[OURS]), "goal": GOALS.get(contender),
+                }
+                for contender, times in seconds.items()
+            }  # fmt: skip
+            for contender, measured in results[name][dtype].items():
+                ratio = f"{measured['fastbert_is']['median']:.2f}x" if contender != OURS else ""
+                rate = measured["tokens_per_second"]
+                print(f"{name:<34}{dtype:<10}{contender:<32}{measured['median_s']:>8.2f}{rate:>15,.0f}{ratio:>13}", flush=True)
+    write_results("tasks_seconds", {"machine": machine(), "ceilings": limits, "results": results}, given.save)
+
+
+def contenders(
+    settings: FinetuneSettings, inputs: PreparedTask, rows: list[dict[str, Any]]
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What trains for one epoch on ``rows``, without evaluation and checkpoints, with a Trainer of its own each time."""
+    theirs = load_model(settings.model, inputs.task, fast=False)
+    length = max(FIXED_LENGTH, inputs.max_seq_length if inputs.task.family == "questions" else settings.max_seq_length or 0)
+    maker = DataCollatorForTokenClassification if inputs.task.family == "words" else DataCollatorWithPadding
+    fixed = replace(theirs, collate=maker(theirs.tokenizer, padding="max_length", max_length=length))
+    yield FIXED, lambda: train(fixed, settings, rows)
+    yield GROUPED, lambda: train(theirs, settings, rows, train_sampling_strategy="group_by_length")
+    ours = load_model(settings.model, inputs.task)
+    yield OURS, lambda: train(ours, settings, rows)
+
+
+def train(loaded: TaskModel, settings: FinetuneSettings, rows: list[dict[str, Any]], **changes: Any) -> None:
+    once = replace(settings, epochs=1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        trainer = build_trainer(
+            loaded, rows, once, 0, metric="", score=dict, folder=Path(folder), say=lambda line: None, **off, **changes
+        )
+        trainer.train()
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ _CHOICE = re.compile(r"(choice|ending|option)[ _]?(\d+|[a-z])", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class MultipleChoice(Task):
-    """``columns``: text is that of the context, text_pair that of the question, choices the one of a list of choices or, with commas
-    between, those of a choice each, label that of the right one: its number from 0, or a letter from A.
+    """``columns``: text is that of the context, text_pair that of the question, choices the one of lists of choices or, with
+    commas between, those of a choice each, label that of the right one: its number from 0, or a letter from A.
 
     A row is as many sequences as there are choices, [CLS] context [SEP] question choice [SEP]; :func:`pad_choices` makes batches.
     """
@@ -56,13 +56,13 @@ class MultipleChoice(Task):
         choices = _choice_columns(table, self.columns.get("choices"))
         label = _column(table, self.columns.get("label"), _LABELS)
         names = {"context": context, "question": question, "choices": ", ".join(choices), "label": label}
-        examples = Examples(table.source, [], {field: name for field, name in names.items() if name is not None})
-        for number, (row, place) in enumerate(zip(table.rows, table.places)):
+        items = []
+        for number, place in enumerate(table.places):
             texts = _choices(table, number, choices)
             asked = None if question is None else _text(table, number, question).strip() or None
             right = None if label is None else _label(table, number, label, len(texts))
-            examples.items.append(ChoiceExample(place, _text(table, number, context), texts, asked, right))
-        return examples
+            items.append(ChoiceExample(place, _text(table, number, context), texts, asked, right))
+        return Examples(table.source, items, {field: name for field, name in names.items() if name is not None})
 
     def examples_from(self, inputs: Sequence[Any]) -> Examples[ChoiceExample]:
         """inputs: dicts with context, choices and, if wanted, question; or pairs (context, choices)."""
@@ -157,11 +157,8 @@ def pad_choices(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[dict[s
 
     def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         num_choices = len(rows[0]["input_ids"])
-        sequences = [
-            {name: values[choice] for name, values in row.items() if name != "labels"}
-            for row in rows
-            for choice in range(num_choices)
-        ]
+        inputs = [name for name in rows[0] if name != "labels"]
+        sequences = [{name: row[name][choice] for name in inputs} for row in rows for choice in range(num_choices)]
         padded = tokenizer.pad(sequences, return_tensors="pt")
         batch = {name: values.view(len(rows), num_choices, -1) for name, values in padded.items()}
         if "labels" in rows[0]:

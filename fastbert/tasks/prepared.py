@@ -81,7 +81,7 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
         examples[TRAIN], examples[DEV] = held_out(examples[TRAIN], settings.dev_fraction)
         say(f"No dev data: {len(examples[DEV]):,} of the training examples are held out for it, the same in every run")
     if settings.limit is not None:
-        examples = {name: replace(split, items=split.items[: settings.limit]) for name, split in examples.items()}
+        examples = {name: drawn(split, settings.limit) for name, split in examples.items()}
     task = task.with_labels_of(examples[TRAIN])
     labelled = {name: name in (TRAIN, DEV) or _has_labels(split) for name, split in examples.items()}
     for name, split in examples.items():
@@ -107,6 +107,14 @@ def held_out(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
     for number, example in enumerate(examples):
         parts[number in chosen].append(example)
     return replace(examples, items=parts[0]), replace(examples, items=parts[1])
+
+
+def drawn(examples: Examples, count: int) -> Examples:
+    """At most ``count`` of the examples, in their order: a draw that depends on their number alone (files may be sorted)."""
+    if len(examples) <= count:
+        return examples
+    chosen = sorted(random.Random(0).sample(range(len(examples)), count))
+    return replace(examples, items=[examples.items[number] for number in chosen])
 
 
 def _has_labels(examples: Examples) -> bool:

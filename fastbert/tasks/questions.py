@@ -66,9 +66,7 @@ class QuestionAnswering(Task):
             raise SettingsError(f"doc_stride is {self.doc_stride}; it must not be negative")
         if self.columns:
             named = ", ".join(self.columns.values())
-            raise SettingsError(
-                f"--task {self.name} reads the columns id, question, context and answers; none can be named ({named})"
-            )
+            raise SettingsError(f"--task {self.name} reads columns question, context, answers and id; it takes no others ({named})")
 
     @property
     def main_metric(self) -> str:
