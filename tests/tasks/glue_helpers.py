@@ -67,7 +67,7 @@ def write_toy_glue(root: Path, *, train: int = 24, dev: int = 12, test: int = 6)
             if labelled:
                 header = [*header, "label1", "gold_label"]
                 labels = ("neutral", "contradiction", "entailment")
-                rows = [[*row, labels[0], labels[number % 3]] for number, row in enumerate(rows)]
+                rows = [[*row, labels[0], labels[(number + name.endswith("mismatched")) % 3]] for number, row in enumerate(rows)]
             write_tsv(root / f"MNLI/{name}.tsv", [header, *rows])
 
         for title, columns, labels in (

@@ -208,6 +208,7 @@ def test_a_run_that_was_stopped_goes_on(make_settings, tmp_path, monkeypatch):
     said = []
     resumed = glue(dataclasses.replace(settings, resume=True), said.append)
     assert trained == ["cola", "qnli", "qnli"]
+    assert [line.strip()[:6] for line in said if line.strip().startswith("step")] == ["step 6"]
     assert said.index("  done before") == said.index("CoLA, seed 0 (1 of 2)") + 1
     whole = glue(make_settings(tmp_path / "whole", tasks=("cola", "qnli"), epochs=2), lambda line: None)
     assert figures(resumed) == figures(whole)

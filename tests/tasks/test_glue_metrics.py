@@ -54,6 +54,7 @@ def test_the_score_of_a_task_is_the_mean_of_its_metrics_and_sets():
 def test_a_glue_score_needs_all_nine_tasks():
     scores = {task.name: float(number) for number, task in enumerate(GLUE_TASKS)}
     assert average(scores) == {"name": "GLUE score", "value": 4.0, "tasks": [task.name for task in GLUE_TASKS]}
+    assert average(scores, whole=False)["name"].startswith("mean of 9 tasks (CoLA, ")
     del scores["wnli"]
     assert average(scores)["value"] == 3.5 and average(scores)["name"].startswith("mean of 8 tasks (CoLA, SST-2, MRPC, ")
     assert average({"rte": 60.0}) == {"name": "mean of 1 task (RTE)", "value": 60.0, "tasks": ["rte"]}
