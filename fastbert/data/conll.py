@@ -16,7 +16,11 @@ from fastbert.data.tables import Table, file_kind, read_table
 CONLLU_COLUMNS = ("ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")
 _TABLES = (".jsonl", ".json", ".parquet")
 _WORD_COLUMNS = ("tokens", "words")
-_TAG_COLUMNS = {True: ("ner_tags", "tags", "labels"), False: ("pos_tags", "upos", "tags", "labels")}
+_TAG_COLUMNS = {
+    True: ("ner_tags", "tags", "labels"),
+    False: ("pos_tags", "upos", "tags", "labels"),
+    None: ("ner_tags", "pos_tags", "upos", "tags", "labels"),
+}
 _ID = re.compile(r"\d+([-.]\d+)?")  # 3; 3-4, a token of several words; 8.1, a word that is not in the text
 _ENTITY_TAG = re.compile(r"([BIESLU])-(.+)")
 
@@ -104,10 +108,15 @@ def read_conll(
 
 
 def read_sentences(
-    source: Source, *, word_column: str | None = None, tag_column: str | None = None, entities: bool | None = None
+    source: Source,
+    *,
+    word_column: str | None = None,
+    tag_column: str | None = None,
+    entities: bool | None = None,
+    labelled: bool | None = None,
 ) -> list[Sentence]:
     """The sentences of a file of :func:`read_conll`, or of a table (``.jsonl``, ``.json``, ``.parquet``, a dataset) whose rows are
-    sentences, with lists of words and of tags; tags are None where the source has none.
+    sentences, with lists of words and of tags. ``labelled``: as there; None reads the tags that the source has, if any.
 
     Columns are numbers or names in CoNLL files, names in tables; left out, those of a table are the ones that published data sets
     have (tokens or words; tags, ner_tags, pos_tags, ...). ``entities``: True makes the tags BIO (:func:`to_bio`), False leaves
@@ -117,9 +126,9 @@ def read_sentences(
     there are several candidates; tags that are not as many as the words.
     """
     if source.path is not None and file_kind(source.path) not in _TABLES:
-        sentences = read_conll(source, word_column=word_column, tag_column=tag_column, labelled=None)
+        sentences = read_conll(source, word_column=word_column, tag_column=tag_column, labelled=labelled)
     else:
-        sentences = _table_sentences(read_table(source), word_column, tag_column, entities)
+        sentences = _table_sentences(read_table(source), word_column, tag_column, entities, labelled)
     if entities is None:
         tags = {tag for sentence in sentences for tag in sentence.tags or ()}
         entities = all(tag == "O" or _ENTITY_TAG.fullmatch(tag) for tag in tags)
@@ -169,22 +178,28 @@ def _bio(tags: Sequence[str]) -> tuple[str, ...]:
 # --- tables ----------------------------------------------------------------------------------------------------------------
 
 
-def _table_sentences(table: Table, word_column: str | None, tag_column: str | None, entities: bool | None) -> list[Sentence]:
-    word_column = _table_column(table, word_column, _WORD_COLUMNS)
-    if word_column is None:
+def _table_sentences(
+    table: Table, word_column: str | None, tag_column: str | None, entities: bool | None, labelled: bool | None
+) -> list[Sentence]:
+    words_in = _table_column(table, word_column, _WORD_COLUMNS)
+    if words_in is None:
         raise DataError(f"{table.source}: no column of words ({', '.join(_WORD_COLUMNS)}); it has {', '.join(table.columns)}")
-    known = [*_TAG_COLUMNS[True], *_TAG_COLUMNS[False]] if entities is None else _TAG_COLUMNS[entities]
-    tag_column = _table_column(table, tag_column, list(dict.fromkeys(known)))
+    tags_in = None
+    if labelled is not False:
+        known = _TAG_COLUMNS[entities]
+        tags_in = _table_column(table, tag_column, known)
+        if labelled and tags_in is None:
+            raise DataError(f"{table.source}: no column of tags ({', '.join(known)}); it has {', '.join(table.columns)}")
     sentences = []
     for number, (row, place) in enumerate(zip(table.rows, table.places)):
-        words, tags = row[word_column], None if tag_column is None else row[tag_column]
+        words, tags = row[words_in], None if tags_in is None else row[tags_in]
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise table.error(number, word_column, "expected a list of words")
+            raise table.error(number, words_in, f"holds {words!r}, expected a list of words")
         if tags is not None:
             if not isinstance(tags, list) or any(tag is None for tag in tags):
-                raise table.error(number, tag_column, "expected a list of tags, one per word")
+                raise table.error(number, tags_in, f"holds {tags!r}, expected a list of tags")
             if len(tags) != len(words):
-                raise table.error(number, tag_column, f"has {len(tags)} tags for {len(words)} words")
+                raise table.error(number, tags_in, f"has {len(tags)} tags for the {len(words)} words of column {words_in!r}")
             tags = tuple(map(str, tags))
         sentences.append(Sentence(tuple(words), tags, place))
     return sentences

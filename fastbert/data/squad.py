@@ -26,8 +26,8 @@ class Question:
     answers: tuple[tuple[str, int], ...] | None
 
 
-def read_squad(source: Source) -> list[Question]:
-    """All questions, in the order of the file.
+def read_squad(source: Source, *, labelled: bool = True) -> list[Question]:
+    """All questions, in the order of the file; without ``labelled`` answers are neither read nor checked.
 
     - ``.json``, ``.json.gz``: SQuAD's form, data -> paragraphs -> context and qas (id, question, answers, is_impossible);
     - else a table (:func:`fastbert.data.tables.read_table`) with the columns question, context and, if known, id and answers,
@@ -37,9 +37,9 @@ def read_squad(source: Source) -> list[Question]:
     does not stand in the context where answer_start says, an id that comes twice, and for no question at all.
     """
     if source.path is not None and file_kind(source.path) == ".json":
-        questions = list(_json_questions(source))
+        questions = list(_json_questions(source, labelled))
     else:
-        questions = list(_table_questions(read_table(source)))
+        questions = list(_table_questions(read_table(source), labelled))
     if not questions:
         raise DataError(f"{source}: there are no questions")
     places: dict[str, str] = {}
@@ -53,7 +53,7 @@ def read_squad(source: Source) -> list[Question]:
 # --- SQuAD's JSON ----------------------------------------------------------------------------------------------------------
 
 
-def _json_questions(source: Source) -> Iterator[Question]:
+def _json_questions(source: Source, labelled: bool) -> Iterator[Question]:
     assert source.path is not None
     name = str(source)
     document = parse_json("".join(line for _, line in read_lines(source.path)), name, None)
@@ -66,7 +66,7 @@ def _json_questions(source: Source) -> Iterator[Question]:
                 identifier = _part(name, f"{place}, question {number}", entry, "id", (str, int))
                 question_place = f"question {str(identifier)!r}"
                 question = _part(name, question_place, entry, "question", str)
-                answers = _json_answers(name, question_place, entry)
+                answers = _json_answers(name, question_place, entry) if labelled else None
                 yield _checked(name, Question(question_place, str(identifier), question, context, answers))
 
 
@@ -102,7 +102,7 @@ def _part(name: str, place: str | None, value: Any, key: str, kind: type | tuple
 # --- tables ----------------------------------------------------------------------------------------------------------------
 
 
-def _table_questions(table: Table) -> Iterator[Question]:
+def _table_questions(table: Table, labelled: bool) -> Iterator[Question]:
     for column in ("question", "context"):
         if column not in table.columns:
             raise table.error(None, column, f"is not there; there are {', '.join(map(repr, table.columns))}")
@@ -110,7 +110,7 @@ def _table_questions(table: Table) -> Iterator[Question]:
         identifier = row["id"] if row.get("id") is not None else number + 1
         question = _part(table.source, place, row, "question", str)
         context = _part(table.source, place, row, "context", str)
-        answers = None if row.get("answers") is None else _table_answers(table, number)
+        answers = _table_answers(table, number) if labelled and row.get("answers") is not None else None
         yield _checked(table.source, Question(place, str(identifier), question, context, answers))
 
 

@@ -39,14 +39,19 @@ class MultipleChoice(Task):
     pads: ClassVar[bool] = True
 
     @property
-    def main_metric(self) -> str:
-        return "accuracy"
+    def metric_names(self) -> tuple[str, ...]:
+        return ("accuracy",)
 
     def read(self, source: Source) -> Examples[ChoiceExample]:
         """A table with a column of the context (context, sent1, premise, article, passage, ctx), of the question, if any (question,
         sent2), of the label, if known (label, answer, answerKey), and of the choices: lists (choices, endings, options), or a
         column each (ending0, choice_1, option A, ...). A question without any context is the context."""
-        table = read_table(source)
+        return self._examples(read_table(source), labelled=True)
+
+    def read_unlabelled(self, source: Source) -> Examples[ChoiceExample]:
+        return self._examples(read_table(source), labelled=False)
+
+    def _examples(self, table: Table, *, labelled: bool) -> Examples[ChoiceExample]:
         context = _column(table, self.columns.get("text"), _CONTEXTS)
         question = _column(table, self.columns.get("text_pair"), _QUESTIONS)
         if context is None:
@@ -54,7 +59,7 @@ class MultipleChoice(Task):
         if context is None:
             raise table.error(None, None, f"no column of contexts ({', '.join(_CONTEXTS)}); it has {', '.join(table.columns)}")
         choices = _choice_columns(table, self.columns.get("choices"))
-        label = _column(table, self.columns.get("label"), _LABELS)
+        label = _column(table, self.columns.get("label"), _LABELS) if labelled else None
         names = {"context": context, "question": question, "choices": ", ".join(choices), "label": label}
         items = []
         for number, place in enumerate(table.places):
@@ -68,8 +73,10 @@ class MultipleChoice(Task):
         """inputs: dicts with context, choices and, if wanted, question; or pairs (context, choices)."""
         items = []
         for number, value in enumerate(inputs, 1):
-            fields = value if isinstance(value, dict) else dict(zip(("context", "choices"), value))
             place = f"input {number}"
+            if not isinstance(value, (dict, list, tuple)):
+                raise DataError.at("inputs", place, None, "expected a dict with context and choices, or a pair of them")
+            fields = value if isinstance(value, dict) else dict(zip(("context", "choices"), value))
             if not isinstance(fields.get("context"), str):
                 raise DataError.at("inputs", place, "context", "expected a text")
             choices = fields.get("choices")

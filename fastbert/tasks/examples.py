@@ -68,11 +68,12 @@ E = TypeVar("E")
 @dataclass(frozen=True)
 class Examples(Generic[E]):
     """One split. ``source``: its file or dataset, for messages; ``columns``: what the source calls the fields of an example, so
-    that messages can name a column (``{"text": "sentence", "label": "gold_label"}``)."""
+    that messages can name a column (``{"text": "sentence", "label": "gold_label"}``); ``available``: all columns of a table."""
 
     source: str
     items: list[E]
     columns: dict[str, str]
+    available: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)

@@ -13,7 +13,6 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    DataCollatorForMultipleChoice,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PretrainedConfig,
@@ -28,6 +27,7 @@ from fastbert.model.accelerate import accelerate
 from fastbert.model.encoder import PackedEncoder
 from fastbert.train.errors import SettingsError
 
+from .choices import pad_choices
 from .task import Task
 
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
@@ -64,7 +64,7 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
                 name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
             )
     except (OSError, ValueError, KeyError) as error:
-        raise SettingsError(f"--model {name} cannot be loaded as {task.auto_class}: {_first_line(error)}") from error
+        raise SettingsError(f"--model {name} cannot be loaded as {task.auto_class}: {first_line(error)}") from error
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     notes = [f"New weights, not in the checkpoint: {', '.join(new)}"] if new else []
     if fast:
@@ -100,10 +100,10 @@ def takes_packed_rows(model: PreTrainedModel) -> bool:
 
 
 def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, packed: bool) -> Collate:
-    """Packs where the model takes packed rows; elsewhere transformers' collator of the family, which pads to the longest."""
+    """Packs where the model takes packed rows; elsewhere the collator of the family, which pads to the longest."""
     if packed:
         return DataCollatorWithPacking(position_ids_start=model.base_model.first_position)
-    padding = {"words": DataCollatorForTokenClassification, "choices": DataCollatorForMultipleChoice}
+    padding = {"words": DataCollatorForTokenClassification, "choices": pad_choices}
     return padding.get(family, DataCollatorWithPadding)(tokenizer)
 
 
@@ -115,19 +115,25 @@ def load_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"--model {name}: no such folder, and loading it from the Hugging Face hub failed ({_first_line(error)})"
+            f"--model {name}: no such folder, and loading it from the Hugging Face hub failed ({first_line(error)})"
         ) from error
 
 
 def load_task_tokenizer(name: str, config: PretrainedConfig, task: Task) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, without the padding and the truncation that may be baked into it."""
+    """The tokenizer of a checkpoint for the texts of ``task``."""
+    return load_fast_tokenizer(name, config, words=task.family == "words")
+
+
+def load_fast_tokenizer(name: str, config: PretrainedConfig, *, words: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, for texts or for lists of ``words``, without the padding and the truncation that may be baked
+    into it."""
     if config.model_type == "bert":
         return load_tokenizer(name)
-    options = {"add_prefix_space": True} if task.family == "words" else {}
+    options = {"add_prefix_space": True} if words else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"--model {name}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+        raise SettingsError(f"--model {name}: its tokenizer cannot be loaded ({first_line(error)})") from error
     if not tokenizer.is_fast:
         raise SettingsError(f"--model {name}: {type(tokenizer).__name__} is not backed by the tokenizers library")
     tokenizer.backend_tokenizer.no_padding()
@@ -148,5 +154,5 @@ def check_length(max_seq_length: int, longest: int, name: str) -> None:
         raise SettingsError(f"--max-seq-length is {max_seq_length}; --model {name} takes {longest} tokens at most")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

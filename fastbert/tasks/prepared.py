@@ -43,6 +43,7 @@ class Split:
             "rows": len(self.features.rows),
             "tokens": self.tokens,
             "truncated": self.features.truncated,
+            "notices": self.features.notices,
             "labelled": self.labelled,
         }
 
@@ -129,7 +130,7 @@ def _line(split: Split, max_seq_length: int) -> str:
         line += f", in {facts['rows']:,} rows of at most {max_seq_length} tokens"
     if facts["truncated"]:
         line += f"; {facts['truncated']:,} are longer than {max_seq_length} tokens and were cut"
-    return line
+    return "; ".join([line, *split.features.notices])
 
 
 def _tokens(ids: list[Any]) -> int:

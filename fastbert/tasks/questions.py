@@ -69,8 +69,8 @@ class QuestionAnswering(Task):
             raise SettingsError(f"--task {self.name} reads columns question, context, answers and id; it takes no others ({named})")
 
     @property
-    def main_metric(self) -> str:
-        return "f1"
+    def metric_names(self) -> tuple[str, ...]:
+        return ("f1", "exact_match")
 
     def read(self, source: Source) -> Examples[QuestionExample]:
         items = []
@@ -79,11 +79,17 @@ class QuestionAnswering(Task):
             items.append(QuestionExample(question.place, question.id, question.question, question.context, answers))
         return Examples(str(source), items, {})
 
+    def read_unlabelled(self, source: Source) -> Examples[QuestionExample]:
+        questions = read_squad(source, labelled=False)
+        return Examples(str(source), [QuestionExample(q.place, q.id, q.question, q.context) for q in questions], {})
+
     def examples_from(self, inputs: Sequence[Any]) -> Examples[QuestionExample]:
         """inputs: dicts with question, context and, if wanted, id; or pairs (question, context)."""
         items = []
         for number, value in enumerate(inputs, 1):
             place = f"input {number}"
+            if not isinstance(value, (dict, list, tuple)):
+                raise DataError.at("inputs", place, None, "expected a dict with question and context, or a pair of them")
             fields = value if isinstance(value, dict) else dict(zip(("question", "context"), value))
             if missing := [field for field in ("question", "context") if not isinstance(fields.get(field), str)]:
                 raise DataError.at("inputs", place, missing[0], "expected a text")

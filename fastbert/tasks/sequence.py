@@ -53,7 +53,7 @@ class TextClassification(Task):
         text, pair = find_text_columns(table, self.columns)
         names = find_label_columns(table, self.columns)
         columns = {"text": text, **({"text_pair": pair} if pair else {}), **({"label": ", ".join(names)} if names else {})}
-        examples = Examples(table.source, [], columns)
+        examples = Examples(table.source, [], columns, table.columns)
         label = self._label_reader(table, names, examples)
         for place, row in zip(table.places, table.rows, strict=True):
             example = TextExample(place, _text(row[text]), _text(row[pair]) if pair else None)
@@ -118,7 +118,8 @@ class TextClassification(Task):
             raise examples.error(None, None, "holds no examples")
         if "label" not in examples.columns:
             wanted = self.columns.get("label", "label")
-            raise examples.error(None, None, f"has no column {wanted!r}; --label-column names the column of the labels")
+            known = f", it has {', '.join(map(repr, examples.available))}" if examples.available else ""
+            raise examples.error(None, None, f"has no column {wanted!r}{known}; --label-column names the column of the labels")
         for example in examples:
             if example.label is None:
                 raise examples.error(example, "label", "has no label")

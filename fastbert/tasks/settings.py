@@ -25,8 +25,8 @@ class FinetuneSettings(CommandSettings):
     ``max_seq_length``: None for what the model takes (384 in question answering). ``max_steps``: None for all of ``epochs``.
     ``warmup``: share of the steps. ``eval_steps``: None evaluates after every epoch; ``early_stopping``: evaluations without a
     better score after which training ends. ``metric``: that chooses the best checkpoint, None for the task's. ``limit``: examples
-    of each split that are used (drawn, the same in every run), for a quick look. ``adapt``: raw text of the domain (files, folders or a dataset) on which the
-    masked language model goes on first, for ``adapt_steps``.
+    of each split that are used (drawn, the same in every run), for a quick look. ``adapt``: raw text of the domain (files, folders
+    or a dataset) on which the masked language model goes on first, for ``adapt_steps``.
 
     Raises :class:`SettingsError`, naming the setting, for a value or a combination that cannot work.
     """

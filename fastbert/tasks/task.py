@@ -21,12 +21,14 @@ Outputs = Sequence[NDArray]
 class Features:
     """Model inputs. ``rows``: what transformers' and fastbert's collators take (input_ids, token_type_ids, labels, ...);
     ``example_of``: for each row the number of its example (a long one makes several rows); ``notes``: for each row what the task
-    needs to read its outputs (where its words are, ...); ``truncated``: examples that were cut to the longest sequence."""
+    needs to read its outputs (where its words are, ...); ``truncated``: examples that were cut to the longest sequence;
+    ``notices``: what else was done to them, in words."""
 
     rows: list[dict[str, Any]]
     example_of: list[int]
     notes: list[Any] = field(default_factory=list)
     truncated: int = 0
+    notices: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,14 @@ class Task(ABC):
     pads: ClassVar[bool] = False  # True: the model takes no packed rows
 
     @property
-    @abstractmethod
     def main_metric(self) -> str:
-        """The score, the higher the better, that chooses the best checkpoint."""
+        """The score that chooses the best checkpoint where nobody says."""
+        return self.metric_names[0]
 
     @property
     @abstractmethod
     def metric_names(self) -> tuple[str, ...]:
-        """The scores, among those of :meth:`scores`, that can choose the best checkpoint."""
+        """The scores of :meth:`scores` that are better when higher."""
 
     @abstractmethod
     def read(self, source: Source) -> Examples:

@@ -48,10 +48,6 @@ class TokenClassification(Task):
     family: ClassVar[str] = "words"
 
     @property
-    def main_metric(self) -> str:
-        return self.metric_names[0]
-
-    @property
     def metric_names(self) -> tuple[str, ...]:
         return metrics.ENTITIES if self.entities else metrics.TAGS
 
@@ -138,7 +134,7 @@ class TokenClassification(Task):
         features = Features([], [])
         if not len(examples):
             return features
-        pieces = _pieces_of_words(examples, tokenizer)
+        pieces = _pieces_of_words(examples, tokenizer, features.notices)
         head, tail = _special_tokens_around(tokenizer)
         room = max_seq_length - len(head) - len(tail)
         for number, (example, words) in enumerate(zip(examples, pieces, strict=True)):
@@ -210,15 +206,25 @@ def _entities(example: WordsExample, tags: list[str], probability: np.ndarray) -
     return entities
 
 
-def _pieces_of_words(examples: Examples[WordsExample], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
-    """The ids of every word's pieces, at least one a word."""
+def _pieces_of_words(
+    examples: Examples[WordsExample], tokenizer: PreTrainedTokenizerBase, notices: list[str]
+) -> list[list[list[int]]]:
+    """The ids of every word's pieces, at least one a word; ``notices`` gets a line where the tokenizer keeps nothing of some."""
     encoded = tokenizer([list(example.words) for example in examples], is_split_into_words=True, add_special_tokens=False)
     pieces: list[list[list[int]]] = []
+    dropped: list[str] = []
     for example, encoding in zip(examples, encoded.encodings, strict=True):
         words: list[list[int]] = [[] for _ in example.words]
         for piece, word in zip(encoding.ids, encoding.word_ids, strict=True):
             words[word].append(piece)
+        dropped += [
+            f"sentence at {example.place}, word {n} ({example.words[n - 1]!a})" for n, word in enumerate(words, 1) if not word
+        ]
         pieces.append([word or [tokenizer.unk_token_id] for word in words])
+    if dropped:
+        notices.append(
+            f"the tokenizer keeps nothing of {len(dropped):,} words, which stand as {tokenizer.unk_token} (the first: {dropped[0]})"
+        )
     return pieces
 
 

@@ -241,6 +241,7 @@ def test_sentences_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert pairs(read_sentences(source, entities=False)) == [[("EU", "NNP"), ("so", "RB")], [("#", "SYM")]]
     numbers = [{"words": ["a", "b"], "tags": [3, 0]}]
     assert read_sentences(table(tmp_path / "b.jsonl", numbers)) == [Sentence(("a", "b"), ("3", "0"), "line 1")]
+    assert [sentence.tags for sentence in read_sentences(source, labelled=False)] == [None, None]
     assert read_sentences(table(tmp_path / "c.jsonl", [{"words": ["a"]}])) == [Sentence(("a",), None, "line 1")]
 
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
@@ -257,12 +258,13 @@ def test_sentences_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         (ROWS, {}, r"a\.jsonl: ner_tags and pos_tags could both be meant; name the column"),
         (ROWS, {"tag_column": "chunks"}, r"no column 'chunks'; it has id, tokens, ner_tags, pos_tags"),
-        (ROWS, {"word_column": "id", "entities": True}, "line 1, column 'id': expected a list of words"),
+        (ROWS, {"word_column": "id", "entities": True}, "line 1, column 'id': holds 1, expected a list of words"),
         (ROWS, {"tag_column": "pos_tags", "entities": True}, "line 1, word 1: the tag 'NNP' fits no scheme"),
+        ([{"tokens": ["a"]}], {"labelled": True}, r"no column of tags \(ner_tags, pos_tags, upos, tags, labels\); it has tokens"),
         ([{"text": "a b"}], {}, r"no column of words \(tokens, words\); it has text"),
-        ([{"tokens": ["a", None]}], {}, "line 1, column 'tokens': expected a list of words"),
-        ([{"tokens": ["a", "b"], "tags": ["O"]}], {}, "line 1, column 'tags': has 1 tags for 2 words"),
-        ([{"tokens": ["a"], "tags": "O"}], {}, "line 1, column 'tags': expected a list of tags"),
+        ([{"tokens": ["a", None]}], {}, r"line 1, column 'tokens': holds \['a', None\], expected a list of words"),
+        ([{"tokens": ["a", "b"], "tags": ["O"]}], {}, "line 1, column 'tags': has 1 tags for the 2 words of column 'tokens'"),
+        ([{"tokens": ["a"], "tags": "O"}], {}, "line 1, column 'tags': holds 'O', expected a list of tags"),
     ],
 )
 def test_a_bad_table_of_sentences_is_named(tmp_path: Path, rows: Any, options: Any, message: str) -> None:

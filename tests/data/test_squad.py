@@ -54,6 +54,12 @@ def test_squad_json(tmp_path: Path, name: str) -> None:
     ]
 
 
+def test_answers_that_nobody_asks_for_are_not_read(tmp_path: Path) -> None:
+    damaged = json.loads(json.dumps(SQUAD).replace('"answer_start": 24', '"answer_start": "x"'))
+    questions = read_squad(write(tmp_path / "test.json", damaged), labelled=False)
+    assert [(question.id, question.answers) for question in questions] == [("a1", None), ("a2", None), ("3", None)]
+
+
 def rows() -> list[dict[str, Any]]:
     return [
         {"id": "a1", "question": "What?", "context": CONTEXT, "answers": {"text": ["K\u00f6ln"], "answer_start": [0]}},

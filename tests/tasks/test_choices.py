@@ -105,6 +105,13 @@ def test_examples_from_python() -> None:
     for wrong, column in (({"choices": ["x"]}, "context"), (("A.", "xy"), "choices"), (("A.", ["x", 1]), "choices")):
         with pytest.raises(DataError, match=f"inputs, input 1, column '{column}': expected"):
             TASK.examples_from([wrong])
+    with pytest.raises(DataError, match="inputs, input 1: expected a dict with context and choices, or a pair of them"):
+        TASK.examples_from(["A."])
+
+
+def test_labels_play_no_part_in_what_is_to_be_predicted(tmp_path: Path) -> None:
+    source = rows(tmp_path / "a.jsonl", {"context": "A.", "choices": ["x", "y"], "label": "unknown"})
+    assert TASK.read_unlabelled(source).items == [ChoiceExample("line 1", "A.", ("x", "y"))]
 
 
 @pytest.mark.parametrize(

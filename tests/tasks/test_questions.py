@@ -268,6 +268,16 @@ def test_examples_from_python() -> None:
     for wrong in ({"question": "Who?"}, ("Who?",), {"question": "Who?", "context": None}):
         with pytest.raises(DataError, match="inputs, input 1, column 'context': expected a text"):
             TASK.examples_from([wrong])
+    with pytest.raises(DataError, match="inputs, input 1: expected a dict with question and context, or a pair of them"):
+        TASK.examples_from(["Who?"])
+
+
+def test_answers_play_no_part_in_what_is_to_be_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"question": "Who?", "context": "Me.", "answers": {"text": ["You"], "answer_start": [0]}}\n')
+    assert TASK.read_unlabelled(Source(path)).items == [QuestionExample("line 1", "1", "Who?", "Me.")]
+    with pytest.raises(DataError, match="line 1, column 'answers': answer_start 0: expected 'You'"):
+        TASK.read(Source(path))
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,11 @@ def test_several_labels_in_a_cell_or_in_columns(tmp_path):
         ("text\tscore\na\t1\nb\tmuch\n", "regression", r"train.tsv, line 3, column 'score': holds 'much', expected a number"),
         ("text\tscore\na\t1\nb\tinf\n", "regression", r"line 3, column 'score': holds 'inf', expected a finite number"),
         ("text\tlabel\na\t1\nb\t\n", "text-classification", r"train.tsv, line 3, column 'label': is empty"),
-        ("text\tother\na\t1\nb\t2\n", "text-classification", r"train.tsv: has no column 'label'; --label-column names"),
+        (
+            "text\tother\na\t1\nb\t2\n",
+            "text-classification",
+            r"has no column 'label', it has 'text', 'other'; --label-column names",
+        ),
         ("x\tlabel\na\t1\n", "text-classification", r"has the columns 'x', 'label'; --text-column names the one with the text"),
     ],
 )

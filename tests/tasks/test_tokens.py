@@ -83,6 +83,8 @@ def test_a_word_that_the_tokenizer_drops_is_the_unknown_token(toy_tokenizer):
     row, words = features.rows[0], features.notes[0]
     assert row["input_ids"][words.positions[1]] == toy_tokenizer.unk_token_id
     assert len(words.positions) == 3
+    (notice,) = features.notices
+    assert notice.endswith("keeps nothing of 1 words, which stand as [UNK] (the first: sentence at line 1, word 2 ('\\ufe0f'))")
 
 
 def test_entities_are_spans_of_the_text(toy_tokenizer):

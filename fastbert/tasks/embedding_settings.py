@@ -1,0 +1,122 @@
+"""What a run of ``fastbert embed`` was asked for, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fastbert.train.errors import SettingsError
+
+DTYPES = ("float32", "bfloat16", "int8")
+LEVELS = ("sequence", "token")
+OUTPUT_TYPES = (".npy", ".parquet", ".jsonl")
+POOLINGS = ("mean", "cls", "max", "last-4")
+# Packed tokens of a batch: from 1,024 on the rate of matmuls is nearly flat on CPUs; larger batches only take more memory.
+TOKENS_PER_BATCH = 4096
+# What a run keeps its finished chunks in, and the names of all that it writes there.
+MANIFEST = "manifest.json"
+_OURS = re.compile(r"manifest\.json|\.manifest\.json\.new|\.?chunk-\d+-[0-9a-f]+\.npz(\.\d+)?")
+
+
+def check_pooling(pooling: str | None, level: str) -> str | None:
+    """The pooling of ``level``: at level "sequence" None stands for "mean", at level "token" it is none.
+
+    Raises SettingsError for names that are not known and for what has no meaning for tokens.
+    """
+    if level not in LEVELS:
+        raise SettingsError(f"--level {level} is not known; known are {', '.join(LEVELS)}")
+    if pooling not in (None, *POOLINGS):
+        raise SettingsError(f"--pooling {pooling} is not known; known are {', '.join(POOLINGS)}")
+    if level == "token" and pooling not in (None, "last-4"):
+        raise SettingsError(f"--pooling {pooling} makes one row of a text, and --level token has one per token: leave one out")
+    return "mean" if pooling is None and level == "sequence" else pooling
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """The options of the command by their names; ``pooling`` None and ``dtype`` None: see :class:`fastbert.tasks.embed.Embedder`.
+
+    Raises SettingsError for values that cannot work, whatever the model.
+    """
+
+    model: str
+    inputs: tuple[str, ...]
+    output: Path
+    pooling: str | None = None
+    level: str = "sequence"
+    normalize: bool = False
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    words_column: str | None = None
+    split: str = "train"
+    max_seq_length: int | None = None
+    tokens_per_batch: int = TOKENS_PER_BATCH
+    num_processes: int = 1
+    dtype: str | None = None
+    device: str = "auto"
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pooling", check_pooling(self.pooling, self.level))
+        if not self.inputs:
+            raise SettingsError("--input: nothing to embed was named")
+        if self.inputs.count("-") > 1:
+            raise SettingsError("--input - is standard input, which can be read once")
+        if self.output.suffix.lower() not in OUTPUT_TYPES:
+            raise SettingsError(
+                f"--output {self.output}: the name must end in one of {', '.join(OUTPUT_TYPES)}, which is the format"
+            )
+        if self.dtype not in (None, *DTYPES):
+            raise SettingsError(f"--dtype {self.dtype} is not known; known are {', '.join(DTYPES)}")
+        for name in ("max_seq_length", "tokens_per_batch", "num_processes"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.words_column is not None and (self.text_column is not None or self.text_pair_column is not None):
+            raise SettingsError("--words-column holds the whole text, in words: no --text-column or --text-pair-column beside it")
+        if self.resume and self.overwrite:
+            raise SettingsError("--resume goes on with a run and --overwrite begins anew: give one of them")
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides about the output beside model, input and kind of device: a run that goes on must have the same."""
+        others = ("model", "inputs", "output", "num_processes", "device", "resume", "overwrite")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
+
+    def embedder_settings(self) -> dict[str, Any]:
+        """Keyword arguments of ``Embedder.from_pretrained``."""
+        names = ("pooling", "level", "normalize", "max_seq_length", "tokens_per_batch", "dtype", "device")
+        return {**{name: getattr(self, name) for name in names}, "words": self.words_column is not None}
+
+
+def parts_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.parts")
+
+
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuses, before any work, an output that must not be written.
+
+    Raises SettingsError where it, or what a run has left of it, is there and neither ``resume`` nor ``overwrite`` is set, where
+    there is nothing left to resume, and where the folder of parts holds files that are none of ours; OSError where the output
+    cannot be written.
+    """
+    folder = parts_folder(output)
+    if output.is_dir():
+        raise SettingsError(f"--output {output} is a folder; give the name of a file")
+    if not output.absolute().parent.is_dir():
+        raise SettingsError(f"--output {output}: there is no folder {output.absolute().parent}")
+    if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output {output}: no permission to write to {output.absolute().parent}")
+    if folder.exists() and (not folder.is_dir() or any(not _OURS.fullmatch(path.name) for path in folder.iterdir())):
+        raise SettingsError(
+            f"{folder} holds files that are from no run of fastbert embed and are left alone: choose another --output"
+        )
+    if resume and output.exists() and not folder.exists():
+        raise SettingsError(f"{output} is there and whole: there is nothing to resume (--overwrite makes it anew)")
+    if not (resume or overwrite):
+        if folder.exists():
+            raise SettingsError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite begins anew")
+        if output.exists():
+            raise SettingsError(f"{output} is there already: --overwrite makes it anew, --output names another file")

@@ -1,0 +1,81 @@
+"""An encoder and its tokenizer out of a checkpoint, for inference, as fast as fastbert can make them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastbert.model.accelerate import accelerate
+from fastbert.model.int8_checkpoint import METHOD as INT8
+from fastbert.model.quantize import quantize
+from fastbert.train.errors import SettingsError
+from fastbert.train.prepare import pick_device
+
+from .embedding_settings import DTYPES
+from .model import first_line, load_config, load_fast_tokenizer
+
+
+def load_encoder(
+    name: str, *, dtype: str | None = None, device: str = "auto", words: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """The encoder of a checkpoint (a folder, or a name on the Hugging Face hub) in evaluation mode, its tokenizer, and notes of
+    why it is not fast; a head on top of it is left out.
+
+    dtype: "float32" (None), "bfloat16" or "int8"; what was saved in int8 stays so. device: "auto" is a GPU where there is one.
+    words: texts will come as lists of words. Raises SettingsError for settings that cannot work and checkpoints that cannot be
+    used.
+    """
+    target = str(pick_device(device))
+    config = load_config(name)
+    if config.is_encoder_decoder:
+        raise SettingsError(
+            f"--model {name}: its type {config.model_type!r} has an encoder and a decoder; embeddings need an encoder"
+        )
+    tokenizer = load_fast_tokenizer(name, config, words=words)
+    if len(tokenizer) > config.vocab_size:
+        raise SettingsError(f"--model {name} has {config.vocab_size} entries in its vocabulary, its tokenizer {len(tokenizer)}")
+    model, notes = _load_model(name, config, dtype, target)
+    return model, tokenizer, notes
+
+
+def _load_model(
+    name: str, config: transformers.PretrainedConfig, dtype: str | None, device: str
+) -> tuple[PreTrainedModel, list[str]]:
+    """The encoder in evaluation mode, fast where it can be, and notes of why it is not."""
+    saved_in_int8 = (getattr(config, "quantization_config", None) or {}).get("quant_method") == INT8
+    if dtype not in (None, *DTYPES):
+        raise SettingsError(f"--dtype {dtype} is not known; known are {', '.join(DTYPES)}")
+    if saved_in_int8 and dtype not in (None, "int8"):
+        raise SettingsError(f"--dtype {dtype}: {name} was saved in int8, which does not become {dtype} again")
+    if dtype == "int8" and device != "cpu":
+        raise SettingsError("--dtype int8 is for CPUs: --device cpu")
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if dtype == "bfloat16" else torch.float32, "config": config}
+    model_class = AutoModel._model_mapping.get(type(config), None)
+    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        options["add_pooling_layer"] = False
+    verbosity = transformers.logging.get_verbosity()
+    try:
+        transformers.logging.set_verbosity_error()  # what is missing is reported below, and a head that is left over is no loss
+        model, loading = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--model {name} cannot be loaded as an encoder: {first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if missing := sorted(key for key in loading["missing_keys"] if not key.startswith("pooler.")):
+        raise SettingsError(f"--model {name} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}, ...")
+    model.eval()
+    notes = []
+    try:
+        accelerate(model)
+    except TypeError as error:
+        notes = [f"transformers' own code, on padded batches: {error}"]
+    if dtype == "int8" and not saved_in_int8:
+        try:
+            quantize(model)
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"--dtype int8: {error}") from error
+    return model.to(device), notes

@@ -1,0 +1,126 @@
+"""Checkpoints as tasks load them, and the logits of many rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from fastbert.tasks.model import load_config, load_model, longest_sequence
+from fastbert.tasks.outputs import model_outputs
+from fastbert.tasks.registry import load_task, save_task, task_for
+from fastbert.train.errors import SettingsError
+
+from .conftest import sentiment_lines
+
+TASKS = {
+    "text": task_for("sentiment", labels=("neg", "pos", "so so")),
+    "words": task_for("pos", labels=("A", "B", "C")),
+    "questions": task_for("question-answering"),
+    "choices": task_for("multiple-choice"),
+}
+
+
+def examples_of(family: str):
+    texts = [text for text, _ in sentiment_lines(20, 3)]
+    inputs = {
+        "text": texts,
+        "words": [text.split() for text in texts],
+        "questions": [{"question": "who was good ?", "context": f"{text} and {texts[0]} " * 3} for text in texts],
+        "choices": [{"context": text, "choices": texts[:2]} for text in texts],
+    }
+    return TASKS[family].examples_from(inputs[family])
+
+
+@pytest.mark.parametrize("family", TASKS)
+def test_logits_are_those_of_transformers_on_padded_batches(family, toy_model):
+    task, examples = TASKS[family], examples_of(family)
+    loaded = []
+    for fast in (True, False):
+        torch.manual_seed(0)
+        loaded.append(load_model(str(toy_model), task, fast=fast))
+    ours, theirs = loaded
+    assert ours.packed == (family != "choices") and not theirs.packed
+    features = task.features(examples, ours.tokenizer, 48, labelled=False)
+    got = model_outputs(ours, features.rows, family=family, tokens_per_batch=100)
+    expected = model_outputs(theirs, features.rows, family=family, tokens_per_batch=1000)
+    assert len(got) == len(features.rows) >= 20
+    for one, other, row in zip(got, expected, features.rows, strict=True):
+        assert one.dtype == np.float32 and one.shape == other.shape
+        if family in ("words", "questions"):
+            assert len(one) == len(row["input_ids"])
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_outputs_leave_training_mode_alone_and_ignore_labels(toy_model):
+    task, examples = TASKS["text"], examples_of("text")
+    loaded = load_model(str(toy_model), task)
+    loaded.model.train()
+    rows = task.features(examples, loaded.tokenizer, 48, labelled=False).rows
+    first = model_outputs(loaded, rows, family="text")
+    second = model_outputs(loaded, [{**row, "labels": 1} for row in rows], family="text")
+    assert loaded.model.training
+    np.testing.assert_array_equal(np.stack(first), np.stack(second))  # no dropout either
+    assert model_outputs(loaded, [], family="text") == []
+
+
+def saved(model_class: str, config: transformers.PretrainedConfig, tokenizer, folder: Path) -> str:
+    getattr(transformers, model_class)(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_relative_packs_from_its_first_position(toy_tokenizer, tmp_path):
+    config = transformers.RobertaConfig(
+        vocab_size=len(toy_tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=66, pad_token_id=0, type_vocab_size=2, initializer_range=0.2,
+    )  # fmt: skip
+    name = saved("RobertaModel", config, toy_tokenizer, tmp_path)
+    task, examples = TASKS["text"], examples_of("text")
+    torch.manual_seed(0)
+    ours = load_model(name, task)
+    torch.manual_seed(0)
+    theirs = load_model(name, task, fast=False)
+    assert ours.packed
+    assert longest_sequence(load_config(name), ours.tokenizer) == 65
+    rows = task.features(examples, ours.tokenizer, 48, labelled=False).rows
+    got, expected = (model_outputs(loaded, rows, family="text") for loaded in (ours, theirs))
+    np.testing.assert_allclose(np.stack(got), np.stack(expected), atol=2e-5)
+
+
+def test_another_architecture_says_that_it_is_not_fast(toy_tokenizer, tmp_path):
+    config = transformers.DistilBertConfig(vocab_size=len(toy_tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    name = saved("DistilBertModel", config, toy_tokenizer, tmp_path)
+    loaded = load_model(name, TASKS["text"])
+    assert not loaded.packed
+    assert any("transformers' own code, on padded batches" in note for note in loaded.notes)
+    rows = TASKS["text"].features(examples_of("text"), loaded.tokenizer, 48, labelled=False).rows
+    assert np.stack(model_outputs(loaded, rows, family="text")).shape == (20, 3)
+
+
+def test_a_head_of_another_size_is_a_new_one(toy_model, toy_tokenizer, tmp_path):
+    loaded = load_model(str(toy_model), TASKS["text"])
+    loaded.model.save_pretrained(tmp_path)
+    toy_tokenizer.save_pretrained(tmp_path)
+    two = load_model(str(tmp_path), task_for("sentiment", labels=("neg", "pos")))
+    assert two.model.config.num_labels == 2
+    assert two.notes == ("New weights, not in the checkpoint: classifier.bias, classifier.weight",)
+    assert load_model(str(tmp_path), TASKS["text"]).notes == ()
+
+
+def test_checkpoints_that_cannot_be_used(toy_model, toy_tokenizer, tmp_path):
+    with pytest.raises(SettingsError, match="the folder holds no config.json"):
+        load_model(str(tmp_path), TASKS["text"])
+    small = transformers.BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    name = saved("BertModel", small, toy_tokenizer, tmp_path)
+    with pytest.raises(SettingsError, match=r"has 50 entries in its vocabulary, its tokenizer \d+"):
+        load_model(name, TASKS["text"])
+
+
+@pytest.mark.parametrize("family", TASKS)
+def test_a_task_goes_to_json_and_back(family, tmp_path):
+    save_task(TASKS[family], 77, tmp_path)
+    assert load_task(tmp_path) == (TASKS[family], 77)
