@@ -19,17 +19,20 @@ from typing import Any
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.train.errors import SettingsError
+from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 
 from .finetune import finetune
 from .folder import RUN_NAME, check_folder, delete_folder, read_run
-from .glue_data import GlueSplits, find_folders, find_glue_splits, finetune_names, read_glue, read_index
+from .glue_data import GlueSplits, find_folders, find_glue_splits, finetune_names, glue_text_task, read_glue, read_index
 from .glue_document import glue_document
 from .glue_picture import plot_scores
 from .glue_report import markdown_report, terminal_table
 from .glue_settings import GlueSettings
 from .glue_submission import ZIP_NAME, submission_text, write_submission, zip_submission
 from .glue_tasks import GLUE_TASKS, SUBMISSION_NAMES, glue_task
+from .model import check_length, load_config, load_task_tokenizer, longest_sequence
+from .predictor import Predictor
 
 REPORT_NAME, PICTURE_NAME, SUBMISSION_FOLDER = "report.md", "scores.png", "submission"
 # The tasks that start from the MNLI model where there is one (Phang et al. 2018, https://arxiv.org/abs/1811.01088; after them
@@ -57,6 +60,7 @@ def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
     run = check_folder(output, settings.command_name, resume=settings.resume, overwrite=settings.overwrite)
     if run is not None:
         settings.refuse_changes(run["settings"])
+    _check_model(settings)
     results = _finished(output) if settings.resume else {}
     asked = set(settings.tasks or (task.name for task in GLUE_TASKS))
     found, left_out, notes = _read_all(Path(settings.data), asked | set(results))
@@ -107,6 +111,14 @@ def _check_installed() -> None:
     if missing:
         extras = ",".join(sorted({_NEEDED[name] for name in missing}))
         raise SettingsError(f"fastbert glue needs {', '.join(missing)}: pip install 'fastbert[{extras}]'")
+
+
+def _check_model(settings: GlueSettings) -> None:
+    """Raises SettingsError for a model, a length or a device that no task could be trained with."""
+    pick_device(settings.device)
+    config = load_config(settings.model)
+    tokenizer = load_task_tokenizer(settings.model, config, glue_text_task("cola"))
+    check_length(settings.max_seq_length, longest_sequence(config, tokenizer), settings.model)
 
 
 def _finished(output: Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -181,8 +193,12 @@ def _submit(settings: GlueSettings, found: dict[str, GlueSplits], document: dict
         task, folder = glue_task(name), pair_folder(output, name, entry["best_seed"])
         for split, file_name in task.submissions.items():
             if split in found[name].files:
-                index = read_index(task, Source(path=found[name].files[split]))
+                source = Source(path=found[name].files[split])
+                index = read_index(task, source)
                 predictions = _read_predictions(folder / f"predictions_{finetune_names(task)[split]}.jsonl")
+                if len(predictions) != len(index):  # the file is a new one since the model was trained
+                    predictor = Predictor.from_pretrained(folder, device=settings.device)
+                    predictions = [_answer(row) for row in predictor.predict(predictor.task.read_unlabelled(source))]
                 write_submission(output / SUBMISSION_FOLDER, file_name, submission_text(task, index, predictions))
                 files.append(file_name)
     if not files:
@@ -196,10 +212,15 @@ def no_submission(reason: str) -> dict[str, Any]:
 
 
 def _read_predictions(path: Path) -> list[str | float]:
-    """Label or number of each row, out of what fine-tuning wrote."""
+    """Label or number of each row, out of what fine-tuning wrote; none where it wrote nothing."""
+    if not path.is_file():
+        return []
     with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [row["label"] if "label" in row else row["score"] for row in rows]
+        return [_answer(json.loads(line)) for line in file]
+
+
+def _answer(prediction: dict[str, Any]) -> str | float:
+    return prediction["label"] if "label" in prediction else prediction["score"]
 
 
 def _write_text(path: Path, text: str) -> None:

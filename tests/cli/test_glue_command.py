@@ -65,7 +65,7 @@ def test_json_and_a_resume_that_repeats_no_setting(toy, tmp_path):
 def test_wrong_usage(toy, tmp_path, words, message):
     run = glue(*toy, *OPTIONS, "--output", str(tmp_path / "run"), *words)
     assert run.exit_code == 2 and message in run.stderr and "Traceback" not in run.stderr
-    assert not (tmp_path / "run/cola").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_and_model_are_needed(toy, tmp_path):
@@ -75,11 +75,11 @@ def test_data_and_model_are_needed(toy, tmp_path):
 
 
 def test_bad_data(toy, tmp_path):
-    run = glue("--data", str(tmp_path / "nowhere"), *toy[2:], "--output", str(tmp_path / "run"), "--json")
+    run = glue("--data", str(tmp_path / "nowhere"), *toy[2:], *OPTIONS, "--output", str(tmp_path / "run"), "--json")
     assert run.exit_code == 1 and "no such folder" in last_line(run.stdout)["error"]
     root = write_toy_glue(tmp_path / "GLUE")
     write_tsv(root / "CoLA/train.tsv", [("gj04", "1", "", "house"), ("gj04", "3", "", "river")])
-    run = glue("--data", str(root), *toy[2:], "--output", str(tmp_path / "run"), "--json")
+    run = glue("--data", str(root), *toy[2:], *OPTIONS, "--output", str(tmp_path / "run"), "--json")
     assert run.exit_code == 1
     assert "CoLA/train.tsv, line 2, column 'label': holds '3', expected 0 or 1" in last_line(run.stdout)["error"]
     assert not (tmp_path / "run").exists()

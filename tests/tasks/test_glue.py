@@ -271,6 +271,18 @@ def test_what_is_missing_is_left_out_and_said(make_settings, tmp_path):
     assert document["submission"]["why_none"] == "no task that was run has a test file"
     report = (tmp_path / "run/report.md").read_text(encoding="utf-8")
     assert "- RTE: RTE/dev.tsv is missing" in report and "WNLI: WNLI/test.tsv is missing" in report
+
+    # A test file that comes later is predicted by the model that is there.
+    write_toy_glue(root, test=9)
+    later = glue(make_settings(tmp_path / "run", data=str(root), tasks=("wnli",), resume=True), said.append)
+    assert said[-3] == "  done before" and later["submission"]["files"] == ["WNLI"]
+    assert len((tmp_path / "run/submission/WNLI.tsv").read_text(encoding="utf-8").splitlines()) == 10
+
+
+def test_without_any_task_nothing_begins(make_settings, tmp_path):
+    root, said = write_toy_glue(tmp_path / "GLUE"), []
+    (root / "RTE/dev.tsv").unlink()
+    (root / "CoLA").rename(root / "other")
     with pytest.raises(DataError, match="no task can be run: CoLA: .*; RTE: RTE/dev.tsv is missing"):
         glue(make_settings(tmp_path / "other", data=str(root), tasks=("rte", "cola")), said.append)
     assert not (tmp_path / "other").exists()
