@@ -1,9 +1,12 @@
-"""Text to packed pretraining batches, one module a step.
+"""Text to packed pretraining batches, one module a step, and labelled data for fine-tuning.
 
 ``corpus`` (documents of paragraphs) -> ``sentences`` -> ``tokenizer`` (WordPiece) -> ``tokens`` (the corpus as numpy arrays)
 -> ``pairs`` (sentence pairs for next sentence prediction) -> ``masking`` (masked language model) -> ``batches``.
 Everything random is drawn from (seed, epoch, batch) and nothing else, so a run can be repeated and resumed. ``collator`` packs
 the batches of transformers' Trainer.
+
+Labelled data: ``splits`` finds the ``sources`` of training, dev and test data; ``tables``, ``conll`` and ``squad`` read them,
+checked row by row. Everything that is wrong with what was read is a DataError (``errors``) that names the place.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _splits_of_dataset(data: str, given: Iterable[str]) -> dict[str, Source]:
         ) from error
     try:
         splits = datasets.get_dataset_split_names(name["name"], name["config"])
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{data}: no such file or folder, and looking for a Hugging Face dataset of this name failed "
             f"({type(error).__name__}: {error})"

@@ -246,7 +246,7 @@ def _dataset_rows(source: Source) -> tuple[list[str], list[dict[str, Any]], list
     try:
         dataset = datasets.load_dataset(name, config or None, split=source.split)
         table = dataset.with_format("arrow")[:]
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source}: loading the Hugging Face dataset failed ({type(error).__name__}: {error})") from error
     return _arrow_rows(str(source), table, dataset.features)
 
@@ -262,10 +262,13 @@ def _arrow_rows(
         except UnicodeDecodeError as error:
             raise DataError.at(name, None, column, f"not UTF-8 ({error.reason})") from error
         feature = features.get(column)
-        if names := getattr(feature, "names", None):
-            cells = [_label(value, names) for value in cells]
-        elif names := getattr(getattr(feature, "feature", None), "names", None):
-            cells = [value if value is None else [_label(part, names) for part in value] for value in cells]
+        try:
+            if names := getattr(feature, "names", None):
+                cells = [_label(value, names) for value in cells]
+            elif names := getattr(getattr(feature, "feature", None), "names", None):
+                cells = [value if value is None else [_label(part, names) for part in value] for value in cells]
+        except IndexError as error:
+            raise DataError.at(name, None, column, f"a label number has no name; {len(names)} have one") from error
         values.append(cells)
     rows = [dict(zip(columns, cells)) for cells in zip(*values)]
     return columns, rows, [f"row {number}" for number in range(1, len(rows) + 1)]

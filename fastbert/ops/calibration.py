@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..user_cache import user_cache_folder
 
 _ROUNDS = 3
 _BUDGET_S = 0.15  # of one kind; a candidate's first run is never left out
@@ -99,12 +100,9 @@ def _seconds(run: Callable[..., object], arguments: tuple) -> float:
 
 def cache_file() -> Path:
     """Where the answers for this machine and number of threads are kept."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    # The XDG base directory specification: a relative path is to be ignored.
-    folder = Path(base) if base and os.path.isabs(base) else Path("~/.cache").expanduser()
     isa = os.environ.get("FASTBERT_CPU_ISA")
     key = json.dumps([_processor(), isa, torch.get_num_threads(), torch.__version__, __version__])
-    return folder / "fastbert" / f"matmul-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return user_cache_folder() / f"matmul-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 @functools.cache

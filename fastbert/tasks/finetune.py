@@ -12,7 +12,7 @@ import os
 import shutil
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 
-from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder
+from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
+from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
 from .glue_data import find_glue_splits, glue_sources
 from .glue_tasks import glue_task, is_glue_task
-from .model import TaskModel, load_model, quiet_transformers
+from .model import load_model, quiet_transformers
+from .modes import Tuning, prepare_mode
 from .outputs import model_outputs
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .registry import save_task, task_for
@@ -36,6 +38,7 @@ from .settings import FinetuneSettings
 from .task import Task
 from .trainer import build_trainer
 
+ADAPTED, WITHOUT_ADAPTATION = "adapted", "without-adaptation"
 _ON_RESUME = ("resume", "overwrite", "output", "device")
 
 
@@ -57,7 +60,7 @@ class SeedResult:
 @dataclass(frozen=True)
 class FinetuneResult:
     """``scores``: of each split and metric the mean, the standard deviation over seeds and the single values; ``best_seed``: whose
-    model lies in ``output``."""
+    model lies in ``output``; ``adaptation``: with ``settings.adapt``, an :class:`~.adapt.Adaptation` and its ``effect``."""
 
     output: str
     task: str
@@ -67,6 +70,7 @@ class FinetuneResult:
     seeds: list[dict[str, Any]]
     data: dict[str, Any]
     notes: list[str]
+    adaptation: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -96,20 +100,40 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         "notes": [],
     }
     write_json(output / RUN_NAME, document)
+    without = train_without_adaptation(settings, say) if settings.adapt else None
+    trained = settings if without is None else replace(settings, model=str(adapted_model(settings, prepared, device, say)))
     for seed in settings.seeds:
         if str(seed) in document["seeds"]:
             say(f"Seed {seed}: done before")
             continue
-        result, loaded = train_seed(settings, prepared, seed, device, say)
+        result, tuning = train_seed(trained, prepared, seed, device, say)
         metric = main_metric(settings, prepared.task)
         best = best_seed(document["seeds"], metric)
-        document["notes"] = list(loaded.notes)
+        document["notes"] = list(tuning.whole.notes)
         if best is None or result.scores[DEV][metric] > document["seeds"][best]["scores"][DEV][metric]:
-            save_model(loaded, prepared, output, settings)
+            save_model(tuning, prepared, output, settings)
         document["seeds"][str(seed)] = result.__dict__
         write_json(output / RUN_NAME, document)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    return _finish(settings, prepared, document, say)
+    return _finish(settings, prepared, document, without, say)
+
+
+def train_without_adaptation(settings: FinetuneSettings, say: Say) -> FinetuneResult:
+    """The same run on the checkpoint as it is, in a folder of its own: what the effect of adaptation is measured against."""
+    folder = Path(settings.output) / WITHOUT_ADAPTATION
+    say("Fine-tuning without adaptation, to compare with:")
+    resume = settings.resume and read_run(folder) is not None
+    return finetune(replace(settings, adapt=(), adapt_steps=None, output=str(folder), resume=resume, overwrite=False), say)
+
+
+def adapted_model(settings: FinetuneSettings, prepared: PreparedTask, device: torch.device, say: Say) -> Path:
+    """The folder of the checkpoint adapted to ``settings.adapt``; what a resumed run has there already is taken."""
+    folder = Path(settings.output) / ADAPTED
+    if not (folder / ADAPTATION_NAME).is_file():
+        length = min(LONGEST, prepared.max_seq_length)
+        options = {"steps": settings.adapt_steps, "max_seq_length": length, "seed": settings.seeds[0], "dtype": settings.dtype}
+        adapt(settings.model, settings.adapt, folder, **options, device=device, say=say)
+    return folder
 
 
 def task_of(settings: FinetuneSettings) -> Task:
@@ -146,7 +170,7 @@ def train_seed(
     *,
     fast: bool = True,
     **changes: Any,
-) -> tuple[SeedResult, TaskModel]:
+) -> tuple[SeedResult, Tuning]:
     """Trains one model and scores its best checkpoint; ``fast`` False: transformers' own model, on padded batches. ``changes``: to
     transformers' TrainingArguments."""
     set_seed(seed)
@@ -155,16 +179,19 @@ def train_seed(
     say(f"Seed {seed}: {type(loaded.model).__name__}, {'packed rows' if loaded.packed else 'padded batches'}, on {device}")
     for note in loaded.notes:
         say(f"  {note}")
-    metric = main_metric(settings, prepared.task)
+    metric, family = main_metric(settings, prepared.task), prepared.task.family
     autocast = torch.bfloat16 if settings.dtype == "bfloat16" else None
+    rows = {name: split.features.rows for name, split in prepared.splits.items()}
+    tuning = prepare_mode(loaded, rows, settings, family=family, say=say)
 
     def score(split: Split = prepared.dev) -> dict[str, float]:
-        outputs = model_outputs(loaded, split.features.rows, family=prepared.task.family, autocast=autocast)
+        outputs = model_outputs(tuning.trained, tuning.rows[split.name], family=family, autocast=autocast)
         return prepared.task.scores(outputs, split.features, split.examples)
 
-    checkpoints = Path(settings.output) / CHECKPOINTS
-    rows = prepared.train.features.rows
-    trainer = build_trainer(loaded, rows, settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes)
+    checkpoints = Path(settings.output) / CHECKPOINTS / f"seed-{seed}"
+    trainer = build_trainer(
+        tuning.trained, tuning.rows[TRAIN], settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes
+    )
     started = time.perf_counter()
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=_resumable(checkpoints) if settings.resume else None)
@@ -181,7 +208,7 @@ def train_seed(
         tokens_per_second=prepared.train.tokens * float(state.epoch or 0) / seconds,
         log=state.log_history,
     )
-    return result, loaded
+    return result, tuning
 
 
 def _resumable(checkpoints: Path) -> str | None:
@@ -191,19 +218,20 @@ def _resumable(checkpoints: Path) -> str | None:
     return None if newest is None else str(newest)
 
 
-def save_model(loaded: TaskModel, prepared: PreparedTask, output: Path, settings: FinetuneSettings) -> None:
+def save_model(tuning: Tuning, prepared: PreparedTask, output: Path, settings: FinetuneSettings) -> None:
     """Model, tokenizer, task and the predictions of every split but the training data, moved into ``output`` when all are there."""
     new = new_folder(output)
-    with quiet_transformers():
-        loaded.model.save_pretrained(new)
-        loaded.tokenizer.save_pretrained(new)
-    save_task(prepared.task, prepared.max_seq_length, new)
     autocast = torch.bfloat16 if settings.dtype == "bfloat16" else None
     for name, split in prepared.splits.items():
         if name != TRAIN:
-            outputs = model_outputs(loaded, split.features.rows, family=prepared.task.family, autocast=autocast)
+            outputs = model_outputs(tuning.trained, tuning.rows[name], family=prepared.task.family, autocast=autocast)
             predictions = prepared.task.predictions(outputs, split.features, split.examples)
             write_jsonl(new / f"predictions_{name}.jsonl", predictions)
+    with quiet_transformers():
+        final = tuning.finish(new)
+        final.model.save_pretrained(new)
+        final.tokenizer.save_pretrained(new)
+    save_task(prepared.task, prepared.max_seq_length, new)
     move_in(new, output)
 
 
@@ -231,9 +259,15 @@ def summary(seeds: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]
     return scores
 
 
-def _finish(settings: FinetuneSettings, prepared: PreparedTask, document: dict[str, Any], say: Say) -> FinetuneResult:
+def _finish(
+    settings: FinetuneSettings, prepared: PreparedTask, document: dict[str, Any], without: FinetuneResult | None, say: Say
+) -> FinetuneResult:
     metric = main_metric(settings, prepared.task)
     seeds = [document["seeds"][str(seed)] for seed in settings.seeds]
+    adaptation = None
+    if without is not None:
+        adaptation = json.loads((Path(settings.output) / ADAPTED / ADAPTATION_NAME).read_text(encoding="utf-8"))
+        adaptation["effect"] = effect(without.scores, summary(seeds), say)
     result = FinetuneResult(
         output=settings.output,
         task=prepared.task.name,
@@ -243,6 +277,7 @@ def _finish(settings: FinetuneSettings, prepared: PreparedTask, document: dict[s
         seeds=[{key: value for key, value in seed.items() if key != "log"} for seed in seeds],
         data=document["data"],
         notes=document["notes"],
+        adaptation=adaptation,
     )
     write_json(Path(settings.output) / RUN_NAME, {**document, "results": result.to_dict()})
     for split, metrics in result.scores.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .model import TaskModel
@@ -43,11 +44,22 @@ class FineTuning(Trainer):
 
 
 class Lines(TrainerCallback):
-    """Says the scores of each evaluation, in place of transformers' dictionaries on stdout."""
+    """Says the scores of each evaluation, in place of transformers' dictionaries on stdout; with a progress bar on a terminal."""
 
     def __init__(self, say: Say, metric: str) -> None:
         self.say, self.metric = say, metric
         self.loss = float("nan")
+        self.bar = tqdm(disable=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        shown = None if state.is_world_process_zero else True  # None: where stderr is a terminal
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=shown, leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -56,6 +68,7 @@ class Lines(TrainerCallback):
         if score is not None and state.is_world_process_zero:
             others = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
             rest = "".join(f", {key} {value:.4f}" for key, value in others.items() if key != self.metric)
+            self.bar.clear()
             self.say(f"  step {state.global_step:,}: loss {self.loss:.4f}, dev {self.metric} {score:.4f}{rest}")
 
 

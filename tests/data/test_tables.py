@@ -229,12 +229,25 @@ def test_parquet_columns_have_one_name_each(tmp_path: Path) -> None:
         read_table(Source(tmp_path / "b.parquet"))
 
 
-def test_a_dataset_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_label_numbers_need_names(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="datasets is not installed")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    label_set().to_parquet(tmp_path / "a.parquet")
+    schema = parquet.read_schema(tmp_path / "a.parquet")
+    table = pyarrow.table({"text": ["a"], "label": [2], "tags": [[0]]}, schema=schema)
+    parquet.write_table(table, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet, column 'label': a label number has no name; 2 have one"):
+        read_table(Source(tmp_path / "b.parquet"))
 
-    def load_dataset(*args: Any, **kwargs: Any) -> None:
-        raise ValueError('Unknown split "dev"')
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"glue:sst2, split dev: loading the Hugging Face dataset failed .*Unknown split"):
-        read_table(Source(dataset="glue:sst2", split="dev"))
+def test_a_dataset_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    for failure in (ValueError('Unknown split "dev"'), datasets.exceptions.DatasetGenerationError("a damaged file")):
+
+        def load_dataset(*args: Any, failure: Exception = failure, **kwargs: Any) -> None:
+            raise failure
+
+        monkeypatch.setattr("datasets.load_dataset", load_dataset)
+        with pytest.raises(DataError, match=f"glue:sst2, split dev: loading the Hugging Face dataset failed .*{failure}"):
+            read_table(Source(dataset="glue:sst2", split="dev"))

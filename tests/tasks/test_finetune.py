@@ -66,7 +66,7 @@ def test_the_same_numbers_as_transformers_with_padding(toy_model, sentiment_fold
     device = module.pick_device("cpu")
     results = [module.train_seed(given, prepared, 0, device, lambda line: None, fast=fast) for fast in (True, False)]
     (ours, fast), (theirs, slow) = results
-    assert fast.packed and not slow.packed
+    assert fast.trained.packed and not slow.trained.packed
     losses = [[row["loss"] for row in result.log if "loss" in row] for result in (ours, theirs)]
     assert len(losses[0]) > 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -156,7 +156,7 @@ def test_resumed_after_a_kill(toy_model, sentiment_folder, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "fastbert.cli", *given.command().split()[1:]], stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+    while not list(checkpoints.glob("seed-*/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.wait()

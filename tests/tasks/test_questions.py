@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -147,6 +148,27 @@ def test_the_labels_as_logits_give_the_answers(tokenizer: Any) -> None:
         answer = example.answers[0]  # type: ignore[index]
         assert prediction["answer"] == answer.text == example.context[prediction["start"] : prediction["end"]]
         assert (prediction["id"], prediction["start"]) == (example.id, answer.start)
+
+
+def test_byte_level_tokens(tmp_path: Path) -> None:
+    """RoBERTa's: two [SEP] between the texts, blanks that belong to tokens, several tokens of one character."""
+    some = long_examples(60, 90, seed=3)
+    items = [
+        replace(e, context="K\u00f6ln \U0001f600 " + e.context, answers=(Answer(a.text, a.start + 7),))
+        for e in some
+        for a in e.answers
+    ]
+    some = replace(some, items=items)
+    backend = tokenizers.ByteLevelBPETokenizer(trim_offsets=True)
+    backend.train_from_iterator(
+        [e.context for e in some], vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    )
+    backend.save_model(str(tmp_path))
+    byte_level = transformers.RobertaTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    features = TASK.features(some, byte_level, 48, labelled=True)
+    assert len(features.rows) > len(some)
+    assert TASK.scores(oracle(features), features, some) == {"exact_match": 1.0, "f1": 1.0}
+    assert all(row["input_ids"].count(byte_level.sep_token_id) == 3 for row in features.rows)
 
 
 def by_hand(task: QuestionAnswering, outputs: list[np.ndarray], windows: list[Window]) -> list[tuple[float, int, int]]:
