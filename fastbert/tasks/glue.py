@@ -36,9 +36,8 @@ from .predictor import Predictor
 
 REPORT_NAME, PICTURE_NAME, SUBMISSION_FOLDER = "report.md", "scores.png", "submission"
 # The tasks that start from the MNLI model where there is one (Phang et al. 2018, https://arxiv.org/abs/1811.01088; after them
-# RoBERTa and ALBERT), and the modes in which that model is another encoder than the one that all start from.
+# RoBERTa and ALBERT). With --mode head its encoder is the one that all start from.
 _FROM_MNLI = ("mrpc", "stsb", "rte")
-_TRAINS_ENCODER = ("full", "top-k")
 
 # What a run needs at its end, and the extra that brings it: to be missed at its beginning.
 _NEEDED = {"sklearn": "eval", "scipy": "eval", "matplotlib": "train"}
@@ -165,7 +164,7 @@ def _read_all(root: Path, asked: set[str]) -> tuple[dict[str, GlueSplits], dict[
 
 def _start(settings: GlueSettings, name: str, mnli: dict[str, Any] | None) -> str:
     """The checkpoint that a task starts from; ``mnli``: the entry of MNLI, where it was trained."""
-    if name in _FROM_MNLI and mnli is not None and settings.mode in _TRAINS_ENCODER:
+    if name in _FROM_MNLI and mnli is not None and settings.mode != "head":
         return str(pair_folder(Path(settings.output), "mnli", mnli["best_seed"]))
     return settings.model
 

@@ -112,6 +112,14 @@ def test_small_tasks_start_from_the_mnli_model(run, toy_model):
     assert report.count("(Phang et al. 2018)") == 2
 
 
+@pytest.mark.parametrize("mode", ["head", "lora"])
+def test_other_modes(mode, make_settings, toy_model, tmp_path):
+    document = glue(make_settings(tmp_path, tasks=("mnli", "rte"), mode=mode), lambda line: None)
+    start = toy_model if mode == "head" else tmp_path / "mnli/seed-0"
+    assert document["tasks"]["rte"]["seeds"]["0"]["started_from"] == str(start)
+    assert Predictor.from_pretrained(tmp_path / "rte/seed-0", device="cpu")([("house song", "river film")])
+
+
 def test_the_submission_is_the_best_seed_s(run):
     output, document, _ = run
     assert document["submission"]["files"] == ["STS-B", "QQP", "MNLI-m", "MNLI-mm", "AX", "RTE"]
