@@ -36,9 +36,7 @@ def model_outputs(
     The model comes back in the mode, training or not, that it was in.
     """
     model = loaded.model
-    # transformers' collator of several choices insists on labels, which are taken out again before the model sees them.
-    unknown = {"labels": 0} if family == "choices" else {}
-    inputs = [{**{key: value for key, value in row.items() if key not in _TARGETS}, **unknown} for row in rows]
+    inputs = [{key: value for key, value in row.items() if key not in _TARGETS} for row in rows]
     lengths = [_length(row["input_ids"]) for row in inputs]
     batches = token_budget_batches(lengths, tokens_per_batch, padded=not loaded.packed)
     results: list[NDArray[np.float32] | None] = [None] * len(inputs)
@@ -51,7 +49,7 @@ def model_outputs(
         with torch.inference_mode(), cast, bar:
             for batch in batches:
                 collated = loaded.collate([inputs[number] for number in batch])
-                output = model(**{key: _to(value, device) for key, value in collated.items() if key not in _TARGETS})
+                output = model(**{key: _to(value, device) for key, value in collated.items()})
                 sizes = [lengths[number] for number in batch]
                 for number, logits in zip(batch, _by_row(output, family, sizes, loaded.packed), strict=True):
                     results[number] = logits

@@ -98,13 +98,23 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
 
 
 def held_out(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
-    """(the rest, ``fraction`` of the examples): a draw that depends on their number alone. Raises DataError for fewer than two."""
-    if len(examples) < 2:
-        raise examples.error(None, None, f"holds {len(examples)} examples, and none can be held out for dev; --dev names a file")
-    order = list(range(len(examples)))
+    """(the rest, ``fraction`` of the examples): a draw that depends on the examples alone, the same in every run. Questions
+    about the same context stay together. Raises DataError where that leaves nothing for one side."""
+    groups: dict[Any, list[int]] = {}
+    for number, example in enumerate(examples):
+        groups.setdefault(getattr(example, "context", number), []).append(number)
+    if len(groups) < 2:
+        shared = " about one context" if len(examples) > 1 else ""
+        problem = f"holds {len(examples)} examples{shared}, and none can be held out for dev; --dev names a file"
+        raise examples.error(None, None, problem)
+    order = list(groups.values())
     random.Random(0).shuffle(order)
-    chosen = set(order[: max(1, min(len(order) - 1, round(fraction * len(order))))])
-    parts = ([], [])
+    wanted = max(1, round(fraction * len(examples)))
+    chosen: set[int] = set()
+    for group in order[:-1]:
+        if len(chosen) < wanted:
+            chosen.update(group)
+    parts: tuple[list[Any], list[Any]] = ([], [])
     for number, example in enumerate(examples):
         parts[number in chosen].append(example)
     return replace(examples, items=parts[0]), replace(examples, items=parts[1])

@@ -88,7 +88,7 @@ def build_trainer(
     higher the better, that the best checkpoint has; ``changes``: to transformers' TrainingArguments."""
     by_steps = settings.eval_steps is not None
     steps_in_epoch = -(-len(rows) // (settings.batch_size * settings.gradient_accumulation_steps))
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
