@@ -27,6 +27,8 @@ from fastbert.train.run_folder import write_json
 
 from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
+from .glue_data import find_glue_splits, glue_sources
+from .glue_tasks import glue_task, is_glue_task
 from .model import load_model, quiet_transformers
 from .modes import Tuning, prepare_mode
 from .outputs import model_outputs
@@ -145,6 +147,11 @@ def task_of(settings: FinetuneSettings) -> Task:
 
 
 def sources_of(settings: FinetuneSettings) -> dict[str, Source]:
+    """The splits; those of a task of GLUE as its download calls them, the diagnostic set beside MNLI included."""
+    if is_glue_task(settings.task) and Path(settings.data).is_dir():
+        found = glue_sources(find_glue_splits(glue_task(settings.task), Path(settings.data)))
+        given = {"dev": settings.dev, "test": settings.test}
+        return {**found, **{name: Source(path=Path(path)) for name, path in given.items() if path is not None}}
     return find_splits(settings.data, dev=settings.dev, test=settings.test)
 
 
