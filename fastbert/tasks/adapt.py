@@ -2,7 +2,9 @@
 
 Gururangan et al., "Don't Stop Pretraining" (2020): what such text teaches is there when labels are few. The corpus is read as
 ``fastbert pretrain`` reads it; documents are cut into sequences, their masks drawn anew in every epoch, and 5% of the text is held
-out to measure the loss before and after, on the same masks.
+out to measure the loss before and after, on the same masks. A checkpoint that has no masked-LM head any more gets a new one, which
+learns alone in the first fifth of the steps: gradients through random weights would distort the encoder (Kumar et al., "Fine-Tuning
+can Distort Pretrained Features", 2022).
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ HELD_OUT_FRACTION = 0.05
 # About 10,000 masked tokens, on which before and after are compared mask by mask.
 HELD_OUT_TOKENS = 1 << 16
 LONGEST = 128
+# Of the steps, those in which a new head learns alone.
+HEAD_FIRST = 0.2
 _EVALUATION_SEED = 20181011
 
 Say = Callable[[str], None]
@@ -121,7 +125,7 @@ def adapt(
         ),
         train_dataset=rows,
         data_collator=collate,
-        callbacks=[_Lines(say)],
+        callbacks=[_Lines(say), *([_HeadFirst()] if notes else [])],
     )
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
@@ -217,6 +221,17 @@ class _Lines(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.say(f"  step {state.global_step:,} of {state.max_steps:,}: masked-LM loss {float(logs['loss']):.3f}")
+
+
+class _HeadFirst(TrainerCallback):
+    """Freezes the encoder for the first steps, once the optimizer has taken note of its parameters."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.base_model.requires_grad_(False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step >= HEAD_FIRST * state.max_steps:
+            model.base_model.requires_grad_(True)
 
 
 def _held_out_batches(rows: list[dict[str, np.ndarray]], collate: DataCollatorWithPacking, batch_size: int) -> list[dict[str, Any]]:

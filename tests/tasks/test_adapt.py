@@ -96,6 +96,27 @@ def test_an_epoch_where_no_steps_are_named(toy_model, corpus, tmp_path):
     assert 1 < result.steps < 60
 
 
+def test_a_new_head_learns_alone_at_first(toy_model, corpus, tmp_path, monkeypatch):
+    before = fastbert.BertModel.from_pretrained(toy_model).state_dict()
+
+    def same_encoder(folder: Path) -> bool:
+        return all(torch.equal(x, before[name]) for name, x in fastbert.BertModel.from_pretrained(folder).state_dict().items())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "HEAD_FIRST", 1.0)
+        run(toy_model, corpus, tmp_path / "head", steps=6)
+    assert same_encoder(tmp_path / "head")
+    scales = transformers.BertForMaskedLM.from_pretrained(tmp_path / "head").cls.predictions.transform.LayerNorm.weight
+    assert not torch.equal(scales, torch.ones_like(scales))
+    run(toy_model, corpus, tmp_path / "few", steps=2)
+    assert not same_encoder(tmp_path / "few")
+    # A head that was there already needs no such time.
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "HEAD_FIRST", 1.0)
+        run(tmp_path / "head", corpus, tmp_path / "both", steps=6)
+    assert not same_encoder(tmp_path / "both")
+
+
 def test_an_interrupted_run_leaves_no_checkpoint(toy_model, corpus, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
