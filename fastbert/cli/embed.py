@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastbert.tasks.embedding_settings import TOKENS_PER_BATCH, EmbedSettings, check_output, parts_folder
+from fastbert.features.settings import TOKENS_PER_BATCH, EmbedSettings, check_output, parts_folder
 from fastbert.train.errors import TrainingError
 
 from .app import app
@@ -23,7 +23,7 @@ from .command import (
 )
 
 if TYPE_CHECKING:
-    from fastbert.tasks.embedding_run import EmbedResult
+    from fastbert.features.run import EmbedResult
 
 
 @app.command(cls=SeveralValuesCommand)
@@ -101,7 +101,7 @@ def _body(options: dict[str, Any], say: Say) -> CommandResult:
     settings = EmbedSettings(**options)
     # Before torch and transformers are imported: a refusal comes at once.
     check_output(settings)
-    from fastbert.tasks.embedding_run import embed as run
+    from fastbert.features.run import embed as run
     from fastbert.train.memory import keep_freed_memory
 
     keep_freed_memory()  # this process does nothing else; where it cannot be, it is a little slower

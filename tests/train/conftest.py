@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastbert.train.settings import PretrainSettings
 
@@ -17,12 +16,8 @@ WORDS = f"{NOUNS} {OTHERS}".split()
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Toy tensors have nothing to share, and threads that wait for each other on a busy machine take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def always_one_thread(one_thread: None) -> None:
+    """For all tests of this folder."""
 
 
 @pytest.fixture(scope="session")

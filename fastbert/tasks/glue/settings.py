@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from fastbert.tasks.settings import FinetuneSettings
 from fastbert.train.command_settings import CommandSettings, option
 from fastbert.train.errors import SettingsError
 
-from .glue_tasks import GlueTask, glue_task
-from .settings import FinetuneSettings
+from .tasks import GlueTask, glue_task
 
 
 @dataclass(frozen=True, kw_only=True)

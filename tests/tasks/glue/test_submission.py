@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zipfile
 
-from fastbert.tasks.glue_submission import submission_text, write_submission, zip_submission
-from fastbert.tasks.glue_tasks import SUBMISSION_NAMES, glue_task
+from fastbert.tasks.glue.submission import submission_text, write_submission, zip_submission
+from fastbert.tasks.glue.tasks import SUBMISSION_NAMES, glue_task
 
 
 def test_the_format_of_a_file():

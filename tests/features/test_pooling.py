@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert.tasks.pooling import num_layers, sequence_rows, token_rows
+from fastbert.features.pooling import num_layers, sequence_rows, token_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,21 +18,21 @@ from typing import Any
 
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
+from fastbert.tasks.finetune import finetune
+from fastbert.tasks.folder import RUN_NAME, check_folder, delete_folder, read_run
+from fastbert.tasks.model import check_length, load_config, load_task_tokenizer, longest_sequence
+from fastbert.tasks.predictor import Predictor
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 
-from .finetune import finetune
-from .folder import RUN_NAME, check_folder, delete_folder, read_run
-from .glue_data import GlueSplits, find_folders, find_glue_splits, finetune_names, glue_text_task, read_glue, read_index
-from .glue_document import glue_document
-from .glue_picture import plot_scores
-from .glue_report import markdown_report, terminal_table
-from .glue_settings import GlueSettings
-from .glue_submission import ZIP_NAME, submission_text, write_submission, zip_submission
-from .glue_tasks import GLUE_TASKS, SUBMISSION_NAMES, glue_task
-from .model import check_length, load_config, load_task_tokenizer, longest_sequence
-from .predictor import Predictor
+from .data import GlueSplits, find_folders, find_glue_splits, finetune_names, glue_text_task, read_glue, read_index
+from .document import glue_document
+from .picture import plot_scores
+from .report import markdown_report, terminal_table
+from .settings import GlueSettings
+from .submission import ZIP_NAME, submission_text, write_submission, zip_submission
+from .tasks import GLUE_TASKS, SUBMISSION_NAMES, glue_task
 
 REPORT_NAME, PICTURE_NAME, SUBMISSION_FOLDER = "report.md", "scores.png", "submission"
 # The tasks that start from the MNLI model where there is one (Phang et al. 2018, https://arxiv.org/abs/1811.01088; after them
@@ -48,7 +48,7 @@ Say = Callable[[str], None]
 def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
     """Runs, or with ``settings.resume`` continues, a GLUE run; ``say`` gets lines for people.
 
-    Returns the document of ``run.json`` (:func:`fastbert.tasks.glue_document.glue_document`). It tells of all tasks and seeds in
+    Returns the document of ``run.json`` (:func:`fastbert.tasks.glue.document.glue_document`). It tells of all tasks and seeds in
     the output folder, those of the runs that this one continues among them.
 
     Raises SettingsError for what cannot be done as asked, and DataError for bad files and where no task can be run, before any

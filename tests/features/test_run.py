@@ -16,14 +16,15 @@ import pyarrow.parquet
 import pytest
 
 from fastbert.data.errors import DataError
-from fastbert.tasks import embed as embed_module
-from fastbert.tasks import embedding_parts, embedding_run
-from fastbert.tasks.embed import Embedder
-from fastbert.tasks.embedding_run import EmbeddingStopped, embed
-from fastbert.tasks.embedding_settings import EmbedSettings, parts_folder
+from fastbert.features import embedder as embed_module
+from fastbert.features import parts as parts_module
+from fastbert.features import run as run_module
+from fastbert.features.embedder import Embedder
+from fastbert.features.run import EmbeddingStopped, embed
+from fastbert.features.settings import EmbedSettings, parts_folder
 from fastbert.train.errors import SettingsError
 
-from .embed_helpers import TEXTS, save_checkpoint
+from .helpers import TEXTS, save_checkpoint
 
 MANY = [f"word{number % 40} word{number * 7 % 40} word{number * 3 % 40}{'.' * (number % 5)}" for number in range(600)]
 
@@ -77,10 +78,10 @@ def fails_at(monkeypatch, chunk: int, error: OSError | KeyboardInterrupt):
         if len(written) == chunk:
             raise error
         written.append(path)
-        embedding_parts.write_part(path, embedded)
+        parts_module.write_part(path, embedded)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastbert.tasks.embedding_workers.write_part", write)
+        patch.setattr("fastbert.features.workers.write_part", write)
         yield
 
 
@@ -177,7 +178,7 @@ def test_ctrl_c_keeps_what_is_finished(checkpoint, many_lines, tmp_path, monkeyp
 
 KILLED = """
 import sys
-from fastbert.tasks import embed as embed_module
+from fastbert.features import embedder as embed_module
 embed_module.CHUNK_CHARACTERS.update(sequence=400, token=400)
 import torch
 torch.set_num_threads(1)
@@ -212,7 +213,7 @@ def test_processes_give_the_same_bytes_and_stop_at_an_error(checkpoint, many_lin
     """Two of them make all chunks but one that cannot be written; this process makes that one."""
     embed(settings_for(checkpoint, many_lines, tmp_path / "one.npy"), quiet)
     output = tmp_path / "out.npy"
-    real = embedding_run._chunk
+    real = run_module._chunk
 
     def last_is_unwritable(texts, bounds, index, parts, names):
         chunk = real(texts, bounds, index, parts, names)
@@ -222,7 +223,7 @@ def test_processes_give_the_same_bytes_and_stop_at_an_error(checkpoint, many_lin
 
     said: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(embedding_run, "_chunk", last_is_unwritable)
+        patch.setattr(run_module, "_chunk", last_is_unwritable)
         with pytest.raises(EmbeddingStopped, match=r"No such file.*chunks are finished.*--resume"):
             embed(settings_for(checkpoint, many_lines, output, num_processes=2), said.append)
     assert "2 processes with 1 thread" in said[-1]

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from .embed import Embedder
+from .embedder import Embedder
 
 _MODES = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}
 

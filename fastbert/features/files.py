@@ -22,9 +22,9 @@ import numpy as np
 
 from fastbert.data.errors import DataError
 
-from .embed import Embedded
-from .embedding_input import Texts
-from .embedding_parts import Parts
+from .embedder import Embedded
+from .parts import Parts
+from .texts import Texts
 
 
 def check_format(output: Path) -> None:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .glue_tasks import GLUE_TASKS, GlueTask
+from .tasks import GLUE_TASKS, GlueTask
 
 _CONSTANT = {
     "matthews_correlation": "gives every text the same class",

@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
-from fastbert.tasks.glue_metrics import (
+from fastbert.tasks.glue.metrics import (
     average,
     average_over_seeds,
     figure_notes,
@@ -17,9 +17,9 @@ from fastbert.tasks.glue_metrics import (
     spread,
     task_score,
 )
-from fastbert.tasks.glue_tasks import GLUE_TASKS, glue_task
+from fastbert.tasks.glue.published import BERT_ROWS, LEADERBOARD_ROWS
+from fastbert.tasks.glue.tasks import GLUE_TASKS, glue_task
 from fastbert.tasks.metrics import classification_scores, regression_scores
-from fastbert.tasks.published import BERT_ROWS, LEADERBOARD_ROWS
 
 
 def test_figures_are_glue_s_metrics_times_100():

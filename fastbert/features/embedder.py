@@ -1,6 +1,6 @@
 """Texts to embeddings: the features of a BERT that stays as it is, at the speed of packed batches.
 
-    from fastbert.tasks.embed import Embedder
+    from .embedder import Embedder
     vectors = Embedder.from_pretrained("bert-base-uncased", pooling="mean")(["A text.", "Another one."])
 
 Sequences of a chunk are sorted by length and packed, so that nothing is computed on padding. Models of an architecture that
@@ -30,12 +30,12 @@ from fastbert.data.errors import DataError
 from fastbert.model.encoder import PackedEncoder
 from fastbert.model.explain import explain
 from fastbert.model.int8_checkpoint import METHOD as INT8
+from fastbert.tasks.model import check_length, longest_sequence
 from fastbert.train.errors import SettingsError
 
-from .embedding_settings import TOKENS_PER_BATCH, check_pooling
-from .encoder_loading import load_encoder
-from .model import check_length, longest_sequence
+from .encoder import load_encoder
 from .pooling import LAST_LAYERS, num_layers, sequence_rows, token_rows
+from .settings import TOKENS_PER_BATCH, check_pooling
 
 Text = str | Sequence[str]  # a text, or its words
 
@@ -87,9 +87,9 @@ class _Encoded:
 class Embedder:
     """Embeddings of texts by ``model``, which should be in evaluation mode, on one device.
 
-    pooling: "mean" (the default), "cls", "max" or "last-4", see :mod:`fastbert.tasks.pooling`. level: "sequence", a row per text,
-    or "token": a row per token, [CLS] and [SEP] included, or, of texts that are given as lists of words, a row per word, that of
-    its first piece; the rows are those of the last layer then, or with pooling "last-4" of the last four. Words that were cut off
+    pooling: "mean" (the default), "cls", "max" or "last-4", see :mod:`fastbert.features.pooling`. level: "sequence", a row per
+    text, or "token": a row per token, [CLS] and [SEP] included, or, of texts that are given as lists of words, a row per word,
+    that of its first piece; the rows are those of the last layer then, or with pooling "last-4" of the last four. Words that were cut off
     with the end of their text have no row. normalize: rows get length 1.
     max_seq_length: tokens at most, [CLS] and [SEP] included; longer texts are cut; None: as many as the model has positions for.
     tokens_per_batch: of a packed batch at most, but for a text that is longer.

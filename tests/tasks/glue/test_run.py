@@ -13,19 +13,19 @@ import torch
 import transformers
 from scipy import stats
 
-import fastbert.tasks.glue as glue_module
+import fastbert.tasks.glue.run as glue_module
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.tasks.finetune import finetune
 from fastbert.tasks.folder import read_run
-from fastbert.tasks.glue import glue, pair_folder, write_report
-from fastbert.tasks.glue_data import glue_text_task
-from fastbert.tasks.glue_settings import GlueSettings
+from fastbert.tasks.glue.data import glue_text_task
+from fastbert.tasks.glue.run import glue, pair_folder, write_report
+from fastbert.tasks.glue.settings import GlueSettings
 from fastbert.tasks.predictor import Predictor
 from fastbert.tasks.settings import FinetuneSettings
 from fastbert.train.errors import SettingsError
 
-from .glue_helpers import write_toy_glue, write_tsv
+from .helpers import write_toy_glue, write_tsv
 
 TASKS = ("mnli", "stsb", "rte", "qqp")
 

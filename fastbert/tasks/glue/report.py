@@ -1,6 +1,6 @@
 """The report of a GLUE run, in Markdown and for a terminal: own scores on dev sets beside published ones on test sets.
 
-Made of the run's document alone (``glue.json``, see :mod:`fastbert.tasks.glue`), so it can be made again at any time.
+Made of the run's document alone (``glue.json``, see :mod:`fastbert.tasks.glue.run`), so it can be made again at any time.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .glue_metrics import figure_of_bert_paper
-from .glue_tasks import GLUE_TASKS, GlueTask, glue_task
+from .metrics import figure_of_bert_paper
 from .published import BERT_PAPER, BERT_ROWS, LEADERBOARD, LEADERBOARD_ROWS, PublishedRow
+from .tasks import GLUE_TASKS, GlueTask, glue_task
 
 Document = Mapping[str, Any]
 _SHORT = {"matthews_correlation": "Mcc", "accuracy": "acc", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman"}

@@ -6,7 +6,7 @@ import pytest
 
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
-from fastbert.tasks.glue_data import (
+from fastbert.tasks.glue.data import (
     find_folders,
     find_glue_splits,
     finetune_names,
@@ -15,10 +15,10 @@ from fastbert.tasks.glue_data import (
     read_glue,
     read_index,
 )
-from fastbert.tasks.glue_tasks import GLUE_TASKS, SUBMISSION_NAMES, glue_task
+from fastbert.tasks.glue.tasks import GLUE_TASKS, SUBMISSION_NAMES, glue_task
 from fastbert.train.errors import SettingsError
 
-from .glue_helpers import write_toy_glue, write_tsv
+from .helpers import write_toy_glue, write_tsv
 
 # Rows as published, without header lines; the samples' as README.md of the data names them.
 REAL_ROWS = {

@@ -14,7 +14,7 @@ import pytest
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.data.tables import Table
-from fastbert.tasks.embedding_input import read_texts
+from fastbert.features.texts import read_texts
 
 
 def test_several_inputs_stand_one_behind_the_other(tmp_path):
@@ -81,7 +81,7 @@ def test_names_of_datasets(monkeypatch, tmp_path):
         asked.append(source)
         return Table(str(source), ("text",), [{"text": "One."}], ["row 1"])
 
-    monkeypatch.setattr("fastbert.tasks.embedding_input.read_table", read)
+    monkeypatch.setattr("fastbert.features.texts.read_table", read)
     read_texts(["someone/reviews:full", "gone.jsonl", "a/b/c"], split="test")
     assert asked == [
         Source(dataset="someone/reviews:full", split="test"), Source(Path("gone.jsonl")), Source(Path("a/b/c")),

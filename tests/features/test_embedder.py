@@ -10,11 +10,11 @@ import torch
 import transformers
 
 import fastbert
-from fastbert.tasks import embed as embed_module
-from fastbert.tasks.embed import Embedder, TextError
+from fastbert.features import embedder as embed_module
+from fastbert.features.embedder import Embedder, TextError
 from fastbert.train.errors import SettingsError
 
-from .embed_helpers import LENGTH, TEXTS, WORDS, plain_embedding, plain_layers, save_checkpoint
+from .helpers import LENGTH, TEXTS, WORDS, plain_embedding, plain_layers, save_checkpoint
 
 POOLINGS = ("mean", "cls", "max", "last-4")
 CLOSE = {"rtol": 0, "atol": 1e-5}  # float32 against float64, five layers, values up to 4

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .glue_tasks import SUBMISSION_NAMES, GlueTask
+from .tasks import SUBMISSION_NAMES, GlueTask
 
 ZIP_NAME = "submission.zip"
 _TIME = (1980, 1, 1, 0, 0, 0)  # zip's earliest: the same predictions make the same bytes

@@ -22,8 +22,8 @@ import transformers
 
 from fastbert.train.memory import keep_freed_memory
 
-from .embed import Embedder, TextError
-from .embedding_parts import write_part
+from .embedder import Embedder, TextError
+from .parts import write_part
 
 
 @dataclass(frozen=True)

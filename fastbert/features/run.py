@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from fastbert.train.errors import TrainingError
 
-from .embed import Embedder, TextError
-from .embedding_files import check_format, write_output
-from .embedding_input import Texts, read_texts
-from .embedding_parts import Parts
-from .embedding_settings import EmbedSettings, check_output
-from .embedding_workers import Chunk, Done, WorkerDied, make_chunk, make_chunks
+from .embedder import Embedder, TextError
+from .files import check_format, write_output
+from .parts import Parts
 from .sentence_transformers_settings import checkpoint_hint
+from .settings import EmbedSettings, check_output
+from .texts import Texts, read_texts
+from .workers import Chunk, Done, WorkerDied, make_chunk, make_chunks
 
 Outcomes = Generator[Done | tuple[Chunk, Exception], None, None]
 Say = Callable[[str], None]

@@ -10,11 +10,11 @@ from fastbert.data.errors import DataError
 from fastbert.data.lines import read_lines, without_line_end
 from fastbert.data.sources import Source
 from fastbert.data.tables import Table, file_kind, read_table
+from fastbert.tasks.examples import Examples, TextExample
+from fastbert.tasks.sequence import REGRESSION, SINGLE, TextClassification
 from fastbert.train.errors import SettingsError
 
-from .examples import Examples, TextExample
-from .glue_tasks import AX_PATHS, AX_SPLIT, GLUE_TASKS, GlueTask, glue_task, is_glue_task
-from .sequence import REGRESSION, SINGLE, TextClassification
+from .tasks import AX_PATHS, AX_SPLIT, GLUE_TASKS, GlueTask, glue_task, is_glue_task
 
 
 @dataclass(frozen=True)

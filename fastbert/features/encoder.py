@@ -12,11 +12,11 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from fastbert.model.accelerate import accelerate
 from fastbert.model.int8_checkpoint import METHOD as INT8
 from fastbert.model.quantize import quantize
+from fastbert.tasks.model import first_line, load_config, load_fast_tokenizer
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 
-from .embedding_settings import DTYPES
-from .model import first_line, load_config, load_fast_tokenizer
+from .settings import DTYPES
 
 
 def load_encoder(

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .glue_report import model_title
-from .glue_tasks import GLUE_TASKS, GlueTask
 from .published import BERT_ROWS, LEADERBOARD_ROWS, PublishedRow
+from .report import model_title
+from .tasks import GLUE_TASKS, GlueTask
 
 
 def plot_scores(run: Mapping[str, Any], path: Path) -> None:

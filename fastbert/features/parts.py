@@ -22,8 +22,8 @@ from fastbert.data.errors import DataError
 from fastbert.train.errors import SettingsError
 from fastbert.train.run_folder import write_json
 
-from .embed import Embedded
-from .embedding_settings import MANIFEST, parts_folder
+from .embedder import Embedded
+from .settings import MANIFEST, parts_folder
 
 
 @dataclass(frozen=True)

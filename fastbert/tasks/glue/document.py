@@ -8,10 +8,10 @@ from typing import Any
 
 from fastbert import __version__
 
-from .glue_data import finetune_names
-from .glue_metrics import average_over_seeds, figure_notes, glue_figures, spread, task_score
-from .glue_settings import GlueSettings
-from .glue_tasks import GLUE_TASKS, GlueTask
+from .data import finetune_names
+from .metrics import average_over_seeds, figure_notes, glue_figures, spread, task_score
+from .settings import GlueSettings
+from .tasks import GLUE_TASKS, GlueTask
 
 # For each task, by name, and seed: the document of its fine-tuning.
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]

@@ -37,7 +37,8 @@ def check_pooling(pooling: str | None, level: str) -> str | None:
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """The options of the command by their names; ``pooling`` None and ``dtype`` None: see :class:`fastbert.tasks.embed.Embedder`.
+    """The options of the command by their names; ``pooling`` None and ``dtype`` None: see
+    :class:`fastbert.features.embedder.Embedder`.
 
     Raises SettingsError for values that cannot work, whatever the model.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .conftest import BAD, GOOD, NOUNS
+from ..conftest import BAD, GOOD, NOUNS
 
 _TREES = ["genre", "sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse"]
 
