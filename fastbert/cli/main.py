@@ -10,7 +10,7 @@ import typer
 from fastbert.gpus import GPUS
 from fastbert.train.settings import MODEL_PRESETS, PretrainSettings
 
-from . import embed, finetune, predict  # noqa: F401 (they add themselves to the app)
+from . import embed, finetune, glue, predict  # noqa: F401 (they add themselves to the app)
 from .app import app
 from .command import DebugOption, JsonOption, SeveralValuesCommand, given_options, run_command
 

@@ -36,23 +36,18 @@ def check_format(output: Path) -> None:
             raise DataError(f"{output}: writing Parquet needs pyarrow: pip install 'fastbert[train]'") from error
 
 
-def write_output(output: Path, parts: Parts, bounds: list[int], texts: Texts, *, dim: int, by_token: bool) -> list[Path]:
-    """Writes the file, and at level "token" of ``.npy`` the one of the offsets; returns their paths.
+def write_output(files: list[Path], parts: Parts, bounds: list[int], texts: Texts, *, dim: int, by_token: bool) -> None:
+    """Writes the output, ``files[0]``, and the file of the offsets where there is a second.
 
     bounds: where the chunks begin among the texts, and the last one ends.
     """
-    kind = output.suffix.lower()
+    output, kind = files[0], files[0].suffix.lower()
     if kind == ".npy":
-        return _write_npy(output, parts, dim, by_token)
+        return _write_npy(files, parts, dim)
     chunks = ((parts.read(index), bounds[index]) for index in range(parts.count))
     write = _write_parquet if kind == ".parquet" else _write_jsonl
     with _whole(output) as beside:
         write(beside, chunks, texts, dim, by_token)
-    return [output]
-
-
-def offsets_path(output: Path) -> Path:
-    return output.with_name(f"{output.name.removesuffix(output.suffix)}.offsets.npy")
 
 
 @contextlib.contextmanager
@@ -68,19 +63,16 @@ def _whole(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def _write_npy(output: Path, parts: Parts, dim: int, by_token: bool) -> list[Path]:
+def _write_npy(files: list[Path], parts: Parts, dim: int) -> None:
     offsets = np.cumsum(np.concatenate([[0], *(parts.counts(index) for index in range(parts.count))]), dtype=np.int64)
-    written = []
-    if by_token:
-        with _whole(offsets_path(output)) as beside, beside.open("wb") as file:
+    for path in files[1:]:
+        with _whole(path) as beside, beside.open("wb") as file:
             np.save(file, offsets)
-        written.append(offsets_path(output))
-    with _whole(output) as beside, beside.open("wb") as file:
+    with _whole(files[0]) as beside, beside.open("wb") as file:
         header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (int(offsets[-1]), dim)}
         np.lib.format.write_array_header_1_0(file, header)
         for index in range(parts.count):
             file.write(parts.read(index).rows.data)
-    return [output, *written]
 
 
 def _write_parquet(path: Path, chunks: Iterator[tuple[Embedded, int]], texts: Texts, dim: int, by_token: bool) -> None:

@@ -23,6 +23,7 @@ from .embedding_input import Texts, read_texts
 from .embedding_parts import Parts
 from .embedding_settings import EmbedSettings, check_output
 from .embedding_workers import Chunk, Done, WorkerDied, make_chunk, make_chunks
+from .sentence_transformers_settings import checkpoint_hint
 
 Outcomes = Generator[Done | tuple[Chunk, Exception], None, None]
 Say = Callable[[str], None]
@@ -73,7 +74,7 @@ def embed(settings: EmbedSettings, say: Say) -> EmbedResult:
     Raises SettingsError for what cannot work, DataError for texts that cannot be embedded, both before any embedding is computed
     but for a text that turns out bad then, and :class:`EmbeddingStopped` where computing or writing failed.
     """
-    check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
+    check_output(settings)
     check_format(settings.output)
     texts = read_texts(
         settings.inputs,
@@ -85,6 +86,10 @@ def embed(settings: EmbedSettings, say: Say) -> EmbedResult:
     embedder = Embedder.from_pretrained(settings.model, **settings.embedder_settings())
     for note in embedder.notes:
         say(f"Not at full speed: {note}")
+    notes = list(embedder.notes)
+    if (hint := checkpoint_hint(settings.model, embedder)) is not None:
+        say(hint)
+        notes.append(hint)
     bounds = embedder.chunk_bounds(texts.texts, texts.pairs)
     manifest = {
         "format": _FORMAT,
@@ -106,7 +111,7 @@ def embed(settings: EmbedSettings, say: Say) -> EmbedResult:
     named = by_token and settings.output.suffix.lower() != ".npy"
     chunks = (_chunk(texts, bounds, index, parts, named) for index in missing)
     start = time.perf_counter()
-    dim, dtype, longest, notes = embedder.dim, embedder.dtype, embedder.max_seq_length, embedder.notes
+    dim, dtype, longest = embedder.dim, embedder.dtype, embedder.max_seq_length
     if processes > 1:
         del embedder  # the workers have models of their own
         results = make_chunks(settings.model, settings.embedder_settings(), chunks, processes, threads)
@@ -116,7 +121,7 @@ def embed(settings: EmbedSettings, say: Say) -> EmbedResult:
     seconds = time.perf_counter() - start
 
     try:
-        files = write_output(settings.output, parts, bounds, texts, dim=dim, by_token=by_token)
+        write_output(settings.files, parts, bounds, texts, dim=dim, by_token=by_token)
         totals = [parts.totals(index) for index in range(parts.count)]
         parts.delete()
     except OSError as error:
@@ -124,7 +129,7 @@ def embed(settings: EmbedSettings, say: Say) -> EmbedResult:
     new_texts = sum(bounds[index + 1] - bounds[index] for index in missing)
     return EmbedResult(
         model=settings.model,
-        files=[str(path) for path in files],
+        files=[str(path) for path in settings.files],
         sequences=len(texts),
         tokens=sum(total.tokens for total in totals),
         truncated=sum(total.truncated for total in totals),

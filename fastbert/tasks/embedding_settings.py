@@ -80,6 +80,12 @@ class EmbedSettings:
         if self.resume and self.overwrite:
             raise SettingsError("--resume goes on with a run and --overwrite begins anew: give one of them")
 
+    @property
+    def files(self) -> list[Path]:
+        """All that the run writes: the output, and at level "token" of ``.npy`` beside it the one of the offsets."""
+        offsets = self.level == "token" and self.output.suffix.lower() == ".npy"
+        return [self.output, self.output.with_suffix(".offsets.npy")] if offsets else [self.output]
+
     def deciding(self) -> dict[str, Any]:
         """What decides about the output beside model, input and kind of device: a run that goes on must have the same."""
         others = ("model", "inputs", "output", "num_processes", "device", "resume", "overwrite")
@@ -95,14 +101,14 @@ def parts_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.parts")
 
 
-def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+def check_output(settings: EmbedSettings) -> None:
     """Refuses, before any work, an output that must not be written.
 
-    Raises SettingsError where it, or what a run has left of it, is there and neither ``resume`` nor ``overwrite`` is set, where
-    there is nothing left to resume, and where the folder of parts holds files that are none of ours; OSError where the output
+    Raises SettingsError where it, or what a run has left of it, is there and neither ``resume`` nor ``overwrite`` is set, where the
+    run that ``resume`` means is done, and where the folder of parts holds files that are none of ours; OSError where the output
     cannot be written.
     """
-    folder = parts_folder(output)
+    output, folder = settings.output, parts_folder(settings.output)
     if output.is_dir():
         raise SettingsError(f"--output {output} is a folder; give the name of a file")
     if not output.absolute().parent.is_dir():
@@ -113,10 +119,12 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         raise SettingsError(
             f"{folder} holds files that are from no run of fastbert embed and are left alone: choose another --output"
         )
-    if resume and output.exists() and not folder.exists():
-        raise SettingsError(f"{output} is there and whole: there is nothing to resume (--overwrite makes it anew)")
-    if not (resume or overwrite):
-        if folder.exists():
-            raise SettingsError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite begins anew")
-        if output.exists():
-            raise SettingsError(f"{output} is there already: --overwrite makes it anew, --output names another file")
+    if settings.overwrite or (settings.resume and folder.exists()):
+        return
+    if folder.exists():
+        raise SettingsError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite begins anew")
+    for path in settings.files:
+        if path.exists() and settings.resume:
+            raise SettingsError(f"{path} is there and whole: there is nothing to resume (--overwrite makes it anew)")
+        if path.exists():
+            raise SettingsError(f"{path} is there already: --overwrite makes it anew, --output names another file")

@@ -27,11 +27,14 @@ from fastbert.train.run_folder import write_json
 
 from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
+from .glue_data import find_glue_splits, glue_sources
+from .glue_tasks import glue_task, is_glue_task
 from .model import load_model, quiet_transformers
 from .modes import Tuning, prepare_mode
 from .outputs import model_outputs
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .registry import save_task, task_for
+from .report import write_report
 from .settings import FinetuneSettings
 from .task import Task
 from .trainer import build_trainer
@@ -93,7 +96,7 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         "command_name": settings.command_name,
         "command": settings.command(),
         "settings": settings.to_dict(),
-        "data": {name: split.facts() for name, split in prepared.splits.items()},
+        "data": {name: split.facts(prepared.task) for name, split in prepared.splits.items()},
         "seeds": {},
         "notes": [],
     }
@@ -144,6 +147,11 @@ def task_of(settings: FinetuneSettings) -> Task:
 
 
 def sources_of(settings: FinetuneSettings) -> dict[str, Source]:
+    """The splits; those of a task of GLUE as its download calls them, the diagnostic set beside MNLI included."""
+    if is_glue_task(settings.task) and Path(settings.data).is_dir():
+        found = glue_sources(find_glue_splits(glue_task(settings.task), Path(settings.data)))
+        given = {"dev": settings.dev, "test": settings.test}
+        return {**found, **{name: Source(path=Path(path)) for name, path in given.items() if path is not None}}
     return find_splits(settings.data, dev=settings.dev, test=settings.test)
 
 
@@ -273,6 +281,7 @@ def _finish(
         adaptation=adaptation,
     )
     write_json(Path(settings.output) / RUN_NAME, {**document, "results": result.to_dict()})
+    write_report(settings, prepared, document["seeds"], result.to_dict(), say)
     for split, metrics in result.scores.items():
         say(f"{split}: " + ", ".join(_score_text(name, score) for name, score in metrics.items()))
     say(f"Model, tokenizer, predictions and scores: {settings.output}")

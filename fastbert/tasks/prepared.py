@@ -35,9 +35,10 @@ class Split:
     def tokens(self) -> int:
         return sum(_tokens(row["input_ids"]) for row in self.features.rows)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, task: Task) -> dict[str, Any]:
         """Counts, JSON-ready."""
         return {
+            "labels": task.label_counts(self.examples) if self.labelled else {},
             "source": self.examples.source,
             "examples": len(self.examples),
             "rows": len(self.features.rows),
@@ -91,7 +92,7 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
     for name, split in examples.items():
         features = task.features(split, tokenizer, max_seq_length, labelled=labelled[name])
         splits[name] = Split(name, split, features, labelled[name])
-        say(_line(splits[name], max_seq_length))
+        say(_line(splits[name].facts(task), name, max_seq_length))
     if task.labels:
         say(f"Labels ({len(task.labels)}): {', '.join(task.labels[:20])}{', ...' if len(task.labels) > 20 else ''}")
     return PreparedTask(task, tokenizer, max_seq_length, splits)
@@ -133,14 +134,13 @@ def _has_labels(examples: Examples) -> bool:
     return first is not None and any(getattr(first, field, None) is not None for field in ("label", "tags", "answers"))
 
 
-def _line(split: Split, max_seq_length: int) -> str:
-    facts = split.facts()
-    line = f"{split.name}: {facts['examples']:,} examples, {facts['tokens']:,} tokens ({facts['source']})"
+def _line(facts: dict[str, Any], name: str, max_seq_length: int) -> str:
+    line = f"{name}: {facts['examples']:,} examples, {facts['tokens']:,} tokens ({facts['source']})"
     if facts["rows"] != facts["examples"]:
         line += f", in {facts['rows']:,} rows of at most {max_seq_length} tokens"
     if facts["truncated"]:
         line += f"; {facts['truncated']:,} are longer than {max_seq_length} tokens and were cut"
-    return "; ".join([line, *split.features.notices])
+    return "; ".join([line, *facts["notices"]])
 
 
 def _tokens(ids: list[Any]) -> int:

@@ -13,6 +13,8 @@ from fastbert.train.errors import SettingsError
 from fastbert.train.run_folder import write_json
 
 from .choices import MultipleChoice
+from .glue_data import GlueTextTask, glue_text_fields
+from .glue_tasks import GLUE_TASKS, glue_task, is_glue_task
 from .questions import QuestionAnswering
 from .sequence import MULTI, REGRESSION, SINGLE, TextClassification
 from .task import Task
@@ -29,6 +31,7 @@ _MAKERS: dict[str, tuple[type[Task], dict[str, Any]]] = {
     "pos": (TokenClassification, {"entities": False}),
     "question-answering": (QuestionAnswering, {}),
     "multiple-choice": (MultipleChoice, {}),
+    **{task.name: (GlueTextTask, glue_text_fields(task)) for task in GLUE_TASKS},
 }
 TASK_NAMES = tuple(_MAKERS)
 # Fields of tasks that are tuples, which JSON makes lists of.
@@ -37,6 +40,8 @@ _TUPLES = ("labels", "header")
 
 def task_for(name: str, columns: Mapping[str, str] | None = None, **options: Any) -> Task:
     """The task of a name, with ``columns`` and other fields of it. Raises SettingsError for an unknown name."""
+    if is_glue_task(name):
+        name = glue_task(name).name  # in any spelling: SST-2
     if name not in _MAKERS:
         raise SettingsError(f"--task {name} is unknown; known are {', '.join(TASK_NAMES)}")
     maker, fields = _MAKERS[name]

@@ -96,7 +96,7 @@ class TextClassification(Task):
             return self
         if self.labels:
             return self
-        counts = label_counts(train)
+        counts = self.label_counts(train)
         if not counts or (self.problem == SINGLE and len(counts) == 1):
             held = f"holds {next(iter(counts))!r} in all {len(train)} rows" if counts else f"names no label in {len(train)} rows"
             raise train.error(None, "label", f"{held}: there is nothing to learn")
@@ -187,6 +187,20 @@ class TextClassification(Task):
             return metrics.multi_label_scores(logits > 0, targets > 0)
         return metrics.classification_scores(logits.argmax(1), targets, len(self.labels))
 
+    def label_counts(self, examples: Examples[TextExample]) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        if self.problem != REGRESSION:
+            for example in examples:
+                counts.update(example.label if isinstance(example.label, tuple) else (example.label,))  # type: ignore[arg-type]
+        return dict(counts)
+
+    def confusion(
+        self, predictions: Sequence[dict[str, Any]], examples: Examples[TextExample]
+    ) -> tuple[list[str], list[str]] | None:
+        if self.problem != SINGLE:
+            return None
+        return [str(example.label) for example in examples], [prediction["label"] for prediction in predictions]
+
     def predictions(self, outputs: Outputs, features: Features, examples: Examples[TextExample]) -> list[dict[str, Any]]:
         """``label`` (or ``labels``, ``score`` in regression) and ``probabilities`` by label."""
         return [self._prediction(np.asarray(logits, np.float64)) for logits in outputs]
@@ -205,14 +219,6 @@ class TextClassification(Task):
             "probability": float(probabilities[best]),
             "probabilities": dict(zip(self.labels, probabilities.tolist(), strict=True)),
         }
-
-
-def label_counts(examples: Examples[TextExample]) -> Counter[str]:
-    """How often each label stands in ``examples``."""
-    counts: Counter[str] = Counter()
-    for example in examples:
-        counts.update(example.label if isinstance(example.label, tuple) else (example.label,))  # type: ignore[arg-type]
-    return counts
 
 
 def _order(label: str) -> tuple[bool, float, str]:

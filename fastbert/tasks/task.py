@@ -87,6 +87,14 @@ class Task(ABC):
         """Metrics from 0 to 1 (correlations from -1); ``outputs``: for each row of features its logits, float32: (num_labels,) of a
         sequence, (length, num_labels) of tokens, (length, 2) of start and end, (num_choices,)."""
 
+    def label_counts(self, examples: Examples) -> dict[str, int]:
+        """How often each label stands in labelled ``examples``, where the task has labels."""
+        return {}
+
+    def confusion(self, predictions: Sequence[dict[str, Any]], examples: Examples) -> tuple[list[str], list[str]] | None:
+        """(true labels, predicted ones) of all that has exactly one label, in equal order; None where a task has no such thing."""
+        return None
+
     @abstractmethod
     def predictions(self, outputs: Outputs, features: Features, examples: Examples) -> list[dict[str, Any]]:
         """For each example what a user wants to read, JSON-ready: label and probabilities, entities, answer, ..."""

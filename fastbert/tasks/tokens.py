@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -170,6 +171,15 @@ class TokenClassification(Task):
         flat = [np.array([self._numbers[tag] for tags in side for tag in tags]) for side in (predicted, expected)]
         scores = metrics.classification_scores(flat[0], flat[1], len(self.labels))
         return {name: scores[name] for name in metrics.TAGS}
+
+    def label_counts(self, examples: Examples[WordsExample]) -> dict[str, int]:
+        return dict(Counter(tag for example in examples for tag in example.tags or ()))
+
+    def confusion(
+        self, predictions: Sequence[dict[str, Any]], examples: Examples[WordsExample]
+    ) -> tuple[list[str], list[str]] | None:
+        truth = [tag for example in examples for tag in example.tags or ()]
+        return truth, [tag for prediction in predictions for tag in prediction["tags"]]
 
     def predictions(self, outputs: Outputs, features: Features, examples: Examples[WordsExample]) -> list[dict[str, Any]]:
         """``words``, ``tags``, ``probabilities`` (of each tag) and, of BIO tags, ``entities``: type, text, start and

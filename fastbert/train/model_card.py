@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import BertConfig
@@ -24,7 +25,7 @@ def model_card(settings: PretrainSettings, result: PretrainResult, config: BertC
         "## Data",
         _data(settings, result.data),
         "## Training",
-        _table(_training_rows(settings, result, config)),
+        table(_training_rows(settings, result, config)),
         "## Scores on held-out text",
         _scores(result),
     ]
@@ -32,15 +33,25 @@ def model_card(settings: PretrainSettings, result: PretrainResult, config: BertC
         sections += ["## Held-out words filled in", _examples(result)]
     if result.comparison is not None:
         sections += ["## Compared with transformers", _comparison(result.comparison)]
-    sections += [
+    sections += closing_sections(settings.command(), result.versions)
+    return "\n\n".join(sections) + "\n"
+
+
+def closing_sections(command: str, versions: Mapping[str, str]) -> list[str]:
+    """What every card of fastbert ends with; ``versions``: of packages by their names."""
+    return [
         "## How to repeat it",
-        f"```\n{settings.command()}\n```",
-        ", ".join(f"{name} {version}" for name, version in result.versions.items()),
+        f"```\n{command}\n```",
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
         "## License",
         "The terms of these weights follow from the texts that they were trained on; whoever publishes them names the "
         "license here. fastbert itself is under Apache-2.0.",
     ]
-    return "\n\n".join(sections) + "\n"
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """A table of Markdown with names on the left."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def _metadata() -> str:
@@ -107,7 +118,7 @@ def _examples(result: PretrainResult) -> str:
 
 
 def _comparison(summary: dict[str, Any]) -> str:
-    return _table(
+    return table(
         [
             ("compared steps", f"{summary['compared_steps']:,}, dropout 0 in both, float32, transformers with sdpa"),
             ("real tokens/s, fastbert", f"{summary['tokens_per_second']:,.0f}"),
@@ -121,7 +132,3 @@ def _comparison(summary: dict[str, Any]) -> str:
             ("held-out masked LM loss, transformers", f"{summary['held_out']['transformers']['mlm_loss']:.4f}"),
         ]
     )
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -7,17 +7,13 @@ settings and results, ``compare.json`` with ``--compare``, and the newest checkp
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-
-import fastbert
 
 from .checkpoint import checkpoint_step, latest_checkpoint
 from .compare import Comparison, ComparisonReport
@@ -31,6 +27,7 @@ from .metrics import MetricsFile, read_metrics
 from .model_card import model_card
 from .plot import plot_losses
 from .prepare import PreparedData, Say, build_model, pick_device, prepare_data
+from .run_facts import device_name, versions
 from .run_folder import (
     CARD_NAME,
     COMPARISON_NAME,
@@ -43,8 +40,6 @@ from .run_folder import (
 )
 from .run_state import RunState, load_run
 from .settings import PretrainSettings, refuse_changed_settings
-
-REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -156,7 +151,7 @@ def _train(
     report = None if state.comparison is None else ComparisonReport.from_state(state.comparison)
     result = PretrainResult(
         output=str(output),
-        device=_device_name(model.device),
+        device=device_name(model.device),
         parameters=parameters,
         steps=state.step,
         tokens=state.tokens,
@@ -167,7 +162,7 @@ def _train(
         held_out=scores,
         examples=examples,
         comparison=None if report is None else report.summary(),
-        versions=_versions(),
+        versions=versions(),
     )
     _write_results(settings, result, model, data, report, say)
     _say_results(result, report, say)
@@ -230,14 +225,3 @@ def _scores_text(scores: dict[str, float]) -> str:
 def _model_text(model: PreTrainedModel) -> str:
     config = model.config
     return f"{config.num_hidden_layers} layers, {config.hidden_size} hidden, {config.num_attention_heads} heads"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
-    return {"fastbert": fastbert.__version__, "python": platform.python_version(), **packages}

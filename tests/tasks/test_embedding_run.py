@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-import torch
 
 from fastbert.data.errors import DataError
 from fastbert.tasks import embed as embed_module
@@ -42,14 +41,6 @@ def checkpoint(tmp_path_factory) -> Path:
 def small_chunks(monkeypatch):
     for level in ("sequence", "token"):
         monkeypatch.setitem(embed_module.CHUNK_CHARACTERS, level, 400)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -342,6 +333,14 @@ def test_a_bad_text_is_named_by_its_file_and_line(tmp_path, lines):
 def test_settings_that_cannot_work(options, message):
     with pytest.raises(SettingsError, match=message):
         EmbedSettings(**{"model": "m", "inputs": ("a.txt",), "output": Path("out.npy"), **options})
+
+
+def test_the_offsets_of_others_are_left_alone(checkpoint, lines, tmp_path):
+    (tmp_path / "out.offsets.npy").write_bytes(b"mine")
+    with pytest.raises(SettingsError, match="out.offsets.npy is there already"):
+        embed(settings_for(checkpoint, lines, tmp_path / "out.npy", level="token"), quiet)
+    assert (tmp_path / "out.offsets.npy").read_bytes() == b"mine"
+    embed(settings_for(checkpoint, lines, tmp_path / "out.npy"), quiet)
 
 
 def test_outputs_that_cannot_be_written(checkpoint, lines, tmp_path):

@@ -40,6 +40,11 @@ def test_a_classifier_learns_and_its_folder_predicts(toy_model, sentiment_folder
     lines = (folder / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 8
     assert not (folder / "checkpoints").exists()
+    for picture in ("learning_curves.png", "confusion.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and "![" in card and "accuracy" in card
+    assert "| pos | " in card  # how often each label occurs
     assert "packed rows" in "\n".join(said)
 
     predict = Predictor.from_pretrained(folder, device="cpu")
