@@ -162,6 +162,9 @@ class Embedder:
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a sequence of texts, not a single string")
+        texts, text_pairs = list(texts), None if text_pairs is None else list(text_pairs)
+        if text_pairs is not None and len(text_pairs) != len(texts):
+            raise ValueError(f"there are {len(texts)} texts and {len(text_pairs)} text_pairs; each text needs its own")
         bounds = self.chunk_bounds(texts, text_pairs)
         parts = [
             self.embed(texts[start:end], None if text_pairs is None else text_pairs[start:end])

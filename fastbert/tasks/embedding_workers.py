@@ -1,7 +1,9 @@
 """The chunks of a run on several processes, each with a model of its own and its share of the threads.
 
-A process takes a chunk when it is free, so that the slowest chunk holds up nobody; what a chunk's bytes are does not depend on who
-makes it. Processes talk through one pipe each: when the parent is gone, even killed, its workers find theirs closed and end.
+A process takes a chunk when it is free, so that the slowest chunk holds up nobody; a chunk's bytes do not depend on who makes it.
+(One thing could make them: the fastest matmul is measured for each number of threads, and another one may round otherwise;
+FASTBERT_CALIBRATION=off always takes the same one. On the CPUs seen so far it is only bfloat16 that differs.) Processes talk
+through one pipe each: when the parent is gone, even killed, its workers find theirs closed and end.
 """
 
 from __future__ import annotations

@@ -117,6 +117,14 @@ def test_truncation_is_counted(checkpoint):
     np.testing.assert_allclose(chunk.rows[0], plain_embedding(plain_layers(checkpoint, TEXTS[0], length=5)[0], "mean"), **CLOSE)
 
 
+def test_any_sequence_of_texts(checkpoint):
+    embedder = Embedder.from_pretrained(str(checkpoint), device="cpu")
+    np.testing.assert_array_equal(embedder(np.array(TEXTS)), embedder(TEXTS))
+    np.testing.assert_array_equal(embedder(iter(TEXTS), iter(TEXTS)), embedder(TEXTS, TEXTS))
+    with pytest.raises(ValueError, match="6 texts and 5 text_pairs"):
+        embedder(TEXTS, TEXTS[1:])
+
+
 def test_no_texts(checkpoint):
     assert Embedder.from_pretrained(str(checkpoint), device="cpu")([]).shape == (0, 32)
     assert Embedder.from_pretrained(str(checkpoint), level="token", device="cpu")([]) == []

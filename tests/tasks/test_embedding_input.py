@@ -6,11 +6,14 @@ import gzip
 import io
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from fastbert.data.errors import DataError
+from fastbert.data.sources import Source
+from fastbert.data.tables import Table
 from fastbert.tasks.embedding_input import read_texts
 
 
@@ -69,6 +72,20 @@ def test_a_file_that_is_not_there(tmp_path):
     for name in ("none.txt", "none/at/all"):
         with pytest.raises(DataError, match="no such file"):
             read_texts([str(tmp_path / name)])
+
+
+def test_names_of_datasets(monkeypatch, tmp_path):
+    asked = []
+
+    def read(source):
+        asked.append(source)
+        return Table(str(source), ("text",), [{"text": "One."}], ["row 1"])
+
+    monkeypatch.setattr("fastbert.tasks.embedding_input.read_table", read)
+    read_texts(["someone/reviews:full", "gone.jsonl", "a/b/c"], split="test")
+    assert asked == [
+        Source(dataset="someone/reviews:full", split="test"), Source(Path("gone.jsonl")), Source(Path("a/b/c")),
+    ]  # fmt: skip
 
 
 def test_standard_input(monkeypatch):

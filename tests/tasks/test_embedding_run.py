@@ -44,6 +44,13 @@ def small_chunks(monkeypatch):
 
 
 @pytest.fixture
+def smallest_chunks(small_chunks, monkeypatch):
+    """One text each."""
+    for level in ("sequence", "token"):
+        monkeypatch.setitem(embed_module.CHUNK_CHARACTERS, level, 1)
+
+
+@pytest.fixture
 def lines(tmp_path) -> Path:
     path = tmp_path / "lines.txt"
     path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
@@ -99,7 +106,7 @@ def test_npy_of_tokens(checkpoint, lines, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_tables(checkpoint, tmp_path, kind):
+def test_tables(checkpoint, tmp_path, kind, smallest_chunks):
     (tmp_path / "in.tsv").write_text("a\tb\n" + "".join(f"{text}\t{text[::2]}\n" for text in TEXTS), encoding="utf-8")
     output = tmp_path / f"out.{kind}"
     embed(settings_for(checkpoint, tmp_path / "in.tsv", output, text_column="a", text_pair_column="b"), quiet)
@@ -113,7 +120,7 @@ def test_tables(checkpoint, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_tables_of_words(checkpoint, tmp_path, kind):
+def test_tables_of_words(checkpoint, tmp_path, kind, smallest_chunks):
     words = [["word1", "word2word3"], ["word4"], ["word5", "\u200b", "word6"]]
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"words": row}) for row in words), encoding="utf-8")
     output = tmp_path / f"out.{kind}"
@@ -260,11 +267,20 @@ def test_resume_with_nothing_there_begins(checkpoint, lines, tmp_path):
 
 def test_a_run_that_was_killed_while_it_deleted_its_parts(checkpoint, many_lines, tmp_path, monkeypatch):
     output = tmp_path / "out.npy"
+    deleted = []
+
+    def killed(path, *args, unlink=Path.unlink, **kwargs):
+        if path.parent == parts_folder(output):
+            if deleted:
+                raise KeyboardInterrupt
+            deleted.append(path)
+        unlink(path, *args, **kwargs)
+
     with monkeypatch.context() as patch:
-        patch.setattr(embedding_parts.Parts, "delete", lambda parts: None)
-        embed(settings_for(checkpoint, many_lines, output), quiet)
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            embed(settings_for(checkpoint, many_lines, output), quiet)
     expected = output.read_bytes()
-    next(parts_folder(output).glob("chunk*")).unlink()
     result = embed(settings_for(checkpoint, many_lines, output, resume=True), quiet)
     assert result.resumed_chunks == result.chunks - 1 and output.read_bytes() == expected
 
