@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=["SST-2", "WNUT-17"])
-    parser.add_argument("--examples", type=int, default=3200, help="to train on, each task; dev sets are whole")
+    parser.add_argument("--examples", type=int, default=3200, help="of each split at most")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=3.0, help="of the runs whose scores are shown; 0 for none")
     parser.add_argument("--save", metavar="FOLDER")
@@ -66,8 +66,8 @@ def main() -> None:
 
 def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """One task: seconds of each contender's epochs, its memory, its scores."""
-    settings, inputs = prepared(name, given.data, learning_rate=None)
-    rows = inputs.train.features.rows[: given.examples]
+    settings, inputs = prepared(name, given.data, learning_rate=None, limit=given.examples)
+    rows = inputs.train.features.rows
     tokens = sum(len(row["input_ids"]) for row in rows)
     print(f"{name}: {len(rows):,} examples, {tokens:,} tokens")
     print(f"  {'':<30}{'s / epoch':>10}{'peak MB':>9}{'tokens/s':>10}  beside")
@@ -93,7 +93,7 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
         print(f"  {contender:<30}{figures['median_s']:>10.2f}{memory:>9}{rate:>10,.0f}  {beside}", flush=True)
     print(f"  {'head, first epoch':<30}{first_head:>10.2f}", flush=True)
     if given.epochs:
-        result["scores"] = scores(settings, inputs, rows, given.epochs)
+        result["scores"] = scores(settings, inputs, given.epochs)
     return result
 
 
@@ -160,11 +160,9 @@ def head_with_its_outputs(settings: FinetuneSettings, inputs: PreparedTask, rows
     return computed + epoch.seconds[0]
 
 
-def scores(settings: FinetuneSettings, inputs: PreparedTask, rows: list[dict[str, Any]], epochs: float) -> dict[str, Any]:
-    """Dev scores of each mode after a whole run on ``rows``, with the mode's own learning rate."""
-    training = inputs.train
-    few = replace(training, features=replace(training.features, rows=rows))
-    inputs = replace(inputs, splits={TRAIN: few, DEV: inputs.dev})
+def scores(settings: FinetuneSettings, inputs: PreparedTask, epochs: float) -> dict[str, Any]:
+    """Dev scores of each mode after a whole run, with the mode's own learning rate."""
+    inputs = replace(inputs, splits={TRAIN: inputs.train, DEV: inputs.dev})
     results = {}
     print(f"  after {epochs:g} epochs: learning rate, seconds (evaluations and checkpoints left out), dev scores")
     for mode in MODES:

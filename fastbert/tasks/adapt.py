@@ -31,7 +31,7 @@ from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
 from fastbert.train.errors import SettingsError
 from fastbert.train.run_folder import write_json
 
-from .model import load_config
+from .model import load_config, quiet_transformers
 
 ADAPTATION_NAME = "adaptation.json"
 MASKED = 0.15
@@ -129,7 +129,8 @@ def adapt(
     )
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
-    trainer.train()
+    with quiet_transformers():
+        trainer.train()
     seconds = time.perf_counter() - started
     epochs = float(trainer.state.epoch or 0)
     result = Adaptation(
@@ -145,8 +146,9 @@ def adapt(
         after=_scores(model, scored),
         notes=notes,
     )
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
+    with quiet_transformers():
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
     write_json(new / ADAPTATION_NAME, result.to_dict())
     shutil.rmtree(output, ignore_errors=True)
     os.replace(new, output)
@@ -202,14 +204,15 @@ def _masked_lm(name: str, tokenizer: PreTrainedTokenizerFast, max_seq_length: in
         raise SettingsError(
             f"--max-seq-length is {max_seq_length}, --model {name} has positions for {config.max_position_embeddings} tokens"
         )
-    model, loading = BertForMaskedLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    with quiet_transformers():
+        model, loading = BertForMaskedLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        encoder, loading_encoder = BertModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     notes = []
     new = sorted(key for key in loading["missing_keys"] if key.startswith("cls."))
     if new:
         tied = "; its decoder is the table of word embeddings" if config.tie_word_embeddings else ""
         notes.append(f"{name} has no head of a masked language model: a new one, with random weights ({', '.join(new)}){tied}")
-    encoder, loading = BertModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    if not any(key.startswith("pooler.") for key in loading["missing_keys"]):
+    if not any(key.startswith("pooler.") for key in loading_encoder["missing_keys"]):
         model.bert.pooler = encoder.pooler
     return model, notes
 

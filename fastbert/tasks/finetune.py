@@ -101,8 +101,11 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         "notes": [],
     }
     write_json(output / RUN_NAME, document)
-    without = train_without_adaptation(settings, say) if settings.adapt else None
-    trained = settings if without is None else replace(settings, model=str(adapted_model(settings, prepared, device, say)))
+    trained, without = settings, None
+    if settings.adapt:
+        trained = replace(settings, model=str(adapted_model(settings, prepared, device, say)))
+        without = train_without_adaptation(settings, say)
+        say("Fine-tuning the adapted checkpoint:")
     for seed in settings.seeds:
         if str(seed) in document["seeds"]:
             say(f"Seed {seed}: done before")

@@ -169,7 +169,11 @@ def test_finetune_adapts_first_and_reports_the_effect(toy_model, sentiment_folde
     assert written["results"]["adaptation"] == result.adaptation
     assert written["settings"]["model"] == str(toy_model)
 
-    # A run that is continued does not do it again.
+    # A corpus that cannot be read ends a run before anything is trained.
+    monkeypatch.setattr(finetune_module, "train_seed", None)
+    with pytest.raises(CorpusError, match="nowhere"):
+        finetune(FinetuneSettings(**{**values, "adapt": ("nowhere.txt",), "output": str(tmp_path / "bad")}), lambda line: None)
+    # A run that is continued does nothing again.
     monkeypatch.setattr(finetune_module, "adapt", None)
     more = finetune(FinetuneSettings(**values, resume=True, seeds=(0,)), lambda line: None)
     assert more.adaptation == result.adaptation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fastbert.tasks.model import TaskModel
 from fastbert.tasks.modes import prepare_mode, trained_parameters
 from fastbert.tasks.predictor import Predictor
 from fastbert.tasks.settings import FinetuneSettings
+from fastbert.tasks.trainer import FineTuning
 from fastbert.train.errors import SettingsError
 
 from ..model.helpers import small_config
@@ -193,3 +195,30 @@ def test_top_k_from_files_to_a_folder(toy_model, sentiment_folder, tmp_path):
     assert torch.equal(before.embeddings.word_embeddings.weight, after.embeddings.word_embeddings.weight)
     assert not torch.equal(before.encoder.layer[0].output.dense.weight, after.encoder.layer[0].output.dense.weight)
     assert after.config.hidden_dropout_prob == before.config.hidden_dropout_prob == 0.1
+
+
+@pytest.mark.parametrize("mode", ["head", "lora", "top-k"])
+def test_an_interrupted_run_is_resumed(toy_model, sentiment_folder, tmp_path, monkeypatch, mode):
+    """Stopped after two checkpoints; what resumes ends with the losses and scores of a run that was not stopped."""
+    if mode == "lora":
+        pytest.importorskip("peft")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    changes = {"mode": mode, "epochs": 4, **({"top_k_layers": 1} if mode == "top-k" else {})}
+    expected, _ = run(toy_model, sentiment_folder, tmp_path / "whole", **changes)
+    saved: list[str] = []
+    save = FineTuning._save_checkpoint
+
+    def save_twice(self, *arguments, **options):
+        save(self, *arguments, **options)
+        saved.append("checkpoint")
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(FineTuning, "_save_checkpoint", save_twice)
+        run(toy_model, sentiment_folder, tmp_path / "run", **changes)
+    result, _ = run(toy_model, sentiment_folder, tmp_path / "run", resume=True, **changes)
+    assert result.scores == expected.scores
+    logs = [json.loads((tmp_path / name / "run.json").read_text())["seeds"]["0"]["log"] for name in ("run", "whole")]
+    losses = [[row["loss"] for row in log if "loss" in row] for log in logs]
+    assert len(losses[0]) > 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)
