@@ -89,8 +89,8 @@ class Embedder:
 
     pooling: "mean" (the default), "cls", "max" or "last-4", see :mod:`fastbert.features.pooling`. level: "sequence", a row per
     text, or "token": a row per token, [CLS] and [SEP] included, or, of texts that are given as lists of words, a row per word,
-    that of its first piece; the rows are those of the last layer then, or with pooling "last-4" of the last four. Words that were cut off
-    with the end of their text have no row. normalize: rows get length 1.
+    that of its first piece; the rows are those of the last layer then, or with pooling "last-4" of the last four. Words
+    that were cut off with the end of their text have no row. normalize: rows get length 1.
     max_seq_length: tokens at most, [CLS] and [SEP] included; longer texts are cut; None: as many as the model has positions for.
     tokens_per_batch: of a packed batch at most, but for a text that is longer.
 
