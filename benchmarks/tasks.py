@@ -31,12 +31,12 @@ import torch
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from fastbert.data.sources import Source
-from fastbert.tasks.finetune import train_seed
+from fastbert.finetune.prepared import DEV, PreparedTask, prepare_task
+from fastbert.finetune.run import train_seed
+from fastbert.finetune.settings import FinetuneSettings
+from fastbert.finetune.trainer import build_trainer
 from fastbert.tasks.model import TaskModel, load_model
-from fastbert.tasks.prepared import DEV, PreparedTask, prepare_task
 from fastbert.tasks.registry import task_for
-from fastbert.tasks.settings import FinetuneSettings
-from fastbert.tasks.trainer import build_trainer
 
 from .ceilings import ceilings
 from .harness import interleaved, paired_ratio, quiet, summary, write_json, write_results

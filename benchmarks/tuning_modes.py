@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from fastbert.tasks.finetune import train_seed
-from fastbert.tasks.head_features import cache_folder
+from fastbert.finetune.head_features import cache_folder
+from fastbert.finetune.modes import prepare_mode
+from fastbert.finetune.prepared import DEV, TRAIN, PreparedTask
+from fastbert.finetune.run import train_seed
+from fastbert.finetune.settings import MODES, FinetuneSettings
+from fastbert.finetune.trainer import build_trainer
 from fastbert.tasks.model import TaskModel, load_model
-from fastbert.tasks.modes import prepare_mode
-from fastbert.tasks.prepared import DEV, TRAIN, PreparedTask
-from fastbert.tasks.settings import MODES, FinetuneSettings
-from fastbert.tasks.trainer import build_trainer
 
 from .harness import interleaved, paired_ratio, quiet, summary, write_results
 from .machine import machine

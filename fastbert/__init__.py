@@ -29,6 +29,8 @@ _HOMES = {
     "register": "fastbert.model.register",
     "unregister": "fastbert.model.register",
     "DataCollatorWithPacking": "fastbert.data.collator",
+    "Predictor": "fastbert.tasks.predictor",
+    "Embedder": "fastbert.features.embedder",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import BertConfig
 
     from .data.collator import DataCollatorWithPacking
+    from .features.embedder import Embedder
     from .model.accelerate import accelerate, restore
     from .model.bert import BertModel
     from .model.explain import explain
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from .model.lm_heads import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
     from .model.quantize import quantize
     from .model.register import register, unregister
+    from .tasks.predictor import Predictor
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .toys import entity_folder, sentiment_folder, toy_model, toy_tokenizer  # noqa: F401 (fixtures)
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     # At once: a kernel is interpreted or compiled for good when it is imported, and a test may change the variable before that.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastbert.tasks.settings import DTYPES, MODES, FinetuneSettings
+from fastbert.finetune.settings import DTYPES, MODES, FinetuneSettings
 
 from .app import app
 from .command import CommandResult, DebugOption, JsonOption, Say, SeveralValuesCommand, given_options, run_command
@@ -98,7 +98,7 @@ def finetune(
 
     def body(say: Say) -> CommandResult:
         settings = FinetuneSettings(**given)
-        from fastbert.tasks.finetune import finetune as run
+        from fastbert.finetune.run import finetune as run
         from fastbert.train.memory import keep_freed_memory
 
         keep_freed_memory()  # this process does nothing else; where it cannot be, training is a little slower

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastbert.tasks.glue.settings import GlueSettings
-from fastbert.tasks.glue.tasks import GLUE_TASKS
-from fastbert.tasks.settings import DTYPES, MODES
+from fastbert.finetune.settings import DTYPES, MODES
+from fastbert.glue.settings import GlueSettings
+from fastbert.tasks.glue_tasks import GLUE_TASKS
 from fastbert.train.errors import SettingsError
 
 from .app import app
@@ -88,7 +88,7 @@ def glue(
 def run_glue(given: dict[str, Any], say: Say) -> CommandResult:
     """Runs the command with the options ``given`` by name."""
     settings = settings_from_options(given)
-    from fastbert.tasks.glue.run import glue as run
+    from fastbert.glue.run import glue as run
     from fastbert.train.memory import keep_freed_memory
 
     keep_freed_memory()  # this process does nothing else; where it cannot be, training is a little slower
@@ -106,7 +106,7 @@ def settings_from_options(given: dict[str, Any]) -> GlueSettings:
 
     Raises :class:`SettingsError` for values that cannot work and for options that a continued run cannot change.
     """
-    from fastbert.tasks.folder import read_run
+    from fastbert.finetune.folder import read_run
 
     run = read_run(Path(given.get("output", GlueSettings.output))) if given.get("resume") else None
     values = {**(run or {}).get("settings", {}), "overwrite": False, **given}

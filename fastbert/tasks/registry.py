@@ -13,8 +13,8 @@ from fastbert.train.errors import SettingsError
 from fastbert.train.run_folder import write_json
 
 from .choices import MultipleChoice
-from .glue.data import GlueTextTask, glue_text_fields
-from .glue.tasks import GLUE_TASKS, glue_task, is_glue_task
+from .glue_data import GlueTextTask, glue_text_fields
+from .glue_tasks import GLUE_TASKS, glue_task, is_glue_task
 from .questions import QuestionAnswering
 from .sequence import MULTI, REGRESSION, SINGLE, TextClassification
 from .task import Task

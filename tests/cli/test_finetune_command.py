@@ -11,15 +11,13 @@ from typer.testing import CliRunner
 
 from fastbert.cli.main import app
 
-from ..tasks.conftest import sentiment_folder, toy_model, toy_tokenizer  # noqa: F401 (fixtures)
-
 
 def run(*arguments: object, **options):
     return CliRunner().invoke(app, [*map(str, arguments)], **options)
 
 
 @pytest.fixture
-def trained(toy_model: Path, sentiment_folder: Path, tmp_path: Path) -> Path:  # noqa: F811
+def trained(toy_model: Path, sentiment_folder: Path, tmp_path: Path) -> Path:
     output = tmp_path / "run"
     done = run(
         "finetune", "--task", "sentiment", "--model", toy_model, "--data", sentiment_folder, "--output", output, "--epochs", 8,

@@ -9,14 +9,13 @@ from typer.testing import CliRunner
 
 from fastbert.cli.main import app
 
-from ..tasks.conftest import toy_model, toy_tokenizer  # noqa: F401 (fixtures)
-from ..tasks.glue.helpers import write_toy_glue, write_tsv
+from ..glue.helpers import write_toy_glue, write_tsv
 
 OPTIONS = ["--max-seq-length", "32", "--epochs", "1", "--batch-size", "8", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory, toy_model) -> list[str]:  # noqa: F811
+def toy(tmp_path_factory, toy_model) -> list[str]:
     """--data and --model of toys."""
     return ["--data", str(write_toy_glue(tmp_path_factory.mktemp("GLUE"))), "--model", str(toy_model)]
 
@@ -89,7 +88,7 @@ def test_ctrl_c_says_how_to_go_on(toy, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastbert.tasks.glue.run.finetune", interrupted)
+    monkeypatch.setattr("fastbert.glue.run.finetune", interrupted)
     run = glue(*toy, *OPTIONS, "--output", str(tmp_path / "run"), "--tasks", "wnli", "--json")
     assert run.exit_code == 130
     error = last_line(run.stdout)["error"]

@@ -14,7 +14,7 @@ from fastbert.tasks.outputs import model_outputs
 from fastbert.tasks.registry import load_task, save_task, task_for
 from fastbert.train.errors import SettingsError
 
-from .conftest import sentiment_lines
+from ..toys import sentiment_lines
 
 TASKS = {
     "text": task_for("sentiment", labels=("neg", "pos", "so so")),

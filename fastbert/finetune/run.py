@@ -1,0 +1,306 @@
+"""``fastbert finetune``: labelled data and a checkpoint in, a model with scores, predictions, pictures and a card out.
+
+read, check and tokenize everything (:mod:`.prepared`) -> for each seed: model, training with transformers' Trainer on packed rows,
+the best checkpoint -> the scores of all splits -> the output folder. It holds the model of the best seed with its tokenizer and
+``task.json`` (what ``fastbert predict`` needs), ``run.json`` with settings and results, predictions, pictures and a model card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from fastbert.data.sources import Source
+from fastbert.data.splits import find_splits
+from fastbert.tasks.glue_data import find_glue_splits, glue_sources
+from fastbert.tasks.glue_tasks import glue_task, is_glue_task
+from fastbert.tasks.model import load_model, quiet_transformers
+from fastbert.tasks.outputs import model_outputs
+from fastbert.tasks.registry import save_task, task_for
+from fastbert.tasks.task import Task
+from fastbert.train.errors import SettingsError
+from fastbert.train.prepare import pick_device
+from fastbert.train.run_folder import write_json
+
+from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
+from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
+from .modes import Tuning, prepare_mode
+from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
+from .report import write_report
+from .settings import FinetuneSettings
+from .trainer import build_trainer
+
+ADAPTED, WITHOUT_ADAPTATION = "adapted", "without-adaptation"
+_ON_RESUME = ("resume", "overwrite", "output", "device")
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One training. ``scores``: by split, then metric; ``steps``: optimizer steps; ``train_seconds``: without evaluation and
+    checkpoints; ``log``: transformers' log_history."""
+
+    seed: int
+    scores: dict[str, dict[str, float]]
+    best_step: int
+    steps: int
+    epochs: float
+    train_seconds: float
+    tokens_per_second: float
+    log: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """``scores``: of each split and metric the mean, the standard deviation over seeds and the single values; ``best_seed``: whose
+    model lies in ``output``; ``adaptation``: with ``settings.adapt``, an :class:`~.adapt.Adaptation` and its ``effect``."""
+
+    output: str
+    task: str
+    main_metric: str
+    best_seed: int
+    scores: dict[str, dict[str, dict[str, Any]]]
+    seeds: list[dict[str, Any]]
+    data: dict[str, Any]
+    notes: list[str]
+    adaptation: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
+    """Runs, or with ``settings.resume`` continues, a fine-tuning; ``say`` gets lines for people.
+
+    Raises :class:`SettingsError` for what cannot be done as asked and DataError for bad data, both before anything is trained.
+    """
+    output = Path(settings.output)
+    run = check_folder(output, settings.command_name, resume=settings.resume, overwrite=settings.overwrite)
+    if run is not None:
+        _refuse_changes(settings, run)
+    device = pick_device(settings.device)
+    prepared = prepare_task(task_of(settings), sources_of(settings), settings, say)
+    main_metric(settings, prepared.task)
+    if settings.overwrite:
+        delete_folder(output)
+    output.mkdir(parents=True, exist_ok=True)
+    document = run or {
+        "command_name": settings.command_name,
+        "command": settings.command(),
+        "settings": settings.to_dict(),
+        "data": {name: split.facts(prepared.task) for name, split in prepared.splits.items()},
+        "seeds": {},
+        "notes": [],
+    }
+    write_json(output / RUN_NAME, document)
+    trained, without = settings, None
+    if settings.adapt:
+        trained = replace(settings, model=str(adapted_model(settings, prepared, device, say)))
+        without = train_without_adaptation(settings, say)
+        say("Fine-tuning the adapted checkpoint:")
+    for seed in settings.seeds:
+        if str(seed) in document["seeds"]:
+            say(f"Seed {seed}: done before")
+            continue
+        result, tuning = train_seed(trained, prepared, seed, device, say)
+        metric = main_metric(settings, prepared.task)
+        best = best_seed(document["seeds"], metric)
+        document["notes"] = list(tuning.whole.notes)
+        if best is None or result.scores[DEV][metric] > document["seeds"][best]["scores"][DEV][metric]:
+            save_model(tuning, prepared, output, settings)
+        document["seeds"][str(seed)] = result.__dict__
+        write_json(output / RUN_NAME, document)
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    return _finish(settings, prepared, document, without, say)
+
+
+def train_without_adaptation(settings: FinetuneSettings, say: Say) -> FinetuneResult:
+    """The same run on the checkpoint as it is, in a folder of its own: what the effect of adaptation is measured against."""
+    folder = Path(settings.output) / WITHOUT_ADAPTATION
+    say("Fine-tuning without adaptation, to compare with:")
+    resume = settings.resume and read_run(folder) is not None
+    return finetune(replace(settings, adapt=(), adapt_steps=None, output=str(folder), resume=resume, overwrite=False), say)
+
+
+def adapted_model(settings: FinetuneSettings, prepared: PreparedTask, device: torch.device, say: Say) -> Path:
+    """The folder of the checkpoint adapted to ``settings.adapt``; what a resumed run has there already is taken."""
+    folder = Path(settings.output) / ADAPTED
+    if not (folder / ADAPTATION_NAME).is_file():
+        length = min(LONGEST, prepared.max_seq_length)
+        options = {"steps": settings.adapt_steps, "max_seq_length": length, "seed": settings.seeds[0], "dtype": settings.dtype}
+        adapt(settings.model, settings.adapt, folder, **options, device=device, say=say)
+    return folder
+
+
+def task_of(settings: FinetuneSettings) -> Task:
+    """The task that ``settings`` name, with their columns."""
+    names = {"text": settings.text_column, "text_pair": settings.text_pair_column, "label": ",".join(settings.label_column) or None}
+    task = task_for(settings.task)
+    if task.family == "words":
+        names = {"words": settings.text_column, "tags": names["label"]}
+    return task_for(settings.task, {field: name for field, name in names.items() if name is not None})
+
+
+def sources_of(settings: FinetuneSettings) -> dict[str, Source]:
+    """The splits; those of a task of GLUE as its download calls them, the diagnostic set beside MNLI included."""
+    if is_glue_task(settings.task) and Path(settings.data).is_dir():
+        found = glue_sources(find_glue_splits(glue_task(settings.task), Path(settings.data)))
+        given = {"dev": settings.dev, "test": settings.test}
+        return {**found, **{name: Source(path=Path(path)) for name, path in given.items() if path is not None}}
+    return find_splits(settings.data, dev=settings.dev, test=settings.test)
+
+
+def main_metric(settings: FinetuneSettings, task: Task) -> str:
+    """What chooses the best checkpoint. Raises SettingsError for a score that the task has not."""
+    if settings.metric is not None and settings.metric not in task.metric_names:
+        raise SettingsError(f"--metric {settings.metric} is no score of {task.name}; it has {', '.join(task.metric_names)}")
+    return settings.metric or task.main_metric
+
+
+def train_seed(
+    settings: FinetuneSettings,
+    prepared: PreparedTask,
+    seed: int,
+    device: torch.device,
+    say: Say,
+    *,
+    fast: bool = True,
+    **changes: Any,
+) -> tuple[SeedResult, Tuning]:
+    """Trains one model and scores its best checkpoint; ``fast`` False: transformers' own model, on padded batches. ``changes``: to
+    transformers' TrainingArguments."""
+    set_seed(seed)
+    loaded = load_model(settings.model, prepared.task, fast=fast)
+    loaded.model.to(device)
+    say(f"Seed {seed}: {type(loaded.model).__name__}, {'packed rows' if loaded.packed else 'padded batches'}, on {device}")
+    for note in loaded.notes:
+        say(f"  {note}")
+    metric, family = main_metric(settings, prepared.task), prepared.task.family
+    autocast = torch.bfloat16 if settings.dtype == "bfloat16" else None
+    rows = {name: split.features.rows for name, split in prepared.splits.items()}
+    tuning = prepare_mode(loaded, rows, settings, family=family, say=say)
+
+    def score(split: Split = prepared.dev) -> dict[str, float]:
+        outputs = model_outputs(tuning.trained, tuning.rows[split.name], family=family, autocast=autocast)
+        return prepared.task.scores(outputs, split.features, split.examples)
+
+    checkpoints = Path(settings.output) / CHECKPOINTS / f"seed-{seed}"
+    trainer = build_trainer(
+        tuning.trained, tuning.rows[TRAIN], settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes
+    )
+    started = time.perf_counter()
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=_resumable(checkpoints) if settings.resume else None)
+    seconds = time.perf_counter() - started - trainer.aside_seconds
+    state = trainer.state
+    scores = {name: score(split) for name, split in prepared.splits.items() if split.labelled and name != TRAIN}
+    result = SeedResult(
+        seed=seed,
+        scores=scores,
+        best_step=state.best_global_step or state.global_step,
+        steps=state.global_step,
+        epochs=float(state.epoch or 0),
+        train_seconds=seconds,
+        tokens_per_second=prepared.train.tokens * float(state.epoch or 0) / seconds,
+        log=state.log_history,
+    )
+    return result, tuning
+
+
+def _resumable(checkpoints: Path) -> str | None:
+    """The newest checkpoint that the Trainer finished writing."""
+    finished = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    newest = max(finished, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)
+
+
+def save_model(tuning: Tuning, prepared: PreparedTask, output: Path, settings: FinetuneSettings) -> None:
+    """Model, tokenizer, task and the predictions of every split but the training data, moved into ``output`` when all are there."""
+    new = new_folder(output)
+    autocast = torch.bfloat16 if settings.dtype == "bfloat16" else None
+    for name, split in prepared.splits.items():
+        if name != TRAIN:
+            outputs = model_outputs(tuning.trained, tuning.rows[name], family=prepared.task.family, autocast=autocast)
+            predictions = prepared.task.predictions(outputs, split.features, split.examples)
+            write_jsonl(new / f"predictions_{name}.jsonl", predictions)
+    with quiet_transformers():
+        final = tuning.finish(new)
+        final.model.save_pretrained(new)
+        final.tokenizer.save_pretrained(new)
+    save_task(prepared.task, prepared.max_seq_length, new)
+    move_in(new, output)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def best_seed(seeds: dict[str, Any], metric: str) -> str | None:
+    return max(seeds, key=lambda seed: seeds[seed]["scores"][DEV][metric], default=None)
+
+
+def summary(seeds: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By split and metric: mean, std (of a sample; None for one seed) and the values of all seeds."""
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    for split, metrics in seeds[0]["scores"].items():
+        scores[split] = {}
+        for name in metrics:
+            values = [seed["scores"][split][name] for seed in seeds]
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            scores[split][name] = {"mean": statistics.fmean(values), "std": spread, "values": values}
+    return scores
+
+
+def _finish(
+    settings: FinetuneSettings, prepared: PreparedTask, document: dict[str, Any], without: FinetuneResult | None, say: Say
+) -> FinetuneResult:
+    metric = main_metric(settings, prepared.task)
+    seeds = [document["seeds"][str(seed)] for seed in settings.seeds]
+    adaptation = None
+    if without is not None:
+        adaptation = json.loads((Path(settings.output) / ADAPTED / ADAPTATION_NAME).read_text(encoding="utf-8"))
+        adaptation["effect"] = effect(without.scores, summary(seeds), say)
+    result = FinetuneResult(
+        output=settings.output,
+        task=prepared.task.name,
+        main_metric=metric,
+        best_seed=int(best_seed(document["seeds"], metric)),  # type: ignore[arg-type]
+        scores=summary(seeds),
+        seeds=[{key: value for key, value in seed.items() if key != "log"} for seed in seeds],
+        data=document["data"],
+        notes=document["notes"],
+        adaptation=adaptation,
+    )
+    write_json(Path(settings.output) / RUN_NAME, {**document, "results": result.to_dict()})
+    write_report(settings, prepared, document["seeds"], result.to_dict(), say)
+    for split, metrics in result.scores.items():
+        say(f"{split}: " + ", ".join(_score_text(name, score) for name, score in metrics.items()))
+    say(f"Model, tokenizer, predictions and scores: {settings.output}")
+    return result
+
+
+def _score_text(name: str, score: dict[str, Any]) -> str:
+    return f"{name} {score['mean']:.4f}" + ("" if score["std"] is None else f" +- {score['std']:.4f}")
+
+
+def _refuse_changes(settings: FinetuneSettings, run: dict[str, Any]) -> None:
+    now, before = settings.to_dict(), run["settings"]
+    changed = [
+        f"--{name.replace('_', '-')} was {before.get(name)!r} and is now {value!r}"
+        for name, value in now.items()
+        if name not in _ON_RESUME and value != before.get(name)
+    ]
+    if changed:
+        raise SettingsError(f"cannot resume {settings.output} with other settings: {'; '.join(changed)}")

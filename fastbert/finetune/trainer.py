@@ -1,0 +1,133 @@
+"""transformers' Trainer, with scores of whole examples: several rows may be one example, and packed rows are several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from fastbert.tasks.model import TaskModel
+
+from .settings import FinetuneSettings
+
+Say = Callable[[str], None]
+Score = Callable[[], dict[str, float]]
+
+
+class FineTuning(Trainer):
+    """``score``: the dev scores of the model as it is; what chooses the best checkpoint and stops early is among them.
+
+    ``aside_seconds``: spent on evaluation and checkpoints, so that what is left is training.
+    """
+
+    def __init__(self, *args: Any, score: Score, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.score = score
+        self.aside_seconds = 0.0
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        started = time.perf_counter()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.aside_seconds += time.perf_counter() - started
+        return metrics
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        started = time.perf_counter()
+        super()._save_checkpoint(*args, **kwargs)
+        self.aside_seconds += time.perf_counter() - started
+
+
+class Lines(TrainerCallback):
+    """Says the scores of each evaluation, in place of transformers' dictionaries on stdout; with a progress bar on a terminal."""
+
+    def __init__(self, say: Say, metric: str) -> None:
+        self.say, self.metric = say, metric
+        self.loss = float("nan")
+        self.bar = tqdm(disable=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        shown = None if state.is_world_process_zero else True  # None: where stderr is a terminal
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=shown, leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        self.loss = logs.get("loss", self.loss)
+        score = logs.get(f"eval_{self.metric}")
+        if score is not None and state.is_world_process_zero:
+            others = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+            rest = "".join(f", {key} {value:.4f}" for key, value in others.items() if key != self.metric)
+            self.bar.clear()
+            self.say(f"  step {state.global_step:,}: loss {self.loss:.4f}, dev {self.metric} {score:.4f}{rest}")
+
+
+def build_trainer(
+    loaded: TaskModel,
+    rows: list[dict[str, Any]],
+    settings: FinetuneSettings,
+    seed: int,
+    *,
+    metric: str,
+    score: Score,
+    folder: Path,
+    say: Say,
+    **changes: Any,
+) -> FineTuning:
+    """A Trainer of ``loaded`` on the features ``rows``; checkpoints go to ``folder``. ``metric``: of ``score`` the one, the
+    higher the better, that the best checkpoint has; ``changes``: to transformers' TrainingArguments."""
+    by_steps = settings.eval_steps is not None
+    steps_in_epoch = -(-len(rows) // (settings.batch_size * settings.gradient_accumulation_steps))
+    arguments: dict[str, Any] = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.effective_learning_rate,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        eval_strategy="steps" if by_steps else "epoch",
+        eval_steps=settings.eval_steps,
+        save_strategy="steps" if by_steps else "epoch",
+        save_steps=settings.eval_steps or 500,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=True,
+        logging_steps=max(1, min(50, steps_in_epoch // 10)),
+        seed=seed,
+        bf16=settings.dtype == "bfloat16",
+        use_cpu=loaded.model.device.type == "cpu" and not torch.cuda.is_available() or settings.device == "cpu",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    arguments = TrainingArguments(**(arguments | changes))
+    callbacks: list[TrainerCallback] = [Lines(say, metric)]
+    if settings.early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(settings.early_stopping))
+    trainer = FineTuning(
+        loaded.model,
+        arguments,
+        train_dataset=rows,
+        eval_dataset=rows[:1],  # Trainer wants one; ``score`` has its own
+        data_collator=loaded.collate,
+        processing_class=loaded.tokenizer,
+        callbacks=callbacks,
+        score=score,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

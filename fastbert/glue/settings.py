@@ -1,0 +1,79 @@
+"""Every setting of a GLUE run: defaults and checks. Nothing here imports torch or transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from fastbert.finetune.settings import FinetuneSettings
+from fastbert.tasks.glue_tasks import GlueTask, glue_task
+from fastbert.train.command_settings import CommandSettings, option
+from fastbert.train.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueSettings(CommandSettings):
+    """The settings of ``fastbert glue``; the command's options carry the same names, and those of fine-tuning mean the same there.
+
+    ``data``: a folder laid out as GLUE's own download. ``tasks``: names in any spelling, empty for all nine. ``seeds``: a model of
+    each task for each of them. ``limit``: examples of each split that are used, for a quick look.
+
+    Raises :class:`SettingsError`, naming the setting, for a value or a combination that cannot work.
+    """
+
+    data: str
+    model: str
+    output: str = "runs/glue"
+    tasks: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = FinetuneSettings.seeds
+    mode: str = FinetuneSettings.mode
+    top_k_layers: int | None = None
+    lora_r: int | None = None
+    lora_alpha: int | None = None
+    epochs: float = FinetuneSettings.epochs
+    batch_size: int = FinetuneSettings.batch_size
+    learning_rate: float | None = None
+    max_seq_length: int = 128
+    dtype: str = FinetuneSettings.dtype
+    limit: int | None = None
+    device: str = FinetuneSettings.device
+    resume: bool = False
+    overwrite: bool = False
+
+    command_name: ClassVar[str] = "glue"
+    # What a continued run may ask for anew: it leaves the models as they are that are there.
+    changeable_on_resume: ClassVar[tuple[str, ...]] = ("output", "tasks", "seeds", "device", "resume", "overwrite")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(glue_task(name).name for name in self.tasks))
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        if len(set(self.tasks)) < len(self.tasks):
+            raise SettingsError(f"--tasks is {' '.join(self.tasks)}; each of them once")
+        self.check_resume_or_overwrite()
+        self.check_seeds()
+        self.of_pair(glue_task("cola"), 0, model=self.model, data=Path(self.data), output=Path(self.output))
+
+    def check_seeds(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise SettingsError(f"--seeds is {' '.join(map(str, self.seeds)) or 'empty'}; it must be different numbers from 0 on")
+
+    def of_pair(self, task: GlueTask, seed: int, *, model: str, data: Path, output: Path) -> FinetuneSettings:
+        """The fine-tuning of one task with one seed, from ``model`` on the files of the folder ``data``.
+
+        Raises SettingsError for what fine-tuning refuses.
+        """
+        own = {"data", "model", "output", "tasks", "seeds", "resume", "overwrite"}
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in own}
+        return FinetuneSettings(task=task.name, model=model, data=str(data), output=str(output), seeds=(seed,), **shared)
+
+    def refuse_changes(self, run_settings: dict) -> None:
+        """Raises SettingsError naming what a continued run asks for differently from the run in its folder."""
+        changed = [
+            f"{option(name)} was {run_settings.get(name)!r} and is now {value!r}"
+            for name, value in self.to_dict().items()
+            if name not in self.changeable_on_resume and value != run_settings.get(name)
+        ]
+        if changed:
+            raise SettingsError(f"cannot resume {self.output} with other settings: {'; '.join(changed)}")

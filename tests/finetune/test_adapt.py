@@ -1,0 +1,179 @@
+"""Domain adaptation: a checkpoint that knows the domain's text better, and a report of what that is worth."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import fastbert
+from fastbert.data.errors import CorpusError
+from fastbert.data.tokens import TokenizedCorpus
+from fastbert.finetune import adapt as module
+from fastbert.finetune import run as finetune_module
+from fastbert.finetune.adapt import ADAPTATION_NAME, adapt, effect, sequences
+from fastbert.finetune.run import finetune
+from fastbert.finetune.settings import FinetuneSettings
+from fastbert.train.errors import SettingsError
+
+from ..toys import BAD, GOOD, NOUNS
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """40 documents in which every noun has one adjective."""
+    draw = random.Random(0)
+    adjective = dict(zip(NOUNS, GOOD + BAD, strict=False))
+    documents = []
+    for _ in range(40):
+        nouns = draw.choices(NOUNS, k=12)
+        documents.append(" ".join(f"the {noun} is {adjective[noun]} ." for noun in nouns))
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    return path
+
+
+def run(toy_model, corpus, output, **changes):
+    said: list[str] = []
+    options = {"steps": 60, "max_seq_length": 32, "batch_size": 8, "learning_rate": 1e-2, "say": said.append, **changes}
+    return adapt(str(toy_model), [str(corpus)], output, **options), said
+
+
+def test_documents_are_cut_into_sequences_of_about_the_same_length(toy_tokenizer):
+    sizes = [1, 30, 31, 100, 5]
+    ids = np.arange(sum(sizes)).astype(np.uint16)
+    # Sentences of one token each.
+    corpus = TokenizedCorpus(ids, np.arange(len(ids) + 1), np.cumsum([0, *sizes]))
+    rows = sequences(corpus, toy_tokenizer, 32)
+    lengths = [len(row["input_ids"]) - 2 for row in rows]
+    assert lengths == [1, 30, 16, 15, 25, 25, 25, 25, 5]
+    assert np.array_equal(np.concatenate([row["input_ids"][1:-1] for row in rows]), ids)
+    assert {int(row["input_ids"][0]) for row in rows} == {toy_tokenizer.cls_token_id}
+    assert {int(row["input_ids"][-1]) for row in rows} == {toy_tokenizer.sep_token_id}
+
+
+def test_it_learns_the_domain_and_leaves_a_checkpoint(toy_model, corpus, tmp_path):
+    output = tmp_path / "adapted"
+    result, said = run(toy_model, corpus, output)
+    assert result.after["loss"] < result.before["loss"] - 0.5
+    assert result.after["accuracy"] > result.before["accuracy"]
+    assert result.steps == 60 and result.documents == 40 and result.tokens_per_second > 0
+    assert result.held_out_tokens / (result.train_tokens + result.held_out_tokens) == pytest.approx(0.05, abs=0.03)
+    assert "loss" in said[-1] and f"{result.after['loss']:.3f}" in said[-1]
+    assert json.loads((output / ADAPTATION_NAME).read_text(encoding="utf-8")) == result.to_dict()
+
+    # The checkpoint had no head, and was told so; what it had besides the encoder is still there.
+    (note,) = result.notes
+    assert "cls.predictions.transform.dense.weight" in note and "table of word embeddings" in note
+    assert any(note in line for line in said)
+    before, after = (fastbert.BertModel.from_pretrained(folder) for folder in (toy_model, output))
+    assert torch.equal(before.pooler.dense.weight, after.pooler.dense.weight)
+    assert not torch.equal(before.encoder.layer[0].output.dense.weight, after.encoder.layer[0].output.dense.weight)
+    theirs, loading = transformers.BertForMaskedLM.from_pretrained(output, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert len(transformers.AutoTokenizer.from_pretrained(output)) == theirs.config.vocab_size
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+    # It goes on from there, and this time there is a head.
+    again, _ = run(output, corpus, tmp_path / "again", steps=1)
+    assert again.notes == []
+    assert again.before == pytest.approx(result.after)
+
+
+def test_before_and_after_are_scored_on_the_same_masks(toy_model, corpus, tmp_path):
+    result, _ = run(toy_model, corpus, tmp_path / "adapted", steps=2, learning_rate=1e-30)
+    assert result.after == result.before
+
+
+def test_an_epoch_where_no_steps_are_named(toy_model, corpus, tmp_path):
+    result, _ = run(toy_model, corpus, tmp_path / "adapted", steps=None)
+    assert result.epochs == 1.0
+    assert 1 < result.steps < 60
+
+
+def test_a_new_head_learns_alone_at_first(toy_model, corpus, tmp_path, monkeypatch):
+    before = fastbert.BertModel.from_pretrained(toy_model).state_dict()
+
+    def same_encoder(folder: Path) -> bool:
+        return all(torch.equal(x, before[name]) for name, x in fastbert.BertModel.from_pretrained(folder).state_dict().items())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "HEAD_FIRST", 1.0)
+        run(toy_model, corpus, tmp_path / "head", steps=6)
+    assert same_encoder(tmp_path / "head")
+    scales = transformers.BertForMaskedLM.from_pretrained(tmp_path / "head").cls.predictions.transform.LayerNorm.weight
+    assert not torch.equal(scales, torch.ones_like(scales))
+    run(toy_model, corpus, tmp_path / "few", steps=2)
+    assert not same_encoder(tmp_path / "few")
+    # A head that was there already needs no such time.
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "HEAD_FIRST", 1.0)
+        run(tmp_path / "head", corpus, tmp_path / "both", steps=6)
+    assert not same_encoder(tmp_path / "both")
+
+
+def test_an_interrupted_run_leaves_no_checkpoint(toy_model, corpus, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.BertForMaskedLM, "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(toy_model, corpus, tmp_path / "adapted", steps=1)
+    assert not (tmp_path / "adapted").exists()
+
+
+def test_what_cannot_be_adapted(toy_model, corpus, tmp_path):
+    roberta = tmp_path / "roberta"
+    transformers.RobertaConfig().save_pretrained(roberta)
+    for path in toy_model.glob("*token*"):
+        (roberta / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(SettingsError, match="'roberta'"):
+        run(roberta, corpus, tmp_path / "adapted")
+    with pytest.raises(SettingsError, match="positions for 64 tokens"):
+        run(toy_model, corpus, tmp_path / "adapted", max_seq_length=65)
+    with pytest.raises(CorpusError, match="nowhere.txt: no such file"):
+        run(toy_model, tmp_path / "nowhere.txt", tmp_path / "adapted")
+    assert not (tmp_path / "adapted").exists()
+
+
+def test_effect_is_the_difference_of_means():
+    without = {"dev": {"accuracy": {"mean": 0.5, "std": 0.1, "values": [0.4, 0.6]}}}
+    adapted = {"dev": {"accuracy": {"mean": 0.75, "std": 0.0, "values": [0.75, 0.75]}}}
+    said: list[str] = []
+    scores = effect(without, adapted, said.append)["dev"]["accuracy"]
+    assert scores["difference"] == 0.25 and scores["differences"] == pytest.approx([0.35, 0.15])
+    assert said == ["dev accuracy: 0.5000 without adaptation, 0.7500 with it (+0.2500)"]
+
+
+def test_finetune_adapts_first_and_reports_the_effect(toy_model, sentiment_folder, corpus, tmp_path, monkeypatch):
+    values = {
+        "task": "sentiment", "model": str(toy_model), "data": str(sentiment_folder), "output": str(tmp_path / "run"), "epochs": 1,
+        "batch_size": 16, "learning_rate": 1e-2, "device": "cpu", "adapt": (str(corpus),), "adapt_steps": 3,
+    }  # fmt: skip
+    result = finetune(FinetuneSettings(**values), lambda line: None)
+    assert result.adaptation["steps"] == 3
+    plain = finetune(
+        FinetuneSettings(**{**values, "adapt": (), "adapt_steps": None, "output": str(tmp_path / "plain")}), lambda line: None
+    )
+    accuracy = result.adaptation["effect"]["dev"]["accuracy"]
+    assert accuracy["without"] == plain.scores["dev"]["accuracy"]["mean"]
+    assert accuracy["adapted"] == result.scores["dev"]["accuracy"]["mean"]
+    adapted = fastbert.BertModel.from_pretrained(tmp_path / "run" / "adapted")
+    assert not torch.equal(adapted.pooler.dense.weight, fastbert.BertModel.from_pretrained(tmp_path / "run").pooler.dense.weight)
+    written = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert written["results"]["adaptation"] == result.adaptation
+    assert written["settings"]["model"] == str(toy_model)
+
+    # A corpus that cannot be read ends a run before anything is trained.
+    monkeypatch.setattr(finetune_module, "train_seed", None)
+    with pytest.raises(CorpusError, match="nowhere"):
+        finetune(FinetuneSettings(**{**values, "adapt": ("nowhere.txt",), "output": str(tmp_path / "bad")}), lambda line: None)
+    # A run that is continued does nothing again.
+    monkeypatch.setattr(finetune_module, "adapt", None)
+    more = finetune(FinetuneSettings(**values, resume=True, seeds=(0,)), lambda line: None)
+    assert more.adaptation == result.adaptation

@@ -1,0 +1,170 @@
+"""A fine-tuning from files to a folder that predicts: toy data, a model of one layer, every family end to end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import transformers
+
+from fastbert.data.errors import DataError
+from fastbert.finetune import run as module
+from fastbert.finetune.run import finetune
+from fastbert.finetune.settings import FinetuneSettings
+from fastbert.tasks.predictor import Predictor
+from fastbert.train.errors import SettingsError
+
+SILENT = {"say": lambda line: None}
+
+
+def settings(checkpoint: Path, data: Path, output: Path, **changes) -> FinetuneSettings:
+    values = {
+        "task": "sentiment", "model": str(checkpoint), "data": str(data), "output": str(output), "epochs": 8, "batch_size": 16,
+        "learning_rate": 1e-2, "device": "cpu",
+    }  # fmt: skip
+    return FinetuneSettings(**{**values, **changes})
+
+
+def test_a_classifier_learns_and_its_folder_predicts(toy_model, sentiment_folder, tmp_path):
+    said: list[str] = []
+    result = finetune(settings(toy_model, sentiment_folder, tmp_path / "run", seeds=(0, 1)), said.append)
+    accuracy = result.scores["dev"]["accuracy"]
+    assert accuracy["mean"] > 0.9
+    assert len(accuracy["values"]) == 2 and accuracy["std"] is not None
+    assert "test" not in result.scores  # it has no labels
+    folder = tmp_path / "run"
+    lines = (folder / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 8
+    assert not (folder / "checkpoints").exists()
+    for picture in ("learning_curves.png", "confusion.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and "![" in card and "accuracy" in card
+    assert "| pos | " in card  # how often each label occurs
+    assert "packed rows" in "\n".join(said)
+
+    predict = Predictor.from_pretrained(folder, device="cpu")
+    good, bad = predict(["the film is great", "the song was awful"])
+    assert (good["label"], bad["label"]) == ("pos", "neg")
+    theirs = transformers.pipeline("text-classification", str(folder), device="cpu")
+    assert theirs("the film is great")[0]["score"] == pytest.approx(good["probability"], abs=1e-5)
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert run["results"]["scores"]["dev"]["accuracy"]["values"] == accuracy["values"]
+    assert run["settings"]["seeds"] == [0, 1]
+
+
+def test_the_same_numbers_as_transformers_with_padding(toy_model, sentiment_folder, tmp_path):
+    """Dropout off: the same batches, so the same losses and scores."""
+    config = json.loads((toy_model / "config.json").read_text())
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in toy_model.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (model / "config.json").write_text(json.dumps(config))
+    given = settings(model, sentiment_folder, tmp_path / "run", epochs=2)
+    prepared = module.prepare_task(module.task_of(given), module.sources_of(given), given, lambda line: None)
+    device = module.pick_device("cpu")
+    results = [module.train_seed(given, prepared, 0, device, lambda line: None, fast=fast) for fast in (True, False)]
+    (ours, fast), (theirs, slow) = results
+    assert fast.trained.packed and not slow.trained.packed
+    losses = [[row["loss"] for row in result.log if "loss" in row] for result in (ours, theirs)]
+    assert len(losses[0]) > 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert ours.scores == theirs.scores
+
+
+def test_entities(toy_model, entity_folder, tmp_path):
+    result = finetune(settings(toy_model, entity_folder, tmp_path / "run", task="ner", epochs=8), **SILENT)
+    assert result.scores["dev"]["f1"]["mean"] > 0.9
+    (prediction,) = Predictor.from_pretrained(tmp_path / "run", device="cpu")(["Bob liked the Oslo garden"])
+    assert [(entity["type"], entity["text"]) for entity in prediction["entities"]] == [("PER", "Bob"), ("LOC", "Oslo garden")]
+
+
+def test_regression_and_several_labels(toy_model, tmp_path):
+    data = tmp_path / "train.csv"
+    words = ("good", "fine", "bad", "poor")
+    rows = [(f"the {word} {noun}", word in ("good", "fine"), noun == "film") for word in words for noun in ("film", "book") * 8]
+    data.write_text("text,score\n" + "".join(f"{text},{3.5 if good else 1}\n" for text, good, _ in rows), encoding="utf-8")
+    result = finetune(settings(toy_model, data, tmp_path / "a", task="regression", epochs=6), **SILENT)
+    assert result.scores["dev"]["pearson"]["mean"] > 0.9
+    data.write_text("text,good,film\n" + "".join(f"{t},{int(g)},{int(f)}\n" for t, g, f in rows), encoding="utf-8")
+    given = settings(toy_model, data, tmp_path / "b", task="multi-label-classification", label_column=("good", "film"), epochs=6)
+    result = finetune(given, **SILENT)
+    assert result.scores["dev"]["f1_micro"]["mean"] > 0.9
+    (prediction,) = Predictor.from_pretrained(tmp_path / "b", device="cpu")(["the good film"])
+    assert prediction["labels"] == ["film", "good"]
+
+
+def test_early_stopping_keeps_the_best(toy_model, sentiment_folder, tmp_path):
+    given = settings(toy_model, sentiment_folder, tmp_path / "run", epochs=40, eval_steps=6, early_stopping=2)
+    result = finetune(given, **SILENT)
+    (seed,) = result.seeds
+    assert seed["epochs"] < 40
+    assert seed["best_step"] == seed["steps"] - 12
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    evaluated = {row["step"]: row["eval_accuracy"] for row in run["seeds"]["0"]["log"] if "eval_accuracy" in row}
+    assert result.scores["dev"]["accuracy"]["mean"] == max(evaluated.values()) == evaluated[seed["best_step"]]
+
+
+def test_nothing_is_written_for_bad_data(toy_model, sentiment_folder, tmp_path):
+    with (sentiment_folder / "dev.tsv").open("a", encoding="utf-8") as file:
+        file.write("the film is good\tmaybe\n")
+    with pytest.raises(DataError, match=r"dev.tsv, line 34, column 'label': holds 'maybe'; the training data have 'neg', 'pos'"):
+        finetune(settings(toy_model, sentiment_folder, tmp_path / "run"), **SILENT)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_seq_length": 65}, r"--max-seq-length is 65; --model .* takes 64 tokens at most"),
+        ({"model": "no/such/folder/here"}, r"--model no/such/folder/here: no such folder"),
+        ({"task": "weather"}, r"--task weather is unknown; known are text-classification, .*multiple-choice"),
+        ({"metric": "beauty"}, r"--metric beauty is no score of sentiment; it has accuracy, f1"),
+        ({"device": "cuda:9"}, r"--device cuda:9 cannot be used"),
+    ],
+)
+def test_settings_that_do_not_fit(changes, message, toy_model, sentiment_folder, tmp_path):
+    with pytest.raises(SettingsError, match=message):
+        finetune(settings(toy_model, sentiment_folder, tmp_path / "run", **changes), **SILENT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_by_accident(toy_model, sentiment_folder, tmp_path):
+    given = settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=2)
+    finetune(given, **SILENT)
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(SettingsError, match="already holds a run: --resume continues it, --overwrite deletes it"):
+        finetune(given, **SILENT)
+    with pytest.raises(SettingsError, match=r"--max-steps was 2 and is now 3"):
+        finetune(settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=3, resume=True), **SILENT)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    stranger = tmp_path / "mine"
+    stranger.mkdir()
+    (stranger / "thesis.txt").write_text("all of it")
+    for change in ({}, {"overwrite": True}):
+        with pytest.raises(SettingsError, match="holds files but no run.json"):
+            finetune(settings(toy_model, sentiment_folder, stranger, **change), **SILENT)
+    assert (stranger / "thesis.txt").is_file()
+
+
+def test_resumed_after_a_kill(toy_model, sentiment_folder, tmp_path):
+    """Killed in its second epoch or later; what resumes ends with the scores of a run that was not killed."""
+    changes = {"epochs": 12, "seeds": (0, 1)}
+    expected = finetune(settings(toy_model, sentiment_folder, tmp_path / "whole", **changes), **SILENT)
+    given = settings(toy_model, sentiment_folder, tmp_path / "run", **changes)
+    process = subprocess.Popen([sys.executable, "-m", "fastbert.cli", *given.command().split()[1:]], stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("seed-*/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    said: list[str] = []
+    result = finetune(settings(toy_model, sentiment_folder, tmp_path / "run", resume=True, **changes), said.append)
+    assert result.scores == expected.scores
