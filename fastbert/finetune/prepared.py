@@ -79,12 +79,13 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
     check_length(max_seq_length, longest, settings.model)
 
     examples = {name: task.read(source) for name, source in sources.items()}
+    # Of all training data: a label that is only in the part held out, or that --limit leaves out, is a known one.
+    task = task.with_labels_of(examples[TRAIN])
     if DEV not in examples:
         examples[TRAIN], examples[DEV] = held_out(examples[TRAIN], settings.dev_fraction)
         say(f"No dev data: {len(examples[DEV]):,} of the training examples are held out for it, the same in every run")
     if settings.limit is not None:
         examples = {name: drawn(split, settings.limit) for name, split in examples.items()}
-    task = task.with_labels_of(examples[TRAIN])
     labelled = {name: name in (TRAIN, DEV) or _has_labels(split) for name, split in examples.items()}
     for name, split in examples.items():
         task.check(split, labelled=labelled[name])
@@ -130,8 +131,8 @@ def drawn(examples: Examples, count: int) -> Examples:
 
 
 def _has_labels(examples: Examples) -> bool:
-    first = examples.items[0] if len(examples) else None
-    return first is not None and any(getattr(first, field, None) is not None for field in ("label", "tags", "answers"))
+    """Whether any example has: where some have, all must."""
+    return any(getattr(example, field, None) is not None for example in examples for field in ("label", "tags", "answers"))
 
 
 def _line(facts: dict[str, Any], name: str, max_seq_length: int) -> str:

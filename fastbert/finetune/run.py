@@ -26,6 +26,7 @@ from fastbert.tasks.glue_tasks import glue_task, is_glue_task
 from fastbert.tasks.model import load_model, quiet_transformers
 from fastbert.tasks.outputs import model_outputs
 from fastbert.tasks.registry import save_task, task_for
+from fastbert.tasks.sequence import MULTI
 from fastbert.tasks.task import Task
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
@@ -146,7 +147,11 @@ def task_of(settings: FinetuneSettings) -> Task:
     task = task_for(settings.task)
     if task.family == "words":
         names = {"words": settings.text_column, "tags": names["label"]}
-    return task_for(settings.task, {field: name for field, name in names.items() if name is not None})
+    # Another separator than the usual one: only a task whose texts have several labels in a cell has any.
+    options = {} if settings.label_separator == FinetuneSettings.label_separator else {"label_separator": settings.label_separator}
+    if options and getattr(task, "problem", None) != MULTI:
+        raise SettingsError(f"--label-separator is for --task multi-label-classification, not for --task {task.name}")
+    return task_for(settings.task, {field: name for field, name in names.items() if name is not None}, **options)
 
 
 def sources_of(settings: FinetuneSettings) -> dict[str, Source]:

@@ -168,3 +168,32 @@ def test_resumed_after_a_kill(toy_model, sentiment_folder, tmp_path):
     said: list[str] = []
     result = finetune(settings(toy_model, sentiment_folder, tmp_path / "run", resume=True, **changes), said.append)
     assert result.scores == expected.scores
+
+
+def test_a_label_in_one_row_is_known_wherever_the_row_goes(toy_model, tmp_path):
+    """Without dev data some rows are held out, and with a limit most are left out: their labels are in the training file."""
+    data = tmp_path / "train.tsv"
+    data.write_text("text\tlabel\n" + "".join(f"the film {n}\t{n}\n" for n in range(20)), encoding="utf-8")
+    for changes in ({}, {"limit": 4}):
+        given = settings(toy_model, data, tmp_path / "run", **changes)
+        prepared = module.prepare_task(module.task_of(given), module.sources_of(given), given, lambda line: None)
+        assert prepared.task.labels == tuple(map(str, range(20)))
+
+
+def test_test_labels_are_there_or_not(toy_model, sentiment_folder, tmp_path):
+    (sentiment_folder / "test.tsv").write_text("sentence\tlabel\na film\t\na book\t\n", encoding="utf-8")
+    given = settings(toy_model, sentiment_folder, tmp_path / "run")
+    prepared = module.prepare_task(module.task_of(given), module.sources_of(given), given, lambda line: None)
+    assert not prepared.splits["test"].labelled
+    (sentiment_folder / "test.tsv").write_text("sentence\tlabel\na film\t\na book\tpos\n", encoding="utf-8")
+    with pytest.raises(DataError, match="test.tsv, line 2, column 'label': is empty"):
+        module.prepare_task(module.task_of(given), module.sources_of(given), given, lambda line: None)
+
+
+def test_the_separator_of_labels(toy_model, tmp_path):
+    given = settings(toy_model, tmp_path, tmp_path / "run", task="multi-label-classification", label_separator=";")
+    assert module.task_of(given).label_separator == ";"
+    with pytest.raises(SettingsError, match="--label-separator is for --task multi-label-classification, not for --task sentiment"):
+        module.task_of(settings(toy_model, tmp_path, tmp_path / "run", label_separator=";"))
+    with pytest.raises(SettingsError, match="--label-separator is empty"):
+        settings(toy_model, tmp_path, tmp_path / "run", label_separator="")
