@@ -13,6 +13,7 @@ outputs in every epoch. Without gradients to compute they keep nothing for the b
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,11 +57,16 @@ class Tuning:
         return replace(self.whole, model=peft_model.merge_and_unload())
 
 
+def check_packages(mode: str) -> None:
+    """Raises SettingsError, before anything is done, where a package is missing that ``mode`` needs."""
+    if mode == "lora" and importlib.util.find_spec("peft") is None:
+        raise SettingsError("--mode lora needs PEFT: pip install peft")
+
+
 def prepare_mode(loaded: TaskModel, rows: dict[str, Rows], settings: FinetuneSettings, *, family: str, say: Say) -> Tuning:
     """Makes ``loaded`` train what ``settings.mode`` says; ``rows``: the features of all splits; ``family``: the task's.
 
-    Raises SettingsError where the model's encoder is none that fastbert knows, where it has fewer layers than are to train, and
-    where PEFT is missing.
+    Raises SettingsError where the model's encoder is none that fastbert knows, and where it has fewer layers than are to train.
     """
     model, mode = loaded.model, settings.mode
     if mode == "lora":
@@ -115,12 +121,10 @@ def with_lora(model: PreTrainedModel, family: str, r: int, alpha: int) -> nn.Mod
     """PEFT's model around ``model``: adapters of rank ``r``, scaled by ``alpha`` / ``r``, on the projections of queries and values;
     the pooler and the head train whole, on copies of their own.
 
-    Raises SettingsError where PEFT is missing or finds no such projection.
+    Raises SettingsError where PEFT finds no such projection.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise SettingsError("--mode lora needs PEFT: pip install peft") from error
+    import peft
+
     head = [name for name, part in model.named_children() if part is not model.base_model and any(True for _ in part.parameters())]
     pooler = ["pooler"] if getattr(model.base_model, "pooler", None) is not None else []
     config = peft.LoraConfig(

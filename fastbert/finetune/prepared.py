@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastbert.data.sources import Source
+from fastbert.tasks import metrics
 from fastbert.tasks.examples import Examples
 from fastbert.tasks.model import check_length, load_config, load_task_tokenizer, longest_sequence
 from fastbert.tasks.task import Features, Task
@@ -34,6 +36,13 @@ class Split:
     @property
     def tokens(self) -> int:
         return sum(_tokens(row["input_ids"]) for row in self.features.rows)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the examples with their labels: what a resumed run must find again."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(repr(example).encode())
+        return digest.hexdigest()
 
     def facts(self, task: Task) -> dict[str, Any]:
         """Counts, JSON-ready."""
@@ -81,6 +90,8 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
     examples = {name: task.read(source) for name, source in sources.items()}
     # Of all training data: a label that is only in the part held out, or that --limit leaves out, is a known one.
     task = task.with_labels_of(examples[TRAIN])
+    for module in task.score_modules:
+        metrics.optional(module)  # to be missed now, and not when the first epoch has ended
     if DEV not in examples:
         examples[TRAIN], examples[DEV] = held_out(examples[TRAIN], settings.dev_fraction)
         say(f"No dev data: {len(examples[DEV]):,} of the training examples are held out for it, the same in every run")

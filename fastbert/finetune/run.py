@@ -33,8 +33,8 @@ from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 
 from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
-from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
-from .modes import Tuning, prepare_mode
+from .folder import CHECKPOINTS, RUN_NAME, check_folder, check_outside, delete_folder, move_in, new_folder, read_run
+from .modes import Tuning, check_packages, prepare_mode
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .report import write_report
 from .settings import FinetuneSettings
@@ -47,7 +47,7 @@ _ON_RESUME = ("resume", "overwrite", "output", "device")
 @dataclass(frozen=True)
 class SeedResult:
     """One training. ``scores``: by split, then metric; ``steps``: optimizer steps; ``train_seconds``: without evaluation and
-    checkpoints; ``log``: transformers' log_history."""
+    checkpoints, and ``tokens_per_second`` in them, both of the process that ended it; ``log``: transformers' log_history."""
 
     seed: int
     scores: dict[str, dict[str, float]]
@@ -87,20 +87,31 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
     run = check_folder(output, settings.command_name, resume=settings.resume, overwrite=settings.overwrite)
     if run is not None:
         _refuse_changes(settings, run)
+    check_packages(settings.mode)
+    if settings.overwrite:
+        given = (settings.model, settings.data, settings.dev, settings.test, *settings.adapt)
+        check_outside(output, [name for name in given if name is not None])
     device = pick_device(settings.device)
     prepared = prepare_task(task_of(settings), sources_of(settings), settings, say)
     main_metric(settings, prepared.task)
+    data = {name: {**split.facts(prepared.task), "fingerprint": split.fingerprint()} for name, split in prepared.splits.items()}
+    if run is not None:
+        _refuse_other_data(output, run, data)
     if settings.overwrite:
         delete_folder(output)
     output.mkdir(parents=True, exist_ok=True)
-    document = run or {
-        "command_name": settings.command_name,
-        "command": settings.command(),
-        "settings": settings.to_dict(),
-        "data": {name: split.facts(prepared.task) for name, split in prepared.splits.items()},
-        "seeds": {},
-        "notes": [],
-    }
+    document = (
+        {**run, "data": data}
+        if run is not None
+        else {
+            "command_name": settings.command_name,
+            "command": settings.command(),
+            "settings": settings.to_dict(),
+            "data": data,
+            "seeds": {},
+            "notes": [],
+        }
+    )
     write_json(output / RUN_NAME, document)
     trained, without = settings, None
     if settings.adapt:
@@ -214,7 +225,7 @@ def train_seed(
         steps=state.global_step,
         epochs=float(state.epoch or 0),
         train_seconds=seconds,
-        tokens_per_second=prepared.train.tokens * float(state.epoch or 0) / seconds,
+        tokens_per_second=prepared.train.tokens * (float(state.epoch or 0) - trainer.start.epoch) / seconds,
         log=state.log_history,
     )
     return result, tuning
@@ -309,3 +320,15 @@ def _refuse_changes(settings: FinetuneSettings, run: dict[str, Any]) -> None:
     ]
     if changed:
         raise SettingsError(f"cannot resume {settings.output} with other settings: {'; '.join(changed)}")
+
+
+def _refuse_other_data(output: Path, run: dict[str, Any], data: dict[str, Any]) -> None:
+    """Raises SettingsError for examples that are not those the run began with. Where no training has ended, nothing depends on the
+    other splits than train and dev yet."""
+    names = dict.fromkeys((*run["data"], *data)) if run["seeds"] else (TRAIN, DEV)
+    changed = [name for name in names if run["data"].get(name, {}).get("fingerprint") != data.get(name, {}).get("fingerprint")]
+    if changed:
+        raise SettingsError(
+            f"cannot resume {output}: the examples of {', '.join(changed)} are not those that the run began with; --overwrite "
+            "starts it anew"
+        )

@@ -52,6 +52,10 @@ class TextClassification(Task):
     def metric_names(self) -> tuple[str, ...]:
         return _METRICS[self.problem]
 
+    @property
+    def score_modules(self) -> tuple[str, ...]:
+        return ("scipy.stats" if self.problem == REGRESSION else "sklearn.metrics",)
+
     def read(self, source: Source) -> Examples[TextExample]:
         table = read_table(source, header=self.header)
         return self._examples(table, find_label_columns(table, self.columns))

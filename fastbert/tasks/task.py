@@ -54,6 +54,11 @@ class Task(ABC):
     def metric_names(self) -> tuple[str, ...]:
         """The scores of :meth:`scores` that are better when higher."""
 
+    @property
+    def score_modules(self) -> tuple[str, ...]:
+        """Modules of optional packages that :meth:`scores` needs."""
+        return ()
+
     @abstractmethod
     def read(self, source: Source) -> Examples:
         """One split. Raises DataError naming file, row and column."""

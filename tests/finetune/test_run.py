@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from fastbert.finetune import run as module
 from fastbert.finetune.run import finetune
 from fastbert.finetune.settings import FinetuneSettings
 from fastbert.tasks.predictor import Predictor
-from fastbert.train.errors import SettingsError
+from fastbert.train.errors import SettingsError, TrainingError
 
 SILENT = {"say": lambda line: None}
 
@@ -197,3 +198,77 @@ def test_the_separator_of_labels(toy_model, tmp_path):
         module.task_of(settings(toy_model, tmp_path, tmp_path / "run", label_separator=";"))
     with pytest.raises(SettingsError, match="--label-separator is empty"):
         settings(toy_model, tmp_path, tmp_path / "run", label_separator="")
+
+
+@pytest.mark.parametrize("task", ["sentiment", "regression"])
+def test_training_that_diverges_says_so(task, toy_model, tmp_path):
+    data = tmp_path / "train.tsv"
+    data.write_text("text\tlabel\n" + "".join(f"the film {n}\t{n % 2}\n" for n in range(20)), encoding="utf-8")
+    given = settings(toy_model, data, tmp_path / "run", task=task, learning_rate=1e30, max_grad_norm=1e30, max_steps=6)
+    with pytest.raises(TrainingError, match="(diverged; a lower --learning-rate helps)|(outputs hold NaN or infinity)"):
+        finetune(given, **SILENT)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("changed", ["train", "dev"])
+def test_other_examples_are_not_resumed_on(changed, toy_model, sentiment_folder, tmp_path):
+    given = settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=2)
+    finetune(given, **SILENT)
+    file = sentiment_folder / f"{changed}.tsv"
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before.replace("film", "book"), encoding="utf-8")
+    again = settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=2, resume=True)
+    with pytest.raises(SettingsError, match=f"the examples of {changed} are not those that the run began with; --overwrite"):
+        finetune(again, **SILENT)
+    file.write_text(before, encoding="utf-8")
+    finetune(again, **SILENT)
+
+
+def test_what_a_run_needs_is_not_overwritten(toy_model, sentiment_folder, tmp_path):
+    """A run whose own output is its model, or holds its data."""
+    finetune(settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=1), **SILENT)
+    sentiment_folder.rename(tmp_path / "run" / "data")
+    for model, data in ((tmp_path / "run", tmp_path), (toy_model, tmp_path / "run" / "data")):
+        with pytest.raises(SettingsError, match="--overwrite deletes .*run, and .*, which the run needs, is in it"):
+            finetune(settings(model, data, tmp_path / "run", overwrite=True), **SILENT)
+    assert (tmp_path / "run" / "model.safetensors").is_file() and (tmp_path / "run" / "data" / "train.tsv").is_file()
+
+
+def test_a_run_that_was_moved_keeps_its_best_checkpoint(toy_model, sentiment_folder, tmp_path):
+    """The Trainer remembers the best checkpoint by its path. And speed is that of what the resumed run has trained itself."""
+
+    def train(output: Path, **changes):
+        given = settings(toy_model, sentiment_folder, output, epochs=8, seeds=(3,), learning_rate=0.1, **changes)
+        prepared = module.prepare_task(module.task_of(given), module.sources_of(given), given, lambda line: None)
+        return module.train_seed(given, prepared, 3, module.pick_device("cpu"), lambda line: None)[0]
+
+    expected = train(tmp_path / "run")
+    assert expected.best_step < expected.steps  # else the last one would do
+    (tmp_path / "run").rename(tmp_path / "moved")
+    result = train(tmp_path / "moved", resume=True)
+    assert result.scores == expected.scores
+    rest = 1 - expected.best_step / expected.steps  # the Trainer leaves the best checkpoint only, and training goes on from it
+    tokens = expected.tokens_per_second * expected.train_seconds
+    assert result.tokens_per_second * result.train_seconds == pytest.approx(tokens * rest)
+
+
+@pytest.mark.parametrize(
+    ("package", "changes", "message"),
+    [
+        ("sklearn", {}, r"scores need scikit-learn: pip install 'fastbert\[eval\]'"),
+        ("peft", {"mode": "lora"}, "--mode lora needs PEFT: pip install peft"),
+    ],
+)
+def test_a_missing_package_is_missed_before_training(package, changes, message, toy_model, sentiment_folder, tmp_path, monkeypatch):
+    find, load = importlib.util.find_spec, importlib.import_module
+
+    def import_module(name: str, *rest):
+        if name.partition(".")[0] == package:
+            raise ImportError(name)
+        return load(name, *rest)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    monkeypatch.setattr("importlib.import_module", import_module)
+    with pytest.raises(SettingsError, match=message):
+        finetune(settings(toy_model, sentiment_folder, tmp_path / "run", **changes), **SILENT)
+    assert not (tmp_path / "run").exists()
