@@ -13,10 +13,10 @@ outputs in every epoch. Without gradients to compute they keep nothing for the b
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,8 +59,8 @@ class Tuning:
 
 def check_packages(mode: str) -> None:
     """Raises SettingsError, before anything is done, where a package is missing that ``mode`` needs."""
-    if mode == "lora" and importlib.util.find_spec("peft") is None:
-        raise SettingsError("--mode lora needs PEFT: pip install peft")
+    if mode == "lora":
+        _import_peft()
 
 
 def prepare_mode(loaded: TaskModel, rows: dict[str, Rows], settings: FinetuneSettings, *, family: str, say: Say) -> Tuning:
@@ -121,10 +121,9 @@ def with_lora(model: PreTrainedModel, family: str, r: int, alpha: int) -> nn.Mod
     """PEFT's model around ``model``: adapters of rank ``r``, scaled by ``alpha`` / ``r``, on the projections of queries and values;
     the pooler and the head train whole, on copies of their own.
 
-    Raises SettingsError where PEFT finds no such projection.
+    Raises SettingsError where PEFT is missing or finds no such projection.
     """
-    import peft
-
+    peft = _import_peft()
     head = [name for name, part in model.named_children() if part is not model.base_model and any(True for _ in part.parameters())]
     pooler = ["pooler"] if getattr(model.base_model, "pooler", None) is not None else []
     config = peft.LoraConfig(
@@ -139,3 +138,11 @@ def with_lora(model: PreTrainedModel, family: str, r: int, alpha: int) -> nn.Mod
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise SettingsError(f"--mode lora: {type(model).__name__} has no modules {' and '.join(LORA_TARGETS)} ({error})") from error
+
+
+def _import_peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise SettingsError("--mode lora needs PEFT: pip install peft") from error
+    return peft

@@ -233,9 +233,17 @@ def train_seed(
 
 def _resumable(checkpoints: Path) -> str | None:
     """The newest checkpoint that the Trainer finished writing."""
-    finished = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    finished = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     newest = max(finished, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return None if newest is None else str(newest)
+
+
+def _is_json(path: Path) -> bool:
+    """Whether the Trainer came to the end of the last file that it writes."""
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
 
 
 def save_model(tuning: Tuning, prepared: PreparedTask, output: Path, settings: FinetuneSettings) -> None:

@@ -68,6 +68,15 @@ class Start(TrainerCallback):
             state.best_model_checkpoint = str(Path(args.output_dir) / Path(state.best_model_checkpoint).name)
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' own, which goes on counting where the checkpoint's left off: a resumed run ends where it would have ended."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if saved := state.stateful_callbacks.get(type(self).__name__):
+            self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+
+
 class Lines(TrainerCallback):
     """Says the scores of each evaluation, in place of transformers' dictionaries on stdout; with a progress bar on a terminal."""
 
@@ -144,7 +153,7 @@ def build_trainer(
     arguments = TrainingArguments(**(arguments | changes))
     callbacks: list[TrainerCallback] = [Lines(say, metric)]
     if settings.early_stopping is not None:
-        callbacks.append(EarlyStoppingCallback(settings.early_stopping))
+        callbacks.append(EarlyStopping(settings.early_stopping))
     trainer = FineTuning(
         loaded.model,
         arguments,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -253,22 +252,37 @@ def test_a_run_that_was_moved_keeps_its_best_checkpoint(toy_model, sentiment_fol
 
 
 @pytest.mark.parametrize(
-    ("package", "changes", "message"),
+    ("module", "changes", "message"),
     [
-        ("sklearn", {}, r"scores need scikit-learn: pip install 'fastbert\[eval\]'"),
+        ("sklearn.metrics", {}, r"scores need scikit-learn: pip install 'fastbert\[eval\]'"),
         ("peft", {"mode": "lora"}, "--mode lora needs PEFT: pip install peft"),
     ],
 )
-def test_a_missing_package_is_missed_before_training(package, changes, message, toy_model, sentiment_folder, tmp_path, monkeypatch):
-    find, load = importlib.util.find_spec, importlib.import_module
-
-    def import_module(name: str, *rest):
-        if name.partition(".")[0] == package:
-            raise ImportError(name)
-        return load(name, *rest)
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == package else find(name, *rest))
-    monkeypatch.setattr("importlib.import_module", import_module)
+def test_a_missing_package_is_missed_before_training(module, changes, message, toy_model, sentiment_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SettingsError, match=message):
         finetune(settings(toy_model, sentiment_folder, tmp_path / "run", **changes), **SILENT)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_stops_as_early_as_any_other(toy_model, sentiment_folder, tmp_path):
+    """Interrupted in the last evaluation, whose checkpoint is half written: what came before counts."""
+
+    def train(output: Path, say=lambda line: None, **changes):
+        given = settings(toy_model, sentiment_folder, output, epochs=40, eval_steps=6, early_stopping=3, **changes)
+        prepared = module.prepare_task(module.task_of(given), module.sources_of(given), given, lambda line: None)
+        return module.train_seed(given, prepared, 0, module.pick_device("cpu"), say)[0]
+
+    def interrupt(line: str) -> None:
+        if f"step {expected.steps}:" in line:
+            raise KeyboardInterrupt
+
+    expected = train(tmp_path / "whole")
+    assert expected.steps == expected.best_step + 18
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", interrupt)
+    half = tmp_path / "run" / "checkpoints" / "seed-0" / f"checkpoint-{expected.steps}"
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"epoch": 1')
+    result = train(tmp_path / "run", resume=True)
+    assert (result.steps, result.best_step, result.scores) == (expected.steps, expected.best_step, expected.scores)
