@@ -64,8 +64,6 @@ class Start(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.epoch = float(state.epoch or 0)
-        if state.best_model_checkpoint is not None:  # its path, which is another where the run's folder was moved
-            state.best_model_checkpoint = str(Path(args.output_dir) / Path(state.best_model_checkpoint).name)
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -233,8 +233,8 @@ def test_what_a_run_needs_is_not_overwritten(toy_model, sentiment_folder, tmp_pa
     assert (tmp_path / "run" / "model.safetensors").is_file() and (tmp_path / "run" / "data" / "train.tsv").is_file()
 
 
-def test_a_run_that_was_moved_keeps_its_best_checkpoint(toy_model, sentiment_folder, tmp_path):
-    """The Trainer remembers the best checkpoint by its path. And speed is that of what the resumed run has trained itself."""
+def test_the_speed_of_a_resumed_run_is_its_own(toy_model, sentiment_folder, tmp_path):
+    """Of what it has trained itself, in the time that it took; and its folder may have been moved."""
 
     def train(output: Path, **changes):
         given = settings(toy_model, sentiment_folder, output, epochs=8, seeds=(3,), learning_rate=0.1, **changes)
