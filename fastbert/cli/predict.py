@@ -64,7 +64,9 @@ def predict(
             examples = predictor.task.examples_from(lines)
         else:
             examples = predictor.read(input_file)
-        predictions = predictor.predict(examples, progress="predict" if sys.stderr.isatty() else None)
+        predictions = predictor.predict(
+            examples, progress="predict" if sys.stderr.isatty() else None, say=lambda line: print(line, file=sys.stderr)
+        )
         rows = [{"input": example.place, **prediction} for example, prediction in zip(examples, predictions, strict=True)]
         document: dict[str, Any] = {"model": model, "task": predictor.task.name, "predictions": len(rows)}
         if target is None:

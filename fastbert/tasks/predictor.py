@@ -8,7 +8,7 @@ predict(["A fine film.", "A dull one."])  # [{"label": ..., "probability": ..., 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,16 @@ class Predictor:
         """The examples of a file, whose labels, if it has some, play no part. Raises DataError."""
         return self.task.read_unlabelled(Source(Path(path)))
 
-    def predict(self, examples: Examples, *, progress: str | None = None) -> list[dict[str, Any]]:
-        """``progress``: the title of a progress bar on stderr."""
+    def predict(
+        self, examples: Examples, *, progress: str | None = None, say: Callable[[str], None] = lambda line: None
+    ) -> list[dict[str, Any]]:
+        """``progress``: the title of a progress bar on stderr; ``say`` gets a line on what the model does not see as it is."""
         self.task.check(examples, labelled=False)
         features = self.task.features(examples, self.loaded.tokenizer, self.max_seq_length, labelled=False)
+        if features.truncated:
+            say(f"{features.truncated:,} of {len(examples):,} inputs are longer than {self.max_seq_length} tokens and were cut")
+        for notice in features.notices:
+            say(notice)
         outputs = model_outputs(
             self.loaded,
             features.rows,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.data.tables import Table, file_kind, read_table
 
@@ -25,7 +26,7 @@ SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classifi
 _METRICS = {SINGLE: metrics.CLASSIFICATION, MULTI: metrics.MULTI_LABEL, REGRESSION: metrics.REGRESSION}
 _LABELS_SHOWN = 12
 _NUMBER = re.compile("-?[0-9]+")
-_FALSE = ("", "0", "false", "no")
+_FALSE, _TRUE = ("", "0", "0.0", "false", "no"), ("1", "1.0", "true", "yes")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class TextClassification(Task):
             problem = f"{len(names)} label columns are for --task multi-label-classification; --task {self.name} reads one"
             raise examples.error(None, None, problem)
         if len(names) > 1:
-            return lambda example, row: tuple(name for name in names if str(row[name]).strip().lower() not in _FALSE)
+            return lambda example, row: tuple(name for name in names if _is_true(row[name], name, example, examples))
         (name,) = names
         if self.problem == REGRESSION:
             return lambda example, row: _number(row[name], example, examples)
@@ -262,6 +263,14 @@ def _text(table: Table, number: int, column: str) -> str:
     if isinstance(value, (list, dict)):
         raise table.error(number, column, f"expected a text, found {'a list' if isinstance(value, list) else 'an object'}")
     return "" if value is None else str(value)
+
+
+def _is_true(value: Any, column: str, example: TextExample, examples: Examples) -> bool:
+    """Of a column that is a label of its own; null is no."""
+    text = "" if value is None else str(value).strip().lower()
+    if text not in (*_FALSE, *_TRUE):
+        raise DataError.at(examples.source, example.place, column, f"holds {value!r}, expected 0 or 1")
+    return text in _TRUE
 
 
 def _one_class(value: Any, example: TextExample, examples: Examples) -> str | None:

@@ -126,3 +126,9 @@ def test_a_terminal_that_knows_ascii_only(trained, monkeypatch):
         app(["predict", "--model", str(trained), "the film is great"])
     assert end.value.code == 0
     assert json.loads(stdout.buffer.getvalue())["label"] == "schön"
+
+
+def test_what_is_cut_is_said(trained):
+    done = run("predict", "--model", trained, "the film is great", "the film " * 50)
+    assert done.exit_code == 0
+    assert done.stderr.strip() == "1 of 2 inputs are longer than 64 tokens and were cut"

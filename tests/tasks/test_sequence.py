@@ -200,3 +200,12 @@ def test_pairs_and_single_texts_are_not_mixed(tmp_path):
     _, train = read(tmp_path, "sentence1\tsentence2\tlabel\na\tb\tentailment\n", "rte")
     with pytest.raises(DataError, match="inputs, input 1: has no second text"):
         glue.with_labels_of(train).check(glue.examples_from(["a"]), labelled=False)
+
+
+def test_columns_that_are_labels_hold_0_or_1(tmp_path):
+    task, examples = read(tmp_path, "text\ta\tb\nx\t0.0\t1.0\ny\tTrue\tno\n", "multi-label-classification", label="a,b")
+    assert [e.label for e in examples] == [("b",), ("a",)]
+    _, examples = read(tmp_path, '{"text": "x", "a": null, "b": 1}\n', task.name, name="train.jsonl", label="a,b")
+    assert examples.items[0].label == ("b",)
+    with pytest.raises(DataError, match="train.tsv, line 2, column 'b': holds '-1', expected 0 or 1"):
+        read(tmp_path, "text\ta\tb\nx\t0\t-1\n", task.name, label="a,b")
