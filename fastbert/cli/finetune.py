@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +10,17 @@ import typer
 from fastbert.finetune.settings import DTYPES, MODES, FinetuneSettings
 
 from .app import app
-from .command import CommandResult, DebugOption, JsonOption, Say, SeveralValuesCommand, given_options, run_command
+from .command import (
+    INTERRUPTED,
+    CommandFailure,
+    CommandResult,
+    DebugOption,
+    JsonOption,
+    Say,
+    SeveralValuesCommand,
+    given_options,
+    run_command,
+)
 
 S = FinetuneSettings
 TASKS = (
@@ -98,10 +109,17 @@ def finetune(
 
     def body(say: Say) -> CommandResult:
         settings = FinetuneSettings(**given)
+        from fastbert.finetune.folder import read_run
         from fastbert.finetune.run import finetune as run
         from fastbert.train.memory import keep_freed_memory
 
         keep_freed_memory()  # this process does nothing else; where it cannot be, training is a little slower
-        return CommandResult(run(settings, say).to_dict())
+        try:
+            return CommandResult(run(settings, say).to_dict())
+        except KeyboardInterrupt as interrupt:
+            if read_run(Path(settings.output)) is None:
+                raise
+            message = f"interrupted; what is done stays, and this goes on from it: {settings.command()} --resume"
+            raise CommandFailure(message, INTERRUPTED) from interrupt
 
     run_command("finetune", body, json_output=json_output, debug=debug)

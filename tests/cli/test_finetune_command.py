@@ -132,3 +132,16 @@ def test_what_is_cut_is_said(trained):
     done = run("predict", "--model", trained, "the film is great", "the film " * 50)
     assert done.exit_code == 0
     assert done.stderr.strip() == "1 of 2 inputs are longer than 64 tokens and were cut"
+
+
+def test_ctrl_c_says_how_to_go_on(toy_model, sentiment_folder, tmp_path, monkeypatch):
+    def interrupted(*rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastbert.finetune.run.train_seed", interrupted)
+    output = tmp_path / "run"
+    words = ["finetune", "--task", "sentiment", "--model", toy_model, "--data", sentiment_folder, "--output", output, "--json"]
+    done = run(*words)
+    assert done.exit_code == 130
+    error = json.loads(done.stdout.splitlines()[-1])["error"]
+    assert error.startswith("interrupted; what is done stays") and error.endswith(f"--output {output} --resume")

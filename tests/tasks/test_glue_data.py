@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from fastbert.data.errors import DataError
@@ -197,3 +201,19 @@ def test_a_test_file_without_index(tmp_path):
     path = write_tsv(tmp_path / "test.tsv", [("sentence",), ("A text.",)])
     with pytest.raises(DataError, match="has no column 'index', which numbers the rows of SST-2's test file"):
         read_index(glue_task("sst2"), Source(path=path))
+
+
+def test_other_tables_than_tsv(tmp_path):
+    """Labels that are null are held back, as in test sets of Hugging Face."""
+    rows = [{"sentence1": "a", "sentence2": "b", "label": label} for label in ("entailment", None)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
+    for name in ("test.jsonl", "test.parquet"):
+        examples, _ = read_glue(glue_task("rte"), Source(tmp_path / name))
+        assert [example.label for example in examples] == ["entailment", None]
+    (tmp_path / "null.jsonl").write_text('{"sentence1": null, "sentence2": "b", "label": "entailment"}', encoding="utf-8")
+    with pytest.raises(DataError, match="null.jsonl, line 1, column 'sentence1': expected a text, found None"):
+        read_glue(glue_task("rte"), Source(tmp_path / "null.jsonl"))
+    (tmp_path / "cola.csv").write_text('sentence,label\n"a, b",1\n', encoding="utf-8")
+    examples, _ = read_glue(glue_task("cola"), Source(tmp_path / "cola.csv"))
+    assert [(example.text, example.label) for example in examples] == [("a, b", "1")]
