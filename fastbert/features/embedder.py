@@ -239,8 +239,9 @@ class Embedder:
                 visible[index][word] = self.tokenizer.unk_token
             encoded = self._tokenized(visible, text_pairs, words)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        if 0 in lengths:
-            raise TextError(lengths.index(0), "has no token that the tokenizer knows")
+        special = self.tokenizer.num_special_tokens_to_add(pair=text_pairs is not None)
+        if lengths and min(lengths) <= special:
+            raise TextError(lengths.index(min(lengths)), "has nothing that the tokenizer keeps")
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         inputs = {
             name: np.fromiter(chain.from_iterable(encoded[name]), np.int64, offsets[-1])

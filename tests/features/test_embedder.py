@@ -241,3 +241,10 @@ def test_mean_is_that_of_sentence_transformers(minilm, sentences, normalize):
     expected = model.encode(sentences, show_progress_bar=False)
     embedder = Embedder.from_pretrained(str(minilm), normalize=normalize, max_seq_length=model.max_seq_length, device="cpu")
     np.testing.assert_allclose(embedder(sentences), expected, rtol=0, atol=1e-5)
+
+
+def test_a_text_of_which_the_tokenizer_keeps_nothing(checkpoint):
+    embedder = Embedder.from_pretrained(str(checkpoint), device="cpu")
+    with pytest.raises(TextError, match="has nothing that the tokenizer keeps") as caught:
+        embedder(["good", "\u200d"])
+    assert caught.value.index == 1
