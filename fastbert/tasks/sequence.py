@@ -39,6 +39,7 @@ class TextClassification(Task):
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     family: ClassVar[str] = "text"
+    packages: ClassVar[tuple[str, ...]] = ("sklearn", "scipy")
 
     @property
     def main_metric(self) -> str:

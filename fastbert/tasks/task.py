@@ -43,6 +43,7 @@ class Task(ABC):
     auto_class: ClassVar[str]  # of transformers: "AutoModelForSequenceClassification"
     family: ClassVar[str]  # "text", "words", "questions", "choices"
     pads: ClassVar[bool] = False  # True: the model takes no packed rows
+    packages: ClassVar[tuple[str, ...]] = ()  # that its scores need, by the names that they are imported by
 
     @property
     def main_metric(self) -> str:

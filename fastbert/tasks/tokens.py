@@ -47,6 +47,7 @@ class TokenClassification(Task):
 
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     family: ClassVar[str] = "words"
+    packages: ClassVar[tuple[str, ...]] = ("sklearn", "seqeval")
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -133,6 +134,13 @@ def test_settings_that_do_not_fit(changes, message, toy_model, sentiment_folder,
     with pytest.raises(SettingsError, match=message):
         finetune(settings(toy_model, sentiment_folder, tmp_path / "run", **changes), **SILENT)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_missed_before_anything_is_read(toy_model, sentiment_folder, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name))
+    with pytest.raises(SettingsError, match=r"the scores of sentiment need scipy: pip install 'fastbert\[eval\]'"):
+        finetune(settings(toy_model, sentiment_folder, tmp_path / "run"), **SILENT)
 
 
 def test_a_run_is_not_overwritten_by_accident(toy_model, sentiment_folder, tmp_path):
