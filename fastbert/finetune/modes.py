@@ -120,7 +120,7 @@ def with_lora(model: PreTrainedModel, family: str, r: int, alpha: int) -> nn.Mod
     try:
         import peft
     except ImportError as error:
-        raise SettingsError("--mode lora needs PEFT: pip install peft") from error
+        raise SettingsError("--mode lora needs PEFT: pip install 'fastbert[train]'") from error
     head = [name for name, part in model.named_children() if part is not model.base_model and any(True for _ in part.parameters())]
     pooler = ["pooler"] if getattr(model.base_model, "pooler", None) is not None else []
     config = peft.LoraConfig(

@@ -75,8 +75,9 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
     Raises DataError naming file, row and column, and SettingsError for a length that the model does not take and for packages that
     are missing.
     """
-    if missing := [package for package in task.packages if importlib.util.find_spec(package) is None]:
-        raise SettingsError(f"the scores of {task.name} need {' and '.join(missing)}: pip install 'fastbert[eval]'")
+    needed = ("accelerate", *task.packages)
+    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
+        raise SettingsError(f"--task {task.name} needs {' and '.join(missing)}: pip install 'fastbert[train,eval]'")
     config = load_config(settings.model)
     tokenizer = load_task_tokenizer(settings.model, config, task)
     longest = longest_sequence(config, tokenizer)

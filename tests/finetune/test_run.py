@@ -139,7 +139,7 @@ def test_settings_that_do_not_fit(changes, message, toy_model, sentiment_folder,
 def test_a_missing_package_is_missed_before_anything_is_read(toy_model, sentiment_folder, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name))
-    with pytest.raises(SettingsError, match=r"the scores of sentiment need scipy: pip install 'fastbert\[eval\]'"):
+    with pytest.raises(SettingsError, match=r"--task sentiment needs scipy: pip install 'fastbert\[train,eval\]'"):
         finetune(settings(toy_model, sentiment_folder, tmp_path / "run"), **SILENT)
 
 
