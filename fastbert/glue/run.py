@@ -66,7 +66,7 @@ def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
     output = Path(settings.output)
     run = check_folder(output, settings.command_name, resume=settings.resume, overwrite=settings.overwrite)
     if run is not None:
-        settings.refuse_changes(run["settings"])
+        settings.refuse_changes(settings.output, settings.to_dict(), run["settings"])
     _check_model(settings)
     results = _finished(output) if settings.resume else {}
     asked = set(settings.tasks or (task.name for task in GLUE_TASKS))
