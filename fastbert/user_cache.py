@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
 def user_cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/fastbert``, ``~/.cache/fastbert`` by default; it may not exist yet."""
+    """``$XDG_CACHE_HOME/fastbert``, ``~/.cache/fastbert`` by default, a temporary folder without a home; it may not exist yet."""
     base = os.environ.get("XDG_CACHE_HOME")
     # The XDG base directory specification: a relative path is to be ignored.
-    folder = Path(base) if base and os.path.isabs(base) else Path("~/.cache").expanduser()
-    return folder / "fastbert"
+    if base and os.path.isabs(base):
+        return Path(base) / "fastbert"
+    try:
+        return Path("~/.cache").expanduser() / "fastbert"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f"fastbert-{os.getuid()}"

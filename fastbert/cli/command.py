@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. With ``--json`` th
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from fastbert.data.errors import DataError
-from fastbert.train.errors import SettingsError
+from fastbert.train.errors import SettingsError, TrainingError
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -76,8 +77,16 @@ def given_options(ctx: typer.Context) -> dict[str, Any]:
     }
 
 
+def prints_unicode() -> bool:
+    """Whether stdout takes all characters: the terminal's encoding may be an old one, and LC_ALL may say so."""
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+
+
 def run_command(name: str, body: Callable[[Say], CommandResult], *, json_output: bool, debug: bool) -> None:
     """Runs ``body`` with a function that prints for people, prints its document or its error, and exits with its code."""
+
+    if not prints_unicode() and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: no work is lost for want of a character
 
     def say(text: str) -> None:
         print(text, file=sys.stderr if json_output else sys.stdout, flush=True)
@@ -88,7 +97,7 @@ def run_command(name: str, body: Callable[[Say], CommandResult], *, json_output:
         _fail(name, str(failure), failure.exit_code, json_output, debug, failure)
     except SettingsError as error:
         _fail(name, str(error), WRONG_USAGE, json_output, debug, error)
-    except (DataError, OSError) as error:
+    except (DataError, TrainingError, OSError) as error:
         _fail(name, str(error), FAILED, json_output, debug, error)
     except KeyboardInterrupt as interrupt:
         _fail(name, "interrupted", INTERRUPTED, json_output, debug, interrupt)

@@ -106,9 +106,11 @@ def settings_from_options(given: dict[str, Any]) -> GlueSettings:
 
     Raises :class:`SettingsError` for values that cannot work and for options that a continued run cannot change.
     """
-    from fastbert.finetune.folder import read_run
+    from fastbert.finetune.folder import check_folder
 
-    run = read_run(Path(given.get("output", GlueSettings.output))) if given.get("resume") else None
+    run = None
+    if given.get("resume") and not given.get("overwrite"):
+        run = check_folder(Path(given.get("output", GlueSettings.output)), GlueSettings.command_name, resume=True, overwrite=False)
     values = {**(run or {}).get("settings", {}), "overwrite": False, **given}
     for name in ("data", "model"):
         if name not in values:

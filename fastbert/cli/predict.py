@@ -14,7 +14,7 @@ import typer
 from fastbert.train.errors import SettingsError
 
 from .app import app
-from .command import CommandResult, DebugOption, JsonOption, Say, run_command
+from .command import CommandResult, DebugOption, JsonOption, Say, prints_unicode, run_command
 
 _FORMATS = (".jsonl", ".csv")
 
@@ -46,15 +46,21 @@ def predict(
         if bool(texts) == (input_file is not None):
             raise SettingsError("give either texts or --input FILE")
         target = None if output is None else check_output(Path(output), overwrite)
+        if target is not None and input_file is not None and target.resolve() == Path(input_file).resolve():
+            raise SettingsError(f"--output {output} is the input; give another name")
+        for number, text in enumerate(texts or (), 1):
+            if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes that are no UTF-8
+                raise SettingsError(f"text {number} is not UTF-8")
         if input_file not in (None, "-") and not Path(input_file).is_file():
             raise SettingsError(f"--input {input_file}: no such file")
+        from fastbert.data.tables import read_stream
         from fastbert.tasks.predictor import Predictor
 
         predictor = Predictor.from_pretrained(
             model, dtype=dtype, device=device, max_seq_length=max_seq_length, tokens_per_batch=tokens_per_batch
         )
         if input_file is None or input_file == "-":
-            lines = texts or [line.rstrip("\r\n") for line in sys.stdin]
+            lines = texts or [row["text"] for row in read_stream(sys.stdin.buffer, "standard input").rows]
             examples = predictor.task.examples_from(lines)
         else:
             examples = predictor.read(input_file)
@@ -63,7 +69,7 @@ def predict(
         document: dict[str, Any] = {"model": model, "task": predictor.task.name, "predictions": len(rows)}
         if target is None:
             for row in rows:
-                say(json.dumps(row, ensure_ascii=False))
+                say(json.dumps(row, ensure_ascii=not prints_unicode()))
             document["results"] = rows
         else:
             write_predictions(target, rows)
@@ -75,13 +81,15 @@ def predict(
 
 
 def check_output(path: Path, overwrite: bool) -> Path:
-    """Raises SettingsError, before any work, for a file that must not or cannot be written."""
+    """Raises SettingsError or PermissionError, before any work, for a file that must not or cannot be written."""
     if path.suffix not in _FORMATS:
         raise SettingsError(f"--output {path}: the name must end in {' or '.join(_FORMATS)}")
     if path.exists() and not overwrite:
         raise SettingsError(f"--output {path} is there already; --overwrite replaces it")
     if not path.absolute().parent.is_dir():
         raise SettingsError(f"--output {path}: there is no folder {path.absolute().parent}")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output {path}: no permission to write to {path.absolute().parent}")
     return path
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastbert.data.errors import DataError
 from fastbert.data.lines import read_lines
 from fastbert.data.sources import Source
-from fastbert.data.tables import Table, file_kind, parse_json, read_table
+from fastbert.data.tables import Table, check_unicode, file_kind, parse_json, read_table
 
 _SHOWN = 60  # characters of a text in a message
 
@@ -130,6 +130,7 @@ def _table_answers(table: Table, number: int) -> tuple[tuple[str, int], ...]:
 
 def _checked(name: str, question: Question) -> Question:
     for column in ("question", "context"):
+        check_unicode(getattr(question, column), name, question.place, column)
         if not getattr(question, column).strip():
             raise DataError.at(name, question.place, column, "is empty")
     for text, start in question.answers or ():

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fastbert.data.errors import DataError
 from fastbert.data.lines import read_lines, without_line_end
@@ -81,6 +81,21 @@ def read_table(source: Source, *, header: Sequence[str] | None = None, quoted: b
     else:
         raise DataError(f"{name}: unknown file type; a table is one of {', '.join(TABLE_TYPES)}, the text ones also with .gz")
     return _checked(name, columns, rows, places)
+
+
+def read_stream(stream: BinaryIO, name: str) -> Table:
+    """A table as of a ``.txt`` file out of a stream of UTF-8, such as standard input, which ``name`` names in messages."""
+    rows = []
+    for number, line in enumerate(stream, 1):
+        try:
+            rows.append({"text": without_line_end(line.decode("utf-8-sig" if number == 1 else "utf-8"))})
+        except UnicodeDecodeError as error:
+            raise DataError.at(name, f"line {number}", None, f"not UTF-8 ({error.reason})") from error
+    while rows and not rows[-1]["text"].strip():  # as at the end of a file
+        rows.pop()
+    if not rows:
+        raise DataError(f"{name}: there are no lines")
+    return Table(name, ("text",), rows, [f"line {number}" for number in range(1, len(rows) + 1)])
 
 
 def file_kind(path: Path) -> str:
@@ -190,7 +205,7 @@ def _json_rows(path: Path) -> tuple[list[str], list[dict[str, Any]], list[str]]:
 
 
 def parse_json(text: str, source: str, place: str | None) -> Any:
-    """The document in ``text``. Raises DataError for what is no JSON: also NaN, a key twice, and half of a surrogate pair."""
+    """The document in ``text``. Raises DataError for what is no JSON: also NaN and a key twice."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -298,7 +313,7 @@ def _checked(name: str, columns: Sequence[str], rows: list[dict[str, Any]], plac
         for column, value in row.items():
             if value is None:
                 continue
-            _check_unicode(value, name, place, column)
+            check_unicode(value, name, place, column)
             kind, where = first.setdefault(column, (_kind(value), place))
             if _kind(value) != kind:
                 raise DataError.at(
@@ -315,10 +330,11 @@ def _check_columns(name: str, place: str | None, columns: Sequence[str]) -> None
             raise DataError.at(name, place, column, f"stands twice in the header ({_listed(columns)})")
 
 
-def _check_unicode(value: Any, name: str, place: str, column: str) -> None:
-    if isinstance(value, list):
-        for part in value:
-            _check_unicode(part, name, place, column)
+def check_unicode(value: Any, name: str, place: str, column: str) -> None:
+    """Raises DataError for half of a surrogate pair, in a string or in whatever holds one."""
+    if isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            check_unicode(part, name, place, column)
     elif isinstance(value, str):
         try:
             value.encode()

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastbert.model.accelerate import accelerate
 from fastbert.model.int8_checkpoint import METHOD as INT8
 from fastbert.model.quantize import quantize
-from fastbert.tasks.model import first_line, load_config, load_fast_tokenizer
+from fastbert.tasks.model import first_line, load_config, load_fast_tokenizer, quiet_transformers
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 
@@ -57,14 +58,11 @@ def _load_model(
     model_class = AutoModel._model_mapping.get(type(config), None)
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         options["add_pooling_layer"] = False
-    verbosity = transformers.logging.get_verbosity()
     try:
-        transformers.logging.set_verbosity_error()  # what is missing is reported below, and a head that is left over is no loss
-        model, loading = AutoModel.from_pretrained(name, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
+        with quiet_transformers():  # what is missing is reported below, and a head that is left over is no loss
+            model, loading = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         raise SettingsError(f"--model {name} cannot be loaded as an encoder: {first_line(error)}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     if missing := sorted(key for key in loading["missing_keys"] if not key.startswith("pooler.")):
         raise SettingsError(f"--model {name} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}, ...")
     model.eval()

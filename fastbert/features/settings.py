@@ -105,11 +105,13 @@ def parts_folder(output: Path) -> Path:
 def check_output(settings: EmbedSettings) -> None:
     """Refuses, before any work, an output that must not be written.
 
-    Raises SettingsError where it, or what a run has left of it, is there and neither ``resume`` nor ``overwrite`` is set, where the
-    run that ``resume`` means is done, and where the folder of parts holds files that are none of ours; OSError where the output
-    cannot be written.
+    Raises SettingsError where it is one of the inputs, where it, or what a run has left of it, is there and neither ``resume`` nor
+    ``overwrite`` is set, where the run that ``resume`` means is done, and where the folder of parts holds files that are none of
+    ours; OSError where the output cannot be written.
     """
     output, folder = settings.output, parts_folder(settings.output)
+    if any(output.resolve() == Path(name).resolve() for name in settings.inputs):
+        raise SettingsError(f"--output {output} is one of the inputs; give another name")
     if output.is_dir():
         raise SettingsError(f"--output {output} is a folder; give the name of a file")
     if not output.absolute().parent.is_dir():

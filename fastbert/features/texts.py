@@ -7,12 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fastbert.data.errors import DataError
-from fastbert.data.lines import without_line_end
 from fastbert.data.sources import DATASET_NAME, Source
-from fastbert.data.tables import TABLE_TYPES, Table, file_kind, read_table
+from fastbert.data.tables import TABLE_TYPES, Table, file_kind, read_stream, read_table
 
 STANDARD_INPUT = "-"
 _TEXT = "text"
@@ -87,26 +86,11 @@ def read_texts(
 
 def _table(source: str, split: str) -> Table:
     if source == STANDARD_INPUT:
-        return _lines_of(sys.stdin.buffer, "standard input")
+        return read_stream(sys.stdin.buffer, "standard input")
     path = Path(source)
     if path.exists() or file_kind(path) in TABLE_TYPES or DATASET_NAME.fullmatch(source) is None:
         return read_table(Source(path))
     return read_table(Source(dataset=source, split=split))
-
-
-def _lines_of(stream: BinaryIO, name: str) -> Table:
-    """A table with a row per line of a stream of UTF-8."""
-    rows = []
-    for number, line in enumerate(stream, 1):
-        try:
-            rows.append({_TEXT: without_line_end(line.decode("utf-8-sig" if number == 1 else "utf-8"))})
-        except UnicodeDecodeError as error:
-            raise DataError.at(name, f"line {number}", None, f"not UTF-8 ({error.reason})") from error
-    while rows and not rows[-1][_TEXT].strip():  # as at the end of a file
-        rows.pop()
-    if not rows:
-        raise DataError(f"{name}: there are no lines")
-    return Table(name, (_TEXT,), rows, [f"line {number}" for number in range(1, len(rows) + 1)])
 
 
 def _column(table: Table, name: str | None, option: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def check_folder(output: Path, command: str, *, resume: bool, overwrite: bool) -
             f"{output} already holds a run: --resume continues it, --overwrite deletes it, --output names another folder"
         )
     return run if resume else None
+
+
+def check_outside(output: Path, inputs: Iterable[str]) -> None:
+    """Raises SettingsError for an input (a path, or a name) that lies in a folder that is to be deleted."""
+    for name in inputs:
+        if Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
+            raise SettingsError(f"--overwrite deletes {output}, and {name}, which the run needs, is in it: choose another --output")
 
 
 def read_run(output: Path) -> dict[str, Any] | None:

@@ -84,7 +84,7 @@ def encoder_states(
     ``per_token``, else (num_sequences, hidden), the vectors at the first position of its sequences.
 
     ``model``: one whose encoder is fastbert's; it is left in the mode, training or not, that it was in. ``title``: what to call the
-    data. Raises OSError where the disk is too full.
+    data. Raises OSError where the disk is too full, or the cache cannot be written.
     """
     if not len(rows):
         return []
@@ -97,7 +97,6 @@ def encoder_states(
     states = _load(path, shape, say)
     if states is None:
         started = time.perf_counter()
-        _check_space(path.parent, num_bytes)
         _write(path, shape, lambda states: _compute(model, sequences, per_token, autocast, states, title))
         states = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         say(f"  {title}: encoder outputs ({size}) computed in {time.perf_counter() - started:.1f} s, kept in {path}")
@@ -184,8 +183,15 @@ def _load(path: Path, shape: tuple[int, int], say: Say) -> NDArray[np.float32] |
 
 
 def _write(path: Path, shape: tuple[int, int], fill: Callable[[NDArray[np.float32]], None]) -> None:
-    """Whoever looks for the file finds none or a whole one: the checksum beside it, without which it does not count, comes last."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Whoever looks for the file finds none or a whole one: the checksum beside it, without which it does not count, comes last.
+
+    Raises OSError where the folder cannot be made, and where the disk is too full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path.parent} cannot be made ({error.strerror}); XDG_CACHE_HOME names another place") from error
+    _check_space(path.parent, shape[0] * shape[1] * _ITEM_BYTES)
     sidecar = path.with_suffix(".json")
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -212,10 +218,7 @@ def _checksum(path: Path) -> int:
 
 
 def _check_space(folder: Path, needed: int) -> None:
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             f"{folder}: the encoder's outputs take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; XDG_CACHE_HOME names "

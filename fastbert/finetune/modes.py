@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -56,11 +57,16 @@ class Tuning:
         return replace(self.whole, model=peft_model.merge_and_unload())
 
 
+def check_packages(mode: str) -> None:
+    """Raises SettingsError, before anything is done, where a package is missing that ``mode`` needs."""
+    if mode == "lora":
+        _import_peft()
+
+
 def prepare_mode(loaded: TaskModel, rows: dict[str, Rows], settings: FinetuneSettings, *, family: str, say: Say) -> Tuning:
     """Makes ``loaded`` train what ``settings.mode`` says; ``rows``: the features of all splits; ``family``: the task's.
 
-    Raises SettingsError where the model's encoder is none that fastbert knows, where it has fewer layers than are to train, and
-    where PEFT is missing.
+    Raises SettingsError where the model's encoder is none that fastbert knows, and where it has fewer layers than are to train.
     """
     model, mode = loaded.model, settings.mode
     if mode == "lora":
@@ -117,10 +123,7 @@ def with_lora(model: PreTrainedModel, family: str, r: int, alpha: int) -> nn.Mod
 
     Raises SettingsError where PEFT is missing or finds no such projection.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise SettingsError("--mode lora needs PEFT: pip install 'fastbert[train]'") from error
+    peft = _import_peft()
     head = [name for name, part in model.named_children() if part is not model.base_model and any(True for _ in part.parameters())]
     pooler = ["pooler"] if getattr(model.base_model, "pooler", None) is not None else []
     config = peft.LoraConfig(
@@ -135,3 +138,11 @@ def with_lora(model: PreTrainedModel, family: str, r: int, alpha: int) -> nn.Mod
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise SettingsError(f"--mode lora: {type(model).__name__} has no modules {' and '.join(LORA_TARGETS)} ({error})") from error
+
+
+def _import_peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise SettingsError("--mode lora needs PEFT: pip install 'fastbert[train]'") from error
+    return peft

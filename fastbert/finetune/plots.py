@@ -96,6 +96,8 @@ def plot_confusion(truth: Sequence[str], predicted: Sequence[str], labels: Seque
     ConfusionMatrixDisplay(shares, display_labels=names).plot(
         ax=axes, cmap="Blues", include_values=False, xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1}
     )
+    for tick in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        tick.set_parse_math(False)  # a label with two $ is no formula
     if len(names) <= _NUMBERS_UP_TO:
         for (row, column), count in np.ndenumerate(part):
             colour = "white" if shares[row, column] > 0.5 else "black"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import random
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastbert.data.sources import Source
+from fastbert.tasks import metrics
 from fastbert.tasks.examples import Examples
 from fastbert.tasks.model import check_length, load_config, load_task_tokenizer, longest_sequence
 from fastbert.tasks.task import Features, Task
@@ -36,6 +38,13 @@ class Split:
     @property
     def tokens(self) -> int:
         return sum(_tokens(row["input_ids"]) for row in self.features.rows)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the examples with their labels: what a resumed run must find again."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(repr(example).encode())
+        return digest.hexdigest()
 
     def facts(self, task: Task) -> dict[str, Any]:
         """Counts, JSON-ready."""
@@ -75,9 +84,8 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
     Raises DataError naming file, row and column, and SettingsError for a length that the model does not take and for packages that
     are missing.
     """
-    needed = ("accelerate", *task.packages)
-    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
-        raise SettingsError(f"--task {task.name} needs {' and '.join(missing)}: pip install 'fastbert[train,eval]'")
+    if importlib.util.find_spec("accelerate") is None:
+        raise SettingsError("transformers' Trainer needs accelerate: pip install 'fastbert[train]'")
     config = load_config(settings.model)
     tokenizer = load_task_tokenizer(settings.model, config, task)
     longest = longest_sequence(config, tokenizer)
@@ -85,12 +93,15 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
     check_length(max_seq_length, longest, settings.model)
 
     examples = {name: task.read(source) for name, source in sources.items()}
+    # Of all training data: a label that is only in the part held out, or that --limit leaves out, is a known one.
+    task = task.with_labels_of(examples[TRAIN])
+    for module in task.score_modules:
+        metrics.optional(module)  # to be missed now, and not when the first epoch has ended
     if DEV not in examples:
         examples[TRAIN], examples[DEV] = held_out(examples[TRAIN], settings.dev_fraction)
         say(f"No dev data: {len(examples[DEV]):,} of the training examples are held out for it, the same in every run")
     if settings.limit is not None:
         examples = {name: drawn(split, settings.limit) for name, split in examples.items()}
-    task = task.with_labels_of(examples[TRAIN])
     labelled = {name: name in (TRAIN, DEV) or _has_labels(split) for name, split in examples.items()}
     for name, split in examples.items():
         task.check(split, labelled=labelled[name])
@@ -136,8 +147,8 @@ def drawn(examples: Examples, count: int) -> Examples:
 
 
 def _has_labels(examples: Examples) -> bool:
-    first = examples.items[0] if len(examples) else None
-    return first is not None and any(getattr(first, field, None) is not None for field in ("label", "tags", "answers"))
+    """Whether any example has: where some have, all must."""
+    return any(getattr(example, field, None) is not None for example in examples for field in ("label", "tags", "answers"))
 
 
 def _line(facts: dict[str, Any], name: str, max_seq_length: int) -> str:

@@ -53,7 +53,7 @@ def _facts(
     settings: FinetuneSettings, prepared: PreparedTask, results: Mapping[str, Any], pictures: Mapping[str, str]
 ) -> dict[str, Any]:
     seconds = sum(seed["train_seconds"] for seed in results["seeds"])
-    passes = sum(seed["epochs"] for seed in results["seeds"])
+    tokens = sum(seed["train_seconds"] * seed["tokens_per_second"] for seed in results["seeds"])
     chosen = {name: getattr(settings, name) for name in _SETTINGS if getattr(settings, name) is not None}
     return {
         "task": prepared.task.name,
@@ -69,8 +69,8 @@ def _facts(
         "settings": {**chosen, "learning_rate": settings.effective_learning_rate, "max_seq_length": prepared.max_seq_length},
         "speed": {
             "seconds": seconds,
-            "examples_per_second": passes * len(prepared.train.examples) / seconds,
-            "tokens_per_second": passes * prepared.train.tokens / seconds,
+            "examples_per_second": tokens / prepared.train.tokens * len(prepared.train.examples) / seconds,
+            "tokens_per_second": tokens / seconds,
             "machine": device_name(pick_device(settings.device)),
         },
         "pictures": dict(pictures),

@@ -26,14 +26,15 @@ from fastbert.tasks.glue_tasks import glue_task, is_glue_task
 from fastbert.tasks.model import load_model, quiet_transformers
 from fastbert.tasks.outputs import model_outputs
 from fastbert.tasks.registry import save_task, task_for
+from fastbert.tasks.sequence import MULTI
 from fastbert.tasks.task import Task
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 
 from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
-from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
-from .modes import Tuning, prepare_mode
+from .folder import CHECKPOINTS, RUN_NAME, check_folder, check_outside, delete_folder, move_in, new_folder, read_run
+from .modes import Tuning, check_packages, prepare_mode
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .report import write_report
 from .settings import FinetuneSettings
@@ -45,7 +46,7 @@ ADAPTED, WITHOUT_ADAPTATION = "adapted", "without-adaptation"
 @dataclass(frozen=True)
 class SeedResult:
     """One training. ``scores``: by split, then metric; ``steps``: optimizer steps; ``train_seconds``: without evaluation and
-    checkpoints; ``log``: transformers' log_history."""
+    checkpoints, and ``tokens_per_second`` in them, both of the process that ended it; ``log``: transformers' log_history."""
 
     seed: int
     scores: dict[str, dict[str, float]]
@@ -85,20 +86,31 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
     run = check_folder(output, settings.command_name, resume=settings.resume, overwrite=settings.overwrite)
     if run is not None:
         settings.refuse_changes(settings.output, settings.to_dict(), run["settings"])
+    check_packages(settings.mode)
+    if settings.overwrite:
+        given = (settings.model, settings.data, settings.dev, settings.test, *settings.adapt)
+        check_outside(output, [name for name in given if name is not None])
     device = pick_device(settings.device)
     prepared = prepare_task(task_of(settings), sources_of(settings), settings, say)
     main_metric(settings, prepared.task)
+    data = {name: {**split.facts(prepared.task), "fingerprint": split.fingerprint()} for name, split in prepared.splits.items()}
+    if run is not None:
+        _refuse_other_data(output, run, data)
     if settings.overwrite:
         delete_folder(output)
     output.mkdir(parents=True, exist_ok=True)
-    document = run or {
-        "command_name": settings.command_name,
-        "command": settings.command(),
-        "settings": settings.to_dict(),
-        "data": {name: split.facts(prepared.task) for name, split in prepared.splits.items()},
-        "seeds": {},
-        "notes": [],
-    }
+    document = (
+        {**run, "data": data}
+        if run is not None
+        else {
+            "command_name": settings.command_name,
+            "command": settings.command(),
+            "settings": settings.to_dict(),
+            "data": data,
+            "seeds": {},
+            "notes": [],
+        }
+    )
     write_json(output / RUN_NAME, document)
     trained, without = settings, None
     if settings.adapt:
@@ -145,7 +157,11 @@ def task_of(settings: FinetuneSettings) -> Task:
     task = task_for(settings.task)
     if task.family == "words":
         names = {"words": settings.text_column, "tags": names["label"]}
-    return task_for(settings.task, {field: name for field, name in names.items() if name is not None})
+    # Another separator than the usual one: only a task whose texts have several labels in a cell has any.
+    options = {} if settings.label_separator == FinetuneSettings.label_separator else {"label_separator": settings.label_separator}
+    if options and getattr(task, "problem", None) != MULTI:
+        raise SettingsError(f"--label-separator is for --task multi-label-classification, not for --task {task.name}")
+    return task_for(settings.task, {field: name for field, name in names.items() if name is not None}, **options)
 
 
 def sources_of(settings: FinetuneSettings) -> dict[str, Source]:
@@ -208,7 +224,7 @@ def train_seed(
         steps=state.global_step,
         epochs=float(state.epoch or 0),
         train_seconds=seconds,
-        tokens_per_second=prepared.train.tokens * float(state.epoch or 0) / seconds,
+        tokens_per_second=prepared.train.tokens * (float(state.epoch or 0) - trainer.start.epoch) / seconds,
         log=state.log_history,
     )
     return result, tuning
@@ -216,9 +232,17 @@ def train_seed(
 
 def _resumable(checkpoints: Path) -> str | None:
     """The newest checkpoint that the Trainer finished writing."""
-    finished = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    finished = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     newest = max(finished, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return None if newest is None else str(newest)
+
+
+def _is_json(path: Path) -> bool:
+    """Whether the Trainer came to the end of the last file that it writes."""
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
 
 
 def save_model(tuning: Tuning, prepared: PreparedTask, output: Path, settings: FinetuneSettings) -> None:
@@ -292,3 +316,15 @@ def _finish(
 
 def _score_text(name: str, score: dict[str, Any]) -> str:
     return f"{name} {score['mean']:.4f}" + ("" if score["std"] is None else f" +- {score['std']:.4f}")
+
+
+def _refuse_other_data(output: Path, run: dict[str, Any], data: dict[str, Any]) -> None:
+    """Raises SettingsError for examples that are not those the run began with. Where no training has ended, nothing depends on the
+    other splits than train and dev yet."""
+    names = dict.fromkeys((*run["data"], *data)) if run["seeds"] else (TRAIN, DEV)
+    changed = [name for name in names if run["data"].get(name, {}).get("fingerprint") != data.get(name, {}).get("fingerprint")]
+    if changed:
+        raise SettingsError(
+            f"cannot resume {output}: the examples of {', '.join(changed)} are not those that the run began with; --overwrite "
+            "starts it anew"
+        )

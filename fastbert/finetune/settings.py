@@ -90,6 +90,8 @@ class FinetuneSettings(CommandSettings):
         for name, mode in _OF_MODE.items():
             if getattr(self, name) is not None and self.mode != mode:
                 raise SettingsError(f"--{name.replace('_', '-')} is for --mode {mode}, not for --mode {self.mode}")
+        if not self.label_separator:
+            raise SettingsError("--label-separator is empty; it is what stands between two labels, such as ;")
         if self.adapt_steps is not None and not self.adapt:
             raise SettingsError("--adapt-steps is for --adapt CORPUS")
         self.check_resume_or_overwrite()

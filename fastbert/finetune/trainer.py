@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fastbert.tasks.model import TaskModel
+from fastbert.train.errors import TrainingError
 
 from .settings import FinetuneSettings
 
@@ -22,13 +24,23 @@ Score = Callable[[], dict[str, float]]
 class FineTuning(Trainer):
     """``score``: the dev scores of the model as it is; what chooses the best checkpoint and stops early is among them.
 
-    ``aside_seconds``: spent on evaluation and checkpoints, so that what is left is training.
+    ``start``: where training began; ``aside_seconds``: spent on evaluation and checkpoints, so that what is left is training.
     """
 
     def __init__(self, *args: Any, score: Score, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.score = score
+        self.start = Start()
+        self.add_callback(self.start)
         self.aside_seconds = 0.0
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Raises TrainingError for a loss or a gradient that is not finite: no later step would mend it."""
+        for name, value in (("loss", logs.get("loss")), ("gradient's norm", logs.get("grad_norm"))):
+            if value is not None and not math.isfinite(float(value)):
+                where = f"the {name} is {float(value)} at step {self.state.global_step:,}"
+                raise TrainingError(f"{where}: training diverged; a lower --learning-rate helps")
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         started = time.perf_counter()
@@ -44,12 +56,31 @@ class FineTuning(Trainer):
         self.aside_seconds += time.perf_counter() - started
 
 
+class Start(TrainerCallback):
+    """Where a training begins: in ``epoch`` 0, or in that of the checkpoint that it goes on from."""
+
+    def __init__(self) -> None:
+        self.epoch = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = float(state.epoch or 0)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' own, which goes on counting where the checkpoint's left off: a resumed run ends where it would have ended."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if saved := state.stateful_callbacks.get(type(self).__name__):
+            self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+
+
 class Lines(TrainerCallback):
     """Says the scores of each evaluation, in place of transformers' dictionaries on stdout; with a progress bar on a terminal."""
 
     def __init__(self, say: Say, metric: str) -> None:
         self.say, self.metric = say, metric
-        self.loss = float("nan")
+        self.loss: float | None = None  # before the first is logged
         self.bar = tqdm(disable=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -70,7 +101,8 @@ class Lines(TrainerCallback):
             others = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
             rest = "".join(f", {key} {value:.4f}" for key, value in others.items() if key != self.metric)
             self.bar.clear()
-            self.say(f"  step {state.global_step:,}: loss {self.loss:.4f}, dev {self.metric} {score:.4f}{rest}")
+            loss = "" if self.loss is None else f"loss {self.loss:.4f}, "
+            self.say(f"  step {state.global_step:,}: {loss}dev {self.metric} {score:.4f}{rest}")
 
 
 def build_trainer(
@@ -107,6 +139,7 @@ def build_trainer(
         load_best_model_at_end=True,
         metric_for_best_model=metric,
         greater_is_better=True,
+        logging_nan_inf_filter=False,  # which would show a mean of other steps in place of NaN
         logging_steps=max(1, min(50, steps_in_epoch // 10)),
         seed=seed,
         bf16=settings.dtype == "bfloat16",
@@ -118,7 +151,7 @@ def build_trainer(
     arguments = TrainingArguments(**(arguments | changes))
     callbacks: list[TrainerCallback] = [Lines(say, metric)]
     if settings.early_stopping is not None:
-        callbacks.append(EarlyStoppingCallback(settings.early_stopping))
+        callbacks.append(EarlyStopping(settings.early_stopping))
     trainer = FineTuning(
         loaded.model,
         arguments,

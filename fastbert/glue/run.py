@@ -18,7 +18,8 @@ from typing import Any
 
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
-from fastbert.finetune.folder import RUN_NAME, check_folder, delete_folder, read_run
+from fastbert.finetune.folder import RUN_NAME, check_folder, check_outside, delete_folder, read_run
+from fastbert.finetune.modes import check_packages
 from fastbert.finetune.run import finetune
 from fastbert.tasks.glue_data import (
     GlueSplits,
@@ -63,10 +64,13 @@ def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
     training.
     """
     _check_installed()
+    check_packages(settings.mode)
     output = Path(settings.output)
     run = check_folder(output, settings.command_name, resume=settings.resume, overwrite=settings.overwrite)
     if run is not None:
         settings.refuse_changes(settings.output, settings.to_dict(), run["settings"])
+    if settings.overwrite:
+        check_outside(output, (settings.data, settings.model))
     _check_model(settings)
     results = _finished(output) if settings.resume else {}
     asked = set(settings.tasks or (task.name for task in GLUE_TASKS))
@@ -133,6 +137,8 @@ def _finished(output: Path) -> dict[str, dict[int, dict[str, Any]]]:
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for task in GLUE_TASKS:
         for folder in (output / task.name).glob("seed-*"):
+            if not folder.name.removeprefix("seed-").isdecimal():  # somebody's copy
+                continue
             run = read_run(folder)
             if run is not None and "results" in run:
                 results.setdefault(task.name, {})[int(folder.name.removeprefix("seed-"))] = run

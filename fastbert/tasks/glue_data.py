@@ -171,10 +171,11 @@ class GlueTextTask(TextClassification):
             task, first = glue_task(self.name), _first_fields(source.path)
             if all(column in first for column in task.texts) or len(first) == len(task.header or ()):
                 return read_glue(task, source, labelled=False)[0]
-        return super().read(source)
+        return super().read_unlabelled(source)
 
     def check(self, examples: Examples[TextExample], *, labelled: bool) -> None:
         """As for other texts, but one text of a pair may be empty."""
+        self.check_pairs(examples)
         for example in examples:
             if not (example.text.strip() or (example.text_pair or "").strip()):
                 raise examples.error(example, "text", "is empty")

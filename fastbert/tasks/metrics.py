@@ -49,7 +49,7 @@ def multi_label_scores(predicted: NDArray[np.bool_], labels: NDArray[np.bool_]) 
 
 def regression_scores(predicted: NDArray[np.floating], values: NDArray[np.floating]) -> dict[str, float]:
     """pearson and spearman (0 where either side is constant), their mean, and the mean squared error. predicted, values: (n,)."""
-    stats = _optional("scipy.stats")
+    stats = optional("scipy.stats")
     correlations = {"pearson": 0.0, "spearman": 0.0}
     if len(values) > 1 and np.ptp(predicted) > 0 and np.ptp(values) > 0:
         correlations = {
@@ -68,7 +68,7 @@ def entity_scores(predicted: Sequence[Sequence[str]], tags: Sequence[Sequence[st
 
     predicted, tags: BIO tags of each sentence, of equal lengths.
     """
-    seqeval = _optional("seqeval.metrics")
+    seqeval = optional("seqeval.metrics")
     predicted, tags = [list(x) for x in predicted], [list(x) for x in tags]
     return {
         "precision": float(seqeval.precision_score(tags, predicted, zero_division=0)),
@@ -79,13 +79,15 @@ def entity_scores(predicted: Sequence[Sequence[str]], tags: Sequence[Sequence[st
 
 
 def _sklearn_metrics():
-    return _optional("sklearn.metrics")
+    return optional("sklearn.metrics")
 
 
-def _optional(module: str):
+def optional(module: str):
+    """A module of the packages that scores need. Raises SettingsError, saying what to install, where it is missing."""
     import importlib
 
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SettingsError(f"scores need {module.partition('.')[0]}: pip install 'fastbert[eval]'") from error
+        package = {"sklearn": "scikit-learn"}.get(name := module.partition(".")[0], name)
+        raise SettingsError(f"scores need {package}: pip install 'fastbert[eval]'") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -38,13 +39,14 @@ _UNLIMITED = 512
 @dataclass(frozen=True)
 class TaskModel:
     """``packed``: whether batches are rows without padding; ``collate``: what makes them; ``notes``: what the user should know
-    about the model (a new head, why it is not fast)."""
+    about the model (a new head, why it is not fast); ``new``: the weights that its checkpoint has not."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     packed: bool
     collate: Collate
     notes: tuple[str, ...]
+    new: tuple[str, ...] = ()
 
 
 def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
@@ -63,7 +65,7 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
             model, loading = auto_class.from_pretrained(
                 name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise SettingsError(f"--model {name} cannot be loaded as {task.auto_class}: {first_line(error)}") from error
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     notes = [f"New weights, not in the checkpoint: {', '.join(new)}"] if new else []
@@ -77,7 +79,7 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
             f"--model {name} has {model.config.vocab_size} entries in its vocabulary, its tokenizer {len(tokenizer)}"
         )
     packed = fast and not task.pads and takes_packed_rows(model)
-    return TaskModel(model, tokenizer, packed, collator(model, tokenizer, task.family, packed), tuple(notes))
+    return TaskModel(model, tokenizer, packed, collator(model, tokenizer, task.family, packed), tuple(notes), tuple(new))
 
 
 @contextlib.contextmanager
@@ -114,6 +116,8 @@ def load_config(name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
+        if Path(name).exists():
+            raise SettingsError(f"--model {name} cannot be loaded: {first_line(error)}") from error
         raise SettingsError(
             f"--model {name}: no such folder, and loading it from the Hugging Face hub failed ({first_line(error)})"
         ) from error

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastbert.data.budget import token_budget_batches
+from fastbert.train.errors import TrainingError
 
 from .model import TaskModel
 
@@ -33,7 +34,7 @@ def model_outputs(
     "questions", (num_choices,) of "choices".
 
     ``rows``: features, whose labels are left out; ``autocast``: the dtype of matmuls; ``progress``: the title of a progress bar.
-    The model comes back in the mode, training or not, that it was in.
+    The model comes back in the mode, training or not, that it was in. Raises TrainingError for logits that are not finite.
     """
     model = loaded.model
     inputs = [{key: value for key, value in row.items() if key not in _TARGETS} for row in rows]
@@ -52,6 +53,11 @@ def model_outputs(
                 output = model(**{key: _to(value, device) for key, value in collated.items()})
                 sizes = [lengths[number] for number in batch]
                 for number, logits in zip(batch, _by_row(output, family, sizes, loaded.packed), strict=True):
+                    if not np.isfinite(logits).all():
+                        raise TrainingError(
+                            "the model's outputs hold NaN or infinity: its training diverged (a lower --learning-rate helps), "
+                            "or its weights are damaged"
+                        )
                     results[number] = logits
                 bar.update(len(batch))
     finally:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
@@ -54,6 +55,8 @@ class Predictor:
             raise SettingsError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
         task, trained_length = load_task(Path(folder))
         loaded = load_model(str(folder), task)
+        if loaded.new:
+            raise DataError(f"{folder}: the model lacks weights ({', '.join(loaded.new)}), which training would have saved")
         model = loaded.model.eval()
         if dtype == "bfloat16":
             model.bfloat16()

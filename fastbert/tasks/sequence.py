@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastbert.data.sources import Source
-from fastbert.data.tables import Table, read_table
+from fastbert.data.tables import Table, file_kind, read_table
 
 from . import metrics
 from .columns import find_label_columns, find_text_columns
@@ -23,6 +24,7 @@ from .task import Features, Outputs, Task
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 _METRICS = {SINGLE: metrics.CLASSIFICATION, MULTI: metrics.MULTI_LABEL, REGRESSION: metrics.REGRESSION}
 _LABELS_SHOWN = 12
+_NUMBER = re.compile("-?[0-9]+")
 _FALSE = ("", "0", "false", "no")
 
 
@@ -30,16 +32,17 @@ _FALSE = ("", "0", "false", "no")
 class TextClassification(Task):
     """``problem``: transformers' problem_type. ``columns``: of the fields text, text_pair and label; several label columns
     (``"a,b,c"``) are a label each, with 0 or 1 in it. ``label_separator``: between the labels of a text (multi-label). ``header``:
-    the columns of files that have no header line. ``metric``: the main one, where not the problem's usual."""
+    the columns of files that have no header line. ``metric``: the main one, where not the problem's usual. ``pairs``: whether an
+    example has two texts, None before the training data have shown it."""
 
     problem: str = SINGLE
     label_separator: str = ","
     header: tuple[str, ...] | None = None
     metric: str | None = None
+    pairs: bool | None = None
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     family: ClassVar[str] = "text"
-    packages: ClassVar[tuple[str, ...]] = ("sklearn", "scipy")
 
     @property
     def main_metric(self) -> str:
@@ -49,15 +52,29 @@ class TextClassification(Task):
     def metric_names(self) -> tuple[str, ...]:
         return _METRICS[self.problem]
 
+    @property
+    def score_modules(self) -> tuple[str, ...]:
+        return ("scipy.stats" if self.problem == REGRESSION else "sklearn.metrics",)
+
     def read(self, source: Source) -> Examples[TextExample]:
         table = read_table(source, header=self.header)
+        return self._examples(table, find_label_columns(table, self.columns))
+
+    def read_unlabelled(self, source: Source) -> Examples[TextExample]:
+        """As :meth:`read`, without a look at the labels; a .txt file has a text in each line, whatever the columns are called."""
+        if source.path is not None and file_kind(source.path) == ".txt":
+            table = read_table(source)
+            items = [TextExample(place, row["text"]) for place, row in zip(table.places, table.rows, strict=True)]
+            return Examples(table.source, items, {})
+        return self._examples(read_table(source, header=self.header), [])
+
+    def _examples(self, table: Table, names: list[str]) -> Examples[TextExample]:
         text, pair = find_text_columns(table, self.columns)
-        names = find_label_columns(table, self.columns)
         columns = {"text": text, **({"text_pair": pair} if pair else {}), **({"label": ", ".join(names)} if names else {})}
         examples = Examples(table.source, [], columns, table.columns)
         label = self._label_reader(table, names, examples)
-        for place, row in zip(table.places, table.rows, strict=True):
-            example = TextExample(place, _text(row[text]), _text(row[pair]) if pair else None)
+        for number, (place, row) in enumerate(zip(table.places, table.rows, strict=True)):
+            example = TextExample(place, _text(table, number, text), _text(table, number, pair) if pair else None)
             examples.items.append(replace(example, label=label(example, row)))
         return examples
 
@@ -66,6 +83,9 @@ class TextClassification(Task):
     ) -> Callable[[TextExample, dict[str, Any]], str | float | tuple[str, ...] | None]:
         if not names:
             return lambda example, row: None
+        if len(names) > 1 and self.problem != MULTI:
+            problem = f"{len(names)} label columns are for --task multi-label-classification; --task {self.name} reads one"
+            raise examples.error(None, None, problem)
         if len(names) > 1:
             return lambda example, row: tuple(name for name in names if str(row[name]).strip().lower() not in _FALSE)
         (name,) = names
@@ -89,21 +109,23 @@ class TextClassification(Task):
 
     def with_labels_of(self, train: Examples[TextExample]) -> TextClassification:
         self.check_present(train)
+        pairs = train.items[0].text_pair is not None
+        if self.labels:
+            return replace(self, pairs=pairs)
         if self.problem == REGRESSION:
             if len({example.label for example in train}) == 1:
                 raise train.error(
                     None, "label", f"holds {train.items[0].label} in all {len(train)} rows: there is nothing to learn"
                 )
-            return self
-        if self.labels:
-            return self
+            return replace(self, pairs=pairs)
         counts = self.label_counts(train)
         if not counts or (self.problem == SINGLE and len(counts) == 1):
             held = f"holds {next(iter(counts))!r} in all {len(train)} rows" if counts else f"names no label in {len(train)} rows"
             raise train.error(None, "label", f"{held}: there is nothing to learn")
-        return replace(self, labels=tuple(sorted(counts, key=_order)))
+        return replace(self, labels=tuple(sorted(counts, key=_order)), pairs=pairs)
 
     def check(self, examples: Examples[TextExample], *, labelled: bool) -> None:
+        self.check_pairs(examples)
         for example in examples:
             for field in ("text", "text_pair"):
                 value = getattr(example, field)
@@ -112,6 +134,14 @@ class TextClassification(Task):
         if labelled:
             self.check_present(examples)
             self._check_known(examples)
+
+    def check_pairs(self, examples: Examples[TextExample]) -> None:
+        """Raises DataError for an example that has one text where the model reads two, or the other way round."""
+        for example in examples:
+            if self.pairs is not None and self.pairs != (example.text_pair is not None):
+                problem = "has no second text" if self.pairs else "has a second text"
+                expected = "pairs of texts" if self.pairs else "single texts"
+                raise examples.error(example, None, f"{problem}, but the training data are {expected}")
 
     def check_present(self, examples: Examples[TextExample]) -> None:
         """Raises DataError for no examples, and for one without a label."""
@@ -123,7 +153,7 @@ class TextClassification(Task):
             raise examples.error(None, None, f"has no column {wanted!r}{known}; --label-column names the column of the labels")
         for example in examples:
             if example.label is None:
-                raise examples.error(example, "label", "has no label")
+                raise examples.error(example, "label", "is empty")
 
     def _check_known(self, examples: Examples[TextExample]) -> None:
         if self.problem == REGRESSION:
@@ -224,21 +254,28 @@ class TextClassification(Task):
 
 def _order(label: str) -> tuple[bool, float, str]:
     """Numbers by their size, in front of words in alphabetical order."""
-    return (False, float(label), label) if label.lstrip("-").isdigit() else (True, 0.0, label)
+    return (False, float(label), label) if _NUMBER.fullmatch(label) else (True, 0.0, label)
 
 
-def _text(value: Any) -> str:
+def _text(table: Table, number: int, column: str) -> str:
+    value = table.rows[number][column]
+    if isinstance(value, (list, dict)):
+        raise table.error(number, column, f"expected a text, found {'a list' if isinstance(value, list) else 'an object'}")
     return "" if value is None else str(value)
 
 
-def _one_class(value: Any, example: TextExample, examples: Examples) -> str:
-    label = "" if value is None else str(value).strip()
-    if not label:
-        raise examples.error(example, "label", "is empty")
-    return label
+def _one_class(value: Any, example: TextExample, examples: Examples) -> str | None:
+    """None for a label that is held back, as those of test sets are."""
+    if isinstance(value, (list, dict)):
+        kind = "a list" if isinstance(value, list) else "an object"
+        raise examples.error(example, "label", f"expected one label, found {kind}; lists are for multi-label-classification")
+    return (str(value).strip() or None) if value is not None else None
 
 
-def _number(value: Any, example: TextExample, examples: Examples) -> float:
+def _number(value: Any, example: TextExample, examples: Examples) -> float | None:
+    """None for a number that is held back."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
     try:
         number = float(value)
     except (TypeError, ValueError):

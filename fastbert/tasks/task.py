@@ -43,7 +43,6 @@ class Task(ABC):
     auto_class: ClassVar[str]  # of transformers: "AutoModelForSequenceClassification"
     family: ClassVar[str]  # "text", "words", "questions", "choices"
     pads: ClassVar[bool] = False  # True: the model takes no packed rows
-    packages: ClassVar[tuple[str, ...]] = ()  # that its scores need, by the names that they are imported by
 
     @property
     def main_metric(self) -> str:
@@ -54,6 +53,11 @@ class Task(ABC):
     @abstractmethod
     def metric_names(self) -> tuple[str, ...]:
         """The scores of :meth:`scores` that are better when higher."""
+
+    @property
+    def score_modules(self) -> tuple[str, ...]:
+        """Modules of optional packages that :meth:`scores` needs."""
+        return ()
 
     @abstractmethod
     def read(self, source: Source) -> Examples:

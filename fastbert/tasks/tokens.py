@@ -47,11 +47,14 @@ class TokenClassification(Task):
 
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     family: ClassVar[str] = "words"
-    packages: ClassVar[tuple[str, ...]] = ("sklearn", "seqeval")
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         return metrics.ENTITIES if self.entities else metrics.TAGS
+
+    @property
+    def score_modules(self) -> tuple[str, ...]:
+        return ("seqeval.metrics" if self.entities else "sklearn.metrics",)
 
     def read(self, source: Source) -> Examples[WordsExample]:
         return read_words(source, self.columns.get("words"), self.columns.get("tags"), self.entities)
@@ -202,8 +205,7 @@ class TokenClassification(Task):
 
 
 def _entities(example: WordsExample, tags: list[str], probability: np.ndarray) -> list[dict[str, Any]]:
-    from seqeval.metrics.sequence_labeling import get_entities
-
+    get_entities = metrics.optional("seqeval.metrics.sequence_labeling").get_entities
     text, spans = example.text, example.spans
     if text is None or spans is None:
         text, ends = " ".join(example.words), np.cumsum([len(word) + 1 for word in example.words]) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -86,3 +87,42 @@ def test_wrong_usage_of_finetune(arguments, message):
     done = run("finetune", "--task", "ner", "--model", "m", "--data", "d", *arguments)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "code", "message"),
+    [
+        (["--input", "-"], b"good\ncaf\xe9\n", 1, "standard input, line 2: not UTF-8"),
+        (["--input", "-"], b"", 1, "standard input: there are no lines"),
+        (["good", "caf\udce9"], b"", 2, "text 2 is not UTF-8"),
+    ],
+)
+def test_what_is_no_text(arguments, stdin, code, message, trained):
+    done = run("predict", "--model", trained, *arguments, input=stdin)
+    assert done.exit_code == code
+    assert message in done.stderr
+
+
+def test_blank_lines_at_the_end_of_stdin_are_none(trained):
+    assert len(run("predict", "--model", trained, "--input", "-", input="good\r\nbad\n\n").stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", ["predict", "embed"])
+def test_the_input_is_not_overwritten(command, trained, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": "good"}\n', encoding="utf-8")
+    done = run(command, "--model", trained, "--input", lines, "--output", lines, "--overwrite")
+    assert done.exit_code == 2
+    assert "--output" in done.stderr and "give another name" in done.stderr
+    assert lines.read_text(encoding="utf-8") == '{"text": "good"}\n'
+
+
+def test_a_terminal_that_knows_ascii_only(trained, monkeypatch):
+    document = (trained / "task.json").read_text(encoding="utf-8")
+    (trained / "task.json").write_text(document.replace('"pos"', '"schön"'), encoding="utf-8")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    with pytest.raises(SystemExit) as end:
+        app(["predict", "--model", str(trained), "the film is great"])
+    assert end.value.code == 0
+    assert json.loads(stdout.buffer.getvalue())["label"] == "schön"

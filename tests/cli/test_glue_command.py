@@ -68,9 +68,20 @@ def test_wrong_usage(toy, tmp_path, words, message):
 
 
 def test_data_and_model_are_needed(toy, tmp_path):
-    for words, name in ((toy[:2], "--model"), (toy[2:], "--data"), (["--resume"], "--data")):
+    for words, name in ((toy[:2], "--model"), (toy[2:], "--data")):
         run = glue(*words, "--output", str(tmp_path / "run"))
         assert run.exit_code == 2 and f"{name} is missing" in run.stderr
+
+
+def test_what_is_no_run_of_glue_is_not_resumed(tmp_path):
+    run = glue("--resume", "--output", str(tmp_path / "run"))
+    assert run.exit_code == 2 and "holds no run: there is nothing to resume" in run.stderr
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(
+        '{"command_name": "finetune", "command": "fastbert finetune", "settings": {"task": 1}}'
+    )
+    run = glue("--resume", "--output", str(tmp_path / "run"))
+    assert run.exit_code == 2 and "holds a run of another command (fastbert finetune)" in run.stderr
 
 
 def test_bad_data(toy, tmp_path):

@@ -170,3 +170,14 @@ def test_what_is_no_squad_is_refused(tmp_path: Path) -> None:
         read_squad(Source(tmp_path / "c.json"))
     with pytest.raises(DataError, match="expected an object with 'data', found list"):
         read_squad(write(tmp_path / "d.json", []))
+
+
+@pytest.mark.parametrize("column", ["context", "question"])
+def test_half_of_a_surrogate_pair_is_named(tmp_path: Path, column: str) -> None:
+    document = copy.deepcopy(SQUAD)
+    paragraph = document["data"][0]["paragraphs"][0]
+    (paragraph if column == "context" else paragraph["qas"][0])[column] += "\ud800"
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(DataError, match=f"question 'a1', column '{column}': holds a lone surrogate"):
+        read_squad(Source(path))

@@ -233,6 +233,20 @@ def test_a_disk_that_is_too_full(own_cache, monkeypatch):
         states_of(model_of("bert", "text"), rows_of("text", 6))
 
 
+def test_a_cache_that_cannot_be_made(own_cache):
+    own_cache.parent.parent.mkdir(parents=True, exist_ok=True)
+    own_cache.parent.write_text("a file where the folder would be")
+    with pytest.raises(OSError, match=r"head-features cannot be made \(.*\); XDG_CACHE_HOME names another place"):
+        states_of(model_of("bert", "text"), rows_of("text", 6))
+
+
+def test_a_user_without_a_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda user: (_ for _ in ()).throw(KeyError(user)))
+    assert cache_folder().is_absolute()
+
+
 # --- from files to a folder ------------------------------------------------------------------------------------------------
 
 

@@ -101,3 +101,9 @@ def test_missing_packages(monkeypatch):
     assert plots.missing_packages() is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sklearn" else object())
     assert plots.missing_packages() == "pictures need scikit-learn: pip install 'fastbert[train,eval]'"
+
+
+def test_labels_are_no_formulas(tmp_path):
+    labels = ["$a^$", "$\\frac{$"]  # which matplotlib's parser of mathematics refuses
+    plots.plot_confusion(labels, labels, labels, tmp_path / "c.png")
+    assert is_png(tmp_path / "c.png")

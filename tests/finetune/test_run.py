@@ -17,7 +17,7 @@ from fastbert.finetune import run as module
 from fastbert.finetune.run import finetune
 from fastbert.finetune.settings import FinetuneSettings
 from fastbert.tasks.predictor import Predictor
-from fastbert.train.errors import SettingsError
+from fastbert.train.errors import SettingsError, TrainingError
 
 SILENT = {"say": lambda line: None}
 
@@ -136,10 +136,10 @@ def test_settings_that_do_not_fit(changes, message, toy_model, sentiment_folder,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_package_is_missed_before_anything_is_read(toy_model, sentiment_folder, tmp_path, monkeypatch):
+def test_accelerate_is_missed_before_anything_is_read(toy_model, sentiment_folder, tmp_path, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name))
-    with pytest.raises(SettingsError, match=r"--task sentiment needs scipy: pip install 'fastbert\[train,eval\]'"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name))
+    with pytest.raises(SettingsError, match=r"Trainer needs accelerate: pip install 'fastbert\[train\]'"):
         finetune(settings(toy_model, sentiment_folder, tmp_path / "run"), **SILENT)
 
 
@@ -176,3 +176,121 @@ def test_resumed_after_a_kill(toy_model, sentiment_folder, tmp_path):
     said: list[str] = []
     result = finetune(settings(toy_model, sentiment_folder, tmp_path / "run", resume=True, **changes), said.append)
     assert result.scores == expected.scores
+
+
+def test_a_label_in_one_row_is_known_wherever_the_row_goes(toy_model, tmp_path):
+    """Without dev data some rows are held out, and with a limit most are left out: their labels are in the training file."""
+    data = tmp_path / "train.tsv"
+    data.write_text("text\tlabel\n" + "".join(f"the film {n}\t{n}\n" for n in range(20)), encoding="utf-8")
+    for changes in ({}, {"limit": 4}):
+        given = settings(toy_model, data, tmp_path / "run", **changes)
+        prepared = module.prepare_task(module.task_of(given), module.sources_of(given), given, lambda line: None)
+        assert prepared.task.labels == tuple(map(str, range(20)))
+
+
+def test_test_labels_are_there_or_not(toy_model, sentiment_folder, tmp_path):
+    (sentiment_folder / "test.tsv").write_text("sentence\tlabel\na film\t\na book\t\n", encoding="utf-8")
+    given = settings(toy_model, sentiment_folder, tmp_path / "run")
+    prepared = module.prepare_task(module.task_of(given), module.sources_of(given), given, lambda line: None)
+    assert not prepared.splits["test"].labelled
+    (sentiment_folder / "test.tsv").write_text("sentence\tlabel\na film\t\na book\tpos\n", encoding="utf-8")
+    with pytest.raises(DataError, match="test.tsv, line 2, column 'label': is empty"):
+        module.prepare_task(module.task_of(given), module.sources_of(given), given, lambda line: None)
+
+
+def test_the_separator_of_labels(toy_model, tmp_path):
+    given = settings(toy_model, tmp_path, tmp_path / "run", task="multi-label-classification", label_separator=";")
+    assert module.task_of(given).label_separator == ";"
+    with pytest.raises(SettingsError, match="--label-separator is for --task multi-label-classification, not for --task sentiment"):
+        module.task_of(settings(toy_model, tmp_path, tmp_path / "run", label_separator=";"))
+    with pytest.raises(SettingsError, match="--label-separator is empty"):
+        settings(toy_model, tmp_path, tmp_path / "run", label_separator="")
+
+
+@pytest.mark.parametrize("task", ["sentiment", "regression"])
+def test_training_that_diverges_says_so(task, toy_model, tmp_path):
+    data = tmp_path / "train.tsv"
+    data.write_text("text\tlabel\n" + "".join(f"the film {n}\t{n % 2}\n" for n in range(20)), encoding="utf-8")
+    given = settings(toy_model, data, tmp_path / "run", task=task, learning_rate=1e30, max_grad_norm=1e30, max_steps=6)
+    with pytest.raises(TrainingError, match="(diverged; a lower --learning-rate helps)|(outputs hold NaN or infinity)"):
+        finetune(given, **SILENT)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("changed", ["train", "dev"])
+def test_other_examples_are_not_resumed_on(changed, toy_model, sentiment_folder, tmp_path):
+    given = settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=2)
+    finetune(given, **SILENT)
+    file = sentiment_folder / f"{changed}.tsv"
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before.replace("film", "book"), encoding="utf-8")
+    again = settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=2, resume=True)
+    with pytest.raises(SettingsError, match=f"the examples of {changed} are not those that the run began with; --overwrite"):
+        finetune(again, **SILENT)
+    file.write_text(before, encoding="utf-8")
+    finetune(again, **SILENT)
+
+
+def test_what_a_run_needs_is_not_overwritten(toy_model, sentiment_folder, tmp_path):
+    """A run whose own output is its model, or holds its data."""
+    finetune(settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=1), **SILENT)
+    sentiment_folder.rename(tmp_path / "run" / "data")
+    for model, data in ((tmp_path / "run", tmp_path), (toy_model, tmp_path / "run" / "data")):
+        with pytest.raises(SettingsError, match="--overwrite deletes .*run, and .*, which the run needs, is in it"):
+            finetune(settings(model, data, tmp_path / "run", overwrite=True), **SILENT)
+    assert (tmp_path / "run" / "model.safetensors").is_file() and (tmp_path / "run" / "data" / "train.tsv").is_file()
+
+
+def test_the_speed_of_a_resumed_run_is_its_own(toy_model, sentiment_folder, tmp_path):
+    """Of what it has trained itself, in the time that it took; and its folder may have been moved."""
+
+    def train(output: Path, **changes):
+        given = settings(toy_model, sentiment_folder, output, epochs=8, seeds=(3,), learning_rate=0.1, **changes)
+        prepared = module.prepare_task(module.task_of(given), module.sources_of(given), given, lambda line: None)
+        return module.train_seed(given, prepared, 3, module.pick_device("cpu"), lambda line: None)[0]
+
+    expected = train(tmp_path / "run")
+    assert expected.best_step < expected.steps  # else the last one would do
+    (tmp_path / "run").rename(tmp_path / "moved")
+    result = train(tmp_path / "moved", resume=True)
+    assert result.scores == expected.scores
+    rest = 1 - expected.best_step / expected.steps  # the Trainer leaves the best checkpoint only, and training goes on from it
+    tokens = expected.tokens_per_second * expected.train_seconds
+    assert result.tokens_per_second * result.train_seconds == pytest.approx(tokens * rest)
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "message"),
+    [
+        ("sklearn.metrics", {}, r"scores need scikit-learn: pip install 'fastbert\[eval\]'"),
+        ("peft", {"mode": "lora"}, "--mode lora needs PEFT: pip install peft"),
+    ],
+)
+def test_a_missing_package_is_missed_before_training(module, changes, message, toy_model, sentiment_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SettingsError, match=message):
+        finetune(settings(toy_model, sentiment_folder, tmp_path / "run", **changes), **SILENT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_stops_as_early_as_any_other(toy_model, sentiment_folder, tmp_path):
+    """Interrupted in the last evaluation, whose checkpoint is half written: what came before counts."""
+
+    def train(output: Path, say=lambda line: None, **changes):
+        given = settings(toy_model, sentiment_folder, output, epochs=40, eval_steps=6, early_stopping=3, **changes)
+        prepared = module.prepare_task(module.task_of(given), module.sources_of(given), given, lambda line: None)
+        return module.train_seed(given, prepared, 0, module.pick_device("cpu"), say)[0]
+
+    def interrupt(line: str) -> None:
+        if f"step {expected.steps}:" in line:
+            raise KeyboardInterrupt
+
+    expected = train(tmp_path / "whole")
+    assert expected.steps == expected.best_step + 18
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", interrupt)
+    half = tmp_path / "run" / "checkpoints" / "seed-0" / f"checkpoint-{expected.steps}"
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"epoch": 1')
+    result = train(tmp_path / "run", resume=True)
+    assert (result.steps, result.best_step, result.scores) == (expected.steps, expected.best_step, expected.scores)

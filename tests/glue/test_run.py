@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,7 @@ def test_a_run_that_was_stopped_goes_on(make_settings, tmp_path, monkeypatch):
     half = pair_folder(tmp_path / "stopped", "cola", 3)
     half.mkdir()
     (half / ".run.json.new").write_text("{")
+    shutil.copytree(half.with_name("seed-0"), half.with_name("seed-0-copy"))  # a user's, which is none of the run
     more = glue(dataclasses.replace(settings, resume=True, tasks=("cola",), seeds=(0, 3)), lambda line: None)
     assert trained[3:] == ["cola", "qnli", "cola"]  # "cola", "qnli" of the whole run
     assert set(more["tasks"]) == {"cola", "qnli"} and set(more["tasks"]["cola"]["seeds"]) == {"0", "3"}

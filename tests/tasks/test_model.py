@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
+from fastbert.data.errors import DataError
 from fastbert.tasks.model import load_config, load_model, longest_sequence
 from fastbert.tasks.outputs import model_outputs
+from fastbert.tasks.predictor import Predictor
 from fastbert.tasks.registry import load_task, save_task, task_for
-from fastbert.train.errors import SettingsError
+from fastbert.train.errors import SettingsError, TrainingError
 
 from ..toys import sentiment_lines
 
@@ -124,3 +128,36 @@ def test_checkpoints_that_cannot_be_used(toy_model, toy_tokenizer, tmp_path):
 def test_a_task_goes_to_json_and_back(family, tmp_path):
     save_task(TASKS[family], 77, tmp_path)
     assert load_task(tmp_path) == (TASKS[family], 77)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", b"{bad", r"cannot be loaded: It looks like the config file .* is not a valid JSON"),
+        ("config.json", b"{}", r"cannot be loaded: Unrecognized model"),
+        ("model.safetensors", b"short", r"cannot be loaded as AutoModelForSequenceClassification: .*header"),
+    ],
+)
+def test_a_damaged_checkpoint(file, content, message, toy_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(toy_model, folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(SettingsError, match=message):
+        load_model(str(folder), TASKS["text"])
+
+
+def test_a_fine_tuned_folder_whose_weights_are_damaged(toy_model, tmp_path):
+    loaded = load_model(str(toy_model), TASKS["text"])
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    save_task(TASKS["text"], 32, tmp_path)
+    assert Predictor.from_pretrained(tmp_path, device="cpu")(["good"])
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    damaged = {**weights, "classifier.weight": weights["classifier.weight"] * float("nan")}
+    safetensors.torch.save_file(damaged, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match="the model's outputs hold NaN or infinity"):
+        Predictor.from_pretrained(tmp_path, device="cpu")(["good"])
+    del weights["classifier.weight"]
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"the model lacks weights \(classifier.weight\), which training would have saved"):
+        Predictor.from_pretrained(tmp_path, device="cpu")

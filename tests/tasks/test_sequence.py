@@ -149,3 +149,54 @@ def test_files_of_glue(data_folder):
     assert task.with_labels_of(examples).labels == ("0", "1")
     test = task.read(Source(data_folder / "glue/MRPC/test.tsv"))
     assert len(test) == 1725 and test.items[0].label is None
+
+
+def test_labels_that_only_look_like_numbers(tmp_path):
+    task, examples = read(tmp_path, "text\tlabel\na\t²\nb\t--5\nc\t7\n")
+    assert task.with_labels_of(examples).labels == ("7", "--5", "²")
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ('"text": ["a"], "label": "x"', r"line 1, column 'text': expected a text, found a list"),
+        ('"text": "a", "label": ["x"]', r"line 1, column 'label': expected one label, found a list; lists are for multi-label"),
+    ],
+)
+def test_lists_are_not_taken_for_what_they_print_as(cells, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, "{" + cells + "}\n", name="train.jsonl")
+
+
+def test_several_label_columns_are_for_several_labels(tmp_path):
+    with pytest.raises(DataError, match="2 label columns are for --task multi-label-classification; --task sentiment reads one"):
+        read(tmp_path, "text\ta\tb\nx\t0\t1\n", "sentiment", label="a,b")
+
+
+def test_labels_that_are_held_back(tmp_path):
+    _, examples = read(tmp_path, '{"text": "x", "label": null}\n{"text": "y", "label": ""}\n', name="test.jsonl")
+    assert [example.label for example in examples] == [None, None]
+    _, examples = read(tmp_path, "text\tscore\nx\t\n", "regression", name="test.tsv")
+    assert examples.items[0].label is None
+
+
+def test_what_is_to_be_predicted_needs_no_labels_and_no_columns(tmp_path):
+    task = task_for("regression", {"text": "review", "label": "stars"})
+    (tmp_path / "new.tsv").write_text("review\tstars\nx\tunknown\n", encoding="utf-8")
+    (tmp_path / "new.txt").write_text("a text\n", encoding="utf-8")
+    assert [e.label for e in task.read_unlabelled(Source(tmp_path / "new.tsv"))] == [None]
+    assert [(e.place, e.text) for e in task.read_unlabelled(Source(tmp_path / "new.txt"))] == [("line 1", "a text")]
+
+
+def test_pairs_and_single_texts_are_not_mixed(tmp_path):
+    task, pairs = read(tmp_path, "sentence1\tsentence2\tlabel\na\tb\t0\nc\td\t1\n")
+    pair_task = task.with_labels_of(pairs)
+    _, single = read(tmp_path, "sentence1\tlabel\na\t0\nc\t1\n", name="dev.tsv")
+    with pytest.raises(DataError, match="dev.tsv, line 2: has no second text, but the training data are pairs of texts"):
+        pair_task.check(single, labelled=True)
+    with pytest.raises(DataError, match="train.tsv, line 2: has a second text, but the training data are single texts"):
+        task.with_labels_of(single).check(pairs, labelled=True)
+    glue = task_for("rte")
+    _, train = read(tmp_path, "sentence1\tsentence2\tlabel\na\tb\tentailment\n", "rte")
+    with pytest.raises(DataError, match="inputs, input 1: has no second text"):
+        glue.with_labels_of(train).check(glue.examples_from(["a"]), labelled=False)
