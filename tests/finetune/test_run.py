@@ -263,7 +263,7 @@ def test_the_speed_of_a_resumed_run_is_its_own(toy_model, sentiment_folder, tmp_
     ("module", "changes", "message"),
     [
         ("sklearn.metrics", {}, r"scores need scikit-learn: pip install 'fastbert\[eval\]'"),
-        ("peft", {"mode": "lora"}, "--mode lora needs PEFT: pip install peft"),
+        ("peft", {"mode": "lora"}, r"--mode lora needs PEFT: pip install 'fastbert\[train\]'"),
     ],
 )
 def test_a_missing_package_is_missed_before_training(module, changes, message, toy_model, sentiment_folder, tmp_path, monkeypatch):
