@@ -178,10 +178,19 @@ def report_scores(given: argparse.Namespace) -> None:
         )
         results[name] = {
             "metric": metric, "seeds": seeds, "values": values, "means": means, "difference": difference, "spread": spread,
-            "within_spread": abs(difference) <= spread, "settings": by_side[OURS][seeds[0]]["settings"],
+            "within_spread": abs(difference) <= spread, "settings": shown(by_side[OURS][seeds[0]]["settings"]),
             "all_scores": {side: {seed: by_side[side][seed]["scores"] for seed in seeds} for side in values},
         }  # fmt: skip
-    write_results("tasks_scores", {"machine": machine(), "results": results}, given.save)
+    write_results("tasks_scores", {"command": command(), "machine": machine(), "results": results}, given.save)
+
+
+def command() -> str:
+    return " ".join(["python -m benchmarks.tasks", *sys.argv[1:]])
+
+
+def shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the paths of this machine."""
+    return {name: value for name, value in settings.items() if name not in ("model", "data", "output")}
 
 
 def main_metric_of(name: str) -> str:
@@ -202,7 +211,7 @@ def measure_seconds(given: argparse.Namespace) -> None:
         settings, inputs = prepared(name, given.data)
         rows = random.Random(0).sample(inputs.train.features.rows, settings.batch_size * TIMED_BATCHES)
         tokens = sum(len(row["input_ids"]) for row in rows)
-        results[name] = {"examples": len(rows), "tokens": tokens, "settings": settings.to_dict()}
+        results[name] = {"examples": len(rows), "tokens": tokens, "settings": shown(settings.to_dict())}
         for dtype in given.dtype:
             runs = dict(contenders(replace(settings, dtype=dtype), inputs, rows))
             with quiet():
@@ -218,7 +227,7 @@ def measure_seconds(given: argparse.Namespace) -> None:
                 ratio = f"{measured['fastbert_is']['median']:.2f}x" if contender != OURS else ""
                 rate = measured["tokens_per_second"]
                 print(f"{name:<34}{dtype:<10}{contender:<32}{measured['median_s']:>8.2f}{rate:>15,.0f}{ratio:>13}", flush=True)
-    write_results("tasks_seconds", {"machine": machine(), "ceilings": limits, "results": results}, given.save)
+    write_results("tasks_seconds", {"command": command(), "machine": machine(), "ceilings": limits, "results": results}, given.save)
 
 
 def contenders(

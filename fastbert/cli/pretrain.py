@@ -9,7 +9,7 @@ from typing import Any
 from fastbert.train.checkpoint import checkpoint_folders, latest_checkpoint
 from fastbert.train.errors import TrainingError, TrainingInterrupted
 from fastbert.train.run_folder import STATE_NAME, check_output_folder
-from fastbert.train.settings import PretrainSettings, refuse_changed_settings
+from fastbert.train.settings import PretrainSettings
 
 from .command import DONE, FAILED, INTERRUPTED, CommandFailure, CommandResult, Say
 
@@ -52,7 +52,7 @@ def settings_from_options(given: dict[str, Any]) -> PretrainSettings:
     if checkpoint is None:
         return PretrainSettings(output=output, resume=True)
     run_settings = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["settings"]
-    refuse_changed_settings(output, given, run_settings)
+    PretrainSettings.refuse_changes(output, given, run_settings)
     return PretrainSettings.from_dict({**run_settings, "overwrite": False, **given, "output": output})
 
 

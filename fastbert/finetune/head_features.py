@@ -196,6 +196,9 @@ def _write(path: Path, shape: tuple[int, int], fill: Callable[[NDArray[np.float3
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         states = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up meanwhile is an error here, and a signal in mapped memory
+            with beside.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
         fill(states)
         states.flush()
         sidecar.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from fastbert.tasks import metrics
 from fastbert.tasks.examples import Examples
 from fastbert.tasks.model import check_length, load_config, load_task_tokenizer, longest_sequence
 from fastbert.tasks.task import Features, Task
+from fastbert.train.errors import SettingsError
 
 from .settings import FinetuneSettings
 
@@ -79,8 +81,11 @@ class PreparedTask:
 def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSettings, say: Say) -> PreparedTask:
     """Reads and checks everything, so that bad data end a run before it begins.
 
-    Raises DataError naming file, row and column, and SettingsError for a length that the model does not take.
+    Raises DataError naming file, row and column, and SettingsError for a length that the model does not take and for packages that
+    are missing.
     """
+    if importlib.util.find_spec("accelerate") is None:
+        raise SettingsError("transformers' Trainer needs accelerate: pip install 'fastbert[train]'")
     config = load_config(settings.model)
     tokenizer = load_task_tokenizer(settings.model, config, task)
     longest = longest_sequence(config, tokenizer)

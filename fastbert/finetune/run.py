@@ -41,7 +41,6 @@ from .settings import FinetuneSettings
 from .trainer import build_trainer
 
 ADAPTED, WITHOUT_ADAPTATION = "adapted", "without-adaptation"
-_ON_RESUME = ("resume", "overwrite", "output", "device")
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
     output = Path(settings.output)
     run = check_folder(output, settings.command_name, resume=settings.resume, overwrite=settings.overwrite)
     if run is not None:
-        _refuse_changes(settings, run)
+        settings.refuse_changes(settings.output, settings.to_dict(), run["settings"])
     check_packages(settings.mode)
     if settings.overwrite:
         given = (settings.model, settings.data, settings.dev, settings.test, *settings.adapt)
@@ -317,17 +316,6 @@ def _finish(
 
 def _score_text(name: str, score: dict[str, Any]) -> str:
     return f"{name} {score['mean']:.4f}" + ("" if score["std"] is None else f" +- {score['std']:.4f}")
-
-
-def _refuse_changes(settings: FinetuneSettings, run: dict[str, Any]) -> None:
-    now, before = settings.to_dict(), run["settings"]
-    changed = [
-        f"--{name.replace('_', '-')} was {before.get(name)!r} and is now {value!r}"
-        for name, value in now.items()
-        if name not in _ON_RESUME and value != before.get(name)
-    ]
-    if changed:
-        raise SettingsError(f"cannot resume {settings.output} with other settings: {'; '.join(changed)}")
 
 
 def _refuse_other_data(output: Path, run: dict[str, Any], data: dict[str, Any]) -> None:

@@ -86,8 +86,7 @@ class FinetuneSettings(CommandSettings):
             raise SettingsError(f"--warmup is {self.warmup}; it is a share of the steps, at least 0 and below 1")
         if not 0 < self.dev_fraction < 1:
             raise SettingsError(f"--dev-fraction is {self.dev_fraction}; it must lie between 0 and 1")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise SettingsError(f"--seeds is {' '.join(map(str, self.seeds)) or 'empty'}; it must be different numbers from 0 on")
+        self.check_seeds(self.seeds)
         for name, mode in _OF_MODE.items():
             if getattr(self, name) is not None and self.mode != mode:
                 raise SettingsError(f"--{name.replace('_', '-')} is for --mode {mode}, not for --mode {self.mode}")

@@ -68,7 +68,7 @@ def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
     output = Path(settings.output)
     run = check_folder(output, settings.command_name, resume=settings.resume, overwrite=settings.overwrite)
     if run is not None:
-        settings.refuse_changes(run["settings"])
+        settings.refuse_changes(settings.output, settings.to_dict(), run["settings"])
     if settings.overwrite:
         check_outside(output, (settings.data, settings.model))
     _check_model(settings)

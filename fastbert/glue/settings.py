@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from fastbert.finetune.settings import FinetuneSettings
 from fastbert.tasks.glue_tasks import GlueTask, glue_task
-from fastbert.train.command_settings import CommandSettings, option
+from fastbert.train.command_settings import CommandSettings
 from fastbert.train.errors import SettingsError
 
 
@@ -44,7 +44,7 @@ class GlueSettings(CommandSettings):
 
     command_name: ClassVar[str] = "glue"
     # What a continued run may ask for anew: it leaves the models as they are that are there.
-    changeable_on_resume: ClassVar[tuple[str, ...]] = ("output", "tasks", "seeds", "device", "resume", "overwrite")
+    changeable_on_resume: ClassVar[frozenset[str]] = CommandSettings.changeable_on_resume | {"tasks", "seeds"}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(glue_task(name).name for name in self.tasks))
@@ -52,12 +52,8 @@ class GlueSettings(CommandSettings):
         if len(set(self.tasks)) < len(self.tasks):
             raise SettingsError(f"--tasks is {' '.join(self.tasks)}; each of them once")
         self.check_resume_or_overwrite()
-        self.check_seeds()
+        self.check_seeds(self.seeds)
         self.of_pair(glue_task("cola"), 0, model=self.model, data=Path(self.data), output=Path(self.output))
-
-    def check_seeds(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise SettingsError(f"--seeds is {' '.join(map(str, self.seeds)) or 'empty'}; it must be different numbers from 0 on")
 
     def of_pair(self, task: GlueTask, seed: int, *, model: str, data: Path, output: Path) -> FinetuneSettings:
         """The fine-tuning of one task with one seed, from ``model`` on the files of the folder ``data``.
@@ -67,13 +63,3 @@ class GlueSettings(CommandSettings):
         own = {"data", "model", "output", "tasks", "seeds", "resume", "overwrite"}
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in own}
         return FinetuneSettings(task=task.name, model=model, data=str(data), output=str(output), seeds=(seed,), **shared)
-
-    def refuse_changes(self, run_settings: dict) -> None:
-        """Raises SettingsError naming what a continued run asks for differently from the run in its folder."""
-        changed = [
-            f"{option(name)} was {run_settings.get(name)!r} and is now {value!r}"
-            for name, value in self.to_dict().items()
-            if name not in self.changeable_on_resume and value != run_settings.get(name)
-        ]
-        if changed:
-            raise SettingsError(f"cannot resume {self.output} with other settings: {'; '.join(changed)}")

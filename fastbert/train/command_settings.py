@@ -20,6 +20,8 @@ class CommandSettings:
     # Options about the folder that a run goes to, which are no part of what it does.
     not_in_command: ClassVar[tuple[str, ...]] = ("resume", "overwrite")
     least: ClassVar[dict[str, int]] = {}
+    # What a run that is continued may be asked for differently, because it leaves the result alone.
+    changeable_on_resume: ClassVar[frozenset[str]] = frozenset({"output", "device", "resume", "overwrite"})
 
     def check_least(self) -> None:
         """Raises :class:`SettingsError` for a number below what ``least`` says of its setting."""
@@ -44,6 +46,10 @@ class CommandSettings:
         if getattr(self, name) not in allowed:
             raise SettingsError(f"{option(name)} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
 
+    def check_seeds(self, seeds: tuple[int, ...]) -> None:
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise SettingsError(f"--seeds is {' '.join(map(str, seeds)) or 'empty'}; it must be different numbers from 0 on")
+
     def check_resume_or_overwrite(self) -> None:
         if self.resume and self.overwrite:  # type: ignore[attr-defined]
             raise SettingsError("--resume continues the run in the output folder, --overwrite deletes it: give one of them")
@@ -60,6 +66,20 @@ class CommandSettings:
         if unknown:
             raise SettingsError(f"settings of another version of fastbert: {', '.join(unknown)} are not known here")
         return cls(**values)
+
+    @classmethod
+    def refuse_changes(cls, output: str, settings: dict[str, Any], run_settings: dict[str, Any]) -> None:
+        """Raises :class:`SettingsError` naming what a continued run asks for differently from the run in ``output``.
+
+        ``settings``: the settings given now, all or some of them; ``run_settings``: all settings of the run so far.
+        """
+        changed = [
+            f"{option(name)} was {run_settings.get(name)!r} and is now {value!r}"
+            for name, value in settings.items()
+            if name not in cls.changeable_on_resume and value != run_settings.get(name)
+        ]
+        if changed:
+            raise SettingsError(f"cannot resume {output} with other settings: {'; '.join(changed)}")
 
     def command(self) -> str:
         """The shell command that asks for this run; settings at their default are left out."""

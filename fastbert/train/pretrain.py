@@ -39,7 +39,7 @@ from .run_folder import (
     write_json,
 )
 from .run_state import RunState, load_run
-from .settings import PretrainSettings, refuse_changed_settings
+from .settings import PretrainSettings
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def find_run(output: Path, settings: PretrainSettings, say: Say) -> tuple[Path, 
     if checkpoint is None:
         raise TrainingError(f"none of the checkpoints in {output} is sound: nothing to resume")
     state = RunState.read(checkpoint)
-    refuse_changed_settings(settings.output, settings.to_dict(), state.settings)
+    settings.refuse_changes(settings.output, settings.to_dict(), state.settings)
     say(f"Resuming {output} after step {checkpoint_step(checkpoint):,}")
     return checkpoint, state
 

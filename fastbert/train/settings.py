@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .command_settings import CommandSettings, option
 from .errors import SettingsError
@@ -38,9 +38,6 @@ MODEL_PRESETS = {
 }
 
 _SIZE_NAMES = tuple(field.name for field in dataclasses.fields(ModelSize))
-
-# A continued run takes the same steps as the run it continues; only what leaves the steps alone may be given anew.
-CHANGEABLE_ON_RESUME = frozenset({"output", "device", "save_steps", "log_steps", "resume", "overwrite"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +83,7 @@ class PretrainSettings(CommandSettings):
     overwrite: bool = False
 
     command_name: ClassVar[str] = "pretrain"
+    changeable_on_resume: ClassVar[frozenset[str]] = CommandSettings.changeable_on_resume | {"save_steps", "log_steps"}
     least: ClassVar[dict[str, int]] = {
         **dict.fromkeys(_SIZE_NAMES, 1),
         **dict.fromkeys(("steps", "save_steps", "log_steps", "compare_steps"), 1),
@@ -171,17 +169,3 @@ class PretrainSettings(CommandSettings):
         if not self.compare:
             return 0
         return self.steps if self.compare_steps is None else min(self.compare_steps, self.steps)
-
-
-def refuse_changed_settings(output: str, settings: dict[str, Any], run_settings: dict[str, Any]) -> None:
-    """Raises :class:`SettingsError` naming what a continued run asks for differently from the run in ``output``.
-
-    ``settings``: the settings given now, all or some of them; ``run_settings``: all settings of the run so far.
-    """
-    changed = [
-        f"{option(name)} was {run_settings.get(name)!r} and is now {value!r}"
-        for name, value in settings.items()
-        if name not in CHANGEABLE_ON_RESUME and value != run_settings.get(name)
-    ]
-    if changed:
-        raise SettingsError(f"cannot resume {output} with other settings: {'; '.join(changed)}")

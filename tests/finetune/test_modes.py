@@ -143,7 +143,7 @@ def test_lora_of_an_encoder_without_query_and_value():
 
 def test_lora_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SettingsError, match="pip install peft"):
+    with pytest.raises(SettingsError, match=r"pip install 'fastbert\[train\]'"):
         prepared(model_of("bert", "text"), "lora")
 
 

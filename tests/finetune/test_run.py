@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -135,6 +136,13 @@ def test_settings_that_do_not_fit(changes, message, toy_model, sentiment_folder,
     assert not (tmp_path / "run").exists()
 
 
+def test_accelerate_is_missed_before_anything_is_read(toy_model, sentiment_folder, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name))
+    with pytest.raises(SettingsError, match=r"Trainer needs accelerate: pip install 'fastbert\[train\]'"):
+        finetune(settings(toy_model, sentiment_folder, tmp_path / "run"), **SILENT)
+
+
 def test_a_run_is_not_overwritten_by_accident(toy_model, sentiment_folder, tmp_path):
     given = settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=2)
     finetune(given, **SILENT)
@@ -255,7 +263,7 @@ def test_the_speed_of_a_resumed_run_is_its_own(toy_model, sentiment_folder, tmp_
     ("module", "changes", "message"),
     [
         ("sklearn.metrics", {}, r"scores need scikit-learn: pip install 'fastbert\[eval\]'"),
-        ("peft", {"mode": "lora"}, "--mode lora needs PEFT: pip install peft"),
+        ("peft", {"mode": "lora"}, r"--mode lora needs PEFT: pip install 'fastbert\[train\]'"),
     ],
 )
 def test_a_missing_package_is_missed_before_training(module, changes, message, toy_model, sentiment_folder, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastbert.train.errors import SettingsError
-from fastbert.train.settings import ModelSize, PretrainSettings, refuse_changed_settings
+from fastbert.train.settings import ModelSize, PretrainSettings
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,6 @@ def test_the_command_repeats_the_settings():
 
 def test_a_continued_run_keeps_what_matters():
     run_settings = PretrainSettings(steps=20).to_dict()
-    refuse_changed_settings("runs/a", PretrainSettings(steps=20, save_steps=3, resume=True).to_dict(), run_settings)
+    PretrainSettings.refuse_changes("runs/a", PretrainSettings(steps=20, save_steps=3, resume=True).to_dict(), run_settings)
     with pytest.raises(SettingsError, match=r"--steps was 20 and is now 30; --seed was 0 and is now 1"):
-        refuse_changed_settings("runs/a", {"steps": 30, "seed": 1}, run_settings)
+        PretrainSettings.refuse_changes("runs/a", {"steps": 30, "seed": 1}, run_settings)
