@@ -206,7 +206,9 @@ def _write(path: Path, shape: tuple[int, int], fill: Callable[[NDArray[np.float3
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-    write_json(sidecar, {"crc32": _checksum(path), "shape": shape})
+    beside = beside.with_suffix(f"{beside.suffix}.json")  # of this process, as two may want the same states at once
+    write_json(beside, {"crc32": _checksum(path), "shape": shape})
+    os.replace(beside, sidecar)
 
 
 def _checksum(path: Path) -> int:

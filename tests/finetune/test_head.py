@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -225,6 +226,24 @@ def test_an_interrupted_computation_leaves_nothing_that_counts(own_cache, monkey
     said: list[str] = []
     states_of(model, rows, say=said.append)
     assert "computed" in said[0]
+
+
+def test_two_runs_that_keep_the_same_states_at_once(own_cache, monkeypatch):
+    """The other one, of another process, comes to its end between this one's writing of a file and its renaming."""
+    model, rows = model_of("bert", "text"), rows_of("text", 6)
+    rename, processes = os.replace, iter([1])
+
+    def second_run_first(source: Path, target: Path) -> None:
+        if Path(target).suffix == ".json" and next(processes, None):
+            with monkeypatch.context() as other:
+                other.setattr(os, "getpid", lambda: 1)
+                shape = np.load(next(own_cache.glob("[!.]*.npy"))).shape
+                head_features._write(next(own_cache.glob("[!.]*.npy")), shape, lambda states: None)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", second_run_first)
+    states_of(model, rows)
+    assert files(own_cache) == [".json", ".npy"]
 
 
 def test_a_disk_that_is_too_full(own_cache, monkeypatch):
