@@ -6,14 +6,25 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fastbert.tasks.glue_tasks import GLUE_TASKS
 from fastbert.train.errors import SettingsError
 
 RUN_NAME = "run.json"
 CHECKPOINTS = "checkpoints"
 _NEW = ".new"
+# What save_pretrained of models and tokenizers leaves, in the versions of transformers that fastbert works with.
+_MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
+                "added_tokens.json", "merges.txt", "*.model")  # fmt: skip
+# What a run writes, by its command: --overwrite deletes nothing else.
+_OWN = {
+    "finetune": (RUN_NAME, CHECKPOINTS, *_MODEL_FILES, "task.json", "predictions_*.jsonl", "README.md", "learning_curves.png",
+                 "confusion.png", "adapter", "adapted", "without-adaptation"),
+    "glue": (RUN_NAME, "report.md", "scores.png", "submission", "submission.zip", *(task.name for task in GLUE_TASKS)),
+}  # fmt: skip
 
 
 def check_folder(output: Path, command: str, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
@@ -34,7 +45,18 @@ def check_folder(output: Path, command: str, *, resume: bool, overwrite: bool) -
         raise SettingsError(
             f"{output} already holds a run: --resume continues it, --overwrite deletes it, --output names another folder"
         )
+    if overwrite and (strangers := sorted(_strangers(output, command))):
+        raise SettingsError(
+            f"--overwrite deletes the run in {output}, but {', '.join(strangers)} there is none of its files: move it, or choose "
+            "another --output"
+        )
     return run if resume else None
+
+
+def _strangers(output: Path, command: str) -> list[str]:
+    """What lies in ``output`` and a run does not write; hidden files are what an interrupted run was writing."""
+    names = [path.name for path in output.iterdir() if not path.name.startswith(".")]
+    return [name for name in names if not any(fnmatch(name, own) for own in _OWN[command])]
 
 
 def check_outside(output: Path, inputs: Iterable[str]) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -143,7 +142,7 @@ def build_trainer(
         logging_steps=max(1, min(50, steps_in_epoch // 10)),
         seed=seed,
         bf16=settings.dtype == "bfloat16",
-        use_cpu=loaded.model.device.type == "cpu" and not torch.cuda.is_available() or settings.device == "cpu",
+        use_cpu=loaded.model.device.type == "cpu",
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,

@@ -152,6 +152,11 @@ def test_a_run_is_not_overwritten_by_accident(toy_model, sentiment_folder, tmp_p
     with pytest.raises(SettingsError, match=r"--max-steps was 2 and is now 3"):
         finetune(settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=3, resume=True), **SILENT)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    (tmp_path / "run" / "notes.txt").write_text("about this run")
+    with pytest.raises(SettingsError, match=r"--overwrite deletes the run in .*, but notes.txt there is none of its files"):
+        finetune(settings(toy_model, sentiment_folder, tmp_path / "run", overwrite=True), **SILENT)
+    (tmp_path / "run" / "notes.txt").unlink()
+    finetune(settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=1, overwrite=True), **SILENT)
     stranger = tmp_path / "mine"
     stranger.mkdir()
     (stranger / "thesis.txt").write_text("all of it")
