@@ -239,10 +239,11 @@ def test_other_examples_are_not_resumed_on(changed, toy_model, sentiment_folder,
 def test_what_a_run_needs_is_not_overwritten(toy_model, sentiment_folder, tmp_path):
     """A run whose own output is its model, or holds its data."""
     finetune(settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=1), **SILENT)
-    sentiment_folder.rename(tmp_path / "run" / "data")
-    for model, data in ((tmp_path / "run", tmp_path), (toy_model, tmp_path / "run" / "data")):
-        with pytest.raises(SettingsError, match="--overwrite deletes .*run, and .*, which the run needs, is in it"):
-            finetune(settings(model, data, tmp_path / "run", overwrite=True), **SILENT)
+    with pytest.raises(SettingsError, match="--overwrite deletes .*run, and .*run, which the run needs, is in it"):
+        finetune(settings(tmp_path / "run", sentiment_folder, tmp_path / "run", overwrite=True), **SILENT)
+    data = sentiment_folder.rename(tmp_path / "run" / "data")
+    with pytest.raises(SettingsError, match="--overwrite deletes the run in .*run, but data there is none of its files"):
+        finetune(settings(toy_model, data, tmp_path / "run", overwrite=True), **SILENT)
     assert (tmp_path / "run" / "model.safetensors").is_file() and (tmp_path / "run" / "data" / "train.tsv").is_file()
 
 
