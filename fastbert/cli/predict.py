@@ -27,6 +27,12 @@ def predict(
         str | None,
         typer.Option("--input", help="A file like those of training, .txt with a text in each line, or - for lines on stdin."),
     ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Of the text, or of the words.  [default: as in training]", show_default=False)
+    ] = None,
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Of the second text of a pair.  [default: as in training]", show_default=False)
+    ] = None,
     output: Annotated[
         str | None, typer.Option(help="A .jsonl or .csv file.  [default: JSON lines on stdout]", show_default=False)
     ] = None,
@@ -63,7 +69,7 @@ def predict(
             lines = texts or [row["text"] for row in read_stream(sys.stdin.buffer, "standard input").rows]
             examples = predictor.task.examples_from(lines)
         else:
-            examples = predictor.read(input_file)
+            examples = predictor.read(input_file, text_column=text_column, text_pair_column=text_pair_column)
         predictions = predictor.predict(
             examples, progress="predict" if sys.stderr.isatty() else None, say=lambda line: print(line, file=sys.stderr)
         )

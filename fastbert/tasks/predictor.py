@@ -9,6 +9,7 @@ predict(["A fine film.", "A dull one."])  # [{"label": ..., "probability": ..., 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,15 @@ class Predictor:
             raise TypeError("expected a list of inputs, not a single string")
         return self.predict(self.task.examples_from(inputs))
 
-    def read(self, path: str | Path) -> Examples:
-        """The examples of a file, whose labels, if it has some, play no part. Raises DataError."""
-        return self.task.read_unlabelled(Source(Path(path)))
+    def read(self, path: str | Path, *, text_column: str | None = None, text_pair_column: str | None = None) -> Examples:
+        """The examples of a file, whose labels, if it has some, play no part; the columns are those of training unless named here.
+
+        Raises DataError for the file, SettingsError for columns that the task does not take.
+        """
+        named = {"words" if self.task.family == "words" else "text": text_column, "text_pair": text_pair_column}
+        columns = {field: name for field, name in named.items() if name is not None}
+        task = replace(self.task, columns={**self.task.columns, **columns}) if columns else self.task
+        return task.read_unlabelled(Source(Path(path)))
 
     def predict(
         self, examples: Examples, *, progress: str | None = None, say: Callable[[str], None] = lambda line: None

@@ -46,6 +46,13 @@ def test_texts_and_files(trained, tmp_path):
     done = run("predict", "--model", trained, "--input", "-", input="the film is great\n")
     assert json.loads(done.stdout)["label"] == "pos"
     assert run("predict", "--model", trained, "--input", lines, "--output", tmp_path / "out.csv").exit_code == 2
+
+    table = tmp_path / "table.csv"
+    table.write_text("id,remark\n1,the film is great\n", encoding="utf-8")
+    unknown = run("predict", "--model", trained, "--input", table)
+    assert unknown.exit_code == 1 and "has the columns 'id', 'remark'; --text-column names the one with the text" in unknown.stderr
+    named = run("predict", "--model", trained, "--input", table, "--text-column", "remark")
+    assert json.loads(named.stdout)["label"] == "pos"
     assert run("predict", "--model", trained, "--input", lines, "--output", tmp_path / "out.csv", "--overwrite").exit_code == 0
 
 
