@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fastbert.finetune.settings import DTYPES, MODES, FinetuneSettings
+from fastbert.train.errors import SettingsError
 
 from .app import app
 from .command import (
@@ -32,15 +33,16 @@ TASKS = (
 @app.command(cls=SeveralValuesCommand)
 def finetune(
     ctx: typer.Context,
-    task: Annotated[str, typer.Option(help=TASKS + ".")],
-    model: Annotated[str, typer.Option(help="A checkpoint: folder or Hub name.")],
+    task: Annotated[str | None, typer.Option(help=TASKS + ".  [required]", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="A checkpoint: folder or Hub name.  [required]", show_default=False)] = None,
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="A folder with train, dev and test files, a file to train on, or a Hugging Face dataset. TSV as GLUE has it, CSV, "
-            "JSONL, Parquet; CoNLL, CoNLL-U; SQuAD's JSON; each text file also with .gz."
+            "JSONL, Parquet; CoNLL, CoNLL-U; SQuAD's JSON; each text file also with .gz.  [required]",
+            show_default=False,
         ),
-    ],
+    ] = None,
     dev: Annotated[str | None, typer.Option(help="A file, in place of the folder's.")] = S.dev,
     test: Annotated[str | None, typer.Option(help="A file, in place of the folder's.")] = S.test,
     output: Annotated[str, typer.Option("--output", "--output-dir", help="Folder of the run.")] = S.output,
@@ -99,7 +101,7 @@ def finetune(
         ),
     ] = None,
     adapt_steps: Annotated[int | None, typer.Option(help="Steps of --adapt.  [default: an epoch]")] = S.adapt_steps,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder, with its settings.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder first.")] = False,
     json_output: JsonOption = False,
     debug: DebugOption = False,
@@ -108,7 +110,7 @@ def finetune(
     given = {name: value for name, value in given_options(ctx).items() if name not in ("json_output", "debug")}
 
     def body(say: Say) -> CommandResult:
-        settings = FinetuneSettings(**given)
+        settings = settings_from_options(given)
         from fastbert.finetune.folder import read_run
         from fastbert.finetune.run import finetune as run
         from fastbert.train.memory import keep_freed_memory
@@ -119,7 +121,25 @@ def finetune(
         except KeyboardInterrupt as interrupt:
             if read_run(Path(settings.output)) is None:
                 raise
-            message = f"interrupted; what is done stays, and this goes on from it: {settings.command()} --resume"
+            message = (
+                f"interrupted; what is done stays, and this goes on from it: fastbert finetune --output {settings.output} --resume"
+            )
             raise CommandFailure(message, INTERRUPTED) from interrupt
 
     run_command("finetune", body, json_output=json_output, debug=debug)
+
+
+def settings_from_options(given: dict[str, Any]) -> FinetuneSettings:
+    """Settings with defaults for the options that are not given; with ``--resume``, those of the run in the output folder instead.
+
+    Raises :class:`SettingsError` for values that cannot work and for options that are missing.
+    """
+    from fastbert.finetune.folder import check_folder
+
+    values = dict(given)
+    if given.get("resume") and not given.get("overwrite"):
+        run = check_folder(Path(given.get("output", S.output)), S.command_name, resume=True, overwrite=False)
+        values = {**(run or {}).get("settings", {}), "overwrite": False, **given}
+    if missing := [f"--{name}" for name in ("task", "model", "data") if name not in values]:
+        raise SettingsError(f"{', '.join(missing)} missing; fastbert finetune --help shows all options")
+    return FinetuneSettings.from_dict(values)

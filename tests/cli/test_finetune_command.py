@@ -71,6 +71,16 @@ def test_wrong_usage_of_predict(arguments, code, message):
     assert message in done.stderr
 
 
+def test_a_resume_repeats_no_setting(trained):
+    again = run("finetune", "--output", trained, "--resume", "--json")
+    assert again.exit_code == 0, again.output
+    assert "Seed 0: done before" in again.stderr
+    changed = run("finetune", "--output", trained, "--resume", "--epochs", 3)
+    assert changed.exit_code == 2 and "--epochs was 8.0 and is now 3.0" in changed.stderr
+    lost = run("finetune", "--task", "ner")
+    assert lost.exit_code == 2 and "--model, --data missing" in lost.stderr
+
+
 def test_an_empty_line_names_itself(trained, tmp_path):
     lines = tmp_path / "lines.txt"
     lines.write_text("the film\n \nthe song\n", encoding="utf-8")
