@@ -178,7 +178,7 @@ def report_scores(given: argparse.Namespace) -> None:
         )
         results[name] = {
             "metric": metric, "seeds": seeds, "values": values, "means": means, "difference": difference, "spread": spread,
-            "within_spread": abs(difference) <= spread, "settings": shown(by_side[OURS][seeds[0]]["settings"]),
+            "within_spread": abs(difference) <= spread, "settings": without_paths(by_side[OURS][seeds[0]]["settings"]),
             "all_scores": {side: {seed: by_side[side][seed]["scores"] for seed in seeds} for side in values},
         }  # fmt: skip
     write_results("tasks_scores", {"command": command(), "machine": machine(), "results": results}, given.save)
@@ -188,7 +188,7 @@ def command() -> str:
     return " ".join(["python -m benchmarks.tasks", *sys.argv[1:]])
 
 
-def shown(settings: dict[str, Any]) -> dict[str, Any]:
+def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Without the paths of this machine."""
     return {name: value for name, value in settings.items() if name not in ("model", "data", "output")}
 
@@ -211,7 +211,7 @@ def measure_seconds(given: argparse.Namespace) -> None:
         settings, inputs = prepared(name, given.data)
         rows = random.Random(0).sample(inputs.train.features.rows, settings.batch_size * TIMED_BATCHES)
         tokens = sum(len(row["input_ids"]) for row in rows)
-        results[name] = {"examples": len(rows), "tokens": tokens, "settings": shown(settings.to_dict())}
+        results[name] = {"examples": len(rows), "tokens": tokens, "settings": without_paths(settings.to_dict())}
         for dtype in given.dtype:
             runs = dict(contenders(replace(settings, dtype=dtype), inputs, rows))
             with quiet():
