@@ -13,8 +13,8 @@ give the same outputs in every epoch. Without gradients to compute they keep not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastbert.tasks.model import TaskModel
+from fastbert.tasks.task import Outputs
 from fastbert.train.errors import SettingsError
 
 from .head_model import head_model, rows_of_states
@@ -42,11 +43,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Tuning:
-    """``trained``: what trains and is scored, on ``rows`` (by split); ``whole``: the model that it is part of."""
+    """``trained``: what trains and is scored, on ``rows`` (by split); ``whole``: the model that it is part of; ``outputs``: the
+    logits of the splits that were scored at the end."""
 
     trained: TaskModel
     rows: dict[str, Rows]
     whole: TaskModel
+    outputs: Mapping[str, Outputs] = field(default_factory=dict)
 
     def finish(self, folder: Path) -> TaskModel:
         """The model to save once training has ended. An adapter is written to ``folder``/adapter, as PEFT does, and merged."""
@@ -55,6 +58,11 @@ class Tuning:
             return self.whole
         peft_model.save_pretrained(folder / ADAPTER)
         return replace(self.whole, model=peft_model.merge_and_unload())
+
+
+def autocast_dtype(settings: FinetuneSettings) -> torch.dtype | None:
+    """That of matmuls, where it is not the weights'."""
+    return torch.bfloat16 if settings.dtype == "bfloat16" else None
 
 
 def check_packages(mode: str) -> None:
@@ -74,7 +82,7 @@ def prepare_mode(loaded: TaskModel, rows: dict[str, Rows], settings: FinetuneSet
         tuning = Tuning(replace(loaded, model=adapted), rows, loaded)
     elif mode == "head":
         freeze_below(model, 0, mode)
-        autocast = torch.bfloat16 if settings.dtype == "bfloat16" else None
+        autocast = autocast_dtype(settings)
         with_states = {name: rows_of_states(model, split, family, autocast, name, say) for name, split in rows.items()}
         tuning = Tuning(head_model(loaded, family), with_states, loaded)
     else:

@@ -7,6 +7,7 @@ import importlib.util
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ class Split:
     features: Features
     labelled: bool
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return sum(_tokens(row["input_ids"]) for row in self.features.rows)
 

@@ -27,14 +27,14 @@ from fastbert.tasks.model import load_model, quiet_transformers
 from fastbert.tasks.outputs import model_outputs
 from fastbert.tasks.registry import save_task, task_for
 from fastbert.tasks.sequence import MULTI
-from fastbert.tasks.task import Task
+from fastbert.tasks.task import Outputs, Task
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 
 from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, check_outside, delete_folder, move_in, new_folder, read_run
-from .modes import Tuning, check_packages, prepare_mode
+from .modes import Tuning, autocast_dtype, check_packages, prepare_mode
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .report import write_report
 from .settings import FinetuneSettings
@@ -92,7 +92,7 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         check_outside(output, [name for name in given if name is not None])
     device = pick_device(settings.device)
     prepared = prepare_task(task_of(settings), sources_of(settings), settings, say)
-    main_metric(settings, prepared.task)
+    metric = main_metric(settings, prepared.task)
     data = {name: {**split.facts(prepared.task), "fingerprint": split.fingerprint()} for name, split in prepared.splits.items()}
     if run is not None:
         _refuse_other_data(output, run, data)
@@ -122,7 +122,6 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
             say(f"Seed {seed}: done before")
             continue
         result, tuning = train_seed(trained, prepared, seed, device, say)
-        metric = main_metric(settings, prepared.task)
         best = best_seed(document["seeds"], metric)
         document["notes"] = list(tuning.whole.notes)
         if best is None or result.scores[DEV][metric] > document["seeds"][best]["scores"][DEV][metric]:
@@ -161,7 +160,7 @@ def task_of(settings: FinetuneSettings) -> Task:
     options = {} if settings.label_separator == FinetuneSettings.label_separator else {"label_separator": settings.label_separator}
     if options and getattr(task, "problem", None) != MULTI:
         raise SettingsError(f"--label-separator is for --task multi-label-classification, not for --task {task.name}")
-    return task_for(settings.task, {field: name for field, name in names.items() if name is not None}, **options)
+    return replace(task, columns={field: name for field, name in names.items() if name is not None}, **options)
 
 
 def sources_of(settings: FinetuneSettings) -> dict[str, Source]:
@@ -199,13 +198,12 @@ def train_seed(
     for note in loaded.notes:
         say(f"  {note}")
     metric, family = main_metric(settings, prepared.task), prepared.task.family
-    autocast = torch.bfloat16 if settings.dtype == "bfloat16" else None
     rows = {name: split.features.rows for name, split in prepared.splits.items()}
     tuning = prepare_mode(loaded, rows, settings, family=family, say=say)
 
-    def score(split: Split = prepared.dev) -> dict[str, float]:
-        outputs = model_outputs(tuning.trained, tuning.rows[split.name], family=family, autocast=autocast)
-        return prepared.task.scores(outputs, split.features, split.examples)
+    def score() -> dict[str, float]:
+        dev = prepared.dev
+        return prepared.task.scores(outputs_of(dev, tuning, prepared, settings), dev.features, dev.examples)
 
     checkpoints = Path(settings.output) / CHECKPOINTS / f"seed-{seed}"
     trainer = build_trainer(
@@ -216,7 +214,9 @@ def train_seed(
         trainer.train(resume_from_checkpoint=_resumable(checkpoints) if settings.resume else None)
     seconds = time.perf_counter() - started - trainer.aside_seconds
     state = trainer.state
-    scores = {name: score(split) for name, split in prepared.splits.items() if split.labelled and name != TRAIN}
+    scored = [split for name, split in prepared.splits.items() if split.labelled and name != TRAIN]
+    tuning = replace(tuning, outputs={split.name: outputs_of(split, tuning, prepared, settings) for split in scored})
+    scores = {split.name: prepared.task.scores(tuning.outputs[split.name], split.features, split.examples) for split in scored}
     result = SeedResult(
         seed=seed,
         scores=scores,
@@ -228,6 +228,12 @@ def train_seed(
         log=state.log_history,
     )
     return result, tuning
+
+
+def outputs_of(split: Split, tuning: Tuning, prepared: PreparedTask, settings: FinetuneSettings) -> Outputs:
+    """The logits of a split, of the model as it is."""
+    rows = tuning.rows[split.name]
+    return model_outputs(tuning.trained, rows, family=prepared.task.family, autocast=autocast_dtype(settings))
 
 
 def _resumable(checkpoints: Path) -> str | None:
@@ -248,10 +254,9 @@ def _is_json(path: Path) -> bool:
 def save_model(tuning: Tuning, prepared: PreparedTask, output: Path, settings: FinetuneSettings) -> None:
     """Model, tokenizer, task and the predictions of every split but the training data, moved into ``output`` when all are there."""
     new = new_folder(output)
-    autocast = torch.bfloat16 if settings.dtype == "bfloat16" else None
     for name, split in prepared.splits.items():
         if name != TRAIN:
-            outputs = model_outputs(tuning.trained, tuning.rows[name], family=prepared.task.family, autocast=autocast)
+            outputs = tuning.outputs[name] if name in tuning.outputs else outputs_of(split, tuning, prepared, settings)
             predictions = prepared.task.predictions(outputs, split.features, split.examples)
             write_jsonl(new / f"predictions_{name}.jsonl", predictions)
     with quiet_transformers():

@@ -1,10 +1,11 @@
 """Scores of predictions: scikit-learn's, scipy's and seqeval's, as plain numbers from 0 to 1 (correlations from -1).
 
-A correlation of something that never changes is undefined; it counts as 0, and :func:`regression_scores` says which.
+A correlation of something that never changes is undefined; it counts as 0.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +26,7 @@ def classification_scores(predicted: NDArray[np.integer], labels: NDArray[np.int
 
     predicted, labels: (n,) class numbers.
     """
-    metrics = _sklearn_metrics()
+    metrics = optional("sklearn.metrics")
     classes = list(range(num_labels))
     f1_macro = metrics.f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)
     f1 = metrics.f1_score(labels, predicted, labels=classes, zero_division=0) if num_labels == 2 else f1_macro
@@ -39,7 +40,7 @@ def classification_scores(predicted: NDArray[np.integer], labels: NDArray[np.int
 
 def multi_label_scores(predicted: NDArray[np.bool_], labels: NDArray[np.bool_]) -> dict[str, float]:
     """f1_micro, f1_macro and accuracy (the share of examples of which all labels are right). predicted, labels: (n, k)."""
-    metrics = _sklearn_metrics()
+    metrics = optional("sklearn.metrics")
     return {
         "f1_micro": float(metrics.f1_score(labels, predicted, average="micro", zero_division=0)),
         "f1_macro": float(metrics.f1_score(labels, predicted, average="macro", zero_division=0)),
@@ -78,14 +79,8 @@ def entity_scores(predicted: Sequence[Sequence[str]], tags: Sequence[Sequence[st
     }
 
 
-def _sklearn_metrics():
-    return optional("sklearn.metrics")
-
-
 def optional(module: str):
     """A module of the packages that scores need. Raises SettingsError, saying what to install, where it is missing."""
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:

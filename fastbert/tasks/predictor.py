@@ -1,6 +1,6 @@
 """A fine-tuned folder on new inputs.
 
-from .predictor import Predictor
+from fastbert import Predictor
 
 predict = Predictor.from_pretrained("runs/finetune")
 predict(["A fine film.", "A dull one."])  # [{"label": ..., "probability": ..., "probabilities": {...}}, ...]

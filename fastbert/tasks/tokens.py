@@ -28,8 +28,8 @@ _WORD = re.compile(r"\w+(?:['’.,:/@&-]\w+)*|[^\w\s]")
 
 @dataclass(frozen=True)
 class Words:
-    """Where the words of a row are. ``first``: the number of its first word in the sentence; ``rows``: (n,) for each word the
-    position of its first piece, which carries the word's label and prediction."""
+    """Where the words of a row are. ``first``: the number of its first word in the sentence; ``positions``: (n,) for each word
+    the position of its first piece, which carries the word's label and prediction."""
 
     first: int
     positions: np.ndarray
