@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.train.errors import SettingsError
+from fastbert.whole_file import whole_file
 
 from .app import app
 from .command import CommandResult, DebugOption, JsonOption, Say, prints_unicode, run_command
@@ -103,8 +104,7 @@ def check_output(path: Path, overwrite: bool) -> Path:
 
 def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
     """JSON lines, or CSV, whose cells are JSON where a value is a list or an object. Whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:
@@ -112,7 +112,6 @@ def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writeheader()
             for row in rows:
                 writer.writerow({key: _cell(value) for key, value in row.items()})
-    os.replace(temporary, path)
 
 
 def _cell(value: Any) -> Any:

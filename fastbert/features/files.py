@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fastbert.data.errors import DataError
+from fastbert.whole_file import whole_file
 
 from .embedder import Embedded
 from .parts import Parts
@@ -52,15 +53,11 @@ def write_output(files: list[Path], parts: Parts, bounds: list[int], texts: Text
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` at the end; where the writing fails nothing is left of it."""
-    beside = path.with_name(f".{path.name}.new")
-    try:
+    """As :func:`whole_file`, and on the disk before it gets its name: the parts are deleted then."""
+    with whole_file(path) as beside:
         yield beside
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _write_npy(files: list[Path], parts: Parts, dim: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from fastbert.tasks.registry import task_for
 from fastbert.train.model_card import closing_sections, table
+from fastbert.whole_file import whole_file
 
 CARD_NAME = "README.md"
 _MOST_LABELS = 50  # with their counts; the rest are in config.json
@@ -33,9 +33,9 @@ _EXAMPLES = {
 def write_card(facts: Mapping[str, Any], folder: Path) -> Path:
     """Writes :func:`model_card` as README.md into ``folder``, whole or not at all."""
     path = folder / CARD_NAME
-    beside = folder / f".{CARD_NAME}.new"
-    beside.write_text(model_card(facts), encoding="utf-8")
-    os.replace(beside, path)
+    text = model_card(facts)
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
     return path
 
 

@@ -6,13 +6,14 @@ They need matplotlib and scikit-learn (``pip install 'fastbert[train,eval]'``); 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastbert.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,9 +136,5 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    try:
+    with whole_file(path) as beside:
         figure.savefig(beside, dpi=110, format="png")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

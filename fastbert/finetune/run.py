@@ -8,7 +8,6 @@ the best checkpoint -> the scores of all splits -> the output folder. It holds t
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import time
@@ -31,6 +30,7 @@ from fastbert.tasks.task import Outputs, Task
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
+from fastbert.whole_file import whole_file
 
 from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, check_outside, delete_folder, move_in, new_folder, read_run
@@ -268,11 +268,9 @@ def save_model(tuning: Tuning, prepared: PreparedTask, output: Path, settings: F
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
+    with whole_file(path) as beside, beside.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(temporary, path)
 
 
 def best_seed(seeds: dict[str, Any], metric: str) -> str | None:

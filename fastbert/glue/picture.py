@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastbert.tasks.glue_tasks import GLUE_TASKS, GlueTask
+from fastbert.whole_file import whole_file
 
 from .published import BERT_ROWS, LEADERBOARD_ROWS, PublishedRow
 from .report import model_title
@@ -17,9 +17,8 @@ from .report import model_title
 def plot_scores(run: Mapping[str, Any], path: Path) -> None:
     """Draws the run's document to a PNG at ``path``, written whole."""
     figure = _figure(run)
-    temporary = path.with_name(f".{path.name}.new")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with whole_file(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")
 
 
 def _figure(run: Mapping[str, Any]) -> Any:

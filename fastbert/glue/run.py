@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,7 @@ from fastbert.tasks.predictor import Predictor
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
+from fastbert.whole_file import whole_file
 
 from .document import glue_document
 from .picture import plot_scores
@@ -109,7 +109,9 @@ def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
 def write_report(document: dict[str, Any], output: Path) -> None:
     """``report.md`` and ``scores.png`` of a run's document, in its folder."""
     plot_scores(document, output / PICTURE_NAME)
-    _write_text(output / REPORT_NAME, markdown_report(document, PICTURE_NAME))
+    report = markdown_report(document, PICTURE_NAME)
+    with whole_file(output / REPORT_NAME) as beside:
+        beside.write_text(report, encoding="utf-8")
 
 
 def pair_folder(output: Path, name: str, seed: int) -> Path:
@@ -234,9 +236,3 @@ def _read_predictions(path: Path) -> list[str | float]:
 
 def _answer(prediction: dict[str, Any]) -> str | float:
     return prediction["label"] if "label" in prediction else prediction["score"]
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

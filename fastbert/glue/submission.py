@@ -6,12 +6,12 @@ Label words for MNLI, QNLI, RTE and the diagnostic set, 0 or 1 for the others, a
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastbert.tasks.glue_tasks import SUBMISSION_NAMES, GlueTask
+from fastbert.whole_file import whole_file
 
 ZIP_NAME = "submission.zip"
 _TIME = (1980, 1, 1, 0, 0, 0)  # zip's earliest: the same predictions make the same bytes
@@ -27,21 +27,18 @@ def write_submission(folder: Path, name: str, text: str) -> Path:
     """Writes ``folder/<name>.tsv`` whole: readers see the old file or the new one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.tsv"
-    temporary = folder / f".{path.name}.new"
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 
 def zip_submission(folder: Path, names: Sequence[str], path: Path) -> list[str]:
     """Zips the files of ``names`` in ``folder`` to ``path``; returns the names of those that the server wants besides."""
-    temporary = path.with_name(f".{path.name}.new")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    with whole_file(path) as beside, zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(names, key=SUBMISSION_NAMES.index):
             entry = zipfile.ZipInfo(f"{name}.tsv", _TIME)
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, (folder / entry.filename).read_bytes())
-    os.replace(temporary, path)
     return [name for name in SUBMISSION_NAMES if name not in names]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
+
+from fastbert.whole_file import whole_file
 
 from .errors import TrainingError
 
@@ -152,9 +153,8 @@ class MetricsFile:
             path.write_text("", encoding="utf-8")
         elif path.exists():
             kept = [row for row in read_metrics(path) if row["step"] + ("held_out" in row) <= resume_step]
-            temporary = path.with_name(f".{path.name}.new")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            with whole_file(path) as beside:
+                beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close or the with statement)
 
     def write(self, row: dict[str, Any]) -> None:

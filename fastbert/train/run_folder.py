@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastbert.whole_file import whole_file
+
 from .checkpoint import checkpoint_folders, delete_checkpoints
 from .errors import SettingsError
 
@@ -65,9 +67,9 @@ def delete_run(output: Path) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     """Writes ``document`` so that readers see the old file or the new one. NaN and infinity are refused (``ValueError``)."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def _check_writable(output: Path) -> None:
