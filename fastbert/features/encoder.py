@@ -10,10 +10,16 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastbert.model.accelerate import accelerate
 from fastbert.model.int8_checkpoint import METHOD as INT8
-from fastbert.model.quantize import quantize
-from fastbert.tasks.model import first_line, load_config, load_fast_tokenizer, quiet_transformers
+from fastbert.tasks.model import (
+    accelerated,
+    check_vocabulary,
+    first_line,
+    load_config,
+    load_fast_tokenizer,
+    quantized,
+    quiet_transformers,
+)
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 
@@ -37,8 +43,7 @@ def load_encoder(
             f"--model {name}: its type {config.model_type!r} has an encoder and a decoder; embeddings need an encoder"
         )
     tokenizer = load_fast_tokenizer(name, config, words=words)
-    if len(tokenizer) > config.vocab_size:
-        raise SettingsError(f"--model {name} has {config.vocab_size} entries in its vocabulary, its tokenizer {len(tokenizer)}")
+    check_vocabulary(name, config, tokenizer)
     model, notes = _load_model(name, config, dtype, target)
     return model, tokenizer, notes
 
@@ -66,14 +71,7 @@ def _load_model(
     if missing := sorted(key for key in loading["missing_keys"] if not key.startswith("pooler.")):
         raise SettingsError(f"--model {name} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}, ...")
     model.eval()
-    notes = []
-    try:
-        accelerate(model)
-    except TypeError as error:
-        notes = [f"transformers' own code, on padded batches: {error}"]
+    notes = accelerated(model)
     if dtype == "int8" and not saved_in_int8:
-        try:
-            quantize(model)
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"--dtype int8: {error}") from error
+        quantized(model)
     return model.to(device), notes

@@ -28,7 +28,7 @@ from fastbert.data.collator import DataCollatorWithPacking
 from fastbert.data.corpus import read_documents
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
-from fastbert.tasks.model import load_config, quiet_transformers
+from fastbert.tasks.model import check_vocabulary, load_config, quiet_transformers
 from fastbert.train.errors import SettingsError
 from fastbert.train.run_folder import write_json
 
@@ -197,8 +197,7 @@ def _masked_lm(name: str, tokenizer: PreTrainedTokenizerFast, max_seq_length: in
     config = load_config(name)
     if config.model_type != "bert":
         raise SettingsError(f"--adapt goes on with BERT's masked language model; --model {name} is of type {config.model_type!r}")
-    if len(tokenizer) > config.vocab_size:
-        raise SettingsError(f"--model {name} has {config.vocab_size} entries in its vocabulary, its tokenizer {len(tokenizer)}")
+    check_vocabulary(name, config, tokenizer)
     if max_seq_length > config.max_position_embeddings:
         raise SettingsError(
             f"--max-seq-length is {max_seq_length}, --model {name} has positions for {config.max_position_embeddings} tokens"

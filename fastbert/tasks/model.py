@@ -26,6 +26,7 @@ from fastbert.data.collator import DataCollatorWithPacking
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.model.accelerate import accelerate
 from fastbert.model.encoder import PackedEncoder
+from fastbert.model.quantize import quantize
 from fastbert.train.errors import SettingsError
 
 from .choices import pad_choices
@@ -70,14 +71,8 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     notes = [f"New weights, not in the checkpoint: {', '.join(new)}"] if new else []
     if fast:
-        try:
-            accelerate(model)
-        except TypeError as error:
-            notes.append(f"transformers' own code, on padded batches: {error}")
-    if len(tokenizer) > model.config.vocab_size:
-        raise SettingsError(
-            f"--model {name} has {model.config.vocab_size} entries in its vocabulary, its tokenizer {len(tokenizer)}"
-        )
+        notes += accelerated(model)
+    check_vocabulary(name, model.config, tokenizer)
     packed = fast and not task.pads and takes_packed_rows(model)
     return TaskModel(model, tokenizer, packed, collator(model, tokenizer, task.family, packed), tuple(notes), tuple(new))
 
@@ -94,6 +89,28 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def accelerated(model: PreTrainedModel) -> list[str]:
+    """Makes ``model`` fast in place; returns a note of why it is not, where it cannot be."""
+    try:
+        accelerate(model)
+    except TypeError as error:
+        return [f"transformers' own code, on padded batches: {error}"]
+    return []
+
+
+def quantized(model: PreTrainedModel) -> None:
+    """Makes the encoder's matmuls int8, in place. Raises SettingsError where they cannot be."""
+    try:
+        quantize(model)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"--dtype int8: {error}") from error
+
+
+def check_vocabulary(name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise SettingsError(f"--model {name} has {config.vocab_size} entries in its vocabulary, its tokenizer {len(tokenizer)}")
 
 
 def takes_packed_rows(model: PreTrainedModel) -> bool:

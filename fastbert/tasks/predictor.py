@@ -13,15 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 
 from .examples import Examples
-from .model import TaskModel, check_length, load_config, load_model, longest_sequence
+from .model import TaskModel, check_length, load_config, load_model, longest_sequence, quantized
 from .outputs import TOKENS_PER_BATCH, model_outputs
 from .registry import load_task
 from .task import Task
@@ -62,7 +60,7 @@ class Predictor:
         if dtype == "bfloat16":
             model.bfloat16()
         if dtype == "int8":
-            _quantize(model)
+            quantized(model)
         model.to(pick_device(device))
         if max_seq_length is not None:
             check_length(max_seq_length, longest_sequence(load_config(str(folder)), loaded.tokenizer), str(folder))
@@ -102,12 +100,3 @@ class Predictor:
             progress=progress,
         )
         return self.task.predictions(outputs, features, examples)
-
-
-def _quantize(model: torch.nn.Module) -> None:
-    from fastbert.model.quantize import quantize
-
-    try:
-        quantize(model)
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"--dtype int8: {error}") from error
