@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from fastbert.gpus import GPUS
-from fastbert.train.settings import MODEL_PRESETS, PretrainSettings
+from fastbert.train.settings import MODEL_PRESETS
 
-from . import embed, finetune, glue, predict  # noqa: F401 (they add themselves to the app)
+from . import embed, finetune, glue, predict, pretrain  # noqa: F401 (they add themselves to the app)
 from .app import app
-from .command import DebugOption, JsonOption, SeveralValuesCommand, given_options, run_command
+from .command import DebugOption, JsonOption, SeveralValuesCommand, run_command
 
 
 @app.command()
@@ -99,79 +99,6 @@ def warmup(
         json_output=json_output,
         debug=debug,
     )
-
-
-@app.command(cls=SeveralValuesCommand)
-def pretrain(
-    ctx: typer.Context,
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Files (.txt, .txt.gz, .jsonl, .parquet), folders of them, or a Hugging Face dataset name; several may "
-            "follow. Left out: English prose that comes with Python and its packages.",
-            metavar="PATH...",
-            show_default=False,
-        ),
-    ] = None,
-    text_column: Annotated[
-        str, typer.Option(help="Column of the text in JSONL, Parquet and datasets.")
-    ] = PretrainSettings.text_column,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer folder or Hub name. Left out: trained on the corpus.")
-    ] = PretrainSettings.tokenizer,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Largest size of a trained vocabulary.  [default: 30522]")
-    ] = PretrainSettings.vocab_size,
-    output: Annotated[str, typer.Option(help="Folder of the run.")] = PretrainSettings.output,
-    model: Annotated[
-        str, typer.Option(help=f"{', '.join(MODEL_PRESETS)}, or a checkpoint (folder or Hub name) to continue from.")
-    ] = PretrainSettings.model,
-    num_hidden_layers: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
-    num_attention_heads: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
-    max_seq_length: Annotated[
-        int, typer.Option(help="Tokens of a sentence pair at most, [CLS] and [SEP] included.")
-    ] = PretrainSettings.max_seq_length,
-    tokens_per_batch: Annotated[int, typer.Option(help="Real tokens of a step at most.")] = PretrainSettings.tokens_per_batch,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = PretrainSettings.steps,
-    learning_rate: Annotated[
-        float, typer.Option(help="Peak of the schedule: linear warmup, linear decay to 0.")
-    ] = PretrainSettings.learning_rate,
-    warmup_steps: Annotated[
-        int | None, typer.Option(help="Steps of warmup.  [default: a tenth of --steps]")
-    ] = PretrainSettings.warmup_steps,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's, not for biases and LayerNorm.")] = PretrainSettings.weight_decay,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.")] = PretrainSettings.max_grad_norm,
-    seed: Annotated[int, typer.Option(help="Of weights, data order, masks and dropout.")] = PretrainSettings.seed,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = PretrainSettings.save_steps,
-    log_steps: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = PretrainSettings.log_steps,
-    dropout: Annotated[
-        float | None, typer.Option(help="Of hidden states and attention.  [default: 0.1; 0 with --compare]")
-    ] = PretrainSettings.dropout,
-    held_out_fraction: Annotated[
-        float, typer.Option(help="Share of the documents that is kept for evaluation.")
-    ] = PretrainSettings.held_out_fraction,
-    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1.")] = PretrainSettings.device,
-    compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Also train transformers' BERT on the same weights and batches; print both."),
-    ] = False,
-    compare_steps: Annotated[
-        int | None, typer.Option(help="Compare the first steps only.  [default: all]")
-    ] = PretrainSettings.compare_steps,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in the output folder; its settings need not be repeated.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder first.")] = False,
-    json_output: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Pretrain a BERT (masked words and next sentences) on your text, from tokenizer to model card."""
-    from .pretrain import pretrain as body
-
-    given = {name: value for name, value in given_options(ctx).items() if name not in ("json_output", "debug")}
-    run_command("pretrain", lambda say: body(given, say), json_output=json_output, debug=debug)
 
 
 def main() -> None:

@@ -4,17 +4,135 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from fastbert.train.checkpoint import checkpoint_folders, latest_checkpoint
 from fastbert.train.errors import TrainingError, TrainingInterrupted
 from fastbert.train.run_folder import STATE_NAME, check_output_folder
-from fastbert.train.settings import PretrainSettings
+from fastbert.train.settings import DTYPES, MASKINGS, MODEL_PRESETS, OBJECTIVES, OPTIMIZERS, SCHEDULES, TRACKERS, PretrainSettings
 
-from .command import DONE, FAILED, INTERRUPTED, CommandFailure, CommandResult, Say
+from .app import app
+from .command import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    CommandFailure,
+    CommandResult,
+    DebugOption,
+    JsonOption,
+    Say,
+    SeveralValuesCommand,
+    given_options,
+    run_command,
+)  # fmt: skip
+
+S = PretrainSettings
 
 
-def pretrain(given: dict[str, Any], say: Say) -> CommandResult:
+@app.command(cls=SeveralValuesCommand)
+def pretrain(
+    ctx: typer.Context,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Files (.txt, .txt.gz, .jsonl, .parquet), folders of them, or a Hugging Face dataset name; several may "
+            "follow; or one folder of fastbert prepare. Left out: English prose that comes with Python and its packages.",
+            metavar="PATH...",
+            show_default=False,
+        ),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the text in JSONL, Parquet and datasets.")] = S.text_column,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer folder or Hub name. Left out: trained on the corpus.")
+    ] = S.tokenizer,
+    vocab_size: Annotated[int | None, typer.Option(help="Largest size of a trained vocabulary.  [default: 30522]")] = S.vocab_size,
+    output: Annotated[str, typer.Option(help="Folder of the run.")] = S.output,
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join(MODEL_PRESETS)}, or a checkpoint (folder or Hub name) to continue from.")
+    ] = S.model,
+    num_hidden_layers: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    num_attention_heads: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    max_seq_length: Annotated[
+        int, typer.Option(help="Tokens of a sentence pair at most, [CLS] and [SEP] included.")
+    ] = S.max_seq_length,
+    tokens_per_batch: Annotated[int, typer.Option(help="Real tokens of a batch at most.")] = S.tokens_per_batch,
+    batches_per_step: Annotated[
+        int, typer.Option(help="Batches whose gradients make a step, over all processes together.")
+    ] = S.batches_per_step,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = S.steps,
+    second_phase_steps: Annotated[int, typer.Option(help="The last of --steps, on longer sequences.")] = S.second_phase_steps,
+    second_phase_seq_length: Annotated[int, typer.Option(help="Tokens of theirs at most.")] = S.second_phase_seq_length,
+    second_phase_learning_rate: Annotated[
+        float | None, typer.Option(help="Their peak, with a warmup of their own.  [default: the schedule goes on]")
+    ] = S.second_phase_learning_rate,
+    objective: Annotated[
+        str, typer.Option(help=f"{' or '.join(OBJECTIVES)}: masked words with or without next sentences.")
+    ] = S.objective,
+    masking: Annotated[str, typer.Option(help=f"What is masked together: {', '.join(MASKINGS)}.")] = S.masking,
+    mlm_probability: Annotated[float, typer.Option(help="Share of the tokens that are masked.")] = S.mlm_probability,
+    static_pairs: Annotated[
+        bool, typer.Option("--static-pairs", help="The same sentence pairs in every epoch, under new masks.")
+    ] = False,
+    optimizer: Annotated[str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.")] = S.optimizer,
+    schedule: Annotated[str, typer.Option(help=f"Of the learning rate, after its warmup: {', '.join(SCHEDULES)}.")] = S.schedule,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = S.learning_rate,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps of warmup.  [default: a tenth of --steps]")] = S.warmup_steps,
+    weight_decay: Annotated[float, typer.Option(help="The optimizer's, not for biases and LayerNorm.")] = S.weight_decay,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.")] = S.max_grad_norm,
+    loss_spike: Annotated[
+        float, typer.Option(help="A step whose loss is above this many times the running mean is left out (0: never).")
+    ] = S.loss_spike,
+    max_skipped_steps: Annotated[int, typer.Option(help="Steps left out, after which the run stops.")] = S.max_skipped_steps,
+    dtype: Annotated[str, typer.Option(help=f"{' or '.join(DTYPES)} (autocast).")] = S.dtype,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of weights, data order, masks and dropout.")] = S.seed,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = S.save_steps,
+    keep_checkpoints: Annotated[int, typer.Option(help="How many of the newest stay.")] = S.keep_checkpoints,
+    log_steps: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = S.log_steps,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Where metrics go beside metrics.jsonl: {', '.join(TRACKERS)}; several may follow.",
+            metavar="NAME...",
+            show_default=False,
+        ),
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="Of hidden states and attention.  [default: 0.1; 0 with --compare]")
+    ] = S.dropout,
+    held_out_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of the text that is kept for evaluation.  [default: 0.05; a prepared corpus has its own]"),
+    ] = S.held_out_fraction,
+    workers: Annotated[int, typer.Option(help="Processes that make batches (0: the training process).")] = S.workers,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Under torchrun: weights and optimizer divided over the processes (FSDP2).")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1.")] = S.device,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Also train transformers' BERT on the same weights and batches; print both."),
+    ] = False,
+    compare_steps: Annotated[int | None, typer.Option(help="Compare the first steps only.  [default: all]")] = S.compare_steps,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the output folder; its settings need not be repeated.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder first.")] = False,
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Pretrain a BERT (masked words and next sentences) on your text, from tokenizer to model card."""
+    given = {name: value for name, value in given_options(ctx).items() if name not in ("json_output", "debug")}
+    run_command("pretrain", lambda say: run(given, say), json_output=json_output, debug=debug)
+
+
+def run(given: dict[str, Any], say: Say) -> CommandResult:
     """Runs the command with the options ``given`` by name.
 
     Raises :class:`CommandFailure`; other errors are left to ``run_command``.
@@ -23,12 +141,12 @@ def pretrain(given: dict[str, Any], say: Say) -> CommandResult:
     # Before torch and transformers are imported: a refusal comes at once.
     check_output_folder(Path(settings.output), resume=settings.resume, overwrite=settings.overwrite)
     from fastbert.train.memory import keep_freed_memory
-    from fastbert.train.pretrain import pretrain as run
+    from fastbert.train.pretrain import pretrain as train
 
     output = Path(settings.output)
     keep_freed_memory()  # this process does nothing else; where it cannot be, training is a little slower
     try:
-        result = run(settings, say)
+        result = train(settings, say)
     except TrainingInterrupted as stop:
         raise CommandFailure(f"{stop}\nTo go on: {resume_command(output)}", INTERRUPTED) from stop
     except KeyboardInterrupt as interrupt:

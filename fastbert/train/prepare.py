@@ -46,7 +46,7 @@ def prepare_data(settings: PretrainSettings, say: Say, checkpoint: Path | None) 
     documents, report = _documents(settings, say)
     tokenizer = _tokenizer(settings, documents, say, checkpoint)
     corpus = _tokenize(documents, tokenizer)
-    train, held_out = corpus.split(settings.held_out_fraction, settings.seed)
+    train, held_out = corpus.split(settings.effective_held_out_fraction, settings.seed)
     shape = {"max_seq_length": settings.max_seq_length, "tokens_per_batch": settings.tokens_per_batch, "seed": settings.seed}
     try:
         batches = PretrainingBatches(train, tokenizer, **shape)
@@ -101,7 +101,7 @@ def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, 
             hidden_size=size.hidden_size,
             num_attention_heads=size.num_attention_heads,
             intermediate_size=size.intermediate_size,
-            max_position_embeddings=max(POSITIONS, settings.max_seq_length),
+            max_position_embeddings=max(POSITIONS, settings.longest_sequence),
             hidden_dropout_prob=settings.effective_dropout,
             attention_probs_dropout_prob=settings.effective_dropout,
             pad_token_id=tokenizer.pad_token_id,
@@ -163,9 +163,9 @@ def _pretrained_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizer
             f"the tokenizer has {len(tokenizer)} entries, --model {settings.model} has {model.config.vocab_size}; "
             "use the tokenizer that the model was trained with"
         )
-    if settings.max_seq_length > model.config.max_position_embeddings:
+    if settings.longest_sequence > model.config.max_position_embeddings:
         raise SettingsError(
-            f"--max-seq-length is {settings.max_seq_length}, --model {settings.model} has positions for "
+            f"sequences have up to {settings.longest_sequence} tokens, --model {settings.model} has positions for "
             f"{model.config.max_position_embeddings} tokens"
         )
     return model

@@ -14,7 +14,14 @@ from .errors import SettingsError
 
 DEFAULT_VOCAB_SIZE = 30522
 DEFAULT_DROPOUT = 0.1
+DEFAULT_HELD_OUT_FRACTION = 0.05
 HEAD_SIZE = 64
+DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "lamb")
+SCHEDULES = ("linear", "polynomial", "one-cycle")
+OBJECTIVES = ("mlm-nsp", "mlm")
+MASKINGS = ("token", "whole-word", "span")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,36 @@ MODEL_PRESETS = {
 _SIZE_NAMES = tuple(field.name for field in dataclasses.fields(ModelSize))
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Steps ``first_step + 1`` to ``last_step`` of a run, on sequences of at most ``max_seq_length`` tokens."""
+
+    number: int
+    first_step: int
+    last_step: int
+    max_seq_length: int
+
+    @property
+    def steps(self) -> int:
+        return self.last_step - self.first_step
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(CommandSettings):
     """The settings of ``fastbert pretrain``; the command's options carry the same names.
 
-    ``corpus``: files, folders or a Hugging Face dataset name; empty for the text that every installation holds.
+    ``corpus``: files, folders or a Hugging Face dataset name, or one folder that ``fastbert prepare`` made; empty for the text
+    that every installation holds.
     ``tokenizer``: a folder or a Hub name; None trains a WordPiece vocabulary of at most ``vocab_size``
     entries, or takes the tokenizer of ``model`` where that is a folder. ``model``: one of :data:`MODEL_PRESETS`, or a
     checkpoint (folder or Hub name) to continue from; the four sizes override a preset. ``tokens_per_batch``: real tokens,
-    padding excluded. ``warmup_steps``: None for a tenth of ``steps``. ``dropout``: None for 0.1, or for 0 with ``compare``.
-    ``compare_steps``: None compares every step.
+    padding excluded. ``batches_per_step``: batches whose gradients make a step, over all processes together, so that the same
+    steps are taken whatever the number of processes is. ``second_phase_steps``: the last steps of ``steps``, on sequences of
+    ``second_phase_seq_length`` (Devlin et al., 2019: 90% of the steps with 128 tokens, the rest with 512), with a warmup and a
+    peak of their own where ``second_phase_learning_rate`` is given. ``warmup_steps``: None for a tenth of ``steps``.
+    ``dropout``: None for 0.1, or for 0 with ``compare``. ``held_out_fraction``: None for 0.05, or for what a prepared corpus
+    has. ``loss_spike``: a step whose loss is above this many times the running mean is left out, as one that is not finite
+    is; ``max_skipped_steps`` of them end the run. ``compare_steps``: None compares every step.
 
     Raises :class:`SettingsError`, naming the setting, for a value or a combination that cannot work.
     """
@@ -66,16 +93,34 @@ class PretrainSettings(CommandSettings):
     intermediate_size: int | None = None
     max_seq_length: int = 128
     tokens_per_batch: int = 4096
+    batches_per_step: int = 1
     steps: int = 1000
+    second_phase_steps: int = 0
+    second_phase_seq_length: int = 512
+    second_phase_learning_rate: float | None = None
+    objective: str = "mlm-nsp"
+    masking: str = "token"
+    mlm_probability: float = 0.15
+    static_pairs: bool = False
+    optimizer: str = "adamw"
+    schedule: str = "linear"
     learning_rate: float = 5e-4
     warmup_steps: int | None = None
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    loss_spike: float = 2.0
+    max_skipped_steps: int = 10
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
     seed: int = 0
     save_steps: int = 500
+    keep_checkpoints: int = 2
     log_steps: int = 10
+    report_to: tuple[str, ...] = ()
     dropout: float | None = None
-    held_out_fraction: float = 0.05
+    held_out_fraction: float | None = None
+    workers: int = 0
+    fsdp: bool = False
     device: str = "auto"
     compare: bool = False
     compare_steps: int | None = None
@@ -83,39 +128,74 @@ class PretrainSettings(CommandSettings):
     overwrite: bool = False
 
     command_name: ClassVar[str] = "pretrain"
-    changeable_on_resume: ClassVar[frozenset[str]] = CommandSettings.changeable_on_resume | {"save_steps", "log_steps"}
+    changeable_on_resume: ClassVar[frozenset[str]] = CommandSettings.changeable_on_resume | {
+        "save_steps", "keep_checkpoints", "log_steps", "report_to", "workers", "fsdp", "max_skipped_steps",
+    }  # fmt: skip
     least: ClassVar[dict[str, int]] = {
         **dict.fromkeys(_SIZE_NAMES, 1),
-        **dict.fromkeys(("steps", "save_steps", "log_steps", "compare_steps"), 1),
-        "warmup_steps": 0,
-        "seed": 0,
-        "max_seq_length": 8,
+        **dict.fromkeys(("steps", "save_steps", "keep_checkpoints", "log_steps", "compare_steps", "batches_per_step"), 1),
+        **dict.fromkeys(("warmup_steps", "second_phase_steps", "max_skipped_steps", "workers", "seed"), 0),
+        **dict.fromkeys(("max_seq_length", "second_phase_seq_length"), 8),
         "vocab_size": 100,
     }
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpus", tuple(self.corpus))
+        object.__setattr__(self, "report_to", tuple(self.report_to))
         self.check_least()
-        self.check_positive("learning_rate", "max_grad_norm")
+        self.check_positive("learning_rate", "second_phase_learning_rate", "max_grad_norm")
         self.check_not_negative("weight_decay")
-        if not 0 < self.held_out_fraction < 1:
-            raise SettingsError(f"--held-out-fraction is {self.held_out_fraction}; it must lie between 0 and 1")
+        for name, allowed in (
+            ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("objective", OBJECTIVES), ("masking", MASKINGS),
+        ):  # fmt: skip
+            self.check_one_of(name, allowed)
+        if unknown := sorted(set(self.report_to) - set(TRACKERS)):
+            raise SettingsError(f"--report-to is {' '.join(unknown)}; it must be some of {', '.join(TRACKERS)}")
+        for name in ("held_out_fraction", "mlm_probability"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise SettingsError(f"{option(name)} is {value}; it must lie between 0 and 1")
+        if not (self.loss_spike == 0 or 1 < self.loss_spike < float("inf")):
+            raise SettingsError(f"--loss-spike is {self.loss_spike}; it must be above 1, or 0 (no loss is too high)")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise SettingsError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.tokens_per_batch < self.max_seq_length:
-            raise SettingsError(
-                f"--tokens-per-batch {self.tokens_per_batch} holds no sequence of --max-seq-length {self.max_seq_length}"
-            )
+        for phase in self.phases:
+            if self.tokens_per_batch < phase.max_seq_length:
+                name = "max_seq_length" if phase.number == 1 else "second_phase_seq_length"
+                raise SettingsError(
+                    f"--tokens-per-batch {self.tokens_per_batch} holds no sequence of {option(name)} {phase.max_seq_length}"
+                )
+        self._check_phases()
         if self.warmup_steps is not None and self.warmup_steps > self.steps:
             raise SettingsError(f"--warmup-steps {self.warmup_steps} is more than --steps {self.steps}")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise SettingsError("--vocab-size is for a vocabulary that is trained; leave it out where --tokenizer is given")
         if self.compare_steps is not None and not self.compare:
             raise SettingsError("--compare-steps needs --compare")
-        if self.compare and self.dropout:
-            raise SettingsError("--compare trains both models without dropout; leave --dropout out or set it to 0")
+        self._check_comparison()
         self.check_resume_or_overwrite()
         self._check_model()
+
+    def _check_phases(self) -> None:
+        if self.second_phase_steps >= self.steps:
+            raise SettingsError(
+                f"--second-phase-steps {self.second_phase_steps} are the last of --steps {self.steps} and must be fewer than them"
+            )
+        if self.second_phase_learning_rate is not None and not self.second_phase_steps:
+            raise SettingsError("--second-phase-learning-rate needs --second-phase-steps")
+
+    def _check_comparison(self) -> None:
+        if not self.compare:
+            return
+        if self.dropout:
+            raise SettingsError("--compare trains both models without dropout; leave --dropout out or set it to 0")
+        others = ("batches_per_step", "second_phase_steps", "objective", "dtype", "gradient_checkpointing", "fsdp")
+        changed = [name for name in others if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        if changed:
+            raise SettingsError(
+                f"--compare is for runs of one batch a step in one phase with both objectives in float32; leave out "
+                f"{', '.join(map(option, changed))}"
+            )
 
     def _check_model(self) -> None:
         if self.continues_checkpoint:
@@ -152,6 +232,21 @@ class PretrainSettings(CommandSettings):
             num_attention_heads=self.num_attention_heads or heads,
             intermediate_size=self.intermediate_size or intermediate_size,
         )
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One or two, in order; together all steps."""
+        first = self.steps - self.second_phase_steps
+        phases = (Phase(1, 0, first, self.max_seq_length), Phase(2, first, self.steps, self.second_phase_seq_length))
+        return phases if self.second_phase_steps else phases[:1]
+
+    @property
+    def longest_sequence(self) -> int:
+        return max(phase.max_seq_length for phase in self.phases)
+
+    @property
+    def effective_held_out_fraction(self) -> float:
+        return DEFAULT_HELD_OUT_FRACTION if self.held_out_fraction is None else self.held_out_fraction
 
     @property
     def effective_warmup_steps(self) -> int:
