@@ -55,7 +55,7 @@ class RunState:
         values = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
         if "position" not in values:
             raise TrainingError(
-                f"{checkpoint} says by a step alone where the run stood in its data, in batches made differently now"
+                f"{checkpoint} is from an earlier version of fastbert, which made other batches: --overwrite starts the run anew"
             )
         return cls(**{**values, "window": Window.from_dict(values["window"])})
 
