@@ -61,6 +61,10 @@ class Learner:
         start_step: int = 0,
         scores: Callable[[Any, dict[str, Any]], Tensor] = batch_scores,
     ):
+        if settings.gradient_checkpointing:
+            # The second name is that of older versions of transformers.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         self.model = model
         self.max_grad_norm = settings.max_grad_norm
         build = build_lamb if settings.optimizer == "lamb" else build_optimizer
