@@ -21,6 +21,7 @@ from .outputs import PooledEncoderOutput
 from .packed_layer import packed_stack
 from .packing import Packing
 from .plain import is_watched
+from .row_selection import RowSelection, all_rows_reasons, reads_first_rows
 from .swap import use_fast_classes
 
 
@@ -58,6 +59,7 @@ class PackedEncoder:
         inputs = {
             "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
+        labels = kwargs.pop("read_labels", None)
         packing = self.packed_row(attention_mask, kwargs, past_key_values, **inputs)
         reasons = model_fallback_reasons(
             self,
@@ -68,7 +70,7 @@ class PackedEncoder:
             output_hidden_states=kwargs.get("output_hidden_states"),
         )
         if not reasons:
-            return self._packed_forward(packing, attention_mask, kwargs, **inputs)
+            return self._packed_forward(packing, attention_mask, labels, kwargs, **inputs)
         decoder = {
             "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
             "past_key_values": past_key_values, "use_cache": use_cache,
@@ -101,7 +103,7 @@ class PackedEncoder:
             warn_of_first_position(self, position_ids)
         return packing
 
-    def _packed_forward(self, packing, attention_mask, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):
+    def _packed_forward(self, packing, attention_mask, labels, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):
         tokens = inputs_embeds if input_ids is None else input_ids
         if packing is None:
             packing = Packing.from_mask(attention_mask, tuple(tokens.shape[:2]), tokens.device)
@@ -111,20 +113,28 @@ class PackedEncoder:
         wanted = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
         recorded = _HiddenStates(wanted, config.num_hidden_layers)
         recorded.add(hidden_states)
-        stack = packed_stack(self.encoder.layer, hidden_states) if recorded.states is None else []
+        selection = None
+        if labels is not None and recorded.states is None and hidden_states.shape[0] and not all_rows_reasons(self):
+            selection = RowSelection(packing, labels, first=getattr(self, "pooler", None) is not None)
+        layers = list(self.encoder.layer)
+        last = layers.pop() if selection is not None and selection.is_worth_it else None
+        stack = packed_stack(layers, hidden_states) if recorded.states is None else []
         if stack:
             hidden_states = run_layers(stack, hidden_states, packing.cu_seqlens)
         else:
-            for layer in self.encoder.layer:
+            for layer in layers:
                 hidden_states = layer.on_packed_rows(hidden_states, packing)
                 recorded.add(hidden_states)
 
-        output = self._output(hidden_states, packing)
+        output = self._output(hidden_states, packing, selection, last)
         pooler = getattr(self, "pooler", None)
         if pooler is not None:
-            # transformers' reads the first position; of another one nobody knows, nor what a hook looks at.
-            theirs = type(pooler).__module__ == self.embeddings_class.__module__ and not is_watched(pooler)
-            first = packing.first_positions(hidden_states).unsqueeze(1) if theirs else packing.to_sequences(hidden_states)
+            if last is not None:
+                first = output.first_rows().unsqueeze(1)
+            elif reads_first_rows(self):
+                first = packing.first_positions(hidden_states).unsqueeze(1)
+            else:
+                first = packing.to_sequences(hidden_states)
             output.pooler_output = pooler(first)
         if recorded.states is not None:
             last = output.last_hidden_state
@@ -137,12 +147,16 @@ class PackedEncoder:
         """(1, length) or (batch, length): the positions of tokens whose caller names none."""
         return packing.default_positions
 
-    def _output(self, hidden_states: Tensor, packing: Packing):
+    def _output(self, hidden_states: Tensor, packing: Packing, selection: RowSelection | None, last: nn.Module | None):
+        """What ``hidden_states`` (total, hidden) are in the end, or will be after ``last``, a layer that waits for ``selection``."""
         if torch.compiler.is_compiling():
             theirs = self.output_class.__bases__[1]
             return theirs(last_hidden_state=packing.pad(hidden_states))
         output = self.output_class()
-        output.set_rows(hidden_states, packing)
+        if last is None:
+            output.set_rows(hidden_states, packing, selection)
+        else:
+            output.set_selected_rows(selection, lambda rows: last(hidden_states, packing, read=rows), tuple(last.parameters()))
         return output
 
     def _row_through_their_forward(self, packing, kwargs, **inputs):
