@@ -21,7 +21,7 @@ from .outputs import PooledEncoderOutput
 from .packed_layer import packed_stack
 from .packing import Packing
 from .plain import is_watched
-from .row_selection import RowSelection, all_rows_reasons, reads_first_rows
+from .row_selection import RowSelection, SelectedRows, all_rows_reasons, reads_first_rows
 from .swap import use_fast_classes
 
 
@@ -148,7 +148,7 @@ class PackedEncoder:
         return packing.default_positions
 
     def _output(self, hidden_states: Tensor, packing: Packing, selection: RowSelection | None, last: nn.Module | None):
-        """What ``hidden_states`` (total, hidden) are in the end, or will be after ``last``, a layer that waits for ``selection``."""
+        """The output made of ``hidden_states`` (total, hidden), which are final, or the input of the ``last`` layer."""
         if torch.compiler.is_compiling():
             theirs = self.output_class.__bases__[1]
             return theirs(last_hidden_state=packing.pad(hidden_states))
@@ -156,7 +156,8 @@ class PackedEncoder:
         if last is None:
             output.set_rows(hidden_states, packing, selection)
         else:
-            output.set_selected_rows(selection, lambda rows: last(hidden_states, packing, read=rows), tuple(last.parameters()))
+            selected = SelectedRows(selection, lambda read: last(hidden_states, packing, read=read))
+            output.set_selected_rows(selected, tuple(last.parameters()))
         return output
 
     def _row_through_their_forward(self, packing, kwargs, **inputs):

@@ -86,16 +86,13 @@ class FusedLayer:
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | Packing | None = None, *args, read: Tensor | None = None, **kwargs
     ) -> Tensor:
-        """``read``: of a layer that is called op by op on packed rows, as :meth:`op_by_op`'s."""
+        """``read``: see :meth:`op_by_op`; of a layer that has no :func:`layer_notes`, on packed rows."""
         if not isinstance(attention_mask, Packing):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         packing = attention_mask
         if hidden_states.dim() == 3:
             return packing.to_sequences(self._fused(packing.from_sequences(hidden_states), packing))
-        if read is not None:
-            drop_if_trained(self, hidden_states)
-            return self.op_by_op(hidden_states, packing, read)
-        return self._fused(hidden_states, packing)
+        return self._fused(hidden_states, packing, read)
 
     def on_packed_rows(self, rows: Tensor, packing: Packing) -> Tensor:
         """A call of this layer on (total, hidden); who watches it sees padded (batch, length, hidden), as in transformers."""
@@ -107,7 +104,10 @@ class FusedLayer:
             return packing.from_sequences(self(packing.to_sequences(rows), packing))
         return self(rows, packing)
 
-    def _fused(self, hidden_states: Tensor, packing: Packing) -> Tensor:
+    def _fused(self, hidden_states: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
+        if read is not None:
+            drop_if_trained(self, hidden_states)
+            return self.op_by_op(hidden_states, packing, read)
         packed = packed_again(self, hidden_states)
         if packed is None:
             if layer_fallback_reasons(self):

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import (
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput as HFBertForPreTrainingOutput
 
 from .packing import Packing
-from .row_selection import RowSelection
+from .row_selection import RowSelection, SelectedRows
 
 
 @dataclass
@@ -122,32 +122,24 @@ class EncoderOutput(LazyOutput):
         self._rows, self.packing, self.selection, self.computed_later = rows, packing, selection, ()
         self.defer("last_hidden_state", Deferred(lambda: packing.pad(rows)))
 
-    def set_selected_rows(
-        self, selection: RowSelection, last_layer: Callable[[Tensor], Tensor], parameters: tuple[Tensor, ...]
-    ) -> None:
-        """:meth:`set_rows` where ``last_layer``, with these parameters, computes rows (n, hidden) of an index (n,).
-
-        Those of ``selection`` now, all of them when somebody reads them.
-        """
-        self.packing, self.selection, self.computed_later = selection.packing, selection, parameters
-        self._selected, self._rows, self._last_layer = last_layer(selection.rows), None, last_layer
-        self.defer("last_hidden_state", Deferred(lambda: self.packing.pad(self._all_rows()), parameters))
+    def set_selected_rows(self, selected: SelectedRows, parameters: tuple[Tensor, ...]) -> None:
+        """:meth:`set_rows` where the last layer, with these parameters, has computed some rows and does the others when read."""
+        packing = selected.selection.packing
+        self._selected, self.packing, self.selection, self.computed_later = selected, packing, selected.selection, parameters
+        self.defer("last_hidden_state", Deferred(lambda: packing.pad(selected.all()), parameters))
 
     def _all_rows(self) -> Tensor:
-        if self._rows is None:
-            order, places = self.selection.all_rows()
-            self._rows = self._last_layer(order).index_select(0, places)
-        return self._rows
+        return self._selected.all() if self.computed_later else self._rows
 
     def first_rows(self) -> Tensor:
         """(num_sequences, hidden): the first row of each sequence, of what was computed for ``selection``."""
-        return self.selection.first_positions(self._selected)
+        return self.selection.first_positions(self._selected.rows)
 
     def labelled_rows(self) -> tuple[Tensor, Tensor]:
         """The rows (n, hidden) of ``selection`` that carry a label, and those labels (n,)."""
         labelled, labels = self.selection.labelled, self.selection.labels
         if self.computed_later:
-            return self._selected[: labelled.numel()], labels
+            return self._selected.rows[: labelled.numel()], labels
         rows = self.packed
         return (rows if labelled.numel() == rows.shape[0] else rows.index_select(0, labelled)), labels
 

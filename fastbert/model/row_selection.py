@@ -6,6 +6,8 @@ matmuls of a layer, of a row that nobody reads add nothing to the loss, and noth
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,25 @@ class RowSelection:
         order = torch.cat([self.rows, others])
         places[others] = torch.arange(self.rows.numel(), order.numel(), device=order.device)
         return order, places
+
+
+class SelectedRows:
+    """The rows of a selection as the last layer makes them, now, and all rows when somebody asks for them.
+
+    last_layer: index (n,) -> rows (n, hidden).
+    """
+
+    def __init__(self, selection: RowSelection, last_layer: Callable[[Tensor], Tensor]) -> None:
+        self.selection, self._last_layer = selection, last_layer
+        self.rows = last_layer(selection.rows)
+        self._all: Tensor | None = None
+
+    def all(self) -> Tensor:
+        """(total, hidden)."""
+        if self._all is None:
+            order, places = self.selection.all_rows()
+            self._all = self._last_layer(order).index_select(0, places)
+        return self._all
 
 
 def all_rows_reasons(encoder: nn.Module) -> list[str]:
