@@ -110,11 +110,10 @@ class PackedEncoder:
         hidden_states = embed(self, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
 
         config = self.config
-        wanted = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
-        recorded = _HiddenStates(wanted, config.num_hidden_layers)
+        recorded = _HiddenStates(hidden_states_wanted(config, kwargs), config.num_hidden_layers)
         recorded.add(hidden_states)
         selection = None
-        if labels is not None and recorded.states is None and hidden_states.shape[0] and not all_rows_reasons(self):
+        if labels is not None and hidden_states.shape[0] and not all_rows_reasons(self, recorded.states is not None):
             selection = RowSelection(packing, labels, first=getattr(self, "pooler", None) is not None)
         layers = list(self.encoder.layer)
         last = layers.pop() if selection is not None and selection.is_worth_it else None
@@ -226,6 +225,11 @@ def model_fallback_reasons(
     if foreign:
         reasons.append(f"encoder layers are of another class: {', '.join(sorted(foreign))}")
     return reasons
+
+
+def hidden_states_wanted(config: Any, arguments: dict[str, Any]) -> bool | int | list[int] | None:
+    """What ``output_hidden_states`` is in a call with these keyword arguments; what is false in Python asks for none."""
+    return arguments.get("output_hidden_states", getattr(config, "output_hidden_states", False))
 
 
 class _HiddenStates:

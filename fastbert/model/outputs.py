@@ -119,17 +119,19 @@ class EncoderOutput(LazyOutput):
 
     def set_rows(self, rows: Tensor, packing: Packing, selection: RowSelection | None = None) -> None:
         """Makes ``rows`` (total, hidden) the result, and ``last_hidden_state`` what they are with padding."""
-        self._rows, self.packing, self.selection, self.computed_later = rows, packing, selection, ()
+        self._rows, self._selected = rows, None
+        self.packing, self.selection, self.computed_later = packing, selection, ()
         self.defer("last_hidden_state", Deferred(lambda: packing.pad(rows)))
 
     def set_selected_rows(self, selected: SelectedRows, parameters: tuple[Tensor, ...]) -> None:
         """:meth:`set_rows` where the last layer, with these parameters, has computed some rows and does the others when read."""
         packing = selected.selection.packing
-        self._selected, self.packing, self.selection, self.computed_later = selected, packing, selected.selection, parameters
+        self._selected = selected
+        self.packing, self.selection, self.computed_later = packing, selected.selection, parameters
         self.defer("last_hidden_state", Deferred(lambda: packing.pad(selected.all()), parameters))
 
     def _all_rows(self) -> Tensor:
-        return self._selected.all() if self.computed_later else self._rows
+        return self._rows if self._selected is None else self._selected.all()
 
     def first_rows(self) -> Tensor:
         """(num_sequences, hidden): the first row of each sequence, of what was computed for ``selection``."""
@@ -138,7 +140,7 @@ class EncoderOutput(LazyOutput):
     def labelled_rows(self) -> tuple[Tensor, Tensor]:
         """The rows (n, hidden) of ``selection`` that carry a label, and those labels (n,)."""
         labelled, labels = self.selection.labelled, self.selection.labels
-        if self.computed_later:
+        if self._selected is not None:
             return self._selected.rows[: labelled.numel()], labels
         rows = self.packed
         return (rows if labelled.numel() == rows.shape[0] else rows.index_select(0, labelled)), labels

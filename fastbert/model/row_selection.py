@@ -85,11 +85,13 @@ class SelectedRows:
         return self._all
 
 
-def all_rows_reasons(encoder: nn.Module) -> list[str]:
+def all_rows_reasons(encoder: nn.Module, hidden_states_wanted: bool = False) -> list[str]:
     """Why the last layer of a packed encoder goes on with all rows, whoever reads them; empty where it need not.
 
     What is called as a module (LoRA's Linear, say) may not do the same again, should somebody read the other rows after all.
     """
+    if hidden_states_wanted:
+        return ["output_hidden_states asks for them"]
     layers = encoder.encoder.layer
     reasons = layer_notes(layers[-1]) if len(layers) else ["there is none"]
     if not reasons and int8_parts(layers[-1]):
