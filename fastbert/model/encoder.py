@@ -59,6 +59,7 @@ class PackedEncoder:
         inputs = {
             "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
+        # Of a masked-LM head of ours, (batch, length): it reads the rows that have one.
         labels = kwargs.pop("read_labels", None)
         packing = self.packed_row(attention_mask, kwargs, past_key_values, **inputs)
         reasons = model_fallback_reasons(
@@ -113,10 +114,11 @@ class PackedEncoder:
         recorded = _HiddenStates(hidden_states_wanted(config, kwargs), config.num_hidden_layers)
         recorded.add(hidden_states)
         selection = None
-        if labels is not None and hidden_states.shape[0] and not all_rows_reasons(self, recorded.states is not None):
+        known = labels is not None and hidden_states.shape[0] > 0 and not torch.compiler.is_compiling()
+        if known and not all_rows_reasons(self, recorded.states is not None):
             selection = RowSelection(packing, labels, first=getattr(self, "pooler", None) is not None)
         layers = list(self.encoder.layer)
-        last = layers.pop() if selection is not None and selection.is_worth_it else None
+        last_layer = layers.pop() if selection is not None and selection.is_worth_it else None
         stack = packed_stack(layers, hidden_states) if recorded.states is None else []
         if stack:
             hidden_states = run_layers(stack, hidden_states, packing.cu_seqlens)
@@ -125,10 +127,10 @@ class PackedEncoder:
                 hidden_states = layer.on_packed_rows(hidden_states, packing)
                 recorded.add(hidden_states)
 
-        output = self._output(hidden_states, packing, selection, last)
+        output = self._output(hidden_states, packing, selection, last_layer)
         pooler = getattr(self, "pooler", None)
         if pooler is not None:
-            if last is not None:
+            if last_layer is not None:
                 first = output.first_rows().unsqueeze(1)
             elif reads_first_rows(self):
                 first = packing.first_positions(hidden_states).unsqueeze(1)
@@ -146,17 +148,17 @@ class PackedEncoder:
         """(1, length) or (batch, length): the positions of tokens whose caller names none."""
         return packing.default_positions
 
-    def _output(self, hidden_states: Tensor, packing: Packing, selection: RowSelection | None, last: nn.Module | None):
-        """The output made of ``hidden_states`` (total, hidden), which are final, or the input of the ``last`` layer."""
+    def _output(self, hidden_states: Tensor, packing: Packing, selection: RowSelection | None, last_layer: nn.Module | None):
+        """The output made of ``hidden_states`` (total, hidden), which are final, or the input of ``last_layer``."""
         if torch.compiler.is_compiling():
             theirs = self.output_class.__bases__[1]
             return theirs(last_hidden_state=packing.pad(hidden_states))
         output = self.output_class()
-        if last is None:
+        if last_layer is None:
             output.set_rows(hidden_states, packing, selection)
         else:
-            selected = SelectedRows(selection, lambda read: last(hidden_states, packing, read=read))
-            output.set_selected_rows(selected, tuple(last.parameters()))
+            selected = SelectedRows(selection, lambda read: last_layer(hidden_states, packing, read=read))
+            output.set_selected_rows(selected, tuple(last_layer.parameters()))
         return output
 
     def _row_through_their_forward(self, packing, kwargs, **inputs):

@@ -1,7 +1,8 @@
 """Which rows a masked-LM head reads, so that the encoder's last layer goes on with those alone.
 
 Behind the last attention every row is on its own: output projection, LayerNorms and feed-forward network, 9 of the 12 hidden^2
-matmuls of a layer, of a row that nobody reads add nothing to the loss, and nothing to any gradient.
+matmuls of a layer, of a row that nobody reads add nothing to the loss, and nothing to any gradient. Dropout there draws by the
+position among the rows that are computed: other masks than those of a call that computes all rows, as random as they.
 """
 
 from __future__ import annotations
@@ -93,9 +94,13 @@ def all_rows_reasons(encoder: nn.Module, hidden_states_wanted: bool = False) -> 
     if hidden_states_wanted:
         return ["output_hidden_states asks for them"]
     layers = encoder.encoder.layer
-    reasons = layer_notes(layers[-1]) if len(layers) else ["there is none"]
-    if not reasons and int8_parts(layers[-1]):
+    if not len(layers):
+        return ["there is none"]
+    reasons = layer_notes(layers[-1])
+    if int8_parts(layers[-1]):
         reasons.append("it multiplies int8, which is for inference")
+    if layers[-1]._compiled_call_impl is not None:
+        reasons.append("it is compiled, and compiled code cannot know how many rows are read")
     if not reads_first_rows(encoder):
         reasons.append("the pooler is not transformers', or has hooks, and gets all rows")
     return reasons

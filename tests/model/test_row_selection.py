@@ -16,6 +16,8 @@ import fastbert
 from fastbert.model import encoder as encoder_module
 from fastbert.model import layer as layer_module
 from fastbert.model import packed_layer
+from fastbert.model.packing import Packing
+from fastbert.model.row_selection import RowSelection
 
 from .helpers import BATCH, LENGTHS, assert_same_gradients, inputs_for, mask, pair, small_config
 from .test_layer import replace
@@ -161,21 +163,21 @@ def test_gradients_with_dropout(name, layout):
     torch.testing.assert_close((values[0] - values[1]) / (2 * step), norm, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_all_rows(name, layout, gradients, rows_computed):
+def test_logits_are_those_of_all_rows(name, layout, mode, rows_computed):
     _, ours = pair(name)
     batch = with_labels(name, "first tokens")
     batch = packed(batch) if layout == "packed" else batch
-    with torch.set_grad_enabled(gradients):
+    with mode():
         output, expected = ours(**batch), in_full(ours, batch)
     assert read_by(name, batch) in rows_computed
     assert list(output.keys()) == list(expected.keys())
     for key in expected:
         torch.testing.assert_close(output[key], expected[key], rtol=2e-5, atol=2e-6)
         assert output[key].requires_grad == expected[key].requires_grad
-    if gradients:
+    if mode is torch.enable_grad:
         parameters = tuple(ours.parameters())
         wanted = [torch.autograd.grad(o[1].square().mean(), parameters, allow_unused=True) for o in (output, expected)]
         for mine, other in zip(*wanted, strict=True):
@@ -277,6 +279,31 @@ def test_calls_that_read_all_rows(wanted, rows_computed):
     torch.testing.assert_close(got.prediction_logits, expected.prediction_logits)
     if "output_hidden_states" in wanted:
         assert fastbert.explain(ours, **wanted).last_layer == ["output_hidden_states asks for them"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_encoder_or_layer_computes_all_rows(whole, rows_computed):
+    theirs, ours = pair("BertForPreTraining")
+    batch = inputs_for("BertForPreTraining")
+    batch.pop("attention_mask")
+    part = ours.bert if whole else ours.bert.encoder.layer[-1]
+    part.compile(backend="eager", fullgraph=whole)
+    torch.testing.assert_close(ours(**batch).loss, theirs(**batch).loss, rtol=2e-5, atol=2e-6)
+    assert whole or "compiled" in fastbert.explain(ours).last_layer[0]
+    torch._dynamo.reset()
+
+
+def test_a_first_row_with_a_label_is_one_row():
+    """The pooler and the head read the same of its two copies, and so do the logits."""
+    packing = Packing(torch.tensor([0, 3, 7], dtype=torch.int32), 4, (1, 7))
+    labels = torch.tensor([[-100, 4, -100, 4, -100, 4, -100]])
+    selection = RowSelection(packing, labels, first=True)
+    assert selection.rows.tolist() == [1, 3, 5, 0, 3]
+    assert selection.labels.tolist() == [4, 4, 4]
+    assert selection.first_positions(torch.arange(5).unsqueeze(1)).tolist() == [[3], [1]]
+    order, places = selection.all_rows()
+    assert order.tolist() == [1, 3, 5, 0, 3, 2, 4, 6]
+    assert places.tolist() == [3, 0, 5, 1, 6, 2, 7]
 
 
 def test_sequences_without_a_first_token():
