@@ -49,7 +49,7 @@ class Explanation:
     @property
     def fast(self) -> bool:
         """Whether nothing falls back."""
-        fallbacks = [self.encoder, self.embeddings, *self.layers.values(), self.head or [], self.last_layer or []]
+        fallbacks = [self.encoder, self.embeddings, *self.layers.values(), self.head or []]
         ops = not any(op["passed_over"] for op in self.ops.values())
         return ops and not any(fallbacks) and all(other.fast for other in self.others)
 
@@ -102,8 +102,8 @@ def explain(model: nn.Module | Pipeline, **inputs: Any) -> Explanation:
     head = next((m for m in module.modules() if _has_language_model_head(m)), None)
     first, *others = (_explain_encoder(name, encoder, inputs) for name, encoder in encoders.items())
     first.head, first.others = None if head is None else _head_notes(head), others
-    if isinstance(head, LabelledRowsOnly):
-        first.last_layer = _last_layer_reasons(head, inputs)
+    masked_lm = next((m for m in module.modules() if isinstance(m, LabelledRowsOnly)), None)  # not what wraps it
+    first.last_layer = None if masked_lm is None else _last_layer_reasons(masked_lm, inputs)
     return first
 
 
@@ -163,7 +163,7 @@ def _head_notes(model: nn.Module) -> list[str]:
     return [f"logits of all tokens: it is {type(model).__module__}.{type(model).__qualname__}"]
 
 
-def _last_layer_reasons(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
+def _last_layer_reasons(model: LabelledRowsOnly, inputs: dict[str, Any]) -> list[str]:
     encoder = model.base_model
     if reasons := model.all_rows_reasons():
         return reasons
