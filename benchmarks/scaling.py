@@ -220,8 +220,8 @@ def checkpoint_rate(folder: Path) -> float:
 
 def table(steps: list[dict[str, Any]], processes: int) -> list[str]:
     lines = [
-        f"| model, tokens per process | 1 process, ms | {processes} processes, ms | predicted, nothing hidden | predicted, hidden | "
-        "all-reduce, ms | tokens/s beside 1 process |",
+        f"| model, tokens per process | 1 process, ms | {processes} processes, ms | predicted, nothing hidden | "
+        "predicted, hidden | all-reduce, ms | tokens/s beside 1 process |",
         "|---|---|---|---|---|---|---|",
     ]
     for step in steps:

@@ -50,7 +50,7 @@ def model(name: str, sequence_length: int = 128) -> Model:
     layer = matmuls + 4 * h + i + h + 4 * h  # biases of the Linears, two LayerNorms
     transform, pooler = h * h, h * h
     heads = (transform + h + 2 * h) + VOCABULARY + (pooler + h) + (2 * h + 2)
-    # Six FLOPs per weight and token (Kaplan et al., 2020); scores and context are 2 * 2 * length * hidden forward, thrice that in all.
+    # Six FLOPs per weight and token (Kaplan et al., 2020); scores and context: 4 * length * hidden forward, thrice in all.
     layer_flops = 6 * matmuls + 12 * sequence_length * h
     head_flops = 6 * MASKED_SHARE * (transform + VOCABULARY * h) + 6 * pooler / sequence_length
     embeddings = (VOCABULARY + POSITIONS + TYPES) * h + 2 * h
@@ -154,7 +154,7 @@ def step_time(all_reduce_seconds: Callable[[float], float], model: Model, load: 
 def least_tokens(
     cluster: GpuCluster, model: Model, tokens_per_second: float, efficiency: float = 0.9, gradient_bytes: int = 4
 ) -> int:
-    """Tokens that a GPU needs in a step of one micro-batch to reach ``efficiency``: below, more GPUs help less and less."""
+    """Tokens that a GPU needs in a step of one micro-batch to reach ``efficiency``."""
     low, high = 1, 1 << 24
     while low < high:
         middle = (low + high) // 2

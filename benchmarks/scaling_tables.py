@@ -81,7 +81,7 @@ def training_seconds(size: str, schedule: Schedule, cluster: GpuCluster) -> floa
 
 
 def steps_table() -> Iterator[str]:
-    yield "| | GPUs | tokens per GPU and step | compute, ms | all-reduce alone, ms | not hidden, ms | efficiency | at half the network |"
+    yield "| | GPUs | tokens per GPU | compute, ms | all-reduce alone, ms | not hidden, ms | efficiency | at half the network |"
     yield "|---|---|---|---|---|---|---|---|"
     for size in SIZES:
         for schedule in SCHEDULES:
@@ -146,7 +146,7 @@ def checkpoint_table(write_bytes_per_second: float) -> Iterator[str]:
 
 
 def sizes_table() -> Iterator[str]:
-    yield "| | parameters | FLOPs per token, S128 / S512 | gradients, float32 | weights, gradients, AdamW | goal, tokens/s, S128 / S512 |"
+    yield "| | parameters | FLOPs per token, S128 / S512 | gradients | weights, gradients, AdamW | goal, tokens/s, S128 / S512 |"
     yield "|---|---|---|---|---|---|"
     for size in SIZES:
         short: Model = model(size)
