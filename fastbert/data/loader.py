@@ -35,7 +35,8 @@ def step_batches(
     workers: int = 0,
 ) -> Iterator[StepBatches]:
     """Endless steps from ``position`` on. A step takes the next ``batches_per_step`` batches in their order, of which process
-    ``rank`` of ``world_size`` gets every ``world_size``-th: all processes together train on the same batches, however many they are.
+    ``rank`` of ``world_size`` gets every ``world_size``-th: all processes together train on the same batches, however many they
+    are.
 
     ``workers``: processes that make the batches (0: this one). Raises ValueError where ``batches_per_step`` is no multiple of
     ``world_size``.

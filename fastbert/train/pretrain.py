@@ -8,6 +8,7 @@ settings and results, ``compare.json`` with ``--compare``, and the newest checkp
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
         data = prepare_data(settings, say, checkpoint)
         torch.manual_seed(settings.seed)
         model = build_model(settings, data.tokenizer, checkpoint).to(device)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         if state is not None:
             _check_same_data(state, data)
         else:
@@ -136,16 +139,15 @@ def _train(
     say(f"Model: {_model_text(model)}, {parameters / 1e6:.1f} M parameters, on {model.device}")
     with MetricsFile(output / METRICS_NAME, None if state is None else state.step) as metrics:
         if state is None:
-            state = RunState(settings.to_dict(), data.facts, held_out_start=evaluate(model, data.held_out))
+            state = RunState(settings.to_dict(), data.facts, held_out_start=_held_out_scores(settings, model, data))
             metrics.write({"step": 0, "held_out": state.held_out_start})
         say(f"Held-out text before training: {_scores_text(state.held_out_start)}")
         learner = Learner(model, settings, state.step)
         comparison = _comparison(settings, model, data, state, say)
         if checkpoint is not None:
             load_run(checkpoint, state, learner, comparison)
-        loop = TrainingLoop(settings, state, learner, data.tokenizer, data.held_out, comparison, metrics, say)
-        loop.run(data.train.steps(start_step=state.step), stop)
-        scores = evaluate(model, data.held_out)
+        TrainingLoop(settings, state, learner, data, comparison, metrics, say).run(stop)
+        scores = _held_out_scores(settings, model, data)
         metrics.write({"step": state.step, "held_out": scores})
     examples = fill_in_examples(model, data.held_out[0].to(model.device), data.tokenizer)
     report = None if state.comparison is None else ComparisonReport.from_state(state.comparison)
@@ -167,6 +169,13 @@ def _train(
     _write_results(settings, result, model, data, report, say)
     _say_results(result, report, say)
     return result
+
+
+def _held_out_scores(settings: PretrainSettings, model: PreTrainedModel, data: PreparedData) -> dict[str, float]:
+    scores = evaluate(model, data.held_out, dtype=settings.dtype)
+    if not math.isfinite(scores["loss"]):
+        raise TrainingError(f"the loss on the held-out text is {scores['loss']}: the weights of the model are spoilt")
+    return scores
 
 
 def _comparison(
@@ -217,9 +226,8 @@ def _say_results(result: PretrainResult, report: ComparisonReport | None, say: S
 
 
 def _scores_text(scores: dict[str, float]) -> str:
-    return (
-        f"MLM loss {scores['mlm_loss']:.3f}, MLM accuracy {scores['mlm_accuracy']:.1%}, NSP accuracy {scores['nsp_accuracy']:.1%}"
-    )
+    text = f"MLM loss {scores['mlm_loss']:.3f}, MLM accuracy {scores['mlm_accuracy']:.1%}"
+    return f"{text}, NSP accuracy {scores['nsp_accuracy']:.1%}" if "nsp_accuracy" in scores else text
 
 
 def _model_text(model: PreTrainedModel) -> str:
