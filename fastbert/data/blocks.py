@@ -47,17 +47,22 @@ class CorpusBlocks:
         """Of all shards."""
         return sum(self._tokens)
 
+    @property
+    def mean_document_tokens(self) -> float:
+        """Of all shards; 1 where there are none."""
+        return max(1.0, self.num_tokens / max(1, sum(self._documents)))
+
     def count(self, epoch: int) -> int:
         """Blocks in an epoch."""
         return len(self._blocks(epoch))
 
-    def tokens(self, epoch: int, block: int) -> int:
-        """Of one block."""
-        return sum(self._tokens[shard] for shard in self._blocks(epoch)[block][1])
-
     def load(self, epoch: int, block: int) -> TokenizedCorpus:
         """The shards of a block, as one corpus."""
-        return concatenate([self._shards[shard] for shard in self._blocks(epoch)[block][1]])
+        return concatenate([self._shards[shard] for shard in self.shards(epoch, block)])
+
+    def shards(self, epoch: int, block: int) -> list[int]:
+        """The numbers of a block's shards."""
+        return self._blocks(epoch)[block][1]
 
     def place(self, epoch: int, block: int) -> tuple[int, int]:
         """(epoch, block) whose shards these are: of epoch 0 where the blocks are fixed, else the same."""
