@@ -177,8 +177,12 @@ def _end_with_parent(parent: int) -> None:
 def _places(batches: PretrainingBatches, position: Position) -> Iterator[Position]:
     """The places of all batches from ``position`` on, block after block, epoch after epoch."""
     epoch, first_block, first_batch = position.epoch, position.block, position.batch
+    if first_block >= batches.num_blocks(epoch):
+        raise ValueError(f"epoch {epoch} has {batches.num_blocks(epoch)} blocks: there is no {position}")
+    if first_batch > (count := batches.num_batches_in_block(epoch, first_block)):
+        raise ValueError(f"block {first_block} of epoch {epoch} has {count} batches: there is no {position}")
     while True:
-        found = first_batch > 0
+        found = first_batch > 0 or first_block > 0
         for block in range(first_block, batches.num_blocks(epoch)):
             for batch in range(first_batch, batches.num_batches_in_block(epoch, block)):
                 found = True

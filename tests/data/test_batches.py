@@ -14,20 +14,12 @@ from fastbert.data.pairs import make_pairs
 from fastbert.data.streams import Stream, generator
 from fastbert.data.tokens import TokenizedCorpus
 
-from .helpers import numbered_corpus
-
-TENSORS = ("input_ids", "token_type_ids", "position_ids", "labels", "cu_seqlens", "next_sentence_label")
+from .helpers import TENSORS, numbered_corpus, same
 
 
 @pytest.fixture
 def batches(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> PretrainingBatches:
     return PretrainingBatches(corpus, tokenizer, max_seq_length=48, tokens_per_batch=300, seed=3)
-
-
-def same(first: PackedBatch, second: PackedBatch) -> bool:
-    return first.max_seqlen == second.max_seqlen and all(
-        torch.equal(getattr(first, name), getattr(second, name)) for name in TENSORS
-    )
 
 
 def originals(batch: PackedBatch) -> torch.Tensor:
