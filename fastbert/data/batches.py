@@ -257,18 +257,6 @@ class PretrainingBatches:
                 yield self.batch(epoch, block, number)
             start = max(0, start - count)
 
-    def steps(self, start_step: int = 0) -> Iterator[PackedBatch]:
-        """Endless batches, epoch after epoch, from number ``start_step`` on; skipped epochs are planned but not made."""
-        if start_step < 0:
-            raise ValueError(f"start_step must not be negative, it is {start_step}")
-        epoch, skipped = 0, start_step
-        while skipped >= self.num_batches(epoch):
-            skipped -= self.num_batches(epoch)
-            epoch += 1
-        while True:
-            yield from self.epoch(epoch, skipped)
-            epoch, skipped = epoch + 1, 0
-
     def _plan(self, epoch: int, block: int) -> _Plan:
         """The plan of a block; the last one is kept."""
         if self._planned is None or self._planned[:2] != (epoch, block):

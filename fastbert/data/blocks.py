@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastbert.data.errors import CorpusError
+from fastbert.data.shards import TokenShards
 from fastbert.data.streams import Stream, generator
 from fastbert.data.tokens import TokenizedCorpus, concatenate
 
@@ -32,8 +33,12 @@ class CorpusBlocks:
         fixed: bool = False,
     ) -> None:
         self._shards = [corpus] if isinstance(corpus, TokenizedCorpus) else corpus
-        self._tokens = [shard.num_tokens for shard in self._shards]
-        self._documents = [shard.num_documents for shard in self._shards]
+        if isinstance(corpus, TokenShards):  # whose manifest has the counts, so that no file need be opened
+            self._tokens = [shard.tokens for shard in corpus.shards]
+            self._documents = [shard.documents for shard in corpus.shards]
+        else:
+            self._tokens = [shard.num_tokens for shard in self._shards]
+            self._documents = [shard.num_documents for shard in self._shards]
         if sum(self._documents) < least_documents:
             raise CorpusError(f"the corpus has {sum(self._documents)} documents, at least {least_documents} are needed")
         self._seed = seed

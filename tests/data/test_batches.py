@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-from itertools import islice
-
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 import fastbert
-from fastbert.data import batches as batches_module
 from fastbert.data.batches import PackedBatch, PretrainingBatches, held_out_batches
 from fastbert.data.corpus import Document
 from fastbert.data.masking import IGNORE_INDEX
@@ -143,26 +140,14 @@ def test_masks_are_new_in_every_epoch_and_batch(tokenizer: PreTrainedTokenizerFa
     assert len(masks) == len(set(masks)) == 50
 
 
-def test_steps_go_on_over_epochs_and_resume_anywhere(
-    corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast, batches: PretrainingBatches
-) -> None:
-    first, second = batches.num_batches(0), batches.num_batches(1)
-    total = first + second + 3
-    straight = list(islice(batches.steps(), total))
-    epochs = [*batches.epoch(0), *batches.epoch(1), *islice(batches.epoch(2), 3)]
-    assert all(map(same, straight, epochs))
-    for start in (0, 1, first - 1, first, first + second, total - 1):
-        fresh = PretrainingBatches(corpus, tokenizer, max_seq_length=48, tokens_per_batch=300, seed=3)
-        resumed = list(islice(fresh.steps(start), total - start))
-        assert len(resumed) == total - start and all(map(same, resumed, straight[start:]))
-
-
-def test_skipped_batches_are_not_made(batches: PretrainingBatches, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    mask_tokens = batches_module.mask_tokens
-    monkeypatch.setattr(batches_module, "mask_tokens", lambda *args, **kwargs: made.append(1) or mask_tokens(*args, **kwargs))
-    next(batches.steps(batches.num_batches(0) + 4))
-    assert len(made) == 1
+def test_an_epoch_begins_anywhere(batches: PretrainingBatches, corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    halves = [corpus._select(np.arange(corpus.num_sentences) % 2 == half) for half in range(2)]
+    shards = PretrainingBatches(halves, tokenizer, max_seq_length=48, tokens_per_batch=300, seed=3, block_tokens=1)
+    for made in (batches, shards):
+        whole = list(made.epoch(2))
+        for start in (1, 5, len(whole) - 1, len(whole)):
+            rest = list(made.epoch(2, start))
+            assert len(rest) == len(whole) - start and all(map(same, rest, whole[start:]))
 
 
 def test_held_out_batches_are_fixed(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -178,7 +163,7 @@ def test_a_corpus_smaller_than_a_batch_is_one_batch(tokenizer: PreTrainedTokeniz
     batches = PretrainingBatches(numbered_corpus([[5] * 3, [5] * 3]), tokenizer, max_seq_length=32, tokens_per_batch=10_000, seed=0)
     assert batches.num_batches() == 1
     assert 0 < batches.fill() < 0.02
-    assert len(list(islice(batches.steps(), 5))) == 5
+    assert len(list(batches.epoch(0))) == 1
 
 
 @pytest.mark.parametrize(
@@ -207,11 +192,6 @@ def test_a_corpus_of_another_tokenizer_is_refused(tokenizer: PreTrainedTokenizer
     foreign = numbered_corpus([[100] * 10, [100] * 10])
     with pytest.raises(ValueError, match=f"holds token id 2004, the tokenizer has {len(tokenizer)} tokens"):
         PretrainingBatches(foreign, tokenizer, max_seq_length=64, tokens_per_batch=256, seed=0)
-
-
-def test_a_negative_step_is_refused(batches: PretrainingBatches) -> None:
-    with pytest.raises(ValueError, match="start_step must not be negative, it is -2"):
-        next(batches.steps(-2))
 
 
 def test_sequences_without_pairs(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
