@@ -9,8 +9,9 @@ from fastbert.data.shards import TokenShards
 from fastbert.data.streams import Stream, generator
 from fastbert.data.tokens import TokenizedCorpus, concatenate
 
-# 64 Mi tokens: some 200 MB in memory, planned in 1.5 seconds, and tens of thousands of documents to draw random segments from.
-BLOCK_TOKENS = 1 << 26
+# Four shards of fastbert prepare (2**24 tokens and the rest of a document each): planned within two seconds, and tens of thousands of
+# documents to draw random segments from.
+BLOCK_TOKENS = 80_000_000
 
 
 class CorpusBlocks:
