@@ -9,8 +9,8 @@ from fastbert.data.shards import TokenShards
 from fastbert.data.streams import Stream, generator
 from fastbert.data.tokens import TokenizedCorpus, concatenate
 
-# Four shards of fastbert prepare (2**24 tokens and the rest of a document each): planned within two seconds, and tens of thousands of
-# documents to draw random segments from.
+# Four shards of fastbert prepare (2**24 tokens and the rest of a document each): planned within two seconds, and tens of thousands
+# of documents to draw random segments from.
 BLOCK_TOKENS = 80_000_000
 
 
