@@ -21,7 +21,7 @@ from fastbert.data.packing import pack
 from fastbert.data.pairs import make_pairs
 from fastbert.data.passages import make_passages
 from fastbert.data.sequences import SHORTEST_SEQUENCE, Sequences
-from fastbert.data.streams import Stream, generator
+from fastbert.data.streams import LARGEST_SEED, Stream, generator
 from fastbert.data.tokens import TokenizedCorpus
 
 OBJECTIVES = ("mlm-nsp", "mlm")
@@ -162,7 +162,7 @@ class PretrainingBatches:
     before it were made. The plan of one block is kept in memory.
 
     Raises ValueError where max_seq_length is below 8 or above the tokenizer's limit, tokens_per_batch below max_seq_length,
-    the seed negative, the tokenizer does not tell the words that ``masking`` needs, or the corpus holds ids that the tokenizer does
+    the seed outside 0 .. 2**64 - 1, the tokenizer does not tell the words that ``masking`` needs, or the corpus holds ids that the tokenizer does
     not have (of shards, the first is looked at here and the others when their turn comes); CorpusError for pairs of fewer than
     two documents.
     """
@@ -192,8 +192,8 @@ class PretrainingBatches:
             raise ValueError(
                 f"tokens_per_batch {tokens_per_batch} is below max_seq_length {max_seq_length}: a batch must hold a whole sequence"
             )
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, it is {seed}")
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"seed must lie between 0 and {LARGEST_SEED}, it is {seed}")
         if objective not in OBJECTIVES:
             raise ValueError(f"objective is {objective!r}, expected one of {', '.join(OBJECTIVES)}")
         self.tokenizer = tokenizer

@@ -172,7 +172,8 @@ def test_a_corpus_smaller_than_a_batch_is_one_batch(tokenizer: PreTrainedTokeniz
         ({"max_seq_length": 7}, "max_seq_length must be at least 8, not 7"),
         ({"max_seq_length": 129}, "max_seq_length 129 is above the 128 tokens that the tokenizer allows"),
         ({"tokens_per_batch": 63}, "tokens_per_batch 63 is below max_seq_length 64: a batch must hold a whole sequence"),
-        ({"seed": -1}, "seed must not be negative, it is -1"),
+        ({"seed": -1}, "seed must lie between 0 and 18446744073709551615, it is -1"),
+        ({"seed": 2**64}, "it is 18446744073709551616"),
     ],
 )
 def test_bad_sizes_are_refused(
