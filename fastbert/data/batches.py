@@ -162,9 +162,9 @@ class PretrainingBatches:
     before it were made. The plan of one block is kept in memory.
 
     Raises ValueError where max_seq_length is below 8 or above the tokenizer's limit, tokens_per_batch below max_seq_length,
-    the seed outside 0 .. 2**64 - 1, the tokenizer does not tell the words that ``masking`` needs, or the corpus holds ids that the tokenizer does
-    not have (of shards, the first is looked at here and the others when their turn comes); CorpusError for pairs of fewer than
-    two documents.
+    the seed outside 0 .. 2**64 - 1, where the tokenizer does not tell the words that ``masking`` needs, or the corpus holds ids
+    that the tokenizer does not have (of shards, the first is looked at here and the others when their turn comes); CorpusError for
+    pairs of fewer than two documents.
     """
 
     def __init__(
