@@ -44,7 +44,8 @@ def test_whoever_makes_them_is_told_to_stop():
         finally:
             closed.append(True)
 
-    steps = device_steps(made(), torch.device("cpu"))
+    source = made()  # held on to, or it would be closed with the last reference
+    steps = device_steps(source, torch.device("cpu"))
     next(steps)
     assert not closed
     steps.close()
