@@ -17,7 +17,7 @@ from .compare import Comparison
 from .errors import TrainingInterrupted
 from .guard import check_skipped, skipped_text
 from .interrupt import StopRequest
-from .learner import Learner, MicroBatch, model_inputs, synchronize
+from .learner import Learner, MicroBatch, synchronize
 from .metrics import BatchScores, MetricsFile, Window
 from .prefetch import DeviceStep, device_steps
 from .prepare import PreparedData, Say
@@ -170,7 +170,7 @@ class TrainingLoop:
         pairs = self.settings.objective == "mlm-nsp"
         return [
             MicroBatch(
-                model_inputs(self.learner.model, batch),
+                batch.model_inputs(),
                 mlm_share=masked / all_masked,
                 nsp_share=count / all_sequences if pairs else masked / all_masked,
             )

@@ -49,7 +49,13 @@ def scores_tensor(
 ) -> Tensor:
     """Six 0-d values as one float64 tensor (6,) on the device of ``mlm_loss``."""
     values = (mlm_loss, mlm_correct, mlm_count, nsp_loss, nsp_correct, nsp_count)
-    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=mlm_loss.device).detach() for v in values])
+    # torch.full, because a number that is copied to a GPU is waited for.
+    return torch.stack(
+        [
+            v.detach().double() if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=mlm_loss.device)
+            for v in values
+        ]
+    )
 
 
 @dataclass(frozen=True)
