@@ -63,4 +63,4 @@ def test_a_line_of_some_megabytes_is_divided_and_counted(
     assert facts["characters"] == sum(map(len, ("A line before.", "A line behind.", "Another document.", text))) - 3 * (
         white_space > 0
     )
-    assert facts["tokens"] > 900_000
+    assert facts["tokens"] >= (300_000 if cut_documents else 900_000)
