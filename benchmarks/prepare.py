@@ -9,8 +9,8 @@ speed   "tokenizers" is ``encode_batch`` on the corpus's sentences, which are in
         sentences, ids, files. "prepare, work" is that without the start: the seconds that the command reports. "datasets" is a
         process, too: load_dataset of the text, ``map`` with the tokenizer and then with the grouping into blocks of 512, both on
         all cores. They take turns. Below, what the steps of prepare take one after the other on one core.
-memory  the peak of the command's process and of its largest worker, for the corpus, 4 and 16 times of it, each time with its letters
-        moved on in the alphabet, so that no document is a duplicate and most words are new.
+memory  the peak of the command's process and of its largest worker, for the corpus, 4 and 16 times of it, each time with its
+        letters moved on in the alphabet, so that no document is a duplicate and most words are new.
 format  shards as they are, and the same documents as nested lists in Arrow files of the datasets library: writing, bytes, and the
         ids of 1,000 random documents, read by a new process.
 seen    digests of documents that the database of duplicates takes a second.
