@@ -110,8 +110,7 @@ class PreparedFolder:
         self.manifest |= {"complete": True, "facts": facts}
         del self.manifest["position"]
         self.write()
-        (self.path / INPUTS).unlink()
-        delete_seen(self.path / SEEN)
+        _delete_progress(self.path)
 
     def write(self) -> None:
         _write_json(self.path / MANIFEST, self.manifest)
@@ -151,6 +150,8 @@ def check_output(settings: PrepareSettings) -> None:
         return
     manifest = read_manifest(output)
     if manifest["complete"]:
+        if settings.resume:
+            _delete_progress(output)  # a run may have been killed between its last two steps
         what = "there is nothing to resume" if settings.resume else "pretrain reads it"
         raise SettingsError(f"{output} holds a prepared corpus, complete: {what} (--overwrite makes it anew)")
     if not settings.resume:
@@ -173,6 +174,12 @@ def _own_files(output: Path) -> list[Path]:
         return []
     names = (MANIFEST, INPUTS, SEEN, f"{SEEN}-journal", *_TOKENIZER_FILES)
     return sorted(path for path in output.iterdir() if path.name in names or _OWN.fullmatch(path.name))
+
+
+def _delete_progress(output: Path) -> None:
+    """What only a run that is not at its end needs."""
+    (output / INPUTS).unlink(missing_ok=True)
+    delete_seen(output / SEEN)
 
 
 def _delete(output: Path) -> None:

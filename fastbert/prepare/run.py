@@ -83,6 +83,8 @@ def prepare(settings: PrepareSettings, say: Say = print) -> PrepareResult:
                 check_inputs(found, folder.inputs())
                 say(f"Resuming {settings.output} behind {folder.num_shards:,} shards, {folder.facts['tokens']:,} tokens")
             else:
+                if settings.tokenizer is not None:
+                    load_tokenizer(settings.tokenizer)  # where there is none, nothing is deleted or begun
                 folder = PreparedFolder.begin(settings, found)
             tokenizer = _tokenizer(settings, parts, folder, say)
             start, tokens_before = time.perf_counter(), folder.facts["tokens"]

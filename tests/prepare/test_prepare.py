@@ -121,10 +121,15 @@ class Recorder:
         return train_wordpiece(texts, vocab_size)
 
 
-def test_a_tokenizer_that_is_not_there_leaves_a_folder_to_go_on_in(corpus: Corpus, tmp_path: Path, tokenizer_folder: str) -> None:
+def test_a_tokenizer_that_is_not_there_costs_nothing_that_is(corpus: Corpus, tmp_path: Path, tokenizer_folder: str) -> None:
     with pytest.raises(TokenizerError, match="no such folder"):
         run(corpus, tmp_path / "out", tokenizer=str(tmp_path / "none"))
-    run(corpus, tmp_path / "out", tokenizer=tokenizer_folder, overwrite=True)
+    assert not (tmp_path / "out").exists()
+    run(corpus, tmp_path / "out", tokenizer=tokenizer_folder)
+    before = contents(tmp_path / "out")
+    with pytest.raises(TokenizerError, match="no such folder"):
+        run(corpus, tmp_path / "out", tokenizer=str(tmp_path / "none"), overwrite=True)
+    assert contents(tmp_path / "out") == before
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_clear_error(

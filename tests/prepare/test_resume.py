@@ -226,6 +226,38 @@ def test_a_finished_corpus_is_not_touched(corpus: Corpus, tmp_path: Path, option
     assert contents(tmp_path / "out") == before
 
 
+def test_a_run_that_was_killed_at_its_very_end_is_tidied_up(corpus: Corpus, tmp_path: Path, options: dict) -> None:
+    run(corpus, tmp_path / "whole", **options)
+    before = contents(tmp_path / "whole")
+    # inputs.json, every shard, and a manifest at the beginning, with the tokenizer, behind each train shard, and at the end.
+    manifests = 3 + sum(name.startswith("train") for name in before)
+    replaces = 1 + manifests + sum(name.endswith(".safetensors") for name in before)
+    kill_at(corpus, tmp_path / "killed", options, "after", os, "replace", replaces)
+    assert json.loads((tmp_path / "killed" / "prepared.json").read_text())["complete"]
+    assert {"inputs.json", "seen.sqlite"} <= set(contents(tmp_path / "killed"))
+    with pytest.raises(SettingsError, match="there is nothing to resume"):
+        run(corpus, tmp_path / "killed", **options, resume=True)
+    assert contents(tmp_path / "killed") == before
+
+
+def test_what_was_left_out_is_counted_once_however_often_a_run_stops(
+    tmp_path: Path, options: dict, stories: list[list[str]]
+) -> None:
+    rows = [text for paragraphs in stories for text in ("\n".join(paragraphs), " ", "\n".join(paragraphs))]
+    lines = [json.dumps({"text": text}) for text in rows]
+    for place in range(0, len(lines), 7):
+        lines[place] += "\n{"
+    corpus = (str(tmp_path / "rows.jsonl"),)
+    Path(corpus[0]).write_text("\n".join(lines))
+    options = {**options, "skip_bad_text": True}
+    whole = run(corpus, tmp_path / "whole", **options).facts
+    assert (whole["duplicates"], whole["empty"], whole["bad_text"]) == (60, 60, len(range(0, 180, 7)))
+    kill_at(corpus, tmp_path / "killed", options, "after", SeenDocuments, "commit", 3)
+    kill_at(corpus, tmp_path / "killed", {**options, "resume": True}, "after", SeenDocuments, "commit", 2)
+    run(corpus, tmp_path / "killed", **options, resume=True)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
 def test_folders_that_are_not_ours_are_left_alone(corpus: Corpus, tmp_path: Path, options: dict) -> None:
     output = tmp_path / "out"
     with pytest.raises(SettingsError, match="holds no prepared corpus"):
