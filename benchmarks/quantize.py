@@ -28,7 +28,7 @@ import fastbert
 from fastbert.model.quantize import layer_linears
 from fastbert.ops import int8_linear
 from fastbert.ops.int8_linear import quantize_weight
-from fastbert.train.optimizer import build_optimizer, build_schedule
+from fastbert.train.optimizer import build_optimizer
 
 from .harness import write_results
 from .machine import machine
@@ -123,7 +123,7 @@ def fine_tuned(checkpoint: Path, tokenizer: transformers.PreTrainedTokenizerBase
     order = np.concatenate([shuffled.permutation(len(train)) for _ in range(-(-examples // len(train)))])[:examples]
     steps = len(order) // BATCH
     optimizer = build_optimizer(model, LEARNING_RATE, WEIGHT_DECAY)
-    schedule = build_schedule(optimizer, int(WARMUP * steps), steps)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
     model.train()
     for batch in order[: steps * BATCH].reshape(steps, BATCH):
         model(**batch_of(tokenizer, [train[i] for i in batch])).loss.backward()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastbert.one_writer import one_writer
 from fastbert.train.errors import TrainingError
 
 from .embedder import Embedder, TextError
@@ -68,6 +69,7 @@ class EmbedResult:
         return asdict(self)
 
 
+@one_writer
 def embed(settings: EmbedSettings, say: Say) -> EmbedResult:
     """Makes the output of ``settings``.
 

@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from fastbert.data.sources import Source
 from fastbert.data.splits import find_splits
+from fastbert.one_writer import one_writer
 from fastbert.tasks.glue_data import find_glue_splits, glue_sources
 from fastbert.tasks.glue_tasks import glue_task, is_glue_task
 from fastbert.tasks.model import load_model, quiet_transformers
@@ -77,6 +78,7 @@ class FinetuneResult:
         return dict(self.__dict__)
 
 
+@one_writer
 def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
     """Runs, or with ``settings.resume`` continues, a fine-tuning; ``say`` gets lines for people.
 

@@ -20,6 +20,7 @@ from fastbert.data.sources import Source
 from fastbert.finetune.folder import RUN_NAME, check_folder, check_outside, delete_folder, read_run
 from fastbert.finetune.modes import check_packages
 from fastbert.finetune.run import finetune
+from fastbert.one_writer import one_writer
 from fastbert.tasks.glue_data import (
     GlueSplits,
     find_folders,
@@ -54,6 +55,7 @@ _NEEDED = {"sklearn": "eval", "scipy": "eval", "matplotlib": "train"}
 Say = Callable[[str], None]
 
 
+@one_writer
 def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
     """Runs, or with ``settings.resume`` continues, a GLUE run; ``say`` gets lines for people.
 

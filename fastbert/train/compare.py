@@ -24,8 +24,8 @@ from fastbert.data.masking import IGNORE_INDEX
 
 from .errors import TrainingError
 from .evaluate import evaluate
-from .learner import Learner, synchronize
-from .metrics import scores_tensor
+from .learner import Learner, MicroBatch, synchronize
+from .metrics import BatchScores, scores_tensor
 from .settings import PretrainSettings
 
 # Two float32 computations of one formula drift apart as the weights do; until here they must not be told apart.
@@ -61,13 +61,13 @@ class Comparison:
         config._attn_implementation = "sdpa"
         theirs = BertForPreTraining(config)
         theirs.load_state_dict(model.state_dict())
-        self.learner = Learner(theirs.to(model.device).train(), settings, start_step)
+        self.learner = Learner(theirs.to(model.device).train(), settings, start_step, scores=_loss_only)
         self.pad_token_id = pad_token_id
         self.last_step = settings.effective_compare_steps
         self.steps: list[ComparedStep] = []
         self.held_out: dict[str, dict[str, float]] | None = None
 
-    def step(self, step: int, batch: PackedBatch, ours: Learner) -> tuple[Any, torch.Tensor]:
+    def step(self, step: int, batch: PackedBatch, ours: Learner) -> torch.Tensor:
         """Takes step number ``step`` (from 1) with both models on ``batch``, which is on their device.
 
         Returns what ``ours.step`` does. Raises :class:`TrainingError` where the loss of transformers' model is not finite.
@@ -80,17 +80,17 @@ class Comparison:
             learner, inputs = runs[name]
             synchronize(device)
             started = time.perf_counter()
-            results[name] = learner.step(inputs)
+            results[name] = learner.step([MicroBatch(inputs)])
             synchronize(device)
             seconds[name] = time.perf_counter() - started
-        transformers_loss = results["theirs"][0].loss.item()
+        loss, transformers_loss = (BatchScores(*results[name].tolist()).loss for name in ("ours", "theirs"))
         if not math.isfinite(transformers_loss):
             raise TrainingError(f"the loss of transformers' model is {transformers_loss} at step {step}")
         self.steps.append(
             ComparedStep(
                 step=step,
                 tokens=batch.num_tokens,
-                loss=results["ours"][0].loss.item(),
+                loss=loss,
                 transformers_loss=transformers_loss,
                 seconds=seconds["ours"],
                 transformers_seconds=seconds["theirs"],
@@ -135,6 +135,11 @@ class Comparison:
     def load(self, folder: Path, state: dict[str, Any]) -> None:
         self.learner.load(folder / LEARNER_FOLDER)
         self.steps = ComparisonReport.from_state(state).steps
+
+
+def _loss_only(outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """In training the loss of transformers' model is compared, and nothing else."""
+    return scores_tensor(mlm_loss=outputs.loss, mlm_correct=0, mlm_count=0)
 
 
 @dataclass(frozen=True)

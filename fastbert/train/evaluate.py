@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 
 from fastbert.data.batches import PackedBatch
 
+from .learner import autocast, model_inputs
 from .metrics import BatchScores, ScoreSums, batch_scores
 
 
 def fastbert_scores(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """The scores (7,) of our model on a packed batch; see ``metrics.batch_scores``."""
-    inputs = batch.model_inputs()
-    return batch_scores(model(**inputs), inputs["next_sentence_label"])
+    """The scores (6,) of our model on a packed batch; see ``metrics.batch_scores``."""
+    inputs = model_inputs(model, batch)
+    return batch_scores(model(**inputs), inputs)
 
 
 @torch.no_grad()
@@ -24,15 +25,19 @@ def evaluate(
     model: PreTrainedModel,
     batches: Iterable[PackedBatch],
     scores: Callable[[PreTrainedModel, PackedBatch], Tensor] = fastbert_scores,
+    *,
+    dtype: str = "float32",
 ) -> dict[str, float]:
     """Means over ``batches``, every masked token and sentence pair weighing the same: see ``metrics.ScoreSums.means``.
 
-    ``batches`` are moved to the model's device; ``scores`` gives the scores of one. The model is left in the mode it was in.
+    ``batches`` are moved to the model's device; ``scores`` gives the scores of one, under autocast in ``dtype``. The model is left
+    in the mode it was in.
     """
     training = model.training
     model.eval()
     try:
-        per_batch = [scores(model, batch.to(model.device)) for batch in batches]
+        with autocast(model.device, dtype):
+            per_batch = [scores(model, batch.to(model.device)) for batch in batches]
     finally:
         model.train(training)
     sums = ScoreSums()

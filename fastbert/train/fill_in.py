@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastbert import BertForMaskedLM
 from fastbert.data.batches import PackedBatch
 from fastbert.data.masking import IGNORE_INDEX
 
@@ -72,7 +73,8 @@ def _mask_logits(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor
         )
     finally:
         model.train(training)
-    return outputs.prediction_logits[torch.arange(len(rows)), positions].float().cpu()
+    logits = outputs.logits if isinstance(model, BertForMaskedLM) else outputs.prediction_logits
+    return logits[torch.arange(len(rows)), positions].float().cpu()
 
 
 def _whole_word(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> int | None:

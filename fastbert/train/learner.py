@@ -1,9 +1,14 @@
-"""A model in training: forward, backward, clipping, optimizer and schedule of a step, and their way to and from a folder."""
+"""A model in training: forward, backward, clipping, optimizer and schedule of a step, and their way to and from a folder.
+
+A step may have several batches, whose gradients add up to that of one large batch, however they were divided.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,57 +16,120 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from fastbert import BertForMaskedLM
+from fastbert.data.batches import PackedBatch
+
 from .errors import TrainingError
-from .optimizer import build_optimizer, build_schedule, load_optimizer_tensors, optimizer_tensors
+from .guard import Guard
+from .metrics import MLM_LOSS, NSP_LOSS, batch_scores
+from .optimizer import build_lamb, build_optimizer, load_optimizer_tensors, optimizer_tensors
+from .run_folder import write_json
+from .schedules import Schedule
 from .settings import PretrainSettings
 
 MODEL_NAME = "model.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
+GUARD_NAME = "guard.json"
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """``inputs``: the model's keyword arguments, with labels; the batch's shares of the masked tokens and of the sentence pairs of
+    its step, over all processes. A step of one batch has both whole.
+    """
+
+    inputs: dict[str, Any]
+    mlm_share: float = 1.0
+    nsp_share: float = 1.0
 
 
 class Learner:
-    """``model`` (already on its device) with an AdamW and a schedule of its own, as it stands after ``start_step`` steps."""
+    """``model`` (already on its device) with an optimizer and a schedule of its own, as it stands after ``start_step`` steps.
 
-    def __init__(self, model: PreTrainedModel, settings: PretrainSettings, start_step: int = 0):
+    ``scores``: what a batch's outputs and inputs say about the model, in the order of ``metrics.BatchScores``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: PretrainSettings,
+        start_step: int = 0,
+        scores: Callable[[Any, dict[str, Any]], Tensor] = batch_scores,
+    ):
+        if settings.gradient_checkpointing:
+            # The second name is that of older versions of transformers.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         self.model = model
         self.max_grad_norm = settings.max_grad_norm
-        self.optimizer = build_optimizer(model, settings.learning_rate, settings.weight_decay)
-        self.schedule = build_schedule(self.optimizer, settings.effective_warmup_steps, settings.steps, start_step=start_step)
+        build = build_lamb if settings.optimizer == "lamb" else build_optimizer
+        self.optimizer = build(model, settings.learning_rate, settings.weight_decay)
+        self.schedule = Schedule(self.optimizer, settings, start_step)
+        self.guard = Guard(settings.loss_spike, model.device)
+        self._dtype = settings.dtype
+        self._scores = scores
 
     @property
     def learning_rate(self) -> float:
         """The rate of the next step."""
-        return self.schedule.get_last_lr()[0]
+        return self.schedule.learning_rate
 
-    def step(self, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
-        """Trains on one batch; ``inputs`` are the model's keyword arguments, with labels.
+    def step(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """Trains on the gradient of the mean over all masked tokens plus the mean over all sentence pairs of ``batches``.
 
-        Returns the model's output and the gradient's norm before clipping (0-d), neither waited for.
+        A step that the guard leaves out changes neither weights nor optimizer; the schedule goes on. Returns the values of
+        ``metrics.BatchScores`` (9,) for the whole step, float64 on the device, not waited for.
         """
-        outputs = self.model(**inputs)
-        outputs.loss.backward()
+        scores = sum(self._backward(batch) for batch in batches)
         grad_norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        self.optimizer.step()
+        left_out, loss_limit = self.guard.check(scores[MLM_LOSS] + scores[NSP_LOSS], grad_norm)
+        self._optimizer_step(left_out)
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return outputs, grad_norm
+        return torch.stack([*scores, grad_norm.double(), loss_limit, left_out.double()])
+
+    def _backward(self, batch: MicroBatch) -> Tensor:
+        """Adds the batch's gradients; returns its scores (6,), the losses times its shares of the step."""
+        with autocast(self.model.device, self._dtype):
+            outputs = self.model(**batch.inputs)
+        loss = outputs.loss
+        if batch.mlm_share != 1.0:
+            loss = loss * batch.mlm_share
+        if batch.nsp_share != batch.mlm_share:  # outputs.loss is the sum of both means
+            logits, labels = outputs.seq_relationship_logits, batch.inputs["next_sentence_label"]
+            loss = loss + (batch.nsp_share - batch.mlm_share) * cross_entropy(logits.float(), labels)
+        loss.backward()
+        scores = self._scores(outputs, batch.inputs)
+        scores[MLM_LOSS] *= batch.mlm_share
+        scores[NSP_LOSS] *= batch.nsp_share
+        return scores
+
+    def _optimizer_step(self, left_out: Tensor) -> None:
+        if self.optimizer.defaults.get("fused", True):  # LAMB, which has no such option, looks at found_inf as well
+            self.optimizer.found_inf = left_out.float()
+        elif left_out:
+            return
+        self.optimizer.step()
 
     def save(self, folder: Path) -> None:
-        """Writes config.json, model.safetensors (one file) and optimizer.safetensors."""
+        """Writes config.json, model.safetensors (one file), optimizer.safetensors and guard.json."""
         save_model(self.model, folder)
         tensors = {name: tensor.contiguous() for name, tensor in optimizer_tensors(self.model, self.optimizer).items()}
         with os_errors(folder):
             save_file(tensors, folder / OPTIMIZER_NAME)
+        write_json(folder / GUARD_NAME, self.guard.state())
 
     def load(self, folder: Path) -> None:
         """Reads what :meth:`save` wrote. Raises :class:`TrainingError` where it is of another model."""
         try:
             load_model(self.model, folder / MODEL_NAME)
             load_optimizer_tensors(self.model, self.optimizer, load_file(folder / OPTIMIZER_NAME))
+            self.guard.load_state(json.loads((folder / GUARD_NAME).read_text(encoding="utf-8")))
         except (RuntimeError, ValueError) as error:
             raise TrainingError(f"{folder} does not fit the model of this run: {error}") from error
 
@@ -85,6 +153,19 @@ def os_errors(folder: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise OSError(f"cannot write to {folder}: {error}") from error
+
+
+def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
+    """Keyword arguments of ``model`` for a packed batch, with the labels that it takes."""
+    inputs = batch.model_inputs()
+    if isinstance(model, BertForMaskedLM):
+        inputs.pop("next_sentence_label", None)
+    return inputs
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The forward pass in ``dtype``, on weights that stay float32."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def synchronize(device: torch.device) -> None:

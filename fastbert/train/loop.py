@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from fastbert.data.batches import PackedBatch
+from fastbert.data.loader import Position, step_batches
 
 from .compare import Comparison
 from .errors import TrainingInterrupted
+from .guard import check_skipped, skipped_text
 from .interrupt import StopRequest
-from .learner import Learner, synchronize
-from .metrics import BatchScores, MetricsFile, Window, batch_scores
-from .prepare import Say
+from .learner import Learner, MicroBatch, model_inputs, synchronize
+from .metrics import BatchScores, MetricsFile, Window
+from .prefetch import DeviceStep, device_steps
+from .prepare import PreparedData, Say
 from .run_state import RunState, save_run
-from .settings import PretrainSettings
+from .settings import Phase, PretrainSettings
 
 SECONDS_BETWEEN_LINES = 10.0
 # The numbers first: tqdm gives the bar what is left of a narrow terminal.
@@ -56,6 +58,16 @@ class Stopwatch:
             self._started = time.perf_counter()
 
 
+@dataclass(frozen=True, eq=False)
+class TakenStep:
+    """A step whose ``scores`` (see ``Learner.step``) are still on the device; ``position``: of its first batch."""
+
+    number: int
+    position: dict[str, int]
+    tokens: int
+    scores: torch.Tensor
+
+
 class TrainingLoop:
     """Takes ``learner`` from ``state.step`` to ``settings.steps``; ``state`` is kept up to date and saved to ``output``.
 
@@ -67,8 +79,7 @@ class TrainingLoop:
         settings: PretrainSettings,
         state: RunState,
         learner: Learner,
-        tokenizer: PreTrainedTokenizerBase,
-        held_out_batches: list[PackedBatch],
+        data: PreparedData,
         comparison: Comparison | None,
         metrics: MetricsFile,
         say: Say,
@@ -77,77 +88,124 @@ class TrainingLoop:
         self.output = Path(settings.output)
         self.state = state
         self.learner = learner
-        self.tokenizer = tokenizer
-        self.held_out_batches = held_out_batches
+        self.data = data
         self.comparison = comparison
         self.metrics = metrics
         self.say = say
-        self._pending: list[tuple[int, int, torch.Tensor]] = []
+        self._pending: list[TakenStep] = []
         self._clock = Stopwatch(learner.model.device)
         self._last_line = time.monotonic()
 
-    def run(self, batches: Iterator[PackedBatch], stop: StopRequest) -> None:
-        """Trains on ``batches``, which begin with the batch of step ``state.step + 1``.
+    def run(self, stop: StopRequest) -> None:
+        """Trains through all phases.
 
         Raises :class:`TrainingInterrupted` when ``stop`` was requested, after the step and a checkpoint, and
-        :class:`~fastbert.train.errors.TrainingError` for a loss or gradient that is not finite; checkpoints of earlier steps
+        :class:`~fastbert.train.errors.TrainingError` once more steps than allowed were left out; checkpoints of earlier steps
         stay as they are.
         """
-        settings, state, device = self.settings, self.state, self.learner.model.device
+        settings, state = self.settings, self.state
         self.learner.model.train()
         with (
             stop.deferred(),
             tqdm(total=settings.steps, initial=state.step, desc="pretrain", bar_format=BAR_FORMAT, disable=None) as bar,
         ):
             self._clock.lap()
-            while state.step < settings.steps:
-                learning_rate = self.learner.learning_rate
-                self._take_step(next(batches).to(device))
-                bar.update()
-                saves = stop.requested or state.step % settings.save_steps == 0 or state.step == settings.steps
-                logs = state.step % settings.log_steps == 0 or state.step == settings.steps
-                if saves or logs or self.comparison is not None or device.type == "cpu":
-                    self._read_scores()
-                    self._show_progress(bar)
-                if logs:
-                    self._log(learning_rate, bar)
-                if self.comparison is not None and state.step == self.comparison.last_step:
-                    self._finish_comparison()
-                if saves:
-                    checkpoint = self._save()
-                    if stop.requested:
-                        raise TrainingInterrupted(state.step, checkpoint)
+            for phase in settings.phases:
+                if state.step < phase.last_step:
+                    self._run_phase(phase, bar, stop)
 
-    def _take_step(self, batch: PackedBatch) -> None:
-        step = self.state.step + 1
+    def _run_phase(self, phase: Phase, bar: tqdm, stop: StopRequest) -> None:
+        state, device = self.state, self.learner.model.device
+        if phase.number > 1 and state.step == phase.first_step:
+            # With an epoch of its own: the text that comes first is not that which came first before.
+            state.position = asdict(Position(epoch=state.position["epoch"] + 1))
+            self.learner.guard.reset()
+            self.say(f"From step {phase.first_step + 1:,} on: sequences of at most {phase.max_seq_length} tokens")
+        steps = step_batches(
+            self.data.batches[phase.number],
+            Position(**state.position),
+            batches_per_step=self.settings.batches_per_step,
+            workers=self.settings.workers,
+        )
+        with closing(device_steps(steps, device)) as steps_on_device:
+            while state.step < phase.last_step:
+                self._run_step(next(steps_on_device), bar, stop)
+
+    def _run_step(self, batches: DeviceStep, bar: tqdm, stop: StopRequest) -> None:
+        """Takes a step and does what is due after it."""
+        settings, state = self.settings, self.state
+        learning_rate = self.learner.learning_rate
+        self._take_step(batches)
+        bar.update()
+        last = state.step == settings.steps
+        saves = stop.requested or state.step % settings.save_steps == 0 or last
+        logs = state.step % settings.log_steps == 0 or last
+        if saves or logs or self.comparison is not None or self.learner.model.device.type == "cpu":
+            self._read_scores()
+            self._show_progress(bar)
+        if logs:
+            self._log(learning_rate, bar)
+        if self.comparison is not None and state.step == self.comparison.last_step:
+            self._finish_comparison()
+        if saves:
+            checkpoint = self._save()
+            if stop.requested:
+                raise TrainingInterrupted(state.step, checkpoint)
+
+    def _take_step(self, step: DeviceStep) -> None:
+        number, tokens = self.state.step + 1, sum(batch.num_tokens for batch in step.batches)
         if self.comparison is None:
-            inputs = batch.model_inputs()
-            outputs, grad_norm = self.learner.step(inputs)
+            scores = self.learner.step(self._micro_batches(step))
         else:
             with self._clock.paused():
-                inputs = batch.model_inputs()
-                outputs, grad_norm = self.comparison.step(step, batch, self.learner)
+                scores = self.comparison.step(number, step.batches[0], self.learner)
             self._clock.add(self.comparison.steps[-1].seconds)
-        self._pending.append((step, batch.num_tokens, batch_scores(outputs, inputs["next_sentence_label"], grad_norm)))
-        self.state.step = step
+        self._pending.append(TakenStep(number, self.state.position, tokens, scores))
+        self.state.step, self.state.position = number, asdict(step.position)
+
+    def _micro_batches(self, step: DeviceStep) -> list[MicroBatch]:
+        """The step's batches with their shares of its masked tokens and sentences."""
+        sequences = [batch.num_sequences for batch in step.batches]
+        all_masked, all_sequences = sum(step.masked), sum(sequences)
+        pairs = self.settings.objective == "mlm-nsp"
+        return [
+            MicroBatch(
+                model_inputs(self.learner.model, batch),
+                mlm_share=masked / all_masked,
+                nsp_share=count / all_sequences if pairs else masked / all_masked,
+            )
+            for batch, masked, count in zip(step.batches, step.masked, sequences, strict=True)
+        ]
 
     def _read_scores(self) -> None:
         """Brings the scores of the last steps to the host in one transfer."""
-        values = torch.stack([scores for _, _, scores in self._pending]).tolist()
-        for (step, tokens, _), row in zip(self._pending, values, strict=True):
+        values = torch.stack([step.scores for step in self._pending]).tolist()
+        for step, row in zip(self._pending, values, strict=True):
             scores = BatchScores(*row)
-            scores.check_finite(step)
-            self.state.window.add(scores, tokens)
-            self.state.tokens += tokens
+            if scores.reason is not None:
+                self._note_skipped(step, scores.reason)
+                continue
+            self.state.window.add(scores, step.tokens)
+            self.state.tokens += step.tokens
         self._pending.clear()
         seconds = self._clock.lap()
         self.state.window.seconds += seconds
         self.state.seconds += seconds
+        check_skipped(self.state.skipped, self.settings.max_skipped_steps)
+
+    def _note_skipped(self, step: TakenStep, reason: str) -> None:
+        skipped = {"step": step.number, **step.position, "reason": reason}
+        self.state.skipped.append(skipped)
+        self.metrics.write({"step": step.number, "skipped": skipped})
+        self.say(f"left out {skipped_text(skipped)}")
 
     def _show_progress(self, bar: tqdm) -> None:
-        bar.set_postfix_str(_progress_text(self.state.window.row(self.state.step, 0.0)), refresh=False)
+        if self.state.window.steps:
+            bar.set_postfix_str(_progress_text(self.state.window.row(self.state.step, 0.0)), refresh=False)
 
     def _log(self, learning_rate: float, bar: tqdm) -> None:
+        if not self.state.window.steps:
+            return
         row = self.state.window.row(self.state.step, learning_rate)
         self.metrics.write(row)
         self.state.window = Window.empty()
@@ -158,7 +216,7 @@ class TrainingLoop:
 
     def _finish_comparison(self) -> None:
         with self._clock.paused():
-            self.comparison.measure_held_out(self.learner.model, self.held_out_batches)
+            self.comparison.measure_held_out(self.learner.model, self.data.held_out)
         self.state.comparison = self.comparison.state()
         self.comparison = None
 
@@ -166,11 +224,9 @@ class TrainingLoop:
         with self._clock.paused():
             if self.comparison is not None:
                 self.state.comparison = self.comparison.state()
-            return save_run(self.output, self.state, self.learner, self.tokenizer, self.comparison)
+            return save_run(self.output, self.state, self.learner, self.data.tokenizer, self.comparison)
 
 
 def _progress_text(row: dict[str, float]) -> str:
-    return (
-        f"loss {row['loss']:.3f}, accuracy MLM {row['mlm_accuracy']:.1%} NSP {row['nsp_accuracy']:.1%}, "
-        f"{row['tokens_per_second']:,.0f} tokens/s"
-    )
+    accuracies = [f"{label} {row[name]:.1%}" for label, name in (("MLM", "mlm_accuracy"), ("NSP", "nsp_accuracy")) if name in row]
+    return f"loss {row['loss']:.3f}, accuracy {' '.join(accuracies)}, {row['tokens_per_second']:,.0f} tokens/s"

@@ -15,13 +15,18 @@ from fastbert.whole_file import whole_file
 
 from .errors import TrainingError
 
+MLM_LOSS, NSP_LOSS = 0, 3  # where they are among the scores
 
-def batch_scores(outputs: Any, next_sentence_label: Tensor, grad_norm: Tensor | None = None) -> Tensor:
-    """What a batch says about the model: float64 (7,), on the device, in the order of :class:`BatchScores`.
 
-    ``outputs``: of ``fastbert.BertForPreTraining`` for a batch with labels; ``next_sentence_label``: (batch,) int64. The
-    prediction logits are not read, and nothing waits for the device.
+def batch_scores(outputs: Any, inputs: dict[str, Any]) -> Tensor:
+    """What a batch says about the model: float64 (6,), on the device, in the order of :class:`BatchScores`.
+
+    ``outputs``: of ``fastbert.BertForPreTraining`` for ``inputs`` with labels, or of ``fastbert.BertForMaskedLM`` for inputs
+    without ``next_sentence_label``. The prediction logits are not read, and nothing waits for the device.
     """
+    next_sentence_label = inputs.get("next_sentence_label")
+    if next_sentence_label is None:
+        return scores_tensor(mlm_loss=outputs.loss, mlm_correct=outputs.mlm_correct, mlm_count=outputs.mlm_count)
     predicted = outputs.seq_relationship_logits.detach().argmax(dim=-1)
     return scores_tensor(
         mlm_loss=outputs.mlm_loss,
@@ -30,28 +35,29 @@ def batch_scores(outputs: Any, next_sentence_label: Tensor, grad_norm: Tensor | 
         nsp_loss=outputs.next_sentence_loss,
         nsp_correct=(predicted == next_sentence_label).sum(),
         nsp_count=next_sentence_label.numel(),
-        grad_norm=grad_norm,
     )
 
 
 def scores_tensor(
     *,
     mlm_loss: Tensor,
-    mlm_correct: Tensor,
+    mlm_correct: Tensor | int,
     mlm_count: Tensor | int,
-    nsp_loss: Tensor,
-    nsp_correct: Tensor,
-    nsp_count: int,
-    grad_norm: Tensor | None = None,
+    nsp_loss: Tensor | float = 0.0,
+    nsp_correct: Tensor | int = 0,
+    nsp_count: int = 0,
 ) -> Tensor:
-    """Seven 0-d values (a missing gradient norm is 0) as one float64 tensor (7,) on the device of ``mlm_loss``."""
-    values = (mlm_loss, mlm_correct, mlm_count, nsp_loss, nsp_correct, nsp_count, 0.0 if grad_norm is None else grad_norm)
+    """Six 0-d values as one float64 tensor (6,) on the device of ``mlm_loss``."""
+    values = (mlm_loss, mlm_correct, mlm_count, nsp_loss, nsp_correct, nsp_count)
     return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=mlm_loss.device).detach() for v in values])
 
 
 @dataclass(frozen=True)
 class BatchScores:
-    """The values of :func:`scores_tensor` on the host; losses are means over their counts, in nats."""
+    """The values of :func:`scores_tensor` on the host; losses are means over their counts, in nats.
+
+    Of a training step also the gradient's norm before clipping, the limit of its loss, and 1 where it was left out.
+    """
 
     mlm_loss: float
     mlm_correct: float
@@ -59,19 +65,23 @@ class BatchScores:
     nsp_loss: float
     nsp_correct: float
     nsp_count: float
-    grad_norm: float
+    grad_norm: float = 0.0
+    loss_limit: float = math.inf
+    left_out: float = 0.0
 
     @property
     def loss(self) -> float:
         return self.mlm_loss + self.nsp_loss
 
-    def check_finite(self, step: int) -> None:
-        """Raises :class:`TrainingError` naming ``step`` where a loss or the gradient is NaN or infinite."""
+    @property
+    def reason(self) -> str | None:
+        """Why the step was left out; None where it was not."""
+        if not self.left_out:
+            return None
         for name, value in (("loss", self.loss), ("gradient norm", self.grad_norm)):
             if not math.isfinite(value):
-                raise TrainingError(
-                    f"the {name} is {value} at step {step}; a lower --learning-rate or a longer --warmup-steps usually helps"
-                )
+                return f"the {name} is {value}"
+        return f"the loss is {self.loss:.4g}, above {self.loss_limit:.4g}"
 
 
 @dataclass
@@ -94,8 +104,14 @@ class ScoreSums:
         self.nsp_count += scores.nsp_count
 
     def means(self) -> dict[str, float]:
-        """loss, mlm_loss, nsp_loss (nats), mlm_accuracy, nsp_accuracy (0 to 1). Needs at least one batch."""
-        mlm_loss, nsp_loss = self.mlm_loss / self.mlm_count, self.nsp_loss / self.nsp_count
+        """loss, mlm_loss, nsp_loss (nats), mlm_accuracy, nsp_accuracy (0 to 1). Needs at least one batch.
+
+        Without sentence pairs those of the next sentence are left out.
+        """
+        mlm_loss = self.mlm_loss / self.mlm_count
+        if not self.nsp_count:
+            return {"loss": mlm_loss, "mlm_loss": mlm_loss, "mlm_accuracy": self.mlm_correct / self.mlm_count}
+        nsp_loss = self.nsp_loss / self.nsp_count
         return {
             "loss": mlm_loss + nsp_loss,
             "mlm_loss": mlm_loss,

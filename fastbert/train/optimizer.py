@@ -1,12 +1,12 @@
-"""AdamW and the learning-rate schedule as BERT was pretrained with them."""
+"""AdamW as BERT was pretrained with it, LAMB, and the way of their state to tensors with names and back."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_linear_schedule_with_warmup
+from torch.optim import AdamW, Optimizer
+
+from .lamb import LAMB
 
 # google-research/bert, optimization.py: AdamWeightDecayOptimizer(beta_1=0.9, beta_2=0.999, epsilon=1e-6), no decay for
 # LayerNorm and bias parameters. Its missing bias correction is the one point where AdamW differs, as in transformers.
@@ -36,17 +36,13 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float)
     return AdamW(decay_groups(model, weight_decay), lr=learning_rate, betas=BETAS, eps=EPSILON, fused=fused)
 
 
-def build_schedule(optimizer: AdamW, warmup_steps: int, total_steps: int, *, start_step: int = 0) -> LambdaLR:
-    """Linear warmup from 0, then linear decay to 0 at ``total_steps``; as it stands after ``start_step`` steps.
-
-    The rate is a function of the step alone, so a continued run needs no saved state for it.
-    """
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    return get_linear_schedule_with_warmup(optimizer, warmup_steps, total_steps, last_epoch=start_step - 1)
+def build_lamb(model: nn.Module, learning_rate: float, weight_decay: float) -> LAMB:
+    """:class:`LAMB` over :func:`decay_groups`; biases and LayerNorm weights take Adam's steps, as in the paper's code."""
+    decayed, others = decay_groups(model, weight_decay)
+    return LAMB([decayed, {**others, "trust_ratio": False}], lr=learning_rate, betas=BETAS, eps=EPSILON)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state by name, ``<parameter>.<exp_avg | exp_avg_sq | step>``; empty before the first step."""
     return {
         f"{name}.{key}": value
@@ -55,7 +51,7 @@ def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, torch.Ten
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: AdamW, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The reverse of :func:`optimizer_tensors`.
 
     Raises ``ValueError`` naming the tensors that belong to no parameter of ``model``.

@@ -11,7 +11,7 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train = [row for row in rows if "held_out" not in row]
+    train = [row for row in rows if "loss" in row]
     held_out = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -23,6 +23,8 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
         (accuracy_axes, "mlm_accuracy", "masked LM", "C0"),
         (accuracy_axes, "nsp_accuracy", "next sentence", "C1"),
     ):
+        if any(name not in row for row in train):  # a run without sentence pairs
+            continue
         axes.plot(steps, [row[name] for row in train], color=colour, label=f"{label}, training")
         axes.plot(held_out_steps, [s[name] for _, s in held_out], "o", color=colour, label=f"{label}, held out")
     loss_axes.set(title="Loss", xlabel="step", ylabel="nats per masked token")

@@ -12,15 +12,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fastbert import BertConfig, BertForPreTraining
+from fastbert import BertConfig, BertForMaskedLM, BertForPreTraining
 from fastbert.data.batches import PackedBatch, PretrainingBatches, held_out_batches
 from fastbert.data.corpus import CorpusReport, Document, embedded_documents, read_documents
 from fastbert.data.tokenizer import load_tokenizer, train_wordpiece
 from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
 
 from .errors import SettingsError
-from .settings import DEFAULT_VOCAB_SIZE, PretrainSettings
+from .settings import DEFAULT_VOCAB_SIZE, Phase, PretrainSettings
 
+PretrainingModel = BertForPreTraining | BertForMaskedLM
 Say = Callable[[str], None]
 POSITIONS = 512
 # Enough for about 20,000 masked tokens: a standard error of 0.02 nats, however large the corpus is.
@@ -29,10 +30,11 @@ HELD_OUT_TOKENS = 1 << 17
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Batches to train on and batches held out; ``facts`` are counts and a fingerprint of the corpus, JSON-ready."""
+    """Batches to train on, by the number of the phase, and batches held out, those of the last phase; ``facts`` are counts and a
+    fingerprint of the corpus, JSON-ready."""
 
     tokenizer: PreTrainedTokenizerFast
-    train: PretrainingBatches
+    batches: dict[int, PretrainingBatches]
     held_out: list[PackedBatch]
     facts: dict[str, Any]
 
@@ -47,13 +49,11 @@ def prepare_data(settings: PretrainSettings, say: Say, checkpoint: Path | None) 
     tokenizer = _tokenizer(settings, documents, say, checkpoint)
     corpus = _tokenize(documents, tokenizer)
     train, held_out = corpus.split(settings.effective_held_out_fraction, settings.seed)
-    shape = {"max_seq_length": settings.max_seq_length, "tokens_per_batch": settings.tokens_per_batch, "seed": settings.seed}
-    try:
-        batches = PretrainingBatches(train, tokenizer, **shape)
-    except ValueError as error:
-        raise SettingsError(f"--max-seq-length, --tokens-per-batch: {error}") from error
+    shape = {"tokens_per_batch": settings.tokens_per_batch, "seed": settings.seed}
+    batches = {phase.number: _batches(train, tokenizer, phase, shape) for phase in settings.phases}
     held_out_limit = max(1, HELD_OUT_TOKENS // settings.tokens_per_batch)
-    scored = held_out_batches(held_out, tokenizer, **shape, max_batches=held_out_limit)
+    scored_length = settings.phases[-1].max_seq_length
+    scored = held_out_batches(held_out, tokenizer, **shape, max_seq_length=scored_length, max_batches=held_out_limit)
     facts = {
         "embedded": not settings.corpus,
         "documents": report.documents,
@@ -70,9 +70,19 @@ def prepare_data(settings: PretrainSettings, say: Say, checkpoint: Path | None) 
     }
     say(
         f"Tokens: {facts['train_tokens']:,} to train on, {facts['held_out_tokens']:,} held out "
-        f"(vocabulary of {facts['vocab_size']:,}, {batches.num_batches():,} batches an epoch)"
+        f"(vocabulary of {facts['vocab_size']:,}, {batches[1].num_batches():,} batches an epoch)"
     )
     return PreparedData(tokenizer, batches, scored, facts)
+
+
+def _batches(
+    corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast, phase: Phase, shape: dict[str, Any]
+) -> PretrainingBatches:
+    try:
+        return PretrainingBatches(corpus, tokenizer, max_seq_length=phase.max_seq_length, **shape)
+    except ValueError as error:
+        length = "--max-seq-length" if phase.number == 1 else "--second-phase-seq-length"
+        raise SettingsError(f"{length}, --tokens-per-batch: {error}") from error
 
 
 def fingerprint(corpus: TokenizedCorpus) -> str:
@@ -83,18 +93,18 @@ def fingerprint(corpus: TokenizedCorpus) -> str:
     return digest.hexdigest()
 
 
-def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None) -> BertForPreTraining:
-    """The model in float32 on the CPU: of the ``checkpoint``'s shape for a continued run, from ``--model`` else.
+def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None) -> PretrainingModel:
+    """The model for the objective, in float32 on the CPU: of the ``checkpoint``'s shape for a continued run, from ``--model`` else.
 
     Fresh weights follow torch's seed. Raises :class:`SettingsError` where tokenizer, lengths and model do not fit together,
     and for a checkpoint of another architecture.
     """
     if checkpoint is not None:
-        return BertForPreTraining(BertConfig.from_pretrained(checkpoint))
+        return _model_class(settings)(BertConfig.from_pretrained(checkpoint))
     if settings.continues_checkpoint:
         return _pretrained_model(settings, tokenizer)
     size = settings.model_size()
-    return BertForPreTraining(
+    return _model_class(settings)(
         BertConfig(
             vocab_size=len(tokenizer),
             num_hidden_layers=size.num_hidden_layers,
@@ -148,9 +158,13 @@ def _tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> 
         return tokenize_documents(documents, tokenizer, progress=lambda done, tokens: bar.update(done - bar.n))
 
 
-def _pretrained_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> BertForPreTraining:
+def _model_class(settings: PretrainSettings) -> type[PretrainingModel]:
+    return BertForMaskedLM if settings.objective == "mlm" else BertForPreTraining
+
+
+def _pretrained_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> PretrainingModel:
     try:
-        model = BertForPreTraining.from_pretrained(
+        model = _model_class(settings).from_pretrained(
             settings.model,
             dtype=torch.float32,
             hidden_dropout_prob=settings.effective_dropout,

@@ -8,6 +8,7 @@ settings and results, ``compare.json`` with ``--compare``, and the newest checkp
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,20 @@ from .settings import PretrainSettings
 @dataclass(frozen=True)
 class PretrainResult:
     """A finished run. ``held_out_start`` and ``held_out``: scores on the held-out text before and after training (losses in
-    nats); ``tokens``: real tokens trained on; ``tokens_per_second``: over training steps and their data; ``data``: counts of
-    the corpus; ``comparison``: the summary of ``--compare`` or None, with ``agree`` False where the losses differ.
+    nats); ``phases``: steps and longest sequence of each; ``skipped``: the steps that were left out, see ``RunState``;
+    ``tokens``: real tokens trained on; ``fill``: the share of the batches' token budget that they are; ``tokens_per_second``: over
+    training steps and their data; ``data``: counts of the corpus; ``comparison``: the summary of ``--compare`` or None, with
+    ``agree`` False where the losses differ.
     """
 
     output: str
     device: str
     parameters: int
     steps: int
+    phases: list[dict[str, int]]
+    skipped: list[dict[str, Any]]
     tokens: int
+    fill: float
     seconds: float
     tokens_per_second: float
     data: dict[str, Any]
@@ -136,25 +142,28 @@ def _train(
     say(f"Model: {_model_text(model)}, {parameters / 1e6:.1f} M parameters, on {model.device}")
     with MetricsFile(output / METRICS_NAME, None if state is None else state.step) as metrics:
         if state is None:
-            state = RunState(settings.to_dict(), data.facts, held_out_start=evaluate(model, data.held_out))
+            state = RunState(settings.to_dict(), data.facts, held_out_start=_held_out_scores(settings, model, data))
             metrics.write({"step": 0, "held_out": state.held_out_start})
         say(f"Held-out text before training: {_scores_text(state.held_out_start)}")
         learner = Learner(model, settings, state.step)
         comparison = _comparison(settings, model, data, state, say)
         if checkpoint is not None:
             load_run(checkpoint, state, learner, comparison)
-        loop = TrainingLoop(settings, state, learner, data.tokenizer, data.held_out, comparison, metrics, say)
-        loop.run(data.train.steps(start_step=state.step), stop)
-        scores = evaluate(model, data.held_out)
+        TrainingLoop(settings, state, learner, data, comparison, metrics, say).run(stop)
+        scores = _held_out_scores(settings, model, data)
         metrics.write({"step": state.step, "held_out": scores})
     examples = fill_in_examples(model, data.held_out[0].to(model.device), data.tokenizer)
+    budget = (state.step - len(state.skipped)) * settings.batches_per_step * settings.tokens_per_batch
     report = None if state.comparison is None else ComparisonReport.from_state(state.comparison)
     result = PretrainResult(
         output=str(output),
         device=device_name(model.device),
         parameters=parameters,
         steps=state.step,
+        phases=[{"steps": phase.steps, "max_seq_length": phase.max_seq_length} for phase in settings.phases],
+        skipped=state.skipped,
         tokens=state.tokens,
+        fill=state.tokens / budget,
         seconds=state.seconds,
         tokens_per_second=state.tokens / state.seconds,
         data=data.facts,
@@ -167,6 +176,13 @@ def _train(
     _write_results(settings, result, model, data, report, say)
     _say_results(result, report, say)
     return result
+
+
+def _held_out_scores(settings: PretrainSettings, model: PreTrainedModel, data: PreparedData) -> dict[str, float]:
+    scores = evaluate(model, data.held_out, dtype=settings.dtype)
+    if not math.isfinite(scores["loss"]):
+        raise TrainingError(f"the loss on the held-out text is {scores['loss']}: the weights of the model are spoilt")
+    return scores
 
 
 def _comparison(
@@ -205,6 +221,8 @@ def _write_results(
 
 def _say_results(result: PretrainResult, report: ComparisonReport | None, say: Say) -> None:
     say(f"\nTrained {result.steps:,} steps on {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s")
+    if result.skipped:
+        say(f"Steps left out: {len(result.skipped)}, named in {METRICS_NAME}")
     say(f"Held-out text before: {_scores_text(result.held_out_start)}")
     say(f"Held-out text after:  {_scores_text(result.held_out)}")
     if result.examples:
@@ -217,9 +235,8 @@ def _say_results(result: PretrainResult, report: ComparisonReport | None, say: S
 
 
 def _scores_text(scores: dict[str, float]) -> str:
-    return (
-        f"MLM loss {scores['mlm_loss']:.3f}, MLM accuracy {scores['mlm_accuracy']:.1%}, NSP accuracy {scores['nsp_accuracy']:.1%}"
-    )
+    text = f"MLM loss {scores['mlm_loss']:.3f}, MLM accuracy {scores['mlm_accuracy']:.1%}"
+    return f"{text}, NSP accuracy {scores['nsp_accuracy']:.1%}" if "nsp_accuracy" in scores else text
 
 
 def _model_text(model: PreTrainedModel) -> str:

@@ -16,8 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from fastbert.data.loader import Position
+
 from .checkpoint import write_checkpoint
 from .compare import Comparison
+from .errors import TrainingError
 from .learner import Learner, os_errors
 from .metrics import Window
 from .run_folder import STATE_NAME
@@ -27,25 +30,33 @@ RNG_NAME = "rng.safetensors"
 
 @dataclass
 class RunState:
-    """How far a run has come. The position in the data is ``step``: batches are a function of it and of the settings.
+    """How far a run has come, after ``step`` steps.
 
     ``settings`` and ``data`` (counts and a fingerprint of the corpus) say which run it is; ``held_out_start``: scores before
-    the first step; ``tokens``: real tokens trained on; ``seconds``: spent in training steps and on their data; ``window``:
-    what is not yet in ``metrics.jsonl``; ``comparison``: the state of ``--compare``, None without.
+    the first step; ``position``: of the next batch in the data, a ``loader.Position``; ``tokens``: real tokens trained on;
+    ``seconds``: spent in training steps and on their data; ``window``: what is not yet in ``metrics.jsonl``; ``skipped``: the
+    steps that were left out, each with its number, the position of its first batch and the reason; ``comparison``: the state of
+    ``--compare``, None without.
     """
 
     settings: dict[str, Any]
     data: dict[str, Any]
     held_out_start: dict[str, float]
     step: int = 0
+    position: dict[str, int] = field(default_factory=lambda: dataclasses.asdict(Position()))
     tokens: int = 0
     seconds: float = 0.0
     window: Window = field(default_factory=Window.empty)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
     comparison: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, checkpoint: Path) -> RunState:
         values = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+        if "position" not in values:
+            raise TrainingError(
+                f"{checkpoint} is from an earlier version of fastbert, which made other batches: --overwrite starts the run anew"
+            )
         return cls(**{**values, "window": Window.from_dict(values["window"])})
 
     def write(self, folder: Path) -> None:

@@ -34,14 +34,27 @@ def test_scores_as_one_tensor():
         nsp_count=4,
     )
     assert not values.requires_grad
-    assert BatchScores(*values.tolist()) == BatchScores(2.5, 2**24 + 1, 2**24 + 3, 0.5, 3, 4, 0.0)
+    assert BatchScores(*values.tolist()) == BatchScores(2.5, 2**24 + 1, 2**24 + 3, 0.5, 3, 4)
 
 
-@pytest.mark.parametrize("bad", [{"mlm_loss": float("nan")}, {"nsp_loss": float("inf")}, {"grad_norm": float("nan")}])
-def test_a_loss_that_is_not_finite_names_its_step(bad):
-    scores().check_finite(6)
-    with pytest.raises(TrainingError, match="at step 7"):
-        scores(**bad).check_finite(7)
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"mlm_loss": float("nan")}, "the loss is nan"),
+        ({"nsp_loss": float("inf")}, "the loss is inf"),
+        ({"grad_norm": float("nan")}, "the gradient norm is nan"),
+        ({"mlm_loss": 9.0, "loss_limit": 5.0}, "the loss is 9.5, above 5"),
+    ],
+)
+def test_why_a_step_was_left_out(bad, reason):
+    assert scores().reason is None
+    assert scores(**bad, left_out=1.0).reason == reason
+
+
+def test_without_sentence_pairs_there_are_no_scores_of_them():
+    sums = ScoreSums()
+    sums.add(BatchScores(2.0, 1, 4, 0.0, 0, 0))
+    assert sums.means() == {"loss": 2.0, "mlm_loss": 2.0, "mlm_accuracy": 0.25}
 
 
 def test_a_window_survives_json():

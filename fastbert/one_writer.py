@@ -1,0 +1,47 @@
+"""One process at a time writes to an output: a second one is refused before it has read or deleted anything."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from fastbert.train.errors import SettingsError
+from fastbert.user_cache import user_cache_folder
+
+R = TypeVar("R")
+
+
+def one_writer(run: Callable[..., R]) -> Callable[..., R]:
+    """``run(settings, ...)`` while this process alone writes to ``settings.output``, a file or a folder.
+
+    The lock is an empty file in the user's cache folder, so that none lies about beside the output; the system frees it when the
+    process ends, however it does. Raises :class:`SettingsError` where another process holds it.
+    """
+
+    @functools.wraps(run)
+    def locked(settings: Any, *others: Any, **named: Any) -> R:
+        with _lock(settings.output):
+            return run(settings, *others, **named)
+
+    return locked
+
+
+def _lock(output: str | Path) -> contextlib.AbstractContextManager:
+    """Held from here on; nothing where the cache folder cannot be written to."""
+    name = hashlib.sha256(str(Path(output).resolve()).encode()).hexdigest()[:16]
+    path = user_cache_folder() / "locks" / f"{name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path, timeout=0).acquire()
+    except Timeout:
+        raise SettingsError(
+            f"another process is writing to {output} (it holds {path}): wait for its end, or choose another --output"
+        ) from None
+    except OSError:
+        return contextlib.nullcontext()

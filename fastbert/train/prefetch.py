@@ -1,0 +1,66 @@
+"""Batches on their way to the device: those of the next step travel while the device works on this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from fastbert.data.batches import PackedBatch
+from fastbert.data.loader import Position, StepBatches
+from fastbert.data.masking import IGNORE_INDEX
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceStep:
+    """A step's ``batches`` on the device, the numbers of their masked tokens, and where the step after it begins."""
+
+    batches: list[PackedBatch]
+    masked: list[int]
+    position: Position
+
+
+def device_steps(steps: Iterator[StepBatches], device: torch.device) -> Iterator[DeviceStep]:
+    """``steps`` on ``device``. For a GPU each is copied from pinned memory on a stream of its own, one step ahead."""
+    if device.type != "cuda":
+        for step in steps:
+            yield _moved(step, lambda batch: batch.to(device))
+        return
+    stream = torch.cuda.Stream(device)
+
+    def copied() -> DeviceStep:
+        step = next(steps)
+        with torch.cuda.stream(stream):
+            return _moved(step, lambda batch: _map(batch, Tensor.pin_memory).to(device, non_blocking=True))
+
+    upcoming = copied()
+    while True:
+        # The copy was given to the stream a step ago; what is computed from now on comes after it.
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        step = upcoming
+        for batch in step.batches:
+            _used_on(batch, current)
+        upcoming = copied()
+        yield step
+
+
+def _moved(step: StepBatches, move: Callable[[PackedBatch], PackedBatch]) -> DeviceStep:
+    # Counted before the copy: a number from the device would have to be waited for.
+    masked = [int((batch.labels != IGNORE_INDEX).sum()) for batch in step.batches]
+    return DeviceStep([move(batch) for batch in step.batches], masked, step.position)
+
+
+def _map(batch: PackedBatch, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+def _used_on(batch: PackedBatch, stream: torch.cuda.Stream) -> None:
+    """Tells the allocator that ``stream`` reads the batch, so that its memory is not given away before."""
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            value.record_stream(stream)
