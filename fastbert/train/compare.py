@@ -23,6 +23,7 @@ from transformers import BertForPreTraining, PreTrainedModel
 from fastbert.data.batches import PackedBatch
 from fastbert.data.masking import IGNORE_INDEX
 
+from .checkpoint import Snapshot
 from .errors import TrainingError
 from .evaluate import evaluate
 from .learner import Learner, MicroBatch, synchronize
@@ -107,12 +108,18 @@ class Comparison:
         return ComparisonReport(self.steps, self.held_out)
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready; the weights and the optimizer are saved by :meth:`save`."""
+        """JSON-ready; weights and optimizer are those of :meth:`snapshot`."""
         return self.report().state()
 
-    def save(self, folder: Path) -> None:
-        (folder / LEARNER_FOLDER).mkdir()
-        self.learner.save(folder / LEARNER_FOLDER)
+    def snapshot(self) -> Snapshot:
+        """See ``Learner.snapshot``; in a folder of its own, so that the names do not meet those of our model."""
+        theirs = self.learner.snapshot()
+
+        def write(folder: Path) -> None:
+            (folder / LEARNER_FOLDER).mkdir()
+            theirs.write(folder / LEARNER_FOLDER)
+
+        return Snapshot(write, theirs.nbytes)
 
     def load(self, folder: Path, state: dict[str, Any]) -> None:
         self.learner.load(folder / LEARNER_FOLDER)

@@ -180,8 +180,11 @@ class MetricsFile:
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close or the with statement)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # such as that of a full disk, which names no file
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def close(self) -> None:
         self._file.close()
