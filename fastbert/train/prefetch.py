@@ -16,10 +16,13 @@ from fastbert.data.masking import IGNORE_INDEX
 
 @dataclass(frozen=True, eq=False)
 class DeviceStep:
-    """A step's ``batches`` on the device, the numbers of their masked tokens, and where the step after it begins."""
+    """A step's ``batches`` on the device, the numbers of their masked tokens, the number of pairs of tokens of one sequence in all of
+    them, and where the step after it begins.
+    """
 
     batches: list[PackedBatch]
     masked: list[int]
+    pairs: int
     position: Position
 
 
@@ -53,7 +56,8 @@ def _copied_ahead(steps: Iterator[StepBatches], device: torch.device) -> Iterato
 def _moved(step: StepBatches, move: Callable[[PackedBatch], PackedBatch]) -> DeviceStep:
     # Counted before the copy: a number from the device would have to be waited for.
     masked = [int((batch.labels != IGNORE_INDEX).sum()) for batch in step.batches]
-    return DeviceStep([move(batch) for batch in step.batches], masked, step.position)
+    pairs = sum(int(batch.cu_seqlens.diff().long().square().sum()) for batch in step.batches)
+    return DeviceStep([move(batch) for batch in step.batches], masked, pairs, step.position)
 
 
 def _map(batch: PackedBatch, function: Callable[[Tensor], Tensor]) -> PackedBatch:
