@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def plot_losses(rows: Sequence[dict[str, Any]], path: Path, phase_starts: Sequence[int] = ()) -> None:
     """Draws the rows of ``metrics.jsonl`` to a PNG at ``path``.
 
-    ``phase_starts``: the steps after which another phase begins, dashed lines. Steps that were left out are crosses on the axis of the
-    loss. Scores that the rows do not have (a run without sentence pairs, an unknown matmul rate) are left out.
+    ``phase_starts``: the steps after which another phase begins, dashed lines. Steps that were left out are crosses on the axis of
+    the loss. Scores that the rows do not have (a run without sentence pairs, an unknown matmul rate) are left out.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
