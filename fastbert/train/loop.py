@@ -13,16 +13,19 @@ from tqdm import tqdm
 
 from fastbert.data.loader import Position, step_batches
 
+from .background import CheckpointWriter
 from .compare import Comparison
 from .errors import TrainingInterrupted
 from .guard import check_skipped, skipped_text
 from .interrupt import StopRequest
-from .learner import Learner, MicroBatch, model_inputs, synchronize
+from .learner import Learner, MicroBatch, synchronize
 from .metrics import BatchScores, MetricsFile, Window
 from .prefetch import DeviceStep, device_steps
 from .prepare import PreparedData, Say
-from .run_state import RunState, save_run
+from .run_folder import METRICS_NAME
+from .run_state import RunState, snapshot_run
 from .settings import Phase, PretrainSettings
+from .telemetry import Telemetry, counting_waits, peak_memory
 
 SECONDS_BETWEEN_LINES = 10.0
 # The numbers first: tqdm gives the bar what is left of a narrow terminal.
@@ -65,6 +68,7 @@ class TakenStep:
     number: int
     position: dict[str, int]
     tokens: int
+    flops: float
     scores: torch.Tensor
 
 
@@ -82,6 +86,7 @@ class TrainingLoop:
         data: PreparedData,
         comparison: Comparison | None,
         metrics: MetricsFile,
+        telemetry: Telemetry,
         say: Say,
     ):
         self.settings = settings
@@ -91,7 +96,9 @@ class TrainingLoop:
         self.data = data
         self.comparison = comparison
         self.metrics = metrics
+        self.telemetry = telemetry
         self.say = say
+        self.writer = CheckpointWriter(self.output, keep=settings.keep_checkpoints, log=self.output / METRICS_NAME)
         self._pending: list[TakenStep] = []
         self._clock = Stopwatch(learner.model.device)
         self._last_line = time.monotonic()
@@ -100,13 +107,14 @@ class TrainingLoop:
         """Trains through all phases.
 
         Raises :class:`TrainingInterrupted` when ``stop`` was requested, after the step and a checkpoint, and
-        :class:`~fastbert.train.errors.TrainingError` once more steps than allowed were left out; checkpoints of earlier steps
-        stay as they are.
+        :class:`~fastbert.train.errors.TrainingError` once more steps than allowed were left out, or a checkpoint could not be
+        written; checkpoints of earlier steps stay as they are. However it ends, no checkpoint is still being written.
         """
         settings, state = self.settings, self.state
         self.learner.model.train()
         with (
             stop.deferred(),
+            self.writer,
             tqdm(total=settings.steps, initial=state.step, desc="pretrain", bar_format=BAR_FORMAT, disable=None) as bar,
         ):
             self._clock.lap()
@@ -128,11 +136,13 @@ class TrainingLoop:
             workers=self.settings.workers,
         )
         with closing(device_steps(steps, device)) as steps_on_device:
+            arriving = counting_waits(steps_on_device, state)
             while state.step < phase.last_step:
-                self._run_step(next(steps_on_device), bar, stop)
+                self._run_step(next(arriving), bar, stop)
 
     def _run_step(self, batches: DeviceStep, bar: tqdm, stop: StopRequest) -> None:
         """Takes a step and does what is due after it."""
+        self.writer.raise_error()
         settings, state = self.settings, self.state
         learning_rate = self.learner.learning_rate
         self._take_step(batches)
@@ -150,6 +160,7 @@ class TrainingLoop:
         if saves:
             checkpoint = self._save()
             if stop.requested:
+                self.writer.wait()
                 raise TrainingInterrupted(state.step, checkpoint)
 
     def _take_step(self, step: DeviceStep) -> None:
@@ -160,7 +171,7 @@ class TrainingLoop:
             with self._clock.paused():
                 scores = self.comparison.step(number, step.batches[0], self.learner)
             self._clock.add(self.comparison.steps[-1].seconds)
-        self._pending.append(TakenStep(number, self.state.position, tokens, scores))
+        self._pending.append(TakenStep(number, self.state.position, tokens, self.telemetry.flops(step), scores))
         self.state.step, self.state.position = number, asdict(step.position)
 
     def _micro_batches(self, step: DeviceStep) -> list[MicroBatch]:
@@ -170,7 +181,7 @@ class TrainingLoop:
         pairs = self.settings.objective == "mlm-nsp"
         return [
             MicroBatch(
-                model_inputs(self.learner.model, batch),
+                batch.model_inputs(),
                 mlm_share=masked / all_masked,
                 nsp_share=count / all_sequences if pairs else masked / all_masked,
             )
@@ -185,7 +196,7 @@ class TrainingLoop:
             if scores.reason is not None:
                 self._note_skipped(step, scores.reason)
                 continue
-            self.state.window.add(scores, step.tokens)
+            self.state.window.add(scores, step.tokens, step.flops)
             self.state.tokens += step.tokens
         self._pending.clear()
         seconds = self._clock.lap()
@@ -201,12 +212,12 @@ class TrainingLoop:
 
     def _show_progress(self, bar: tqdm) -> None:
         if self.state.window.steps:
-            bar.set_postfix_str(_progress_text(self.state.window.row(self.state.step, 0.0)), refresh=False)
+            bar.set_postfix_str(_progress_text(self.telemetry.row(self.state, 0.0)), refresh=False)
 
     def _log(self, learning_rate: float, bar: tqdm) -> None:
         if not self.state.window.steps:
             return
-        row = self.state.window.row(self.state.step, learning_rate)
+        row = {**self.telemetry.row(self.state, learning_rate), **peak_memory(self.learner.model.device)}
         self.metrics.write(row)
         self.state.window = Window.empty()
         # Where the output is no terminal there is no bar: a line now and then instead.
@@ -224,9 +235,11 @@ class TrainingLoop:
         with self._clock.paused():
             if self.comparison is not None:
                 self.state.comparison = self.comparison.state()
-            return save_run(self.output, self.state, self.learner, self.data.tokenizer, self.comparison)
+            self.writer.wait()  # before the copies: there is memory for those of one checkpoint
+            return self.writer.start(self.state.step, snapshot_run(self.state, self.learner, self.data.tokenizer, self.comparison))
 
 
 def _progress_text(row: dict[str, float]) -> str:
     accuracies = [f"{label} {row[name]:.1%}" for label, name in (("MLM", "mlm_accuracy"), ("NSP", "nsp_accuracy")) if name in row]
-    return f"loss {row['loss']:.3f}, accuracy {' '.join(accuracies)}, {row['tokens_per_second']:,.0f} tokens/s"
+    text = f"loss {row['loss']:.3f}, accuracy {' '.join(accuracies)}, {row['tokens_per_second']:,.0f} tokens/s"
+    return f"{text}, MFU {row['mfu']:.0%}" if "mfu" in row else text
