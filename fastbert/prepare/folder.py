@@ -63,14 +63,10 @@ class PreparedFolder:
 
     @classmethod
     def resume(cls, settings: PrepareSettings) -> PreparedFolder:
-        """Raises CorpusError for shards that were changed; what is not in the manifest is deleted."""
+        """Raises CorpusError for shards that were cut short. Files that are not in the manifest are going to be written again."""
         path = Path(settings.output)
         folder = cls(path, read_manifest(path))
         check_sizes(path, folder.manifest)
-        named = {shard["file"] for split in SPLITS for shard in folder.manifest["shards"][split]}
-        for found in path.iterdir():
-            if _UNFINISHED.fullmatch(found.name) or (_SHARD.fullmatch(found.name) and found.name not in named):
-                found.unlink()
         folder.manifest["settings"] = settings.deciding()
         return folder
 
@@ -139,7 +135,9 @@ def check_output(settings: PrepareSettings) -> None:
     if settings.resume and not begun:
         raise SettingsError(f"{output} holds no prepared corpus: there is nothing to resume (leave out --resume to begin one)")
     if not begun:
-        strangers = [path.name for path in _own_files(output)]
+        # What a run that was killed before its first manifest left is nobody's.
+        names = [path.name for path in _own_files(output)]
+        strangers = [name for name in names if name != INPUTS and not _UNFINISHED.fullmatch(name)]
         if strangers:
             raise SettingsError(
                 f"{output} holds {', '.join(strangers)} but no {MANIFEST}, so these are not from fastbert prepare and are left "

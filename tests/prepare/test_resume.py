@@ -226,6 +226,17 @@ def test_a_finished_corpus_is_not_touched(corpus: Corpus, tmp_path: Path, option
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(("when", "number"), [("before", 1), ("after", 1), ("before", 2)])
+def test_a_run_that_was_killed_at_its_very_beginning_is_begun_again(
+    corpus: Corpus, tmp_path: Path, options: dict, when: str, number: int
+) -> None:
+    kill_at(corpus, tmp_path / "killed", options, when, os, "replace", number)
+    assert list((tmp_path / "killed").iterdir())
+    run(corpus, tmp_path / "killed", **options)
+    run(corpus, tmp_path / "whole", **options)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
 def test_a_run_that_was_killed_at_its_very_end_is_tidied_up(corpus: Corpus, tmp_path: Path, options: dict) -> None:
     run(corpus, tmp_path / "whole", **options)
     before = contents(tmp_path / "whole")
