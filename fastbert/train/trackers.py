@@ -1,7 +1,7 @@
 """Experiment trackers by name, each through accelerate: they get the lines of ``metrics.jsonl``, which stays the record of a run.
 
-tensorboard writes ``<output>/tensorboard``; trackio and wandb have a project :data:`PROJECT`, in which a run keeps its name when it is
-resumed. Without a network: tensorboard and trackio (``$TRACKIO_DIR``) write to this machine only, wandb does with
+tensorboard writes ``<output>/tensorboard``; trackio and wandb have a project :data:`PROJECT`, in which a run keeps its name when it
+is resumed. Without a network: tensorboard and trackio (``$TRACKIO_DIR``) write to this machine only, wandb does with
 ``WANDB_MODE=offline``, into ``<output>/wandb``, from where ``wandb sync`` sends it later.
 """
 
