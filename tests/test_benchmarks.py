@@ -83,6 +83,19 @@ def test_toy_run_of_embed(data_folder):
         assert 0 < figures["share_of_matmul"] < 2
 
 
+def test_toy_run_of_batches(data_folder):
+    options = ["--files", "carroll-alice.txt.gz", "dickens-christmas_carol.txt.gz", "--settings", "64/512", "--rounds", "1"]
+    done = run("benchmarks.batches", "--data", str(data_folder), *options, "--batches", "3")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])["results"]["64/512"]
+    contenders = result["contenders"]
+    assert len(contenders) == 8 and result["plan"]["batches"] > 100
+    assert contenders["transformers"]["times_transformers"]["median"] == 1
+    for name, figures in contenders.items():
+        assert figures["tokens_per_second"] > 0
+        assert figures["fill"] > 0.97 or name == "transformers" and 0.5 < figures["fill"] < 0.95
+
+
 @pytest.fixture(scope="module")
 def rehearsal() -> dict:
     """What `make gpu` does, every kind of step at toy size."""

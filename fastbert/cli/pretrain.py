@@ -151,7 +151,9 @@ def run(given: dict[str, Any], say: Say) -> CommandResult:
         raise CommandFailure(f"{stop}\nTo go on: {resume_command(output)}", INTERRUPTED) from stop
     except KeyboardInterrupt as interrupt:
         raise CommandFailure(f"interrupted; {_what_is_left(output)}", INTERRUPTED) from interrupt
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:
+        if isinstance(error, OSError) and not (output.is_dir() and checkpoint_folders(output)):
+            raise
         raise CommandFailure(f"{error}; {_what_is_left(output)}") from error
     agree = result.comparison is None or result.comparison["agree"]
     return CommandResult(result.to_dict(), DONE if agree else FAILED)

@@ -13,15 +13,17 @@ from tqdm import tqdm
 
 from fastbert.data.loader import Position, step_batches
 
+from .background import CheckpointWriter
 from .compare import Comparison
 from .errors import TrainingInterrupted
 from .guard import check_skipped, skipped_text
 from .interrupt import StopRequest
-from .learner import Learner, MicroBatch, model_inputs, synchronize
+from .learner import Learner, MicroBatch, synchronize
 from .metrics import BatchScores, MetricsFile, Window
 from .prefetch import DeviceStep, device_steps
 from .prepare import PreparedData, Say
-from .run_state import RunState, save_run
+from .run_folder import METRICS_NAME
+from .run_state import RunState, snapshot_run
 from .settings import Phase, PretrainSettings
 from .telemetry import Telemetry, counting_waits, peak_memory
 
@@ -96,6 +98,7 @@ class TrainingLoop:
         self.metrics = metrics
         self.telemetry = telemetry
         self.say = say
+        self.writer = CheckpointWriter(self.output, keep=settings.keep_checkpoints, log=self.output / METRICS_NAME)
         self._pending: list[TakenStep] = []
         self._clock = Stopwatch(learner.model.device)
         self._last_line = time.monotonic()
@@ -104,13 +107,14 @@ class TrainingLoop:
         """Trains through all phases.
 
         Raises :class:`TrainingInterrupted` when ``stop`` was requested, after the step and a checkpoint, and
-        :class:`~fastbert.train.errors.TrainingError` once more steps than allowed were left out; checkpoints of earlier steps
-        stay as they are.
+        :class:`~fastbert.train.errors.TrainingError` once more steps than allowed were left out, or a checkpoint could not be
+        written; checkpoints of earlier steps stay as they are. However it ends, no checkpoint is still being written.
         """
         settings, state = self.settings, self.state
         self.learner.model.train()
         with (
             stop.deferred(),
+            self.writer,
             tqdm(total=settings.steps, initial=state.step, desc="pretrain", bar_format=BAR_FORMAT, disable=None) as bar,
         ):
             self._clock.lap()
@@ -138,6 +142,7 @@ class TrainingLoop:
 
     def _run_step(self, batches: DeviceStep, bar: tqdm, stop: StopRequest) -> None:
         """Takes a step and does what is due after it."""
+        self.writer.raise_error()
         settings, state = self.settings, self.state
         learning_rate = self.learner.learning_rate
         self._take_step(batches)
@@ -155,6 +160,7 @@ class TrainingLoop:
         if saves:
             checkpoint = self._save()
             if stop.requested:
+                self.writer.wait()
                 raise TrainingInterrupted(state.step, checkpoint)
 
     def _take_step(self, step: DeviceStep) -> None:
@@ -175,7 +181,7 @@ class TrainingLoop:
         pairs = self.settings.objective == "mlm-nsp"
         return [
             MicroBatch(
-                model_inputs(self.learner.model, batch),
+                batch.model_inputs(),
                 mlm_share=masked / all_masked,
                 nsp_share=count / all_sequences if pairs else masked / all_masked,
             )
@@ -229,7 +235,8 @@ class TrainingLoop:
         with self._clock.paused():
             if self.comparison is not None:
                 self.state.comparison = self.comparison.state()
-            return save_run(self.output, self.state, self.learner, self.data.tokenizer, self.comparison)
+            self.writer.wait()  # before the copies: there is memory for those of one checkpoint
+            return self.writer.start(self.state.step, snapshot_run(self.state, self.learner, self.data.tokenizer, self.comparison))
 
 
 def _progress_text(row: dict[str, float]) -> str:

@@ -50,7 +50,13 @@ def scores_tensor(
 ) -> Tensor:
     """Six 0-d values as one float64 tensor (6,) on the device of ``mlm_loss``."""
     values = (mlm_loss, mlm_correct, mlm_count, nsp_loss, nsp_correct, nsp_count)
-    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=mlm_loss.device).detach() for v in values])
+    # torch.full, because a number that is copied to a GPU is waited for.
+    return torch.stack(
+        [
+            v.detach().double() if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=mlm_loss.device)
+            for v in values
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -187,8 +193,11 @@ class MetricsFile:
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close or the with statement)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # such as that of a full disk, which names no file
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         if self._listener is not None:
             self._listener(row)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -25,12 +26,14 @@ class DeviceStep:
     position: Position
 
 
-def device_steps(steps: Iterator[StepBatches], device: torch.device) -> Iterator[DeviceStep]:
+def device_steps(steps: Generator[StepBatches], device: torch.device) -> Iterator[DeviceStep]:
     """``steps`` on ``device``. For a GPU each is copied from pinned memory on a stream of its own, one step ahead."""
-    if device.type != "cuda":
-        for step in steps:
-            yield _moved(step, lambda batch: batch.to(device))
-        return
+    moved = _copied_ahead(steps, device) if device.type == "cuda" else (_moved(step, lambda b: b.to(device)) for step in steps)
+    with closing(steps):  # ends the processes that make them
+        yield from moved
+
+
+def _copied_ahead(steps: Iterator[StepBatches], device: torch.device) -> Iterator[DeviceStep]:
     stream = torch.cuda.Stream(device)
 
     def copied() -> DeviceStep:

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .checkpoint import checkpoint_step, latest_checkpoint
+from fastbert.one_writer import one_writer
+
+from .checkpoint import checkpoint_step, latest_checkpoint, set_aside
 from .compare import Comparison, ComparisonReport
 from .errors import SettingsError, TrainingError
 from .evaluate import evaluate
 from .fill_in import FilledMask, fill_in_examples
 from .interrupt import StopRequest, stop_on_signals
-from .learner import Learner, save_model
+from .learner import MODEL_NAME, Learner, save_model
 from .loop import TrainingLoop
 from .metrics import MetricsFile, read_metrics
 from .model_card import model_card
@@ -37,6 +39,7 @@ from .run_folder import (
     RUN_NAME,
     check_output_folder,
     delete_run,
+    whole_files,
     write_json,
 )
 from .run_state import RunState, load_run
@@ -76,6 +79,7 @@ class PretrainResult:
         return asdict(self)
 
 
+@one_writer
 def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
     """Runs, or with ``settings.resume`` continues, a pretraining; ``say`` gets lines for people.
 
@@ -100,16 +104,24 @@ def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
 
 
 def find_run(output: Path, settings: PretrainSettings, say: Say) -> tuple[Path, RunState]:
-    """The newest sound checkpoint in ``output`` and its state; broken newer ones are named.
+    """The newest sound checkpoint in ``output`` and its state; broken newer ones are named, and go with the next checkpoint.
 
     Raises :class:`SettingsError` naming what ``settings`` ask for differently, :class:`TrainingError` where no checkpoint is
     sound.
     """
-    checkpoint = latest_checkpoint(output, lambda folder, defect: say(f"{folder} is broken and left out: {defect}"))
+    broken: list[Path] = []
+
+    def on_broken(folder: Path, defect: str) -> None:
+        say(f"{folder} is broken and left out: {defect}")
+        broken.append(folder)
+
+    checkpoint = latest_checkpoint(output, on_broken)
     if checkpoint is None:
         raise TrainingError(f"none of the checkpoints in {output} is sound: nothing to resume")
     state = RunState.read(checkpoint)
     settings.refuse_changes(settings.output, settings.to_dict(), state.settings)
+    for folder in broken:
+        set_aside(folder)
     say(f"Resuming {output} after step {checkpoint_step(checkpoint):,}")
     return checkpoint, state
 
@@ -218,8 +230,10 @@ def _write_results(
     say: Say,
 ) -> None:
     output = Path(settings.output)
-    save_model(model, output)
-    data.tokenizer.save_pretrained(output)
+    with whole_files(output, last=MODEL_NAME) as folder:
+        save_model(model, folder)
+        data.tokenizer.save_pretrained(folder)
+        (folder / CARD_NAME).write_text(model_card(settings, result, model.config), encoding="utf-8")
     if report is not None:
         write_json(output / COMPARISON_NAME, report.to_dict())
     if importlib.util.find_spec("matplotlib"):
@@ -227,7 +241,6 @@ def _write_results(
         plot_losses(read_metrics(output / METRICS_NAME), output / PLOT_NAME, phase_starts)
     else:
         say(f"No {PLOT_NAME}: matplotlib is not installed (pip install matplotlib)")
-    (output / CARD_NAME).write_text(model_card(settings, result, model.config), encoding="utf-8")
     _write_run(output, settings, result.data, result.to_dict())
 
 

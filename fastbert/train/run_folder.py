@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastbert.whole_file import whole_file
 
-from .checkpoint import checkpoint_folders, delete_checkpoints
+from .checkpoint import UNFINISHED_PREFIX, checkpoint_folders, delete_checkpoints, sync_path, sync_tree
 from .errors import SettingsError
 
 RUN_NAME = "run.json"
@@ -66,6 +69,24 @@ def delete_run(output: Path) -> None:
         path.unlink()
     for path in sorted(own_files(output), key=lambda path: path.name == RUN_NAME):
         path.unlink()
+
+
+@contextmanager
+def whole_files(output: Path, last: str) -> Iterator[Path]:
+    """A hidden folder for files, which become those of ``output`` together at the end, on the disk; the file named ``last`` comes
+    last, so where it is, they all are. Where the writing fails ``output`` is as it was.
+    """
+    folder = output / f"{UNFINISHED_PREFIX}files"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        sync_tree(folder)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
+            os.replace(path, output / path.name)
+        sync_path(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: Path, document: Any) -> None:
