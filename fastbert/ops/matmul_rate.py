@@ -23,7 +23,7 @@ _HOPELESS = 1.5  # a library that took this many times the best has no second ru
 
 
 def matmul_rates(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.3) -> dict[str, float]:
-    """FLOP/s by library, each the best of several runs, which take turns for about ``seconds``.
+    """FLOP/s by library, each the best of at least two runs, which take turns for about ``seconds``.
 
     dtype: of the operands; int8 counts multiply-adds of int8 into int32, times two. torch's random state stays as it is.
     """

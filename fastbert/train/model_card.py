@@ -106,7 +106,10 @@ def _training_rows(settings: PretrainSettings, result: PretrainResult, config: B
 
 def _speed(result: PretrainResult) -> str:
     text, mfu, rate = f"{result.tokens_per_second:,.0f} real tokens/s", result.telemetry["mfu"], result.telemetry["matmul_rate"]
-    return text if mfu is None else f"{text}, MFU {mfu:.1%} (matmul rate {rate / 1e12:.2f} TFLOP/s)"
+    if mfu is None:
+        return text
+    text += f", MFU {mfu:.1%}"
+    return text if rate is None else f"{text} (matmul rate {rate / 1e9:,.0f} GFLOP/s)"
 
 
 def _waiting_and_memory(telemetry: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 def plot_losses(rows: Sequence[dict[str, Any]], path: Path, phase_starts: Sequence[int] = ()) -> None:
     """Draws the rows of ``metrics.jsonl`` to a PNG at ``path``.
 
-    ``phase_starts``: the steps after which another phase begins, dashed lines. Steps that were left out are crosses on the axis of
-    the loss. Scores that the rows do not have (a run without sentence pairs, an unknown matmul rate) are left out.
+    ``phase_starts``: the steps after which another phase begins, dashed lines. Steps that were left out are crosses at the
+    bottom of the losses. What the rows do not have (next sentences of a run without pairs, the MFU where no rate is known) is
+    not drawn.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -41,7 +42,8 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path, phase_starts: Sequen
         axes.set_xlabel("step")
     _mfu(speed_axes, rows)
     for axes in (loss_axes, accuracy_axes):
-        axes.legend()
+        if axes.get_lines():
+            axes.legend()
     figure.savefig(path, dpi=110)
 
 

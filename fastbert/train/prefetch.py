@@ -16,8 +16,8 @@ from fastbert.data.masking import IGNORE_INDEX
 
 @dataclass(frozen=True, eq=False)
 class DeviceStep:
-    """A step's ``batches`` on the device, the numbers of their masked tokens, the number of pairs of tokens of one sequence in all
-    of them, and where the step after it begins.
+    """A step's ``batches`` on the device and where the step after it begins; ``masked``: the numbers of their masked tokens;
+    ``pairs``: of tokens of one sequence, in all of them.
     """
 
     batches: list[PackedBatch]

@@ -53,8 +53,8 @@ class PretrainResult:
     """A finished run. ``held_out_start`` and ``held_out``: scores on the held-out text before and after training (losses in
     nats); ``phases``: steps and longest sequence of each; ``skipped``: the steps that were left out, see ``RunState``;
     ``tokens``: real tokens trained on; ``fill``: the share of the batches' token budget that they are; ``tokens_per_second``: over
-    training steps and their data; ``telemetry``: see ``telemetry.summary``; ``data``: counts of the corpus;
-    ``comparison``: the summary of ``--compare`` or None, with ``agree`` False where the losses differ.
+    training steps and their data; ``telemetry``: see ``telemetry.summary``; ``data``: counts of the corpus; ``comparison``: the
+    summary of ``--compare`` or None, with ``agree`` False where the losses differ.
     """
 
     output: str

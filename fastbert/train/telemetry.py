@@ -8,8 +8,8 @@ implementation leaves out or computes twice. So the same batch has the same FLOP
     step    = 3 forward
 
 ``pairs``: pairs of tokens of one sequence, the sum of the squared lengths. The masked-LM head counts on ``labelled`` rows, where
-the original computes it, too; the last layer counts whole, although fastbert computes only the rows there that are read, as other
-implementations do not. Not counted: embeddings, pooler, next sentences, LayerNorm, softmax, optimizer (together under 1%).
+the original computes it, too; the last layer counts whole, although fastbert computes only the rows of it that are read: other
+implementations compute all. Not counted: embeddings, pooler, next sentences, LayerNorm, softmax, optimizer.
 
 MFU (model FLOPs utilization) sets the FLOPs per second beside the machine's matmul rate in the run's dtype, measured when the run
 starts: ``fastbert.ops.matmul_rate``.
