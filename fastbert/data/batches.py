@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -300,17 +299,3 @@ class PretrainingBatches:
             max_seqlen=int(lengths.max()),
             next_sentence_label=None if next_sentence is None else torch.from_numpy(next_sentence[first:last].copy()),
         )
-
-
-def held_out_batches(
-    corpus: TokenizedCorpus | Sequence[TokenizedCorpus],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    max_batches: int | None = None,
-    **options: Any,
-) -> list[PackedBatch]:
-    """A fixed set of batches for evaluation: the first ``max_batches`` (all for None) of epoch 0, pairs and masks included.
-
-    ``options``: those of :class:`PretrainingBatches`, which see for errors.
-    """
-    return list(islice(PretrainingBatches(corpus, tokenizer, **options).epoch(0), max_batches))

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import fastbert
-from fastbert.data.batches import PackedBatch, PretrainingBatches, held_out_batches
+from fastbert.data.batches import PackedBatch, PretrainingBatches
 from fastbert.data.corpus import Document
 from fastbert.data.masking import IGNORE_INDEX
 from fastbert.data.pairs import make_pairs
@@ -150,15 +150,6 @@ def test_an_epoch_begins_anywhere(batches: PretrainingBatches, corpus: Tokenized
             assert len(rest) == len(whole) - start and all(map(same, rest, whole[start:]))
 
 
-def test_held_out_batches_are_fixed(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
-    options = {"max_seq_length": 48, "tokens_per_batch": 300, "seed": 11}
-    whole = held_out_batches(corpus, tokenizer, **options)
-    few = held_out_batches(corpus, tokenizer, **options, max_batches=4)
-    assert len(few) == 4 < len(whole)
-    assert all(map(same, few, whole))
-    assert all(map(same, whole, PretrainingBatches(corpus, tokenizer, **options).epoch(0)))
-
-
 def test_a_corpus_smaller_than_a_batch_is_one_batch(tokenizer: PreTrainedTokenizerFast) -> None:
     batches = PretrainingBatches(numbered_corpus([[5] * 3, [5] * 3]), tokenizer, max_seq_length=32, tokens_per_batch=10_000, seed=0)
     assert batches.num_batches() == 1
@@ -184,9 +175,8 @@ def test_bad_sizes_are_refused(
     message: str,
 ) -> None:
     monkeypatch.setattr(tokenizer, "model_max_length", 128)
-    for make in (PretrainingBatches, held_out_batches):
-        with pytest.raises(ValueError, match=message):
-            make(corpus, tokenizer, **{"max_seq_length": 64, "tokens_per_batch": 256, "seed": 0, **change})
+    with pytest.raises(ValueError, match=message):
+        PretrainingBatches(corpus, tokenizer, **{"max_seq_length": 64, "tokens_per_batch": 256, "seed": 0, **change})
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
