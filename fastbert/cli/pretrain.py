@@ -37,7 +37,7 @@ def pretrain(
     corpus: Annotated[
         list[str] | None,
         typer.Option(
-            help="Files (.txt, .txt.gz, .jsonl, .parquet), folders of them, or a Hugging Face dataset name; several may "
+            help="Files (.txt, .txt.gz, .jsonl, .jsonl.gz, .parquet), folders of them, or a Hugging Face dataset name; several may "
             "follow; or one folder of fastbert prepare. Left out: English prose that comes with Python and its packages.",
             metavar="PATH...",
             show_default=False,

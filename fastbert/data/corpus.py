@@ -99,7 +99,7 @@ def read_documents(sources: Sequence[str | Path], *, text_column: str = "text") 
     of fewer than two documents: next sentence prediction takes its negatives from another document.
     """
     documents = 0
-    for part in corpus_parts(sources):
+    for part in list(corpus_parts(sources)):  # a name that stands for nothing is found before anything is read
         for document in read_part(part, Reading(text_column)):
             documents += 1
             yield document
@@ -118,7 +118,10 @@ def check_enough(documents: int, sources: Sequence[str | Path]) -> None:
 
 
 def corpus_parts(sources: Sequence[str | Path]) -> Iterator[CorpusPart]:
-    """The files and datasets that the sources stand for, in their order. Raises CorpusError for what is not there."""
+    """The files and datasets that the sources stand for, in their order.
+
+    Raises CorpusError for what is not there, and for a file of an unknown type.
+    """
     if isinstance(sources, (str, Path)):
         raise TypeError(f"sources must be a sequence of paths or dataset names, not the single {sources!r}")
     for source in sources:
@@ -127,6 +130,8 @@ def corpus_parts(sources: Sequence[str | Path]) -> Iterator[CorpusPart]:
             for file in _files_in(path):
                 yield CorpusPart(str(source), file)
         elif path.is_file():
+            if not path.name.lower().endswith(FILE_TYPES):
+                raise CorpusError(f"{path}: unknown file type; a corpus is made of {', '.join(FILE_TYPES)}")
             yield CorpusPart(str(source), path)
         else:
             yield _dataset_part(source)
@@ -152,9 +157,7 @@ def read_part(part: CorpusPart, reading: Reading) -> Iterator[Document]:
         return _read_text(part.path, reading)
     if name.endswith((".jsonl", ".jsonl.gz")):
         return _documents_of(_jsonl_rows(part.path, reading), str(part), reading, rows_per_document)
-    if name.endswith(".parquet"):
-        return _documents_of(_parquet_rows(part.path, reading), str(part), reading, rows_per_document)
-    raise CorpusError(f"{part}: unknown file type; a corpus is made of {', '.join(FILE_TYPES)}")
+    return _documents_of(_parquet_rows(part.path, reading), str(part), reading, rows_per_document)
 
 
 class _OpenDocument:

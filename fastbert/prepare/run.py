@@ -17,7 +17,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fastbert.data.corpus import CorpusPart, check_enough, corpus_parts, read_part
+from fastbert.data.corpus import CorpusPart, Reading, check_enough, corpus_parts, read_part
+from fastbert.data.errors import CorpusError
 from fastbert.data.shards import open_shards, tokenizer_fingerprint
 from fastbert.data.tokenizer import load_tokenizer, train_wordpiece
 from fastbert.one_writer import one_writer
@@ -83,8 +84,10 @@ def prepare(settings: PrepareSettings, say: Say = print) -> PrepareResult:
                 check_inputs(found, folder.inputs())
                 say(f"Resuming {settings.output} behind {folder.num_shards:,} shards, {folder.facts['tokens']:,} tokens")
             else:
+                # Where one of them is not there, nothing is deleted or begun.
+                _check_datasets(settings, parts)
                 if settings.tokenizer is not None:
-                    load_tokenizer(settings.tokenizer)  # where there is none, nothing is deleted or begun
+                    load_tokenizer(settings.tokenizer)
                 folder = PreparedFolder.begin(settings, found)
             tokenizer = _tokenizer(settings, parts, folder, say)
             start, tokens_before = time.perf_counter(), folder.facts["tokens"]
@@ -109,6 +112,13 @@ def prepare(settings: PrepareSettings, say: Say = print) -> PrepareResult:
         tokens_per_second=new_tokens / seconds,
         notes=_notes(settings, shards.facts),
     )
+
+
+def _check_datasets(settings: PrepareSettings, parts: Sequence[CorpusPart]) -> None:
+    """Reads the beginning of each Hugging Face dataset: a mistyped file name may look like the name of one. Raises CorpusError."""
+    for part in parts:
+        if part.dataset is not None:
+            next(read_part(part, Reading(settings.text_column, 1, skip_bad_text=True)), None)
 
 
 def _cores() -> int:
@@ -143,7 +153,12 @@ def _make_shards(
             seen.close()
     counted = reader.position.left_out
     facts = {**folder.facts, "empty": folder.facts["empty"] + counted["empty"]}
-    check_enough(facts["train_documents"], settings.corpus)
+    check_enough(facts["documents"], settings.corpus)
+    if facts["train_documents"] < 2:
+        raise CorpusError(
+            f"{facts['held_out_documents']:,} of {facts['documents']:,} documents were held out (--held-out-fraction "
+            f"{settings.held_out_fraction}), which leaves fewer than two to train on: a smaller fraction, with --overwrite"
+        )
     others = {name: count for name, count in counted.items() if name != "empty"}
     folder.finish({**facts, **others, "vocab_size": len(tokenizer), "sources": reader.position.sources})
 
@@ -208,9 +223,10 @@ def _paragraphs(settings: PrepareSettings, parts: Sequence[CorpusPart]) -> Itera
 
 
 def _notes(settings: PrepareSettings, facts: dict[str, Any]) -> list[str]:
-    if settings.held_out_fraction == 0 or facts["held_out_documents"] >= 2:
+    if facts["held_out_documents"] >= 2:
         return []
     return [
         f"only {facts['held_out_documents']} of {facts['documents']:,} documents were held out (--held-out-fraction "
-        f"{settings.held_out_fraction}), too few to evaluate on: a larger fraction, with --overwrite, or 0 to train on all"
+        f"{settings.held_out_fraction}), too few for fastbert pretrain, which scores every run on them: a larger fraction, with "
+        "--overwrite"
     ]

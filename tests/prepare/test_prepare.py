@@ -37,7 +37,6 @@ def test_shards_hold_what_pretrain_makes_of_the_same_text(corpus: Corpus, tokeni
     words = sum(len(paragraph.split()) for document in read_documents(corpus) for paragraph in document.paragraphs)
     assert facts["words"] == words
     assert facts["sources"] == {corpus[0]: 25, corpus[1]: 35}
-    assert result.notes == []
 
 
 def test_shards_end_with_the_documents_that_fill_them(corpus: Corpus, tokenizer_folder: str, tmp_path: Path) -> None:
@@ -78,9 +77,16 @@ def test_held_out_documents_depend_on_their_text_alone(corpus: Corpus, tokenizer
         assert found != expected and sorted(found) == sorted(expected)
 
 
-def test_too_few_held_out_documents_are_told(corpus: Corpus, tokenizer_folder: str, tmp_path: Path) -> None:
-    result = run(corpus, tmp_path / "out", tokenizer=tokenizer_folder, held_out_fraction=1e-9)
+@pytest.mark.parametrize("fraction", [0.0, 1e-9])
+def test_too_few_held_out_documents_are_told(corpus: Corpus, tokenizer_folder: str, tmp_path: Path, fraction: float) -> None:
+    result = run(corpus, tmp_path / "out", tokenizer=tokenizer_folder, held_out_fraction=fraction)
     assert len(result.notes) == 1 and "only 0 of 60 documents were held out" in result.notes[0]
+    assert run(corpus, tmp_path / "out", tokenizer=tokenizer_folder, held_out_fraction=0.2, overwrite=True).notes == []
+
+
+def test_too_few_documents_to_train_on_are_told(corpus: Corpus, tokenizer_folder: str, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"60 of 60 documents were held out \(--held-out-fraction 0.9999\).*a smaller fraction"):
+        run(corpus, tmp_path / "out", tokenizer=tokenizer_folder, held_out_fraction=0.9999)
 
 
 def test_a_corpus_of_one_document_is_refused(tokenizer_folder: str, tmp_path: Path) -> None:
@@ -130,6 +136,27 @@ def test_a_tokenizer_that_is_not_there_costs_nothing_that_is(corpus: Corpus, tmp
     with pytest.raises(TokenizerError, match="no such folder"):
         run(corpus, tmp_path / "out", tokenizer=str(tmp_path / "none"), overwrite=True)
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("mistake", ["a.text", "a.md"])
+def test_a_corpus_that_is_none_costs_nothing_that_is(
+    corpus: Corpus, tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    """Not a file, but a name that a Hugging Face dataset could have; and a file that is no text."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    Path("a.md").write_text("A text.")
+    run(corpus, tmp_path / "out", tokenizer=tokenizer_folder)
+    before = contents(tmp_path / "out")
+    for output, overwrite in (("out", True), ("new", False)):
+        with pytest.raises(CorpusError, match=f"{mistake}: (no such file or folder, and loading|unknown file type)"):
+            run((*corpus, mistake), tmp_path / output, tokenizer=tokenizer_folder, overwrite=overwrite)
+    assert contents(tmp_path / "out") == before and not (tmp_path / "new").exists()
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_clear_error(
