@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,7 +60,7 @@ def prepare(
         typer.Option(help=f"Largest size of a trained vocabulary.  [default: {DEFAULT_VOCAB_SIZE}]", show_default=False),
     ] = None,
     held_out_fraction: Annotated[
-        float, typer.Option(help="Share of the documents that is kept for evaluation, by their digest; 0 for none.")
+        float, typer.Option(help="Share of the documents that is kept for evaluation, by their digest; pretrain needs some.")
     ] = S.held_out_fraction,
     tokens_per_shard: Annotated[int, typer.Option(help="A shard ends where it has as many.")] = S.tokens_per_shard,
     keep_duplicates: Annotated[
@@ -104,17 +105,26 @@ def run(given: dict[str, Any], say: Say) -> CommandResult:
     from fastbert.data.corpus import BadTextError
     from fastbert.prepare.run import prepare as body
 
-    go_on = f"the finished shards are in {output}, and this goes on behind them: fastbert prepare --output {output} --resume"
     try:
         result = body(settings, say)
     except BadTextError as error:
-        raise CommandFailure(f"{error}\nTo leave such documents out, and count them: {go_on} --skip-bad-text") from error
+        left = _what_is_left(output, "--skip-bad-text")
+        raise CommandFailure(f"{error}\nTo leave such documents out, and count them: {left}") from error
     except TrainingError as error:
-        raise CommandFailure(f"{error}; {go_on}") from error
+        raise CommandFailure(f"{error}; {_what_is_left(output)}") from error
     except KeyboardInterrupt as interrupt:
-        raise CommandFailure(f"interrupted; {go_on}", INTERRUPTED) from interrupt
+        raise CommandFailure(f"interrupted; {_what_is_left(output)}", INTERRUPTED) from interrupt
     say(_report(result))
     return CommandResult(result.to_dict())
+
+
+def _what_is_left(output: str, *options: str) -> str:
+    from fastbert.data.shards import is_prepared, read_manifest
+
+    if not is_prepared(output) or read_manifest(Path(output))["complete"]:
+        return "nothing was begun"
+    command = shlex.join(["fastbert", "prepare", "--output", output, "--resume", *options])
+    return f"the finished shards are in {output}, and this goes on behind them: {command}"
 
 
 def _verify(given: dict[str, Any], say: Say) -> CommandResult:

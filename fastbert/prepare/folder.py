@@ -63,10 +63,13 @@ class PreparedFolder:
 
     @classmethod
     def resume(cls, settings: PrepareSettings) -> PreparedFolder:
-        """Raises CorpusError for shards that were cut short. Files that are not in the manifest are going to be written again."""
+        """Raises CorpusError for shards that were cut short, and where the digests of the documents read are gone. Files that are
+        not in the manifest are going to be written again."""
         path = Path(settings.output)
         folder = cls(path, read_manifest(path))
         check_sizes(path, folder.manifest)
+        if folder.position.batch and not settings.keep_duplicates and not (path / SEEN).is_file():
+            raise CorpusError(f"{path / SEEN} is gone, without which the run cannot go on; --overwrite begins anew")
         folder.manifest["settings"] = settings.deciding()
         return folder
 

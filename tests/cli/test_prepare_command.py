@@ -106,6 +106,22 @@ def test_bad_text_says_how_to_go_on_without_it(corpora: list[str], tokenizer: st
     assert (document["bad_text"], document["documents"]) == (1, 60) and document["new_tokens"] < document["tokens"]
 
 
+@pytest.mark.parametrize(("begun", "left"), [(False, "nothing was begun"), (True, "--output '{output}' --resume")])
+def test_ctrl_c_says_what_there_is_to_go_on_with(
+    corpora: list[str], tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool, left: str
+) -> None:
+    import fastbert.prepare.run
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastbert.prepare.run, "_tokenizer" if begun else "load_tokenizer", interrupt)
+    output = str(tmp_path / "my corpus")
+    run = prepare("--corpus", *corpora, "--tokenizer", tokenizer, "--output", output, "--workers", "1")
+    assert run.exit_code == 130
+    assert left.format(output=output) in run.stderr
+
+
 def test_ctrl_c_says_how_to_go_on(corpora: list[str], tokenizer: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     words = ["--corpus", *corpora, "--tokenizer", tokenizer, "--output", str(output), "--tokens-per-shard", "500", "--json"]

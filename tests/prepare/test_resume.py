@@ -216,6 +216,14 @@ def test_shards_and_tokenizer_that_changed_are_refused(stopped: Path, corpus: Co
         run(corpus, stopped, **options, resume=True)
 
 
+def test_digests_that_are_gone_are_told(stopped: Path, corpus: Corpus, options: dict) -> None:
+    for path in stopped.glob("seen.sqlite*"):
+        path.unlink()
+    for _ in range(2):
+        with pytest.raises(CorpusError, match=r"seen\.sqlite is gone, .* --overwrite begins anew"):
+            run(corpus, stopped, **options, resume=True)
+
+
 def test_a_finished_corpus_is_not_touched(corpus: Corpus, tmp_path: Path, options: dict) -> None:
     run(corpus, tmp_path / "out", **options)
     before = contents(tmp_path / "out")
