@@ -67,8 +67,13 @@ def _open_prepared(settings: PretrainSettings, say: Say, checkpoint: Path | None
         )
     train = open_shards(folder)
     held_out = train.held_out
-    if not len(held_out):
-        raise SettingsError(f"--corpus {folder} was prepared without held-out text, which every run is scored on; prepare it anew")
+    least = 2 if settings.objective == "mlm-nsp" else 1
+    if held_out.num_documents < least:
+        raise SettingsError(
+            f"--corpus {folder} was prepared with {held_out.num_documents} held-out documents; every run is scored on held-out "
+            f"text, which takes at least {least} with --objective {settings.objective}: prepare it anew with a larger "
+            "--held-out-fraction"
+        )
     name = _tokenizer_name(settings, checkpoint)
     tokenizer = train.load_tokenizer() if name is None else load_tokenizer(name)
     train.check_tokenizer(tokenizer)

@@ -73,10 +73,14 @@ def test_another_tokenizer_is_refused(toy_settings, folder, toy_corpus, tmp_path
         pretrain(toy_settings(corpus=(other,), tokenizer=folder, steps=1, resume=True, **DECIDED), quiet)
 
 
-def test_held_out_text_is_needed(toy_settings, toy_corpus, tmp_path):
-    folder = prepared(toy_corpus, tmp_path / "prepared", held_out_fraction=0.0)
-    with pytest.raises(SettingsError, match="without held-out text"):
-        pretrain(toy_settings(corpus=(folder,), **DECIDED), quiet)
+@pytest.mark.parametrize(
+    ("fraction", "documents", "objective", "least"), [(0.0, 0, "mlm", 1), (0.0, 0, "mlm-nsp", 2), (0.035, 1, "mlm-nsp", 2)]
+)
+def test_held_out_text_is_needed(toy_settings, toy_corpus, tmp_path, fraction, documents, objective, least):
+    folder = prepared(toy_corpus, tmp_path / "prepared", held_out_fraction=fraction)
+    message = f"prepared with {documents} held-out documents; .* at least {least} with --objective {objective}: prepare it anew"
+    with pytest.raises(SettingsError, match=message):
+        pretrain(toy_settings(corpus=(folder,), objective=objective, **DECIDED), quiet)
     assert not Path(toy_settings().output).exists()
 
 
