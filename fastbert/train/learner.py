@@ -21,9 +21,6 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from fastbert import BertForMaskedLM
-from fastbert.data.batches import PackedBatch
-
 from .checkpoint import Snapshot
 from .errors import TrainingError
 from .guard import Guard
@@ -177,14 +174,6 @@ def os_errors(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
-
-
-def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments of ``model`` for a packed batch, with the labels that it takes."""
-    inputs = batch.model_inputs()
-    if isinstance(model, BertForMaskedLM):
-        inputs.pop("next_sentence_label", None)
-    return inputs
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

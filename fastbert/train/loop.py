@@ -18,13 +18,14 @@ from .compare import Comparison
 from .errors import TrainingInterrupted
 from .guard import check_skipped, skipped_text
 from .interrupt import StopRequest
-from .learner import Learner, MicroBatch, model_inputs, synchronize
+from .learner import Learner, MicroBatch, synchronize
 from .metrics import BatchScores, MetricsFile, Window
 from .prefetch import DeviceStep, device_steps
 from .prepare import PreparedData, Say
 from .run_folder import METRICS_NAME
 from .run_state import RunState, snapshot_run
 from .settings import Phase, PretrainSettings
+from .telemetry import Telemetry, counting_waits, peak_memory
 
 SECONDS_BETWEEN_LINES = 10.0
 # The numbers first: tqdm gives the bar what is left of a narrow terminal.
@@ -67,6 +68,7 @@ class TakenStep:
     number: int
     position: dict[str, int]
     tokens: int
+    flops: float
     scores: torch.Tensor
 
 
@@ -84,6 +86,7 @@ class TrainingLoop:
         data: PreparedData,
         comparison: Comparison | None,
         metrics: MetricsFile,
+        telemetry: Telemetry,
         say: Say,
     ):
         self.settings = settings
@@ -93,6 +96,7 @@ class TrainingLoop:
         self.data = data
         self.comparison = comparison
         self.metrics = metrics
+        self.telemetry = telemetry
         self.say = say
         self.writer = CheckpointWriter(self.output, keep=settings.keep_checkpoints, log=self.output / METRICS_NAME)
         self._pending: list[TakenStep] = []
@@ -132,8 +136,9 @@ class TrainingLoop:
             workers=self.settings.workers,
         )
         with closing(device_steps(steps, device)) as steps_on_device:
+            arriving = counting_waits(steps_on_device, state)
             while state.step < phase.last_step:
-                self._run_step(next(steps_on_device), bar, stop)
+                self._run_step(next(arriving), bar, stop)
 
     def _run_step(self, batches: DeviceStep, bar: tqdm, stop: StopRequest) -> None:
         """Takes a step and does what is due after it."""
@@ -166,7 +171,7 @@ class TrainingLoop:
             with self._clock.paused():
                 scores = self.comparison.step(number, step.batches[0], self.learner)
             self._clock.add(self.comparison.steps[-1].seconds)
-        self._pending.append(TakenStep(number, self.state.position, tokens, scores))
+        self._pending.append(TakenStep(number, self.state.position, tokens, self.telemetry.flops(step), scores))
         self.state.step, self.state.position = number, asdict(step.position)
 
     def _micro_batches(self, step: DeviceStep) -> list[MicroBatch]:
@@ -176,7 +181,7 @@ class TrainingLoop:
         pairs = self.settings.objective == "mlm-nsp"
         return [
             MicroBatch(
-                model_inputs(self.learner.model, batch),
+                batch.model_inputs(),
                 mlm_share=masked / all_masked,
                 nsp_share=count / all_sequences if pairs else masked / all_masked,
             )
@@ -191,7 +196,7 @@ class TrainingLoop:
             if scores.reason is not None:
                 self._note_skipped(step, scores.reason)
                 continue
-            self.state.window.add(scores, step.tokens)
+            self.state.window.add(scores, step.tokens, step.flops)
             self.state.tokens += step.tokens
         self._pending.clear()
         seconds = self._clock.lap()
@@ -207,12 +212,12 @@ class TrainingLoop:
 
     def _show_progress(self, bar: tqdm) -> None:
         if self.state.window.steps:
-            bar.set_postfix_str(_progress_text(self.state.window.row(self.state.step, 0.0)), refresh=False)
+            bar.set_postfix_str(_progress_text(self.telemetry.row(self.state, 0.0)), refresh=False)
 
     def _log(self, learning_rate: float, bar: tqdm) -> None:
         if not self.state.window.steps:
             return
-        row = self.state.window.row(self.state.step, learning_rate)
+        row = {**self.telemetry.row(self.state, learning_rate), **peak_memory(self.learner.model.device)}
         self.metrics.write(row)
         self.state.window = Window.empty()
         # Where the output is no terminal there is no bar: a line now and then instead.
@@ -236,4 +241,5 @@ class TrainingLoop:
 
 def _progress_text(row: dict[str, float]) -> str:
     accuracies = [f"{label} {row[name]:.1%}" for label, name in (("MLM", "mlm_accuracy"), ("NSP", "nsp_accuracy")) if name in row]
-    return f"loss {row['loss']:.3f}, accuracy {' '.join(accuracies)}, {row['tokens_per_second']:,.0f} tokens/s"
+    text = f"loss {row['loss']:.3f}, accuracy {' '.join(accuracies)}, {row['tokens_per_second']:,.0f} tokens/s"
+    return f"{text}, MFU {row['mfu']:.0%}" if "mfu" in row else text

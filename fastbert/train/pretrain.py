@@ -44,6 +44,8 @@ from .run_folder import (
 )
 from .run_state import RunState, load_run
 from .settings import PretrainSettings
+from .telemetry import Telemetry, measured_rate, summary
+from .trackers import Trackers, check_trackers, new_run_name
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class PretrainResult:
     """A finished run. ``held_out_start`` and ``held_out``: scores on the held-out text before and after training (losses in
     nats); ``phases``: steps and longest sequence of each; ``skipped``: the steps that were left out, see ``RunState``;
     ``tokens``: real tokens trained on; ``fill``: the share of the batches' token budget that they are; ``tokens_per_second``: over
-    training steps and their data; ``data``: counts of the corpus; ``comparison``: the summary of ``--compare`` or None, with
-    ``agree`` False where the losses differ.
+    training steps and their data; ``telemetry``: see ``telemetry.summary``; ``data``: counts of the corpus; ``comparison``: the
+    summary of ``--compare`` or None, with ``agree`` False where the losses differ.
     """
 
     output: str
@@ -65,6 +67,7 @@ class PretrainResult:
     fill: float
     seconds: float
     tokens_per_second: float
+    telemetry: dict[str, Any]
     data: dict[str, Any]
     held_out_start: dict[str, float]
     held_out: dict[str, float]
@@ -85,6 +88,7 @@ def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
     :class:`TrainingError` where training fails.
     """
     output = Path(settings.output)
+    check_trackers(settings.report_to)
     check_output_folder(output, resume=settings.resume, overwrite=settings.overwrite)
     device = pick_device(settings.device)
     checkpoint, state = find_run(output, settings, say) if settings.resume else (None, None)
@@ -152,16 +156,22 @@ def _train(
     output = Path(settings.output)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"Model: {_model_text(model)}, {parameters / 1e6:.1f} M parameters, on {model.device}")
-    with MetricsFile(output / METRICS_NAME, None if state is None else state.step) as metrics:
+    step, run_name = (None, new_run_name(output)) if state is None else (state.step, state.run_name)
+    with (
+        Trackers(settings.report_to, output, run_name, step, settings.to_dict(), say) as trackers,
+        MetricsFile(output / METRICS_NAME, step, trackers.log) as metrics,
+    ):
         if state is None:
-            state = RunState(settings.to_dict(), data.facts, held_out_start=_held_out_scores(settings, model, data))
+            state = RunState(settings.to_dict(), data.facts, _held_out_scores(settings, model, data), run_name)
             metrics.write({"step": 0, "held_out": state.held_out_start})
         say(f"Held-out text before training: {_scores_text(state.held_out_start)}")
+        matmul_rate = measured_rate(model.device, settings.dtype, say)
         learner = Learner(model, settings, state.step)
         comparison = _comparison(settings, model, data, state, say)
         if checkpoint is not None:
             load_run(checkpoint, state, learner, comparison)
-        TrainingLoop(settings, state, learner, data, comparison, metrics, say).run(stop)
+        telemetry = Telemetry(settings, model.config, matmul_rate)
+        TrainingLoop(settings, state, learner, data, comparison, metrics, telemetry, say).run(stop)
         scores = _held_out_scores(settings, model, data)
         metrics.write({"step": state.step, "held_out": scores})
     examples = fill_in_examples(model, data.held_out[0].to(model.device), data.tokenizer)
@@ -178,6 +188,7 @@ def _train(
         fill=state.tokens / budget,
         seconds=state.seconds,
         tokens_per_second=state.tokens / state.seconds,
+        telemetry=summary(read_metrics(output / METRICS_NAME), matmul_rate),
         data=data.facts,
         held_out_start=state.held_out_start,
         held_out=scores,
@@ -226,14 +237,17 @@ def _write_results(
     if report is not None:
         write_json(output / COMPARISON_NAME, report.to_dict())
     if importlib.util.find_spec("matplotlib"):
-        plot_losses(read_metrics(output / METRICS_NAME), output / PLOT_NAME)
+        phase_starts = [phase.first_step for phase in settings.phases[1:]]
+        plot_losses(read_metrics(output / METRICS_NAME), output / PLOT_NAME, phase_starts)
     else:
         say(f"No {PLOT_NAME}: matplotlib is not installed (pip install matplotlib)")
     _write_run(output, settings, result.data, result.to_dict())
 
 
 def _say_results(result: PretrainResult, report: ComparisonReport | None, say: Say) -> None:
-    say(f"\nTrained {result.steps:,} steps on {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s")
+    mfu = result.telemetry["mfu"]
+    speed = f"{result.tokens_per_second:,.0f} tokens/s" + ("" if mfu is None else f", MFU {mfu:.1%}")
+    say(f"\nTrained {result.steps:,} steps on {result.tokens:,} tokens, {speed}")
     if result.skipped:
         say(f"Steps left out: {len(result.skipped)}, named in {METRICS_NAME}")
     say(f"Held-out text before: {_scores_text(result.held_out_start)}")

@@ -18,6 +18,7 @@ from .errors import SettingsError, TrainingError
 RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
 PLOT_NAME = "loss.png"
+TENSORBOARD_NAME = "tensorboard"  # a folder, of --report-to tensorboard
 CARD_NAME = "README.md"
 COMPARISON_NAME = "compare.json"
 STATE_NAME = "run_state.json"  # in every checkpoint
@@ -64,6 +65,8 @@ def delete_run(output: Path) -> None:
     if not output.is_dir():
         return
     delete_checkpoints(output)
+    for path in (output / TENSORBOARD_NAME).glob("events.out.tfevents.*"):
+        path.unlink()
     for path in sorted(own_files(output), key=lambda path: path.name == RUN_NAME):
         path.unlink()
 
