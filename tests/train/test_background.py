@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from fastbert import one_writer
 from fastbert.cli.main import app
 from fastbert.train.background import CheckpointWriter
 from fastbert.train.checkpoint import Snapshot, _write_manifest, checkpoint_defect, checkpoint_folders
@@ -253,3 +254,12 @@ def test_pickles_that_nobody_asked_for_are_not_read(stopped_run, tmp_path):
         torch.save(Trap(mark), checkpoint / name)
     result = CliRunner().invoke(app, ["pretrain", "--output", str(output), "--resume"])
     assert result.exit_code == 0 and not mark.exists(), result.output
+
+
+def test_a_second_process_is_refused(toy_settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = toy_settings()
+    with one_writer._lock(settings.output):
+        result = CliRunner().invoke(app, command(settings))
+    assert result.exit_code == 2 and "another process is writing to" in result.output
+    assert not Path(settings.output).exists()
