@@ -81,3 +81,19 @@ def test_one_output_under_two_names(tmp_path):
 
     with pytest.raises(SettingsError, match="choose another --output"):
         outer(SimpleNamespace(output=tmp_path / "link"))
+
+
+def test_of_processes_that_torchrun_has_started_the_first_one_holds_the_lock(tmp_path, monkeypatch):
+    settings = SimpleNamespace(output=tmp_path / "a")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    @one_writer
+    def first(settings):
+        monkeypatch.setenv("RANK", "1")
+        assert run(settings, "beside it", ends="well") == "beside it"
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(SettingsError, match="another process"):
+            run(settings, "of another run", ends="well")
+
+    monkeypatch.setenv("RANK", "0")
+    first(settings)

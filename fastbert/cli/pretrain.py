@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from fastbert.train.checkpoint import checkpoint_folders, latest_checkpoint
 from fastbert.train.errors import TrainingError, TrainingInterrupted
-from fastbert.train.run_folder import STATE_NAME, check_output_folder, read_run
+from fastbert.train.run_folder import check_output_folder, read_run, read_state
 from fastbert.train.settings import DTYPES, MASKINGS, MODEL_PRESETS, OBJECTIVES, OPTIMIZERS, SCHEDULES, TRACKERS, PretrainSettings
 
 from .app import app
@@ -172,7 +171,7 @@ def settings_from_options(given: dict[str, Any]) -> PretrainSettings:
         checkpoint = latest_checkpoint(Path(output), lambda folder, defect: None)
         if checkpoint is None:
             return PretrainSettings(output=output, resume=True)
-        run_settings = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["settings"]
+        run_settings = read_state(checkpoint)["settings"]
     else:  # stopped before the first one
         run_settings = read_run(Path(output))["settings"]
     PretrainSettings.refuse_changes(output, given, run_settings)

@@ -223,7 +223,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises :class:`TrainingError` naming the line that is not JSON.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{path} is not text ({error})") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

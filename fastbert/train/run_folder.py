@@ -13,7 +13,7 @@ from typing import Any
 from fastbert.whole_file import whole_file
 
 from .checkpoint import UNFINISHED_PREFIX, checkpoint_folders, delete_checkpoints, sync_path, sync_tree
-from .errors import SettingsError
+from .errors import SettingsError, TrainingError
 
 RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
@@ -82,6 +82,25 @@ def delete_run(output: Path) -> None:
         path.unlink()
     for path in sorted(own_files(output), key=lambda path: path.name == RUN_NAME):
         path.unlink()
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The values of a ``RunState``, with the settings of the run in ``"settings"``.
+
+    Raises :class:`TrainingError` where the file is none that this version of fastbert has written.
+    """
+    path = checkpoint / STATE_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TrainingError(f"{path} is not JSON ({error})") from error
+    if not isinstance(values, dict) or not isinstance(values.get("settings"), dict):
+        raise TrainingError(f"{path} is not the state of a run: it has no settings")
+    if "position" not in values:
+        raise TrainingError(
+            f"{checkpoint} is from an earlier version of fastbert, which made other batches: --overwrite starts the run anew"
+        )
+    return values
 
 
 @contextmanager

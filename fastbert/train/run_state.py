@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +24,7 @@ from .compare import Comparison
 from .errors import TrainingError
 from .learner import Learner, os_errors
 from .metrics import Window
-from .run_folder import STATE_NAME
+from .run_folder import STATE_NAME, read_state
 
 RNG_NAME = "rng.safetensors"
 
@@ -54,14 +55,10 @@ class RunState:
     @classmethod
     def read(cls, checkpoint: Path) -> RunState:
         """Raises :class:`TrainingError` where the file is none of this version's."""
+        values = read_state(checkpoint)
         try:
-            values = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
-            if "position" not in values:
-                raise TrainingError(
-                    f"{checkpoint} is from an earlier fastbert, which made other batches: --overwrite starts the run anew"
-                )
             return cls(**{**values, "window": Window.from_dict(values["window"])})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError) as error:
             raise TrainingError(f"{checkpoint / STATE_NAME} is not the state of a run ({error!r})") from error
 
     def to_json(self) -> str:
@@ -98,7 +95,10 @@ def load_run(checkpoint: Path, state: RunState, learner: Learner, comparison: Co
     learner.load(checkpoint)
     if comparison is not None:
         comparison.load(checkpoint, state.comparison)
-    _restore_rng(load_file(checkpoint / RNG_NAME), learner.model.device)
+    try:
+        _restore_rng(load_file(checkpoint / RNG_NAME), learner.model.device)
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(f"{checkpoint / RNG_NAME} holds no states of random generators: {error}") from error
 
 
 def _rng_states(device: torch.device) -> dict[str, torch.Tensor]:

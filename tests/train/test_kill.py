@@ -1,93 +1,125 @@
-"""A run that is killed, whenever it happens, and continued at once is the run that was not, bit for bit."""
+"""A run that SIGKILL ended at any moment and that ``--resume`` went on with is the run that was not, bit for bit."""
 
 from __future__ import annotations
 
-import os
+import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from fastbert.train import checkpoint, learner, loop
-from fastbert.train import pretrain as pretrain_module
 from fastbert.train.checkpoint import checkpoint_folders, unfinished_folders
-from fastbert.train.errors import SettingsError
-from fastbert.train.pretrain import pretrain
+from fastbert.train.run_folder import RUN_NAME
 from fastbert.train.settings import PretrainSettings
 
-from .runs import quiet, rows_without_speed, same_weights
+from .killed_run import Ended, Moment, run
+from .runs import rows_without_speed
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-
-
-def killed_by(settings: PretrainSettings, module: object, name: str, call: int, *, before: bool) -> None:
-    """Runs ``settings`` in a process that is killed before or after call number ``call`` (from 1) of ``module.name``."""
-    process = os.fork()
-    if process == 0:
-        try:
-            calls = []
-
-            def deadly(function: Callable) -> Callable:
-                def called(*args, **kwargs):
-                    calls.append(name)
-                    if before and len(calls) == call:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    result = function(*args, **kwargs)
-                    if len(calls) == call:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return result
-
-                return called
-
-            setattr(module, name, deadly(getattr(module, name)))
-            pretrain(settings, quiet)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(process, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+# Where a moment lies, by what is done to which file; from each some are drawn.
+PLACES: dict[str, Callable[[Moment], bool]] = {
+    "a checkpoint is written": lambda m: m.path.startswith(".unfinished-checkpoint") and m.event == "open",
+    "it gets its name": lambda m: m.path.startswith(".unfinished-checkpoint") and m.event == "os.rename",
+    "an old one goes": lambda m: m.path.startswith("checkpoint") and m.event == "os.rename",
+    "what is left of it goes": lambda m: "deleted-" in m.path,
+    "the final model is written": lambda m: m.path.startswith(".unfinished-files"),
+    "the results are written": lambda m: m.path in (RUN_NAME, ".run.json.new"),
+}
+DRAWN = [
+    (place, draw)
+    for place in PLACES
+    for draw in range(2 if place in ("a checkpoint is written", "the final model is written") else 1)
+]
 
 
-@needs_fork
+@pytest.fixture(scope="module")
+def undisturbed(toy_corpus, tmp_path_factory) -> tuple[PretrainSettings, Ended]:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    settings = killed_settings(toy_corpus, output)
+    ended = run(settings)
+    assert ended.exit_code == 0, ended.text
+    return settings, ended
+
+
+def killed_settings(toy_corpus: Path, output: Path) -> PretrainSettings:
+    return PretrainSettings(
+        output=str(output), corpus=(str(toy_corpus),), vocab_size=200, model="tiny", num_hidden_layers=1, hidden_size=32,
+        num_attention_heads=2, max_seq_length=32, tokens_per_batch=256, steps=12, log_steps=3, save_steps=2, keep_checkpoints=2,
+        learning_rate=5e-3, held_out_fraction=0.2, device="cpu",
+    )  # fmt: skip
+
+
+def assert_ends_as(undisturbed: PretrainSettings, settings: PretrainSettings) -> str:
+    """Goes on with the run of ``settings``, as its user would, and compares; returns what was printed."""
+    output = Path(settings.output)
+    if checkpoint_folders(output):
+        ended = run(settings, words=f"fastbert pretrain --output {output} --resume")
+    else:
+        ended = run(settings, words=settings.command() + (" --overwrite" if (output / RUN_NAME).is_file() else ""))
+    assert ended.exit_code == 0, ended.text
+    weights = [(Path(folder) / "model.safetensors").read_bytes() for folder in (undisturbed.output, settings.output)]
+    assert weights[0] == weights[1]
+    assert rows_without_speed(undisturbed.output) == rows_without_speed(settings.output)
+    names = [sorted(path.name for path in Path(folder).iterdir()) for folder in (undisturbed.output, settings.output)]
+    assert names[0] == names[1]
+    return ended.text
+
+
+@pytest.mark.parametrize(("place", "draw"), DRAWN, ids=lambda value: str(value).replace(" ", "-"))
+def test_killed_at_a_file(undisturbed, toy_corpus, tmp_path, place, draw):
+    straight, ended = undisturbed
+    moments = [moment for moment in ended.moments if PLACES[place](moment)]
+    moment = random.Random(f"{place} {draw}").choice(moments)
+    settings = killed_settings(toy_corpus, tmp_path / "run")
+    assert run(settings, kill=moment).exit_code == -signal.SIGKILL, moment
+    assert_ends_as(straight, settings)
+
+
+@pytest.mark.parametrize("draw", range(3))
+def test_killed_at_a_time(undisturbed, toy_corpus, tmp_path, draw):
+    """During steps, or whatever the process does by then."""
+    straight, ended = undisturbed
+    settings = killed_settings(toy_corpus, tmp_path / "run")
+    run(settings, kill_after=random.Random(draw).uniform(0, 0.25))
+    assert_ends_as(straight, settings)
+
+
+def test_killed_twice(undisturbed, toy_corpus, tmp_path):
+    """The second time while the continued run writes a checkpoint that the first one had begun."""
+    straight, _ = undisturbed
+    settings = killed_settings(toy_corpus, tmp_path / "run")
+    output = Path(settings.output)
+    again = Moment("open", ".unfinished-checkpoint-6/manifest.json", 1)
+    assert run(settings, kill=again).exit_code == -signal.SIGKILL
+    assert [folder.name for folder in unfinished_folders(output)] == [".unfinished-checkpoint-6"]
+    words = f"fastbert pretrain --output {output} --resume"
+    assert run(settings, kill=again, words=words).exit_code == -signal.SIGKILL
+    assert [folder.name for folder in checkpoint_folders(output)] == ["checkpoint-4", "checkpoint-2"]
+    assert "Resuming" in assert_ends_as(straight, settings)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
-    ("module", "name", "call", "before", "left"),
+    ("damage", "name", "said"),
     [
-        (loop.TrainingLoop, "_take_step", 2, False, []),  # before the first checkpoint
-        (learner, "save_model", 1, False, []),  # of checkpoint-3
-        (learner, "save_file", 2, True, [3]),  # of checkpoint-6
-        (checkpoint, "_write_manifest", 2, False, [3]),
-        (checkpoint, "set_aside", 1, False, [8, 6]),  # checkpoint-3 goes when checkpoint-8 is there
-        (pretrain_module, "save_model", 1, False, [8, 6]),  # of the results
+        (truncate, "model.safetensors", "model.safetensors has"),
+        (flip_a_bit, "optimizer.safetensors", "optimizer.safetensors is not what was written"),
+        (Path.unlink, "rng.safetensors", "rng.safetensors is missing"),
     ],
 )
-def test_killed_and_continued(toy_settings, tmp_path, module, name, call, before, left):
-    straight = toy_settings(output=str(tmp_path / "straight"))
-    pretrain(straight, quiet)
-    killed = toy_settings(output=str(tmp_path / "killed"))
-    killed_by(killed, module, name, call, before=before)
-    folder = tmp_path / "killed"
-    assert [found.name for found in checkpoint_folders(folder)] == [f"checkpoint-{step}" for step in left]
-    assert not (folder / "model.safetensors").exists()
-    lines: list[str] = []
-    pretrain(toy_settings(output=killed.output, resume=True), lines.append)
-    said = [line for line in lines if "Resuming" in line or "begins anew" in line]
-    assert len(said) == 1 and (f"after step {left[0]}" if left else "before its first checkpoint") in said[0]
-    assert same_weights(straight.output, killed.output)
-    assert rows_without_speed(straight.output) == rows_without_speed(killed.output)
-    assert [found.name for found in checkpoint_folders(folder)] == ["checkpoint-8", "checkpoint-6"]
-    assert unfinished_folders(folder) == []
-
-
-@needs_fork
-def test_killed_with_processes_that_make_batches(toy_settings):
-    """They outlive it for a second, and must not keep the run's lock."""
-    pretrain(toy_settings(output=toy_settings().output + "-first", steps=1), quiet)  # torch must have been used before a fork
-    killed_by(toy_settings(workers=1), loop.TrainingLoop, "_take_step", 5, before=False)
-    assert pretrain(toy_settings(workers=1, resume=True), quiet).steps == 8
-
-
-@needs_fork
-def test_begun_anew_with_the_same_settings_only(toy_settings):
-    pretrain(toy_settings(output=toy_settings().output + "-first", steps=1), quiet)
-    killed_by(toy_settings(), loop.TrainingLoop, "_take_step", 2, before=False)
-    with pytest.raises(SettingsError, match="--seed was 0 and is now 3"):
-        pretrain(toy_settings(seed=3, resume=True), quiet)
+def test_a_broken_checkpoint_is_said_and_the_one_before_taken(undisturbed, toy_corpus, tmp_path, damage, name, said):
+    straight, _ = undisturbed
+    settings = killed_settings(toy_corpus, tmp_path / "run")
+    assert run(settings, kill=Moment("open", ".unfinished-checkpoint-8/manifest.json", 1)).exit_code == -signal.SIGKILL
+    damage(Path(settings.output) / "checkpoint-6" / name)
+    text = assert_ends_as(straight, settings)
+    assert f"checkpoint-6 is broken and left out: {said}" in text and "after step 4" in text
