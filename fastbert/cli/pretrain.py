@@ -9,7 +9,7 @@ import typer
 
 from fastbert.train.checkpoint import checkpoint_folders, latest_checkpoint
 from fastbert.train.errors import TrainingError, TrainingInterrupted
-from fastbert.train.run_folder import check_output_folder, read_state
+from fastbert.train.run_folder import check_output_folder, read_run, read_state
 from fastbert.train.settings import DTYPES, MASKINGS, MODEL_PRESETS, OBJECTIVES, OPTIMIZERS, SCHEDULES, TRACKERS, PretrainSettings
 
 from .app import app
@@ -167,10 +167,13 @@ def settings_from_options(given: dict[str, Any]) -> PretrainSettings:
         return PretrainSettings(**given)
     output = given.get("output", PretrainSettings.output)
     check_output_folder(Path(output), resume=True, overwrite=False)
-    checkpoint = latest_checkpoint(Path(output), lambda folder, defect: None)
-    if checkpoint is None:
-        return PretrainSettings(output=output, resume=True)
-    run_settings = read_state(checkpoint)["settings"]
+    if checkpoint_folders(Path(output)):
+        checkpoint = latest_checkpoint(Path(output), lambda folder, defect: None)
+        if checkpoint is None:
+            return PretrainSettings(output=output, resume=True)
+        run_settings = read_state(checkpoint)["settings"]
+    else:  # stopped before the first one
+        run_settings = read_run(Path(output))["settings"]
     PretrainSettings.refuse_changes(output, given, run_settings)
     return PretrainSettings.from_dict({**run_settings, "overwrite": False, **given, "output": output})
 

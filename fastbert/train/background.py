@@ -6,7 +6,6 @@ The loop is held up for the copies of a snapshot alone. safetensors, SHA-256 and
 from __future__ import annotations
 
 import shutil
-import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -17,15 +16,13 @@ from .errors import TrainingError
 class CheckpointWriter:
     """Writes checkpoints to ``output`` and keeps the ``keep`` newest; a context manager that ends when nothing is being written.
 
-    ``log``: a file of lines that were appended before a checkpoint; they become durable before it does. ``waited_seconds``: how
-    long the training thread has waited for checkpoints, all in all.
+    ``log``: a file of lines that were appended before a checkpoint; they become durable before it does.
     """
 
     def __init__(self, output: Path, *, keep: int, log: Path):
         self.output = output
         self.keep = keep
         self.log = log
-        self.waited_seconds = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[None] | None = None
 
@@ -47,9 +44,7 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Until nothing is being written. Raises :class:`TrainingError` where the last checkpoint could not be written."""
         if self._job is not None:
-            started = time.perf_counter()
             wait([self._job])
-            self.waited_seconds += time.perf_counter() - started
             self.raise_error()
 
     def __enter__(self) -> CheckpointWriter:

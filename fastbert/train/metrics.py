@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -193,16 +194,22 @@ class MetricsFile:
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close or the with statement)
 
     def write(self, row: dict[str, Any]) -> None:
-        try:
+        with self._errors_that_name_it():
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:  # such as that of a full disk, which names no file
-            raise OSError(error.errno, error.strerror, self._file.name) from error
         if self._listener is not None:
             self._listener(row)
 
     def close(self) -> None:
-        self._file.close()
+        with self._errors_that_name_it():  # it tries once more to write what a full disk has refused
+            self._file.close()
+
+    @contextmanager
+    def _errors_that_name_it(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def __enter__(self) -> MetricsFile:
         return self

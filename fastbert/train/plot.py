@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastbert.whole_file import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -44,7 +46,8 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path, phase_starts: Sequen
     for axes in (loss_axes, accuracy_axes):
         if axes.get_lines():
             axes.legend()
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as beside:
+        figure.savefig(beside, dpi=110, format="png")
 
 
 def _scores(axes: Axes, rows: Sequence[dict[str, Any]], name: str, label: str, colour: str) -> None:

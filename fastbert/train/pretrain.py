@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from fastbert.one_writer import one_writer
 
-from .checkpoint import checkpoint_step, latest_checkpoint, set_aside
+from .checkpoint import checkpoint_folders, checkpoint_step, latest_checkpoint, set_aside, unfinished_folders
 from .compare import Comparison, ComparisonReport
 from .errors import SettingsError, TrainingError
 from .evaluate import evaluate
@@ -39,6 +40,7 @@ from .run_folder import (
     RUN_NAME,
     check_output_folder,
     delete_run,
+    read_run,
     whole_files,
     write_json,
 )
@@ -103,12 +105,18 @@ def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
         return _train(settings, data, model, checkpoint, state, stop, say)
 
 
-def find_run(output: Path, settings: PretrainSettings, say: Say) -> tuple[Path, RunState]:
+def find_run(output: Path, settings: PretrainSettings, say: Say) -> tuple[Path, RunState] | tuple[None, None]:
     """The newest sound checkpoint in ``output`` and its state; broken newer ones are named, and go with the next checkpoint.
+
+    None of both for a run that was stopped before its first checkpoint. What a crash has left of checkpoints is deleted.
 
     Raises :class:`SettingsError` naming what ``settings`` ask for differently, :class:`TrainingError` where no checkpoint is
     sound.
     """
+    if not checkpoint_folders(output):
+        settings.refuse_changes(settings.output, settings.to_dict(), read_run(output)["settings"])
+        say(f"{output} was stopped before its first checkpoint: the run begins anew")
+        return None, None
     broken: list[Path] = []
 
     def on_broken(folder: Path, defect: str) -> None:
@@ -120,6 +128,9 @@ def find_run(output: Path, settings: PretrainSettings, say: Say) -> tuple[Path, 
         raise TrainingError(f"none of the checkpoints in {output} is sound: nothing to resume")
     state = RunState.read(checkpoint)
     settings.refuse_changes(settings.output, settings.to_dict(), state.settings)
+    state.settings = settings.to_dict()  # what may be changed counts from now on
+    for folder in unfinished_folders(output):
+        shutil.rmtree(folder)
     for folder in broken:
         set_aside(folder)
     say(f"Resuming {output} after step {checkpoint_step(checkpoint):,}")
@@ -133,7 +144,7 @@ def _check_same_data(state: RunState, data: PreparedData) -> None:
 
 
 def _start_folder(output: Path, settings: PretrainSettings, data: PreparedData) -> None:
-    if settings.overwrite:
+    if settings.overwrite or settings.resume:
         delete_run(output)
     output.mkdir(parents=True, exist_ok=True)
     _write_run(output, settings, data.facts, results=None)
@@ -172,6 +183,8 @@ def _train(
             load_run(checkpoint, state, learner, comparison)
         telemetry = Telemetry(settings, model.config, matmul_rate)
         TrainingLoop(settings, state, learner, data, comparison, metrics, telemetry, say).run(stop)
+        if not state.tokens:
+            raise TrainingError(f"all {state.step} steps were left out, so nothing was trained; {METRICS_NAME} says why")
         scores = _held_out_scores(settings, model, data)
         metrics.write({"step": state.step, "held_out": scores})
     examples = fill_in_examples(model, data.held_out[0].to(model.device), data.tokenizer)

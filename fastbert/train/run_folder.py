@@ -37,14 +37,15 @@ def check_output_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuses, before any work, an output folder that a run must not be written to.
 
     Raises :class:`SettingsError` where it holds a run and neither ``resume`` nor ``overwrite`` is set, where there is none
-    to resume, and where files of the same names are not from a run of fastbert; ``OSError`` where it cannot be written.
+    to resume (one that was stopped before its first checkpoint can be), and where files of the same names are not from a run of
+    fastbert; ``OSError`` where it cannot be written.
     """
     if output.exists() and not output.is_dir():
         raise SettingsError(f"--output {output} is a file; give a folder")
     _check_writable(output)
     holds_run = (output / RUN_NAME).is_file()
     checkpoints = checkpoint_folders(output) if output.is_dir() else []
-    if resume and not checkpoints:
+    if resume and not checkpoints and not (holds_run and read_run(output)["results"] is None):
         instead = "--overwrite starts the run anew" if holds_run else "leave out --resume to start a run"
         raise SettingsError(f"{output} holds no checkpoint: there is nothing to resume ({instead})")
     if holds_run and not (resume or overwrite):
@@ -58,6 +59,18 @@ def check_output_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
                 f"{output} holds {', '.join(path.name for path in strangers)} but no {RUN_NAME}, so these are not from a "
                 "run of fastbert and are left alone; choose another --output"
             )
+
+
+def read_run(output: Path) -> dict[str, Any]:
+    """What ``run.json`` holds: ``settings``, and ``results``, None until the run is finished.
+
+    Raises :class:`SettingsError` where it is no such file.
+    """
+    try:
+        run = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
+        return {"settings": dict(run["settings"]), "results": run["results"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{output / RUN_NAME} is not that of a run ({error!r}): --overwrite starts the run anew") from error
 
 
 def delete_run(output: Path) -> None:

@@ -136,6 +136,23 @@ def test_ctrl_c_keeps_a_checkpoint_that_resume_finishes(corpora, tmp_path):
     assert [row["step"] for row in read_metrics(metrics) if "held_out" not in row] == list(range(1, steps + 1))
 
 
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(corpora, tmp_path, monkeypatch):
+    output = str(tmp_path / "run")
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastbert.train.loop.TrainingLoop.run", full)
+        assert pretrain("--corpus", *corpora, *OPTIONS, "--steps", "2", "--output", output).exit_code == 1
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    changed = pretrain("--resume", "--output", output, "--steps", "4")
+    assert changed.exit_code == 2 and "--steps was 2 and is now 4" in changed.stderr
+    finished = pretrain("--resume", "--output", output, "--json")
+    assert finished.exit_code == 0 and last_line(finished.stdout)["steps"] == 2
+    assert "stopped before its first checkpoint: the run begins anew" in finished.stderr
+
+
 def test_an_interrupt_before_training_writes_nothing(corpora, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -102,6 +102,7 @@ def flip_a_bit(folder: Path) -> None:
         (lambda folder: (folder / "inner" / "state.json").unlink(), "inner/state.json is missing"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda folder: (folder / "manifest.json").write_text("{", encoding="utf-8"), "manifest.json is not JSON"),
+        (lambda folder: (folder / "manifest.json").write_text('{"file": {}}', encoding="utf-8"), "manifest.json is not a list of"),
     ],
 )
 def test_a_broken_checkpoint_is_named_and_the_one_before_taken(tmp_path, damage, named):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,3 +100,11 @@ def test_a_damaged_line_is_named(tmp_path):
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n', encoding="utf-8")
     with pytest.raises(TrainingError, match="line 2"):
         read_metrics(path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_is_an_error_that_names_the_file():
+    """Closing the file tries to write once more what could not be written."""
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'") as full, MetricsFile(Path("/dev/full")) as file:
+        file.write({"step": 1})
+    assert full.value.errno == errno.ENOSPC

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastbert.train.plot import plot_losses
@@ -50,3 +52,18 @@ def test_without_sentence_pairs_a_rate_or_anything_left_out(tmp_path, monkeypatc
 
 def test_a_run_of_which_nothing_was_logged(tmp_path, monkeypatch):
     assert drawn([held_out(0, "mlm_loss")], tmp_path, monkeypatch)["Loss"] == []
+
+
+def test_the_picture_is_written_whole_or_not(tmp_path, monkeypatch):
+    path = tmp_path / "loss.png"
+    plot_losses([row(10)], path)
+    before = path.read_bytes()
+
+    def half(self, file, **options):
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(figures.Figure, "savefig", half)
+    with pytest.raises(OSError, match="no space"):
+        plot_losses([row(10), row(20)], path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -90,6 +90,23 @@ def test_steps_that_are_left_out_are_named_and_stay_so(toy_settings, tmp_path, m
     assert rows_without_speed(str(tmp_path / "straight")) == rows_without_speed(stopped)
 
 
+def test_a_run_of_which_every_step_was_left_out_is_no_result(toy_settings, monkeypatch):
+    poison(monkeypatch, 1, 2)
+    settings = toy_settings(steps=2)
+    with pytest.raises(TrainingError, match="all 2 steps were left out"):
+        pretrain(settings, quiet)
+    assert not (Path(settings.output) / "model.safetensors").exists()
+
+
+def test_what_a_continued_run_changes_stays_changed(toy_settings, monkeypatch):
+    for step, changes in ((2, {}), (5, {"max_skipped_steps": 50, "resume": True})):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(TrainingInterrupted):
+                pretrain(toy_settings(**changes), quiet)
+    assert RunState.read(Path(toy_settings().output) / "checkpoint-5").settings["max_skipped_steps"] == 50
+
+
 @pytest.mark.parametrize(("most", "last"), [(0, 2), (1, 4), (2, 5)])
 def test_too_many_end_the_run(toy_settings, tmp_path, monkeypatch, most, last):
     poison(monkeypatch, 2, 4, 5)

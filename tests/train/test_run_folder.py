@@ -43,6 +43,23 @@ def test_nothing_to_resume(tmp_path):
         check(tmp_path, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("run", "refused"),
+    [
+        ({"settings": {}, "results": None}, None),
+        ({"settings": {}, "results": {}}, "nothing to resume .--overwrite"),
+        ({"results": None}, "run.json is not that of a run"),
+    ],
+)
+def test_a_run_without_a_checkpoint_is_resumed_unless_it_is_finished(tmp_path, run, refused):
+    write_json(tmp_path / "run.json", run)
+    if refused is None:
+        check(tmp_path, resume=True)
+        return
+    with pytest.raises(SettingsError, match=refused):
+        check(tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_files_of_others_are_left_alone(tmp_path, overwrite):
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
