@@ -10,6 +10,7 @@ import typer
 
 from fastbert.train.checkpoint import checkpoint_folders, latest_checkpoint
 from fastbert.train.errors import TrainingError, TrainingInterrupted
+from fastbert.train.launch import launch, only_main_speaks
 from fastbert.train.run_folder import STATE_NAME, check_output_folder
 from fastbert.train.settings import DTYPES, MASKINGS, MODEL_PRESETS, OBJECTIVES, OPTIMIZERS, SCHEDULES, TRACKERS, PretrainSettings
 
@@ -129,7 +130,8 @@ def pretrain(
 ) -> None:
     """Pretrain a BERT (masked words and next sentences) on your text, from tokenizer to model card."""
     given = {name: value for name, value in given_options(ctx).items() if name not in ("json_output", "debug")}
-    run_command("pretrain", lambda say: run(given, say), json_output=json_output, debug=debug)
+    with only_main_speaks():
+        run_command("pretrain", lambda say: run(given, say), json_output=json_output, debug=debug)
 
 
 def run(given: dict[str, Any], say: Say) -> CommandResult:
@@ -138,8 +140,9 @@ def run(given: dict[str, Any], say: Say) -> CommandResult:
     Raises :class:`CommandFailure`; other errors are left to ``run_command``.
     """
     settings = settings_from_options(given)
-    # Before torch and transformers are imported: a refusal comes at once.
-    check_output_folder(Path(settings.output), resume=settings.resume, overwrite=settings.overwrite)
+    # Before torch and transformers are imported: a refusal comes at once. Several processes ask the first of them, later.
+    if launch() is None:
+        check_output_folder(Path(settings.output), resume=settings.resume, overwrite=settings.overwrite)
     from fastbert.train.memory import keep_freed_memory
     from fastbert.train.pretrain import pretrain as train
 

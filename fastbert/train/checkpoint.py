@@ -32,6 +32,10 @@ def checkpoint_step(folder: Path) -> int:
     return int(folder.name.removeprefix(CHECKPOINT_PREFIX))
 
 
+def checkpoint_path(output: Path, step: int) -> Path:
+    return output / f"{CHECKPOINT_PREFIX}{step}"
+
+
 def unfinished_folders(output: Path) -> list[Path]:
     """What crashes left behind while they wrote or deleted a checkpoint."""
     return [entry for entry in output.iterdir() if entry.name.startswith(UNFINISHED_PREFIX) and entry.is_dir()]
@@ -42,7 +46,7 @@ def write_checkpoint(output: Path, step: int, write: Callable[[Path], None], *, 
 
     Returns the checkpoint's path. Whatever ``write`` raises leaves no checkpoint of this step and all earlier ones.
     """
-    target = output / f"{CHECKPOINT_PREFIX}{step}"
+    target = checkpoint_path(output, step)
     unfinished = output / f"{UNFINISHED_PREFIX}{target.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fastbert.data.loader import Position, step_batches
 
+from .checkpoint import checkpoint_path
 from .compare import Comparison
+from .distributed import Processes, dropout_seed
 from .errors import TrainingInterrupted
 from .guard import check_skipped, skipped_text
 from .interrupt import StopRequest
@@ -25,6 +28,8 @@ from .run_state import RunState, save_run
 from .settings import Phase, PretrainSettings
 
 SECONDS_BETWEEN_LINES = 10.0
+MASKED, SEQUENCES, TOKENS, STOPS = range(4)  # where they are among a step's totals
+TOTALS = 4
 # The numbers first: tqdm gives the bar what is left of a narrow terminal.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
@@ -60,12 +65,14 @@ class Stopwatch:
 
 @dataclass(frozen=True, eq=False)
 class TakenStep:
-    """A step whose ``scores`` (see ``Learner.step``) are still on the device; ``position``: of its first batch."""
+    """A step whose ``scores`` (see ``Learner.step``) and ``totals`` (see ``_totals``) are still on the device; ``position``: of its
+    first batch.
+    """
 
     number: int
     position: dict[str, int]
-    tokens: int
-    scores: torch.Tensor
+    totals: Tensor
+    scores: Tensor
 
 
 class TrainingLoop:
@@ -83,6 +90,7 @@ class TrainingLoop:
         comparison: Comparison | None,
         metrics: MetricsFile,
         say: Say,
+        processes: Processes,
     ):
         self.settings = settings
         self.output = Path(settings.output)
@@ -92,6 +100,8 @@ class TrainingLoop:
         self.comparison = comparison
         self.metrics = metrics
         self.say = say
+        self.processes = processes
+        self._stop_agreed = False
         self._pending: list[TakenStep] = []
         self._clock = Stopwatch(learner.model.device)
         self._last_line = time.monotonic()
@@ -125,6 +135,8 @@ class TrainingLoop:
             self.data.batches[phase.number],
             Position(**state.position),
             batches_per_step=self.settings.batches_per_step,
+            rank=self.processes.rank,
+            world_size=self.processes.count,
             workers=self.settings.workers,
         )
         with closing(device_steps(steps, device)) as steps_on_device:
@@ -135,58 +147,80 @@ class TrainingLoop:
         """Takes a step and does what is due after it."""
         settings, state = self.settings, self.state
         learning_rate = self.learner.learning_rate
-        self._take_step(batches)
+        self._take_step(batches, stop)
         bar.update()
         last = state.step == settings.steps
-        saves = stop.requested or state.step % settings.save_steps == 0 or last
+        # Several processes stop when all know that one of them was asked to: once they have read the step's totals.
+        stops = stop.requested and self.processes.count == 1
+        saves = stops or state.step % settings.save_steps == 0 or last
         logs = state.step % settings.log_steps == 0 or last
         if saves or logs or self.comparison is not None or self.learner.model.device.type == "cpu":
             self._read_scores()
             self._show_progress(bar)
+            stops = stops or self._stop_agreed
         if logs:
             self._log(learning_rate, bar)
         if self.comparison is not None and state.step == self.comparison.last_step:
             self._finish_comparison()
-        if saves:
+        if saves or stops:
             checkpoint = self._save()
-            if stop.requested:
+            if stops:
                 raise TrainingInterrupted(state.step, checkpoint)
 
-    def _take_step(self, step: DeviceStep) -> None:
-        number, tokens = self.state.step + 1, sum(batch.num_tokens for batch in step.batches)
+    def _take_step(self, step: DeviceStep, stop: StopRequest) -> None:
+        number = self.state.step + 1
+        totals = self._totals(step, stop)
         if self.comparison is None:
-            scores = self.learner.step(self._micro_batches(step))
+            scores = self.learner.step(self._micro_batches(step, totals))
         else:
             with self._clock.paused():
                 scores = self.comparison.step(number, step.batches[0], self.learner)
             self._clock.add(self.comparison.steps[-1].seconds)
-        self._pending.append(TakenStep(number, self.state.position, tokens, scores))
+        self._pending.append(TakenStep(number, self.state.position, totals, scores))
         self.state.step, self.state.position = number, asdict(step.position)
 
-    def _micro_batches(self, step: DeviceStep) -> list[MicroBatch]:
+    def _totals(self, step: DeviceStep, stop: StopRequest) -> Tensor:
+        """Masked tokens, sequences and tokens of the step in all processes, and how many of them were asked to stop: float64 (4,).
+
+        On the device, so that nobody waits for anybody before the gradients are summed.
+        """
+        own = (
+            sum(step.masked),
+            sum(batch.num_sequences for batch in step.batches),
+            sum(batch.num_tokens for batch in step.batches),
+            stop.requested,
+        )
+        totals = torch.tensor(own, dtype=torch.float64)
+        return self.processes.sum(totals.to(self.learner.model.device, non_blocking=True))
+
+    def _micro_batches(self, step: DeviceStep, totals: Tensor) -> list[MicroBatch]:
         """The step's batches with their shares of its masked tokens and sentences."""
-        sequences = [batch.num_sequences for batch in step.batches]
-        all_masked, all_sequences = sum(step.masked), sum(sequences)
-        pairs = self.settings.objective == "mlm-nsp"
-        return [
-            MicroBatch(
-                model_inputs(self.learner.model, batch),
-                mlm_share=masked / all_masked,
-                nsp_share=count / all_sequences if pairs else masked / all_masked,
-            )
-            for batch, masked, count in zip(step.batches, step.masked, sequences, strict=True)
-        ]
+        if self.processes.count == 1:
+            all_masked, all_sequences = sum(step.masked), sum(batch.num_sequences for batch in step.batches)
+        else:
+            all_masked, all_sequences = totals[MASKED], totals[SEQUENCES]
+        batches = []
+        for number, (batch, masked) in enumerate(zip(step.batches, step.masked, strict=True)):
+            nsp_share = mlm_share = _share(masked, all_masked)
+            if self.settings.objective == "mlm-nsp":
+                nsp_share = _share(batch.num_sequences, all_sequences)
+            in_step = number * self.processes.count + self.processes.rank
+            seed = dropout_seed(self.settings.seed, self.state.step + 1, in_step)
+            batches.append(MicroBatch(model_inputs(self.learner.model, batch), mlm_share, nsp_share, seed))
+        return batches
 
     def _read_scores(self) -> None:
         """Brings the scores of the last steps to the host in one transfer."""
-        values = torch.stack([step.scores for step in self._pending]).tolist()
+        values = torch.stack([torch.cat([step.scores, step.totals]) for step in self._pending]).tolist()
         for step, row in zip(self._pending, values, strict=True):
-            scores = BatchScores(*row)
+            scores, totals = BatchScores(*row[:-TOTALS]), row[-TOTALS:]
+            tokens = int(totals[TOKENS])
+            self._stop_agreed = self._stop_agreed or (self.processes.count > 1 and totals[STOPS] > 0)
             if scores.reason is not None:
                 self._note_skipped(step, scores.reason)
                 continue
-            self.state.window.add(scores, step.tokens)
-            self.state.tokens += step.tokens
+            self.state.window.add(scores, tokens)
+            self.state.tokens += tokens
         self._pending.clear()
         seconds = self._clock.lap()
         self.state.window.seconds += seconds
@@ -224,7 +258,15 @@ class TrainingLoop:
         with self._clock.paused():
             if self.comparison is not None:
                 self.state.comparison = self.comparison.state()
-            return save_run(self.output, self.state, self.learner, self.data.tokenizer, self.comparison)
+            if self.processes.is_main:
+                return save_run(self.output, self.state, self.learner, self.data.tokenizer, self.comparison)
+            return checkpoint_path(self.output, self.state.step)
+
+
+def _share(count: int, total: int | Tensor) -> float | Tensor:
+    """In the precision of the loss, also where the total is on the device."""
+    share = count / total
+    return share.float() if isinstance(share, Tensor) else share
 
 
 def _progress_text(row: dict[str, float]) -> str:

@@ -8,20 +8,24 @@ settings and results, ``compare.json`` with ``--compare``, and the newest checkp
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .checkpoint import checkpoint_step, latest_checkpoint
+from .checkpoint import checkpoint_folders, checkpoint_step, latest_checkpoint
 from .compare import Comparison, ComparisonReport
+from .distributed import Processes, check_shares, joined, local_device
 from .errors import SettingsError, TrainingError
 from .evaluate import evaluate
 from .fill_in import FilledMask, fill_in_examples
 from .interrupt import StopRequest, stop_on_signals
+from .launch import Launch, launch
 from .learner import Learner, save_model
 from .loop import TrainingLoop
 from .metrics import MetricsFile, read_metrics
@@ -75,32 +79,88 @@ def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
     :class:`SettingsError` for what cannot be done as asked, before anything is written; ``CorpusError`` for unusable text;
     :class:`TrainingError` where training fails.
     """
+    started = launch()
+    with joined(started) as processes:
+        settings = PretrainSettings.from_dict(processes.of_main("settings", lambda: _settings_to_run(settings, started).to_dict()))
+        device = local_device(pick_device(settings.device), started)
+        check_shares(settings.batches_per_step, processes.count)
+        if settings.compare and processes.count > 1:
+            raise SettingsError("--compare trains in one process: leave torchrun out")
+        processes.connect(device)
+        with stop_on_signals() as stop:
+            return _run(settings, device, processes, stop, say)
+
+
+def _run(settings: PretrainSettings, device: torch.device, processes: Processes, stop: StopRequest, say: Say) -> PretrainResult:
     output = Path(settings.output)
-    check_output_folder(output, resume=settings.resume, overwrite=settings.overwrite)
-    device = pick_device(settings.device)
-    checkpoint, state = find_run(output, settings, say) if settings.resume else (None, None)
-    with stop_on_signals() as stop:
-        data = prepare_data(settings, say, checkpoint)
-        torch.manual_seed(settings.seed)
-        model = build_model(settings, data.tokenizer, checkpoint).to(device)
-        if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if state is not None:
-            _check_same_data(state, data)
+    checkpoint, state = find_run(output, settings, processes, say) if settings.resume else (None, None)
+    if processes.count > 1:
+        say(_processes_text(settings, device, processes, state))
+    data = prepare_data(settings, say, checkpoint)
+    _check_same_everywhere(data, processes)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, data.tokenizer, checkpoint).to(device)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if state is not None:
+        _check_same_data(state, data)
+    elif processes.is_main:
+        _start_folder(output, settings, data)
+    return _train(settings, data, model, checkpoint, state, processes, stop, say)
+
+
+def _settings_to_run(settings: PretrainSettings, started: Launch | None) -> PretrainSettings:
+    """``settings``, checked against the output folder; with those of :meth:`resume` where torchrun has started the run anew.
+
+    A run that is there with the same settings is the run that failed: it goes on from its newest checkpoint, or from the beginning
+    where there is none yet. Raises as ``check_output_folder`` does.
+    """
+    output = Path(settings.output)
+    if started is not None and started.restarts and not settings.resume and (output / RUN_NAME).is_file():
+        run_settings = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["settings"]
+        try:
+            settings.refuse_changes(settings.output, settings.to_dict(), run_settings)
+        except SettingsError:
+            pass  # another run's folder: what was asked for counts
         else:
-            _start_folder(output, settings, data)
-        return _train(settings, data, model, checkpoint, state, stop, say)
+            has_checkpoint = bool(checkpoint_folders(output))
+            settings = replace(settings, resume=has_checkpoint, overwrite=not has_checkpoint)
+    check_output_folder(output, resume=settings.resume, overwrite=settings.overwrite)
+    return settings
 
 
-def find_run(output: Path, settings: PretrainSettings, say: Say) -> tuple[Path, RunState]:
-    """The newest sound checkpoint in ``output`` and its state; broken newer ones are named.
+def _processes_text(settings: PretrainSettings, device: torch.device, processes: Processes, state: RunState | None) -> str:
+    each = settings.batches_per_step // processes.count
+    text = f"{processes.count} processes over {'NCCL' if device.type == 'cuda' else 'gloo'}, {each} batches of a step for each"
+    if state is not None and state.processes != processes.count:
+        text += f"; the run had {state.processes} so far: the same steps, summed up in another order"
+    return text
+
+
+def _check_same_everywhere(data: PreparedData, processes: Processes) -> None:
+    """All processes read the same files: they must make the same tokens of them."""
+    expected = processes.of_main("fingerprint", lambda: data.facts["fingerprint"])
+    if data.facts["fingerprint"] != expected:
+        raise TrainingError(
+            f"the text that this process reads is not that of process 0: it has {data.facts['documents']:,} documents and "
+            f"{data.facts['tokens']:,} tokens; the same files and versions must be on all machines"
+        )
+
+
+def find_run(output: Path, settings: PretrainSettings, processes: Processes, say: Say) -> tuple[Path, RunState]:
+    """The newest sound checkpoint in ``output`` and its state; broken newer ones are named. Process 0 looks for all.
 
     Raises :class:`SettingsError` naming what ``settings`` ask for differently, :class:`TrainingError` where no checkpoint is
     sound.
     """
-    checkpoint = latest_checkpoint(output, lambda folder, defect: say(f"{folder} is broken and left out: {defect}"))
-    if checkpoint is None:
-        raise TrainingError(f"none of the checkpoints in {output} is sound: nothing to resume")
+
+    def newest() -> str:
+        checkpoint = latest_checkpoint(output, lambda folder, defect: say(f"{folder} is broken and left out: {defect}"))
+        if checkpoint is None:
+            raise TrainingError(f"none of the checkpoints in {output} is sound: nothing to resume")
+        return str(checkpoint)
+
+    checkpoint = Path(processes.of_main("checkpoint", newest))
     state = RunState.read(checkpoint)
     settings.refuse_changes(settings.output, settings.to_dict(), state.settings)
     say(f"Resuming {output} after step {checkpoint_step(checkpoint):,}")
@@ -131,22 +191,25 @@ def _train(
     model: PreTrainedModel,
     checkpoint: Path | None,
     state: RunState | None,
+    processes: Processes,
     stop: StopRequest,
     say: Say,
 ) -> PretrainResult:
     output = Path(settings.output)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"Model: {_model_text(model)}, {parameters / 1e6:.1f} M parameters, on {model.device}")
-    with MetricsFile(output / METRICS_NAME, None if state is None else state.step) as metrics:
+    metrics_path, resumed_step = (output / METRICS_NAME, state and state.step) if processes.is_main else (Path(os.devnull), None)
+    with MetricsFile(metrics_path, resumed_step) as metrics:
         if state is None:
             state = RunState(settings.to_dict(), data.facts, held_out_start=_held_out_scores(settings, model, data))
             metrics.write({"step": 0, "held_out": state.held_out_start})
         say(f"Held-out text before training: {_scores_text(state.held_out_start)}")
-        learner = Learner(model, settings, state.step)
+        learner = Learner(model, settings, state.step, processes=processes)
         comparison = _comparison(settings, model, data, state, say)
         if checkpoint is not None:
             load_run(checkpoint, state, learner, comparison)
-        TrainingLoop(settings, state, learner, data, comparison, metrics, say).run(stop)
+        state.processes = processes.count
+        TrainingLoop(settings, state, learner, data, comparison, metrics, say, processes).run(stop)
         scores = _held_out_scores(settings, model, data)
         metrics.write({"step": state.step, "held_out": scores})
     examples = fill_in_examples(model, data.held_out[0].to(model.device), data.tokenizer)
@@ -166,7 +229,8 @@ def _train(
         comparison=None if report is None else report.summary(),
         versions=versions(),
     )
-    _write_results(settings, result, model, data, report, say)
+    if processes.is_main:
+        _write_results(settings, result, model, data, report, say)
     _say_results(result, report, say)
     return result
 

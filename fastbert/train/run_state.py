@@ -33,7 +33,7 @@ class RunState:
     """How far a run has come, after ``step`` steps.
 
     ``settings`` and ``data`` (counts and a fingerprint of the corpus) say which run it is; ``held_out_start``: scores before
-    the first step; ``position``: of the next batch in the data, a ``loader.Position``; ``tokens``: real tokens trained on;
+    the first step; ``processes``: how many trained last; ``position``: of the next batch in the data, a ``loader.Position``; ``tokens``: real tokens trained on;
     ``seconds``: spent in training steps and on their data; ``window``: what is not yet in ``metrics.jsonl``; ``skipped``: the
     steps that were left out, each with its number, the position of its first batch and the reason; ``comparison``: the state of
     ``--compare``, None without.
@@ -42,6 +42,7 @@ class RunState:
     settings: dict[str, Any]
     data: dict[str, Any]
     held_out_start: dict[str, float]
+    processes: int = 1
     step: int = 0
     position: dict[str, int] = field(default_factory=lambda: dataclasses.asdict(Position()))
     tokens: int = 0
