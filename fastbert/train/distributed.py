@@ -137,8 +137,8 @@ def local_device(device: torch.device, launch: Launch | None) -> torch.device:
         raise SettingsError(f"--device {device}: every process has a GPU of its own; give --device cuda")
     if launch.local_rank >= torch.cuda.device_count():
         raise SettingsError(
-            f"{launch} is the {launch.local_rank + 1}. on its machine, which has {torch.cuda.device_count()} GPUs: start at most as "
-            "many with --nproc-per-node"
+            f"{launch} finds {torch.cuda.device_count()} GPUs on its machine, where it is number {launch.local_rank + 1}: start at "
+            "most as many as there are with --nproc-per-node"
         )
     torch.cuda.set_device(launch.local_rank)
     return torch.device("cuda", launch.local_rank)
