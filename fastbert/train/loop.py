@@ -101,6 +101,7 @@ class TrainingLoop:
         self.metrics = metrics
         self.say = say
         self.processes = processes
+        self._stop = StopRequest()
         self._stop_agreed = False
         self._pending: list[TakenStep] = []
         self._clock = Stopwatch(learner.model.device)
@@ -114,6 +115,7 @@ class TrainingLoop:
         stay as they are.
         """
         settings, state = self.settings, self.state
+        self._stop = stop
         self.learner.model.train()
         with (
             stop.deferred(),
@@ -122,9 +124,9 @@ class TrainingLoop:
             self._clock.lap()
             for phase in settings.phases:
                 if state.step < phase.last_step:
-                    self._run_phase(phase, bar, stop)
+                    self._run_phase(phase, bar)
 
-    def _run_phase(self, phase: Phase, bar: tqdm, stop: StopRequest) -> None:
+    def _run_phase(self, phase: Phase, bar: tqdm) -> None:
         state, device = self.state, self.learner.model.device
         if phase.number > 1 and state.step == phase.first_step:
             # With an epoch of its own: the text that comes first is not that which came first before.
@@ -141,17 +143,17 @@ class TrainingLoop:
         )
         with closing(device_steps(steps, device)) as steps_on_device:
             while state.step < phase.last_step:
-                self._run_step(next(steps_on_device), bar, stop)
+                self._run_step(next(steps_on_device), bar)
 
-    def _run_step(self, batches: DeviceStep, bar: tqdm, stop: StopRequest) -> None:
+    def _run_step(self, batches: DeviceStep, bar: tqdm) -> None:
         """Takes a step and does what is due after it."""
         settings, state = self.settings, self.state
         learning_rate = self.learner.learning_rate
-        self._take_step(batches, stop)
+        self._take_step(batches)
         bar.update()
         last = state.step == settings.steps
         # Several processes stop when all know that one of them was asked to: once they have read the step's totals.
-        stops = stop.requested and self.processes.count == 1
+        stops = self._stop.requested and self.processes.count == 1
         saves = stops or state.step % settings.save_steps == 0 or last
         logs = state.step % settings.log_steps == 0 or last
         if saves or logs or self.comparison is not None or self.learner.model.device.type == "cpu":
@@ -167,9 +169,9 @@ class TrainingLoop:
             if stops:
                 raise TrainingInterrupted(state.step, checkpoint)
 
-    def _take_step(self, step: DeviceStep, stop: StopRequest) -> None:
+    def _take_step(self, step: DeviceStep) -> None:
         number = self.state.step + 1
-        totals = self._totals(step, stop)
+        totals = self._totals(step)
         if self.comparison is None:
             scores = self.learner.step(self._micro_batches(step, totals))
         else:
@@ -179,7 +181,7 @@ class TrainingLoop:
         self._pending.append(TakenStep(number, self.state.position, totals, scores))
         self.state.step, self.state.position = number, asdict(step.position)
 
-    def _totals(self, step: DeviceStep, stop: StopRequest) -> Tensor:
+    def _totals(self, step: DeviceStep) -> Tensor:
         """Masked tokens, sequences and tokens of the step in all processes, and how many of them were asked to stop: float64 (4,).
 
         On the device, so that nobody waits for anybody before the gradients are summed.
@@ -188,7 +190,7 @@ class TrainingLoop:
             sum(step.masked),
             sum(batch.num_sequences for batch in step.batches),
             sum(batch.num_tokens for batch in step.batches),
-            stop.requested,
+            self._stop.requested,
         )
         totals = torch.tensor(own, dtype=torch.float64)
         return self.processes.sum(totals.to(self.learner.model.device, non_blocking=True))
