@@ -35,8 +35,8 @@ class RunState:
     ``settings`` and ``data`` (counts and a fingerprint of the corpus) say which run it is; ``held_out_start``: scores before
     the first step; ``processes``: how many trained last; ``position``: of the next batch in the data, a ``loader.Position``;
     ``tokens``: real tokens trained on; ``seconds``: spent in training steps and on their data; ``window``: what is not yet in
-    ``metrics.jsonl``; ``skipped``: the steps that were left out, each with its number, the position of its first batch and the reason; ``comparison``: the state of
-    ``--compare``, None without.
+    ``metrics.jsonl``; ``skipped``: the steps that were left out, each with its number, the position of its first batch and the
+    reason; ``comparison``: the state of ``--compare``, None without.
     """
 
     settings: dict[str, Any]
