@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Processes:
-    """The processes of a run as one of them sees them; without ``launch`` it is alone and nothing is communicated."""
+    """The processes of a run as one of them sees them; where it is alone nothing is communicated. ``store``: for failures."""
 
     launch: Launch | None = None
     store: dist.Store | None = None
@@ -54,13 +56,6 @@ class Processes:
         """Whether this process prints and writes."""
         return self.rank == 0
 
-    def connect(self, device: torch.device) -> None:
-        """Joins the others: sums go over NCCL for tensors on GPUs, over gloo for tensors on the host."""
-        if self.launch is None:
-            return
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.count, timeout=PATIENCE)
-
     def sum(self, values: Tensor) -> Tensor:
         """``values`` summed over all processes, in place, not waited for on a GPU."""
         if self.count > 1:
@@ -72,23 +67,26 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(torch.zeros(1))
 
-    def of_main(self, name: str, value: Callable[[], T]) -> T:
-        """What ``value`` returns (JSON-ready) in the first process, for all of them; ``name`` is used once in a run."""
-        if self.launch is None or self.store is None:
+    def of_main(self, value: Callable[[], T]) -> T:
+        """What ``value`` returns (JSON-ready) in the first process, for all of them."""
+        if self.count == 1:
             return value()
-        if self.is_main:
-            found = value()
-            self.store.set(name, json.dumps(found))
-            return found
-        self.store.wait([name], PATIENCE)
-        return json.loads(self.store.get(name))
+        text = json.dumps(value()).encode() if self.is_main else b""
+        size = torch.tensor([len(text)])
+        dist.broadcast(size, src=0)
+        letters = torch.tensor(list(text), dtype=torch.uint8) if self.is_main else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(letters, src=0)
+        return json.loads(bytes(letters.tolist()))
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """``model`` as it is called in a training step; its parameters stay where they are."""
         if self.count == 1:
             return model
-        # No buffer of a BERT ever changes, and every parameter has a gradient in every step.
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            # broadcast_buffers has another name from torch 2.13 on, which torch 2.11 does not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            # No buffer of a BERT ever changes, and every parameter has a gradient in every step.
+            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def accumulating(self, module: nn.Module) -> AbstractContextManager[None]:
         """For every batch of a step but the last: gradients add up in this process, and are summed with the last one's."""
@@ -105,11 +103,16 @@ def joined(launch: Launch | None) -> Iterator[Processes]:
     An error of one ends all: it raises (and, unless it is the first process, prints) its own error, the others raise a
     :class:`TrainingError`, :class:`SettingsError` or KeyboardInterrupt, as it did, which names the process that failed.
     """
-    if launch is None:
+    if launch is None or launch.world_size == 1:
         yield ALONE
         return
     store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    processes = Processes(launch, store)
+    # torchrun's store lives as long as torchrun: what is in it may be from processes before these.
+    store = dist.PrefixStore(f"fastbert {launch.restarts}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=PATIENCE)
+    generation = Processes(launch).of_main(lambda: uuid.uuid4().hex)
+    processes = Processes(launch, dist.PrefixStore(generation, store))
     try:
         yield processes
         processes.wait()
@@ -171,7 +174,7 @@ def _failure(processes: Processes, error: BaseException) -> BaseException:
     mine = {"process": str(processes.launch), "kind": _kind(error), "message": _message(error)}
     first = _first_failure(processes, None if _is_consequence(error) else mine)
     if first is None:
-        lost = TrainingError(f"{processes.launch} has lost contact with another one, which torchrun names: {_message(error)}")
+        lost = TrainingError(f"{processes.launch} has lost contact with another one; torchrun names the one that failed first")
         _print_unless_main(processes, lost)
         return lost
     if first == mine:

@@ -13,13 +13,14 @@ from .errors import SettingsError
 @dataclass(frozen=True)
 class Launch:
     """This process is ``rank`` of ``world_size``, and ``local_rank`` on its machine; ``restarts``: how often torchrun has started
-    all of them anew because one had failed.
+    all of them anew because one had failed; ``may_restart``: whether it would (``--max-restarts``).
     """
 
     rank: int
     world_size: int
     local_rank: int
     restarts: int = 0
+    may_restart: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -47,6 +48,7 @@ def launch() -> Launch | None:
         world_size=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ["LOCAL_RANK"]),
         restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        may_restart=int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0,
     )
 
 

@@ -81,12 +81,11 @@ def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
     """
     started = launch()
     with joined(started) as processes:
-        settings = PretrainSettings.from_dict(processes.of_main("settings", lambda: _settings_to_run(settings, started).to_dict()))
+        settings = PretrainSettings.from_dict(processes.of_main(lambda: _settings_to_run(settings, started).to_dict()))
         device = local_device(pick_device(settings.device), started)
         check_shares(settings.batches_per_step, processes.count)
         if settings.compare and processes.count > 1:
             raise SettingsError("--compare trains in one process: leave torchrun out")
-        processes.connect(device)
         with stop_on_signals() as stop:
             return _run(settings, device, processes, stop, say)
 
@@ -110,13 +109,15 @@ def _run(settings: PretrainSettings, device: torch.device, processes: Processes,
 
 
 def _settings_to_run(settings: PretrainSettings, started: Launch | None) -> PretrainSettings:
-    """``settings``, checked against the output folder; with those of :meth:`resume` where torchrun has started the run anew.
+    """``settings``, checked against the output folder; with ``resume`` where torchrun has started the run anew.
 
     A run that is there with the same settings is the run that failed: it goes on from its newest checkpoint, or from the beginning
     where there is none yet. Raises as ``check_output_folder`` does.
     """
     output = Path(settings.output)
-    if started is not None and started.restarts and not settings.resume and (output / RUN_NAME).is_file():
+    # torchrun counts restarts after failures, not those after machines came or went.
+    again = started is not None and (started.restarts > 0 or (started.may_restart and not settings.overwrite))
+    if again and not settings.resume and (output / RUN_NAME).is_file():
         run_settings = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))["settings"]
         try:
             settings.refuse_changes(settings.output, settings.to_dict(), run_settings)
@@ -139,7 +140,7 @@ def _processes_text(settings: PretrainSettings, device: torch.device, processes:
 
 def _check_same_everywhere(data: PreparedData, processes: Processes) -> None:
     """All processes read the same files: they must make the same tokens of them."""
-    expected = processes.of_main("fingerprint", lambda: data.facts["fingerprint"])
+    expected = processes.of_main(lambda: data.facts["fingerprint"])
     if data.facts["fingerprint"] != expected:
         raise TrainingError(
             f"the text that this process reads is not that of process 0: it has {data.facts['documents']:,} documents and "
@@ -160,7 +161,7 @@ def find_run(output: Path, settings: PretrainSettings, processes: Processes, say
             raise TrainingError(f"none of the checkpoints in {output} is sound: nothing to resume")
         return str(checkpoint)
 
-    checkpoint = Path(processes.of_main("checkpoint", newest))
+    checkpoint = Path(processes.of_main(newest))
     state = RunState.read(checkpoint)
     settings.refuse_changes(settings.output, settings.to_dict(), state.settings)
     say(f"Resuming {output} after step {checkpoint_step(checkpoint):,}")
