@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
@@ -13,11 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fastbert.data.masking import IGNORE_INDEX, mask_tokens
-from fastbert.data.pairs import SHORTEST_SEQUENCE, SentencePairs, make_pairs
+from fastbert.data.blocks import BLOCK_TOKENS, CorpusBlocks
+from fastbert.data.masking import IGNORE_INDEX, mask_options, mask_tokens
+from fastbert.data.packing import pack
+from fastbert.data.pairs import make_pairs
+from fastbert.data.passages import make_passages
+from fastbert.data.sequences import SHORTEST_SEQUENCE, Sequences
+from fastbert.data.streams import Stream, generator
 from fastbert.data.tokens import TokenizedCorpus
 
-_MASKS_STREAM = 1
+OBJECTIVES = ("mlm-nsp", "mlm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +31,7 @@ class PackedBatch:
 
     input_ids, token_type_ids (0 up to A's [SEP], then 1), position_ids (from 0 in every sequence) and labels (-100 where
     nothing is predicted): (total,) int64; cu_seqlens: (batch + 1,) int32 from 0 to total; max_seqlen: the longest
-    sequence; next_sentence_label: (batch,) int64, 0 where B follows A.
+    sequence, or more; next_sentence_label: (batch,) int64, 0 where B follows A; None where sequences are [CLS] A [SEP].
     """
 
     input_ids: Tensor
@@ -35,7 +40,7 @@ class PackedBatch:
     labels: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
-    next_sentence_label: Tensor
+    next_sentence_label: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +48,7 @@ class PackedBatch:
 
     @property
     def num_sequences(self) -> int:
-        return len(self.next_sentence_label)
+        return len(self.cu_seqlens) - 1
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on ``device``."""
@@ -60,7 +65,7 @@ class PackedBatch:
             "token_type_ids": self.token_type_ids.unsqueeze(0),
             "position_ids": self.position_ids.unsqueeze(0),
             "labels": self.labels.unsqueeze(0),
-            "next_sentence_label": self.next_sentence_label,
+            **self._sequence_labels(),
             **boundary_arguments(self.cu_seqlens, self.max_seqlen),
         }
 
@@ -83,8 +88,11 @@ class PackedBatch:
             "attention_mask": pad(torch.ones_like(self.input_ids), 0),
             "token_type_ids": pad(self.token_type_ids, 0),
             "labels": pad(self.labels, IGNORE_INDEX),
-            "next_sentence_label": self.next_sentence_label,
+            **self._sequence_labels(),
         }
+
+    def _sequence_labels(self) -> dict[str, Tensor]:
+        return {} if self.next_sentence_label is None else {"next_sentence_label": self.next_sentence_label}
 
 
 def boundary_arguments(cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
@@ -97,25 +105,51 @@ def positions_within(cu_seqlens: NDArray[np.integer]) -> NDArray[np.int64]:
     return np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
 
 
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """The sequences of a block in training order; batch i holds sequences[bounds[i] : bounds[i + 1]]."""
+
+    sequences: Sequences
+    bounds: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+
 class PretrainingBatches:
     """The batches of a run: in every epoch new pairs, in a new order, under new masks.
 
-    A batch takes sequences in the order of the epoch's pairs until the next one would exceed ``tokens_per_batch``. It
-    depends on the corpus, the arguments and its number alone: batch k of ``steps()`` is the same whether or not the k
-    before it were made. An epoch's last batch may be small.
+    ``corpus``: one tokenized corpus, or a sequence of them (the shards of a prepared one). An epoch goes through all shards, a
+    block of at most ``block_tokens`` at a time (:class:`fastbert.data.blocks.CorpusBlocks`); pairs are made, shuffled and packed
+    within a block, and each of them stands in exactly one batch. A batch has at most ``tokens_per_batch`` tokens; only a block's
+    last one may be small.
+
+    ``objective``: "mlm-nsp" (sentence pairs, :func:`fastbert.data.pairs.make_pairs`) or "mlm"
+    (:func:`fastbert.data.passages.make_passages`). ``static_pairs``: every epoch has the pairs of epoch 0. ``masking`` and
+    ``mlm_probability``: :func:`fastbert.data.masking.mask_tokens`.
+
+    A batch depends on these arguments and its place (epoch, block, number in the block) alone: it is the same whether or not those
+    before it were made. The plan of one block is kept in memory.
 
     Raises ValueError where max_seq_length is below 8 or above the tokenizer's limit, tokens_per_batch below max_seq_length,
-    the seed negative, or the corpus holds ids that the tokenizer does not have.
+    the seed negative, the tokenizer does not tell the words that ``masking`` needs, or the corpus holds ids that the tokenizer does
+    not have (of shards, the first is looked at here and the others when their turn comes); CorpusError for pairs of fewer than
+    two documents.
     """
 
     def __init__(
         self,
-        corpus: TokenizedCorpus,
+        corpus: TokenizedCorpus | Sequence[TokenizedCorpus],
         tokenizer: PreTrainedTokenizerFast,
         *,
         max_seq_length: int,
         tokens_per_batch: int,
         seed: int,
+        objective: str = "mlm-nsp",
+        masking: str = "token",
+        mlm_probability: float = 0.15,
+        static_pairs: bool = False,
+        block_tokens: int = BLOCK_TOKENS,
     ) -> None:
         if max_seq_length < SHORTEST_SEQUENCE:
             raise ValueError(f"max_seq_length must be at least {SHORTEST_SEQUENCE}, not {max_seq_length}")
@@ -130,36 +164,59 @@ class PretrainingBatches:
             )
         if seed < 0:
             raise ValueError(f"seed must not be negative, it is {seed}")
-        largest = int(corpus.ids.max(initial=0))
-        if largest >= len(tokenizer):
-            raise ValueError(
-                f"the corpus holds token id {largest}, the tokenizer has {len(tokenizer)} tokens: "
-                "the corpus was made with another tokenizer"
-            )
-        self.corpus = corpus
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective is {objective!r}, expected one of {', '.join(OBJECTIVES)}")
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
         self.tokens_per_batch = tokens_per_batch
         self.seed = seed
-        self._vocab_size = len(tokenizer)
-        self._special_ids = list(tokenizer.all_special_ids)
-        self._planned: tuple[int, SentencePairs, NDArray[np.int64]] | None = None
+        self.objective = objective
+        self.blocks = CorpusBlocks(
+            corpus,
+            seed=seed,
+            block_tokens=block_tokens,
+            least_documents=2 if objective == "mlm-nsp" else 1,
+            fixed=static_pairs,
+        )
+        self._mask_options = mask_options(tokenizer, masking, mlm_probability)
+        self._planned: tuple[int, int, _Plan] | None = None
+        self._check_ids(corpus if isinstance(corpus, TokenizedCorpus) else corpus[0])
+
+    def num_blocks(self, epoch: int = 0) -> int:
+        """Blocks in an epoch; it differs a little between epochs."""
+        return self.blocks.count(epoch)
 
     def num_batches(self, epoch: int = 0) -> int:
-        """Batches in an epoch; it differs a little between epochs."""
-        return len(self._plan(epoch)[1]) - 1
+        """Batches in an epoch, which is planned for it block by block; it differs a little between epochs."""
+        return sum(self.num_batches_in_block(epoch, block) for block in range(self.num_blocks(epoch)))
+
+    def num_batches_in_block(self, epoch: int, block: int) -> int:
+        return len(self._plan(epoch, block))
 
     def fill(self, epoch: int = 0) -> float:
-        """The share of the token budget that the epoch's batches use, the last one left out where there are more."""
-        pairs, bounds = self._plan(epoch)
-        tokens = np.diff(pairs.offsets[bounds])
-        return float(tokens[: max(1, len(tokens) - 1)].mean() / self.tokens_per_batch)
+        """The share of the token budget that the epoch's batches use, each block's last one left out where there are more."""
+        used = batches = 0
+        for block in range(self.num_blocks(epoch)):
+            plan = self._plan(epoch, block)
+            tokens = np.diff(plan.sequences.offsets[plan.bounds])
+            full = tokens[: max(1, len(tokens) - 1)]
+            used, batches = used + int(full.sum()), batches + len(full)
+        return used / (batches * self.tokens_per_batch)
+
+    def batch(self, epoch: int, block: int, number: int) -> PackedBatch:
+        """Batch ``number`` of a block of an epoch."""
+        plan = self._plan(epoch, block)
+        return self._batch(
+            plan.sequences, *plan.bounds[number : number + 2].tolist(), generator(self.seed, Stream.MASKS, epoch, block, number)
+        )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[PackedBatch]:
-        """The batches of an epoch, from number ``start`` on."""
-        pairs, bounds = self._plan(epoch)
-        for index in range(start, len(bounds) - 1):
-            yield self._batch(pairs, int(bounds[index]), int(bounds[index + 1]), epoch, index)
+        """The batches of an epoch, from number ``start`` on; blocks that are skipped are planned."""
+        for block in range(self.num_blocks(epoch)):
+            count = self.num_batches_in_block(epoch, block)
+            for number in range(start, count):
+                yield self.batch(epoch, block, number)
+            start = max(0, start - count)
 
     def steps(self, start_step: int = 0) -> Iterator[PackedBatch]:
         """Endless batches, epoch after epoch, from number ``start_step`` on; skipped epochs are planned but not made."""
@@ -173,39 +230,40 @@ class PretrainingBatches:
             yield from self.epoch(epoch, skipped)
             epoch, skipped = epoch + 1, 0
 
-    def _plan(self, epoch: int) -> tuple[SentencePairs, NDArray[np.int64]]:
-        """The epoch's pairs and the bounds (num_batches + 1,) of its batches among them; the last plan is kept."""
-        if self._planned is None or self._planned[0] != epoch:
-            pairs = make_pairs(
-                self.corpus,
-                self.max_seq_length,
-                seed=self.seed,
-                epoch=epoch,
-                cls_id=self.tokenizer.cls_token_id,
-                sep_id=self.tokenizer.sep_token_id,
-            )
-            bounds = [0]
-            while bounds[-1] < len(pairs):
-                limit = pairs.offsets[bounds[-1]] + self.tokens_per_batch
-                bounds.append(int(np.searchsorted(pairs.offsets, limit, side="right")) - 1)
-            self._planned = epoch, pairs, np.asarray(bounds)
-        return self._planned[1:]
+    def _plan(self, epoch: int, block: int) -> _Plan:
+        """The plan of a block; the last one is kept."""
+        if self._planned is None or self._planned[:2] != (epoch, block):
+            self._planned = None  # or two blocks would be in memory
+            corpus = self.blocks.load(epoch, block)
+            self._check_ids(corpus)
+            if self.objective == "mlm":
+                sequences = make_passages(corpus, self.max_seq_length)
+            else:
+                rng = generator(self.seed, Stream.SEQUENCES, *self.blocks.place(epoch, block))
+                sequences = make_pairs(corpus, self.max_seq_length, rng)
+            shuffled = generator(self.seed, Stream.ORDER, epoch, block).permutation(len(sequences))
+            order, bounds = pack(sequences.lengths[shuffled], self.tokens_per_batch)
+            self._planned = epoch, block, _Plan(sequences.take(shuffled[order]), bounds)
+        return self._planned[2]
 
-    def _batch(self, pairs: SentencePairs, first: int, last: int, epoch: int, index: int) -> PackedBatch:
-        ids = pairs.assemble(first, last)
-        cu_seqlens = pairs.offsets[first : last + 1] - pairs.offsets[first]
+    def _check_ids(self, corpus: TokenizedCorpus) -> None:
+        largest = int(corpus.ids.max(initial=0))
+        if largest >= len(self.tokenizer):
+            raise ValueError(
+                f"the corpus holds token id {largest}, the tokenizer has {len(self.tokenizer)} tokens: "
+                "the corpus was made with another tokenizer"
+            )
+
+    def _batch(self, sequences: Sequences, first: int, last: int, rng: np.random.Generator) -> PackedBatch:
+        cls_id, sep_id = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        ids = sequences.assemble(first, last, cls_id=cls_id, sep_id=sep_id)
+        cu_seqlens = sequences.offsets[first : last + 1] - sequences.offsets[first]
         lengths = np.diff(cu_seqlens)
         position_ids = positions_within(cu_seqlens)
-        first_segment = np.repeat(pairs.segment_a_lengths[first:last] + 2, lengths)
-        masked, labels = mask_tokens(
-            ids,
-            (ids == pairs.cls_id) | (ids == pairs.sep_id),
-            cu_seqlens=cu_seqlens,
-            rng=np.random.default_rng([self.seed, epoch, _MASKS_STREAM, index]),
-            vocab_size=self._vocab_size,
-            mask_id=self.tokenizer.mask_token_id,
-            special_ids=self._special_ids,
-        )
+        first_segment = np.repeat(sequences.a_lengths[first:last] + 2, lengths)
+        special = (ids == cls_id) | (ids == sep_id)
+        masked, labels = mask_tokens(ids, special, cu_seqlens=cu_seqlens, rng=rng, **self._mask_options)
+        next_sentence = sequences.next_sentence_label
         return PackedBatch(
             input_ids=torch.from_numpy(masked),
             token_type_ids=torch.from_numpy((position_ids >= first_segment).astype(np.int64)),
@@ -213,22 +271,19 @@ class PretrainingBatches:
             labels=torch.from_numpy(labels),
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
             max_seqlen=int(lengths.max()),
-            next_sentence_label=torch.from_numpy(pairs.next_sentence_label[first:last].copy()),
+            next_sentence_label=None if next_sentence is None else torch.from_numpy(next_sentence[first:last].copy()),
         )
 
 
 def held_out_batches(
-    corpus: TokenizedCorpus,
+    corpus: TokenizedCorpus | Sequence[TokenizedCorpus],
     tokenizer: PreTrainedTokenizerFast,
     *,
-    max_seq_length: int,
-    tokens_per_batch: int,
-    seed: int,
     max_batches: int | None = None,
+    **options: Any,
 ) -> list[PackedBatch]:
     """A fixed set of batches for evaluation: the first ``max_batches`` (all for None) of epoch 0, pairs and masks included.
 
-    Raises as PretrainingBatches does.
+    ``options``: those of :class:`PretrainingBatches`, which see for errors.
     """
-    batches = PretrainingBatches(corpus, tokenizer, max_seq_length=max_seq_length, tokens_per_batch=tokens_per_batch, seed=seed)
-    return list(islice(batches.epoch(0), max_batches))
+    return list(islice(PretrainingBatches(corpus, tokenizer, **options).epoch(0), max_batches))

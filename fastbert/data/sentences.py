@@ -7,9 +7,12 @@ prediction needs spans of text in their order, and a boundary missed here or the
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 # The look-behind keeps a long row of dots linear: only its first one starts a match.
 _BOUNDARY = re.compile(r"""(?<![.!?…])[.!?…]+["'”’»)\]}]*\s+|[。！？｡]+[」』”’）]*\s*""")
+_LONGEST_WORD_BEFORE = 40
+_UP_TO_WHITE_SPACE = re.compile(r".*\s", re.DOTALL)
 _OPENING = "\"'“‘«([{¿¡—-"
 _ABBREVIATION = re.compile(
     r"(?:[^\W\d_]\.)*[^\W\d_]"  # initials: J., U.S., i.e.
@@ -29,6 +32,7 @@ def split_sentences(paragraph: str) -> list[str]:
     to initials (``J. R.``, ``U.S.``), to ``No.`` and the like before a number, or to the number of a list item; and at the
     full-width ``。！？`` in any case.
     """
+    paragraph = paragraph.strip()
     has_capitals = not paragraph.islower()
     sentences = []
     start = 0
@@ -50,8 +54,9 @@ def _ends_sentence(paragraph: str, start: int, match: re.Match[str], has_capital
         return False
     if mark.rstrip() != ".":
         return True
-    before = paragraph[start : match.start()]
-    words = before[-40:].split()
+    # All of a text without an end would be copied again for each of its full stops.
+    before = paragraph[max(start, match.start() - _LONGEST_WORD_BEFORE) : match.start()]
+    words = before.split()
     if not words:
         return True
     word = words[-1].lstrip(_OPENING).lower()
@@ -59,4 +64,17 @@ def _ends_sentence(paragraph: str, start: int, match: re.Match[str], has_capital
         return False
     if following.isdigit() and _ABBREVIATION_BEFORE_NUMBER.fullmatch(word):
         return False
-    return not (word.isdigit() and before.strip() == word)
+    is_whole = match.start() - start <= _LONGEST_WORD_BEFORE
+    return not (is_whole and word.isdigit() and before.strip() == word)
+
+
+def cut_text(text: str, longest: int) -> Iterator[str]:
+    """The text in pieces of at most ``longest`` characters, divided at white space where there is any; none of them is empty."""
+    start = 0
+    while start < len(text):
+        end = start + longest
+        if end < len(text) and (match := _UP_TO_WHITE_SPACE.match(text, start, end)):
+            end = match.end()
+        if piece := text[start:end].strip():
+            yield piece
+        start = end

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +94,17 @@ class TokenizedCorpus:
         lengths = np.diff(self.sentence_offsets)
         documents = np.repeat(np.arange(self.num_documents), np.diff(self.document_offsets))
         return _corpus(self.ids[np.repeat(sentences, lengths)], lengths[sentences], documents[sentences])
+
+
+def concatenate(corpora: Sequence[TokenizedCorpus]) -> TokenizedCorpus:
+    """The documents of all corpora, one behind the other; of one corpus that corpus itself, without a copy."""
+    if len(corpora) == 1:
+        return corpora[0]
+    return TokenizedCorpus(
+        np.concatenate([corpus.ids for corpus in corpora]),
+        _offsets(np.concatenate([np.diff(corpus.sentence_offsets) for corpus in corpora])),
+        _offsets(np.concatenate([np.diff(corpus.document_offsets) for corpus in corpora])),
+    )
 
 
 def _corpus(ids: NDArray, lengths: NDArray, documents: NDArray) -> TokenizedCorpus:

@@ -21,6 +21,7 @@ from .outputs import PooledEncoderOutput
 from .packed_layer import packed_stack
 from .packing import Packing
 from .plain import is_watched
+from .row_selection import RowSelection, SelectedRows, all_rows_reasons, reads_first_rows
 from .swap import use_fast_classes
 
 
@@ -58,6 +59,8 @@ class PackedEncoder:
         inputs = {
             "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
+        # Of a masked-LM head of ours, (batch, length): it reads the rows that have one.
+        labels = kwargs.pop("read_labels", None)
         packing = self.packed_row(attention_mask, kwargs, past_key_values, **inputs)
         reasons = model_fallback_reasons(
             self,
@@ -68,7 +71,7 @@ class PackedEncoder:
             output_hidden_states=kwargs.get("output_hidden_states"),
         )
         if not reasons:
-            return self._packed_forward(packing, attention_mask, kwargs, **inputs)
+            return self._packed_forward(packing, attention_mask, labels, kwargs, **inputs)
         decoder = {
             "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
             "past_key_values": past_key_values, "use_cache": use_cache,
@@ -101,30 +104,38 @@ class PackedEncoder:
             warn_of_first_position(self, position_ids)
         return packing
 
-    def _packed_forward(self, packing, attention_mask, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):
+    def _packed_forward(self, packing, attention_mask, labels, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):
         tokens = inputs_embeds if input_ids is None else input_ids
         if packing is None:
             packing = Packing.from_mask(attention_mask, tuple(tokens.shape[:2]), tokens.device)
         hidden_states = embed(self, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
 
         config = self.config
-        wanted = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
-        recorded = _HiddenStates(wanted, config.num_hidden_layers)
+        recorded = _HiddenStates(hidden_states_wanted(config, kwargs), config.num_hidden_layers)
         recorded.add(hidden_states)
-        stack = packed_stack(self.encoder.layer, hidden_states) if recorded.states is None else []
+        selection = None
+        known = labels is not None and hidden_states.shape[0] > 0 and not torch.compiler.is_compiling()
+        if known and not all_rows_reasons(self, recorded.states is not None):
+            selection = RowSelection(packing, labels, first=getattr(self, "pooler", None) is not None)
+        layers = list(self.encoder.layer)
+        last_layer = layers.pop() if selection is not None and selection.is_worth_it else None
+        stack = packed_stack(layers, hidden_states) if recorded.states is None else []
         if stack:
             hidden_states = run_layers(stack, hidden_states, packing.cu_seqlens)
         else:
-            for layer in self.encoder.layer:
+            for layer in layers:
                 hidden_states = layer.on_packed_rows(hidden_states, packing)
                 recorded.add(hidden_states)
 
-        output = self._output(hidden_states, packing)
+        output = self._output(hidden_states, packing, selection, last_layer)
         pooler = getattr(self, "pooler", None)
         if pooler is not None:
-            # transformers' reads the first position; of another one nobody knows, nor what a hook looks at.
-            theirs = type(pooler).__module__ == self.embeddings_class.__module__ and not is_watched(pooler)
-            first = packing.first_positions(hidden_states).unsqueeze(1) if theirs else packing.to_sequences(hidden_states)
+            if last_layer is not None:
+                first = output.first_rows().unsqueeze(1)
+            elif reads_first_rows(self):
+                first = packing.first_positions(hidden_states).unsqueeze(1)
+            else:
+                first = packing.to_sequences(hidden_states)
             output.pooler_output = pooler(first)
         if recorded.states is not None:
             last = output.last_hidden_state
@@ -137,12 +148,17 @@ class PackedEncoder:
         """(1, length) or (batch, length): the positions of tokens whose caller names none."""
         return packing.default_positions
 
-    def _output(self, hidden_states: Tensor, packing: Packing):
+    def _output(self, hidden_states: Tensor, packing: Packing, selection: RowSelection | None, last_layer: nn.Module | None):
+        """The output made of ``hidden_states`` (total, hidden), which are final, or the input of ``last_layer``."""
         if torch.compiler.is_compiling():
             theirs = self.output_class.__bases__[1]
             return theirs(last_hidden_state=packing.pad(hidden_states))
         output = self.output_class()
-        output.set_rows(hidden_states, packing)
+        if last_layer is None:
+            output.set_rows(hidden_states, packing, selection)
+        else:
+            selected = SelectedRows(selection, lambda read: last_layer(hidden_states, packing, read=read))
+            output.set_selected_rows(selected, tuple(last_layer.parameters()))
         return output
 
     def _row_through_their_forward(self, packing, kwargs, **inputs):
@@ -211,6 +227,11 @@ def model_fallback_reasons(
     if foreign:
         reasons.append(f"encoder layers are of another class: {', '.join(sorted(foreign))}")
     return reasons
+
+
+def hidden_states_wanted(config: Any, arguments: dict[str, Any]) -> bool | int | list[int] | None:
+    """What ``output_hidden_states`` is in a call with these keyword arguments; what is false in Python asks for none."""
+    return arguments.get("output_hidden_states", getattr(config, "output_hidden_states", False))
 
 
 class _HiddenStates:

@@ -12,10 +12,12 @@ from ..ops import backends
 from .accelerate import encoder_classes, module_of
 from .attention_interface import NAME as ATTENTION
 from .embeddings import embedding_notes
-from .encoder import PackedEncoder, model_fallback_reasons
+from .encoder import PackedEncoder, hidden_states_wanted, model_fallback_reasons
 from .layer import FusedLayer, int8_parts, layer_fallback_reasons, layer_notes
+from .lm_heads import LabelledRowsOnly
 from .packed_layer import packing_reasons
 from .plain import has_own_forward
+from .row_selection import all_rows_reasons
 
 
 @dataclass
@@ -26,8 +28,9 @@ class Explanation:
     packed). embeddings: notes on them. layers: notes per layer index (an empty list: fully fused). inference: on CPUs, per layer
     index, why calls without gradients take the layer's ops one by one (an empty list: one call on packed weights). int8: per layer
     index the Linears that multiply int8, where there are any. head: notes of the language-model head, None where the model has
-    none. ops: the backend that ``"auto"`` picks for the device and dtype of the weights, with the reasons against the ones before
-    it. others: the model's other encoders.
+    none. last_layer: of a model with a masked-LM head, why the last layer computes all rows in a call with labels instead of those
+    that somebody reads; None for others. ops: the backend that ``"auto"`` picks for the device and dtype of the weights, with the
+    reasons against the ones before it. others: the model's other encoders.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Explanation:
     inference: dict[int, list[str]]
     int8: dict[int, list[str]]
     head: list[str] | None
+    last_layer: list[str] | None
     ops: dict[str, dict[str, Any]] = field(default_factory=dict)
     others: list[Explanation] = field(default_factory=list)
 
@@ -72,6 +76,10 @@ class Explanation:
             lines.append(f"int8       {_ranges(indices)}: {', '.join(names)}")
         if self.head is not None:
             lines += _described("MLM head", self.head, "fused, on labelled rows only")
+        if self.last_layer:
+            lines.append(f"last layer all rows, read or not: {'; '.join(self.last_layer)}")
+        elif self.last_layer is not None:
+            lines.append("last layer with labels, labelled rows and first tokens only")
         for op, facts in self.ops.items():
             lines.append(f"{op:<20} {facts['backend']}")
             lines += [f"{'':<20} not {name}: {'; '.join(reasons)}" for name, reasons in facts["passed_over"].items()]
@@ -94,13 +102,14 @@ def explain(model: nn.Module | Pipeline, **inputs: Any) -> Explanation:
     head = next((m for m in module.modules() if _has_language_model_head(m)), None)
     first, *others = (_explain_encoder(name, encoder, inputs) for name, encoder in encoders.items())
     first.head, first.others = None if head is None else _head_notes(head), others
+    masked_lm = next((m for m in module.modules() if isinstance(m, LabelledRowsOnly)), None)  # not what wraps it
+    first.last_layer = None if masked_lm is None else _last_layer_reasons(masked_lm, inputs)
     return first
 
 
 def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> Explanation:
     if isinstance(encoder, PackedEncoder):
-        decisive = {key: value for key, value in inputs.items() if key in _DECISIVE}
-        reasons, notes = model_fallback_reasons(encoder, **decisive), embedding_notes(encoder)
+        reasons, notes = _fallback_reasons(encoder, inputs), embedding_notes(encoder)
         if has_own_forward(encoder):
             reasons.append("its forward was replaced on the instance, perhaps by one that calls transformers'")
     else:
@@ -132,8 +141,13 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
         inference=inference,
         int8=int8,
         head=None,
+        last_layer=None,
         ops={op: _op_facts(op, weight, head_dim) for op in (*backends.OPS, *(backends.INFERENCE_OPS if int8 else ()))},
     )
+
+
+def _fallback_reasons(encoder: PackedEncoder, inputs: dict[str, Any]) -> list[str]:
+    return model_fallback_reasons(encoder, **{key: value for key, value in inputs.items() if key in _DECISIVE})
 
 
 _DECISIVE = ("attention_mask", "encoder_hidden_states", "past_key_values", "output_attentions", "output_hidden_states")
@@ -147,6 +161,15 @@ def _head_notes(model: nn.Module) -> list[str]:
     if hasattr(model, "language_model_head"):
         return model.language_model_head().notes()
     return [f"logits of all tokens: it is {type(model).__module__}.{type(model).__qualname__}"]
+
+
+def _last_layer_reasons(model: LabelledRowsOnly, inputs: dict[str, Any]) -> list[str]:
+    encoder = model.base_model
+    if reasons := model.all_rows_reasons():
+        return reasons
+    if _fallback_reasons(encoder, inputs):
+        return ["the encoder runs transformers' forward pass"]
+    return all_rows_reasons(encoder, bool(hidden_states_wanted(encoder.config, inputs)))
 
 
 def _op_facts(op: str, weight: nn.Parameter, head_dim: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..ops.linear import linear, linear_dweight, linear_dx, linear_forward
 from ..ops.native_encoder import run_layers
 from ..ops.registration import contiguous_grad, under_autocast
 from .int8 import Int8Linear, join
-from .packed_layer import packed_again, packed_layer
+from .packed_layer import drop_if_trained, packed_again, packed_layer
 from .packing import Packing
 from .plain import has_hooks, has_own_forward, has_plain_parameters, is_exact_gelu, is_int8_linear, is_plain_linear
 from .swap import replaces
@@ -83,13 +83,16 @@ class FusedLayer:
 
     expected_parts: tuple[Part, ...]
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | Packing | None = None, *args, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | Packing | None = None, *args, read: Tensor | None = None, **kwargs
+    ) -> Tensor:
+        """``read``: see :meth:`op_by_op`; of a layer that has no :func:`layer_notes`, on packed rows."""
         if not isinstance(attention_mask, Packing):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         packing = attention_mask
         if hidden_states.dim() == 3:
             return packing.to_sequences(self._fused(packing.from_sequences(hidden_states), packing))
-        return self._fused(hidden_states, packing)
+        return self._fused(hidden_states, packing, read)
 
     def on_packed_rows(self, rows: Tensor, packing: Packing) -> Tensor:
         """A call of this layer on (total, hidden); who watches it sees padded (batch, length, hidden), as in transformers."""
@@ -101,7 +104,10 @@ class FusedLayer:
             return packing.from_sequences(self(packing.to_sequences(rows), packing))
         return self(rows, packing)
 
-    def _fused(self, hidden_states: Tensor, packing: Packing) -> Tensor:
+    def _fused(self, hidden_states: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
+        if read is not None:
+            drop_if_trained(self, hidden_states)
+            return self.op_by_op(hidden_states, packing, read)
         packed = packed_again(self, hidden_states)
         if packed is None:
             if layer_fallback_reasons(self):
@@ -112,10 +118,16 @@ class FusedLayer:
             return run_layers([packed], hidden_states, packing.cu_seqlens)
         return self.op_by_op(hidden_states, packing)
 
-    def op_by_op(self, hidden_states: Tensor, packing: Packing) -> Tensor:
-        """The fused layer on (total, hidden), with derivatives and dropout."""
+    def op_by_op(self, hidden_states: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
+        """The fused layer on (total, hidden), with derivatives and dropout.
+
+        read: (n,) int64, the rows that somebody reads; the result is theirs, (n, hidden). Attention computes all rows, what
+        comes behind it these, whose dropout masks there go by their position in ``read``.
+        """
         first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
+        if read is not None:
+            context, hidden_states = context.index_select(0, read), hidden_states.index_select(0, read)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
         return _feed_forward(self.intermediate, self.output, hidden_states, packing, first_stream + 2)
 
@@ -135,16 +147,8 @@ def _padding_mask(layer: nn.Module, rows: Tensor, packing: Packing) -> Tensor | 
 
 def _self_attention(module: nn.Module, hidden_states: Tensor, packing: Packing, stream: int) -> Tensor:
     qkv = _project_qkv(module, hidden_states).view(-1, 3, module.num_attention_heads, module.attention_head_size)
-    dropout_p = active_dropout_p(module.dropout)
-    return attention(
-        qkv,
-        packing.cu_seqlens,
-        packing.max_seqlen,
-        softmax_scale=module.scaling,
-        dropout_p=dropout_p,
-        seed=packing.seed_for(dropout_p),
-        stream=stream,
-    ).flatten(1)
+    dropout = packing.dropout_of(active_dropout_p(module.dropout), stream)
+    return attention(qkv, packing.cu_seqlens, packing.max_seqlen, softmax_scale=module.scaling, **dropout).flatten(1)
 
 
 def _output(module: nn.Module, x: Tensor, residual: Tensor, packing: Packing, stream: int) -> Tensor:
@@ -167,13 +171,10 @@ def _feed_forward(intermediate: nn.Module, output: nn.Module, x: Tensor, packing
 def _add_layer_norm(module: nn.Module, x: Tensor, bias: Tensor | None, residual: Tensor, packing: Packing, stream: int) -> Tensor:
     """The end of BertSelfOutput and BertOutput, behind the Linear."""
     norm = module.LayerNorm
-    dropout_p = active_dropout_p(module.dropout)
     # Under autocast Linears give half precision, and transformers adds that to hidden states which stay float32 through all layers.
     x = x.to(torch.promote_types(x.dtype, residual.dtype))
-    return add_layer_norm(
-        x, bias, residual, norm.weight, norm.bias, norm.eps,
-        dropout_p=dropout_p, seed=packing.seed_for(dropout_p), stream=stream,
-    )  # fmt: skip
+    dropout = packing.dropout_of(active_dropout_p(module.dropout), stream)
+    return add_layer_norm(x, bias, residual, norm.weight, norm.bias, norm.eps, **dropout)
 
 
 def _intermediate(module: nn.Module, x: Tensor) -> Tensor:

@@ -17,12 +17,11 @@ from torch.nn import functional as F
 
 from ..ops import gelu_layer_norm, mlm_loss
 from ..ops.linear import linear
+from ..ops.mlm_loss import IGNORE_INDEX
 from ..ops.registration import at_least_float32, transform_reasons
 from .outputs import Deferred, EncoderOutput
 from .packing import Packing
 from .plain import has_hooks, has_plain_parameters, is_exact_gelu, is_plain_linear, is_watched
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class LanguageModelHead:
 
     def notes(self) -> list[str]:
         """What runs unfused, and why; empty for a fully fused head."""
-        if reasons := self._container_reasons():
+        if reasons := self.container_reasons():
             return [f"logits of all tokens come from transformers' modules: {'; '.join(reasons)}"]
         notes = []
         if not self._transform_is_plain():
@@ -52,30 +51,26 @@ class LanguageModelHead:
             notes.append("logits of the labelled rows are stored whole: the decoder is not a plain nn.Linear")
         return notes
 
-    def loss(
-        self, outputs: Any, labels: Tensor, ignore_index: int = IGNORE_INDEX, reduction: str = "mean"
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, outputs: Any, labels: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy of an encoder's ``outputs`` against ``labels`` (batch, length).
 
         Returns the loss, and the telemetry of the labelled tokens: how many have the largest logit right, and how many there are.
         """
-        if self._container_reasons():
+        if self.container_reasons():
             logits, row_labels = self.whole(outputs.last_hidden_state).flatten(0, 1), labels.flatten()
-            loss, correct = _whole_loss(logits, row_labels, ignore_index, reduction)
+            loss, correct = _whole_loss(logits, row_labels, reduction)
         else:
-            rows, row_labels = _labelled_rows(outputs, labels, ignore_index)
+            rows, row_labels = _labelled_rows(outputs, labels)
             hidden, decoder = self._hidden(rows), self.decoder
             if is_plain_linear(decoder):
-                loss, correct = mlm_loss(
-                    hidden, decoder.weight, decoder.bias, row_labels, ignore_index=ignore_index, reduction=reduction
-                )
+                loss, correct = mlm_loss(hidden, decoder.weight, decoder.bias, row_labels, reduction=reduction)
             else:
-                loss, correct = _whole_loss(decoder(hidden), row_labels, ignore_index, reduction)
-        return loss, correct.sum(), (row_labels != ignore_index).sum()
+                loss, correct = _whole_loss(decoder(hidden), row_labels, reduction)
+        return loss, correct.sum(), (row_labels != IGNORE_INDEX).sum()
 
     def logits(self, outputs: Any) -> Tensor:
         """(batch, length, vocabulary): logits of every token, 0 on padding where the encoder ran packed."""
-        if not isinstance(outputs, EncoderOutput) or self._container_reasons():
+        if not isinstance(outputs, EncoderOutput) or self.container_reasons():
             return self.whole(outputs.last_hidden_state)
         return outputs.packing.pad(self.decoder(self._hidden(outputs.packed)))
 
@@ -85,10 +80,12 @@ class LanguageModelHead:
             setattr(output, name, self.logits(outputs))
         else:
             parts = (*(module for module, _ in self.containers), self.dense, self.norm, self.decoder)
-            parameters = {p: None for part in parts if part is not None for p in part.parameters()}
+            parameters = dict.fromkeys(getattr(outputs, "computed_later", ()))
+            parameters |= {p: None for part in parts if part is not None for p in part.parameters()}
             output.defer(name, Deferred(lambda: self.logits(outputs), tuple(parameters)))
 
-    def _container_reasons(self) -> list[str]:
+    def container_reasons(self) -> list[str]:
+        """Why transformers' modules are called, on all rows; empty where the fused path takes the rows that it needs."""
         reasons = transform_reasons()
         for module, expected in self.containers:
             if type(module) is not expected:
@@ -120,13 +117,15 @@ class LanguageModelHead:
         return gelu_layer_norm(x, self.dense.bias, norm.weight, norm.bias, norm.eps)
 
 
-def _whole_loss(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
-    loss = F.cross_entropy(at_least_float32(logits), labels, ignore_index=ignore_index, reduction=reduction)
-    return loss, (logits.argmax(-1) == labels) & (labels != ignore_index)
+def _whole_loss(logits: Tensor, labels: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    loss = F.cross_entropy(at_least_float32(logits), labels, ignore_index=IGNORE_INDEX, reduction=reduction)
+    return loss, (logits.argmax(-1) == labels) & (labels != IGNORE_INDEX)
 
 
-def _labelled_rows(outputs: Any, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _labelled_rows(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The encoder's rows (n, hidden) that carry a label, and those labels (n,)."""
+    if isinstance(outputs, EncoderOutput) and outputs.selection is not None:
+        return outputs.labelled_rows()
     if isinstance(outputs, EncoderOutput):
         packing: Packing = outputs.packing
         rows, row_labels = outputs.packed, packing.unpad(labels)
@@ -134,5 +133,5 @@ def _labelled_rows(outputs: Any, labels: Tensor, ignore_index: int) -> tuple[Ten
         rows, row_labels = outputs.last_hidden_state.flatten(0, 1), labels.flatten()
     if torch.compiler.is_compiling():
         return rows, row_labels
-    labelled = (row_labels != ignore_index).nonzero().squeeze(1)
+    labelled = (row_labels != IGNORE_INDEX).nonzero().squeeze(1)
     return rows.index_select(0, labelled), row_labels.index_select(0, labelled)

@@ -12,12 +12,12 @@ from transformers.utils.generic import can_return_tuple
 
 from ..ops.registration import at_least_float32
 from .bert import PackedHead
-from .encoder import sequences_in_row
+from .encoder import PackedEncoder, sequences_in_row
 from .inputs import check_labels
 from .lm_head import IGNORE_INDEX, LanguageModelHead
 from .outputs import BertForPreTrainingOutput, BertLMHeadOutput, MaskedLMOutput
 from .plain import is_watched
-from .swap import replaces
+from .swap import is_of_fast_class, replaces
 
 
 def _bert_head(cls: nn.Module, expected: type) -> LanguageModelHead:
@@ -48,7 +48,29 @@ def _loss(head: LanguageModelHead, outputs: Any, labels: Tensor, num_items: Tens
     return loss / num_items, *telemetry
 
 
-class MaskedLM:
+class LabelledRowsOnly:
+    """Mixin: a call with labels reads the encoder's labelled rows and each sequence's first, and tells the encoder which those are.
+
+    So its last layer computes no others (:mod:`fastbert.model.row_selection`) until somebody reads the logits of all tokens.
+    """
+
+    def all_rows_reasons(self) -> list[str]:
+        """Why the last layer computes all rows in a call with labels; empty where it computes those that are read."""
+        encoder = self.base_model
+        if reasons := self.language_model_head().container_reasons():
+            return reasons
+        if not (is_of_fast_class(encoder) and isinstance(encoder, PackedEncoder)):
+            return [f"the encoder is {type(encoder).__module__}.{type(encoder).__qualname__}"]
+        return ["the encoder has hooks, or another forward than its class"] if is_watched(encoder) else []
+
+    def _rows_read(self, labels: Tensor | None) -> dict[str, Tensor]:
+        """Arguments of the encoder's call. Compiled code cannot know how many tokens have labels."""
+        if labels is None or torch.compiler.is_compiling() or self.all_rows_reasons():
+            return {}
+        return {"read_labels": labels}
+
+
+class MaskedLM(LabelledRowsOnly):
     """Mixin in front of transformers' masked-LM class: the head runs on labelled rows only, ``logits`` come when they are read.
 
     Given Trainer's ``num_items_in_batch``, the labelled tokens of all batches whose gradients accumulate, the loss is its sum over
@@ -81,6 +103,7 @@ class MaskedLM:
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             return_dict=True,
+            **self._rows_read(labels),
             **kwargs,
         )
         head = self.language_model_head()
@@ -101,7 +124,7 @@ class BertForMaskedLM(MaskedLM, PackedHead, hf.BertForMaskedLM):
 
 
 @replaces(hf.BertForPreTraining)
-class BertForPreTraining(PackedHead, hf.BertForPreTraining):
+class BertForPreTraining(LabelledRowsOnly, PackedHead, hf.BertForPreTraining):
     """transformers' class: the masked-LM head runs on labelled rows only, ``prediction_logits`` are computed when read.
 
     Packed inputs (``cu_seq_lens_q``) take ``next_sentence_label`` (num_sequences,).
@@ -129,7 +152,8 @@ class BertForPreTraining(PackedHead, hf.BertForPreTraining):
             return super().forward(
                 input_ids, attention_mask, **inputs, labels=labels, next_sentence_label=next_sentence_label, **kwargs
             )
-        outputs = self.bert(input_ids, attention_mask=attention_mask, **inputs, return_dict=True, **kwargs)
+        rows_read = self._rows_read(None if next_sentence_label is None else labels)
+        outputs = self.bert(input_ids, attention_mask=attention_mask, **inputs, return_dict=True, **rows_read, **kwargs)
         seq_relationship_logits = self.cls.seq_relationship(outputs.pooler_output)
         head = self.language_model_head()
         output = BertForPreTrainingOutput() if not torch.compiler.is_compiling() else hf.BertForPreTrainingOutput()

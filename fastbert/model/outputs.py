@@ -24,6 +24,7 @@ from transformers.modeling_outputs import (
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput as HFBertForPreTrainingOutput
 
 from .packing import Packing
+from .row_selection import RowSelection, SelectedRows
 
 
 @dataclass
@@ -107,12 +108,42 @@ class LazyOutput:
 
 
 class EncoderOutput(LazyOutput):
-    """Beside transformers' fields: ``packed`` (total, hidden), the encoder's rows before padding, and their ``packing``."""
+    """Beside transformers' fields: ``packed`` (total, hidden), the encoder's rows before padding, and their ``packing``.
 
-    def set_rows(self, rows: Tensor, packing: Packing) -> None:
+    ``selection``: the rows that a masked-LM head reads, where it said so; ``computed_later``: the parameters that ``packed``
+    depends on from now on, where the encoder has computed those rows alone.
+    """
+
+    selection: RowSelection | None
+    computed_later: tuple[Tensor, ...]
+
+    def set_rows(self, rows: Tensor, packing: Packing, selection: RowSelection | None = None) -> None:
         """Makes ``rows`` (total, hidden) the result, and ``last_hidden_state`` what they are with padding."""
-        self._rows, self.packing = rows, packing
+        self._rows, self._selected = rows, None
+        self.packing, self.selection, self.computed_later = packing, selection, ()
         self.defer("last_hidden_state", Deferred(lambda: packing.pad(rows)))
+
+    def set_selected_rows(self, selected: SelectedRows, parameters: tuple[Tensor, ...]) -> None:
+        """:meth:`set_rows` where the last layer, with these parameters, has computed some rows and does the others when read."""
+        packing = selected.selection.packing
+        self._selected = selected
+        self.packing, self.selection, self.computed_later = packing, selected.selection, parameters
+        self.defer("last_hidden_state", Deferred(lambda: packing.pad(selected.all()), parameters))
+
+    def _all_rows(self) -> Tensor:
+        return self._rows if self._selected is None else self._selected.all()
+
+    def first_rows(self) -> Tensor:
+        """(num_sequences, hidden): the first row of each sequence, of what was computed for ``selection``."""
+        return self.selection.first_positions(self._selected.rows)
+
+    def labelled_rows(self) -> tuple[Tensor, Tensor]:
+        """The rows (n, hidden) of ``selection`` that carry a label, and those labels (n,)."""
+        labelled, labels = self.selection.labelled, self.selection.labels
+        if self._selected is not None:
+            return self._selected.rows[: labelled.numel()], labels
+        rows = self.packed
+        return (rows if labelled.numel() == rows.shape[0] else rows.index_select(0, labelled)), labels
 
     def _compute(self, name: str, deferred: Deferred) -> Tensor:
         value = super()._compute(name, deferred)
@@ -125,9 +156,9 @@ class EncoderOutput(LazyOutput):
         """A hook may have changed ``last_hidden_state``, by another tensor or in place: then they are the rows of that."""
         state = object.__getattribute__(self, "last_hidden_state")
         if isinstance(state, Deferred):
-            return self._rows
+            return self._all_rows()
         padded, version = vars(self).get("_padded", (None, None))
-        return self._rows if state is padded and state._version == version else self.packing.unpad(state)
+        return self._all_rows() if state is padded and state._version == version else self.packing.unpad(state)
 
 
 @dataclass

@@ -88,8 +88,7 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
     """
     if not native.AVAILABLE or not _takes(x):
         return None
-    if _drops(layer) or _learns(layer, x):
-        _entries.pop(layer, None)
+    if drop_if_trained(layer, x):
         return None
     if _changed_parts(layer):
         return None
@@ -98,6 +97,14 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
         with _lock:
             entry = _entries[layer] = _pack(layer, _dtypes(x))
     return entry.packed
+
+
+def drop_if_trained(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a call of this layer on x trains it, or has dropout: then there is no packed copy of it from now on."""
+    trained = _drops(layer) or _learns(layer, x)
+    if trained:
+        _entries.pop(layer, None)
+    return trained
 
 
 def _takes(x: Tensor) -> bool:

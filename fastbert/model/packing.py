@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +22,7 @@ class Packing:
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, shape: tuple[int, int], indices: Tensor | None = None) -> None:
         self.cu_seqlens, self.max_seqlen, self.shape, self.indices = cu_seqlens, max_seqlen, shape, indices
         self._seed: Tensor | None = None
+        self._dropout_p: dict[int, float] = {}
         self._padding_mask: Tensor | None = None
         self._rows: Tensor | None = None
 
@@ -75,6 +78,14 @@ class Packing:
             self._seed = torch.randint(2**62, (1,), device=self.cu_seqlens.device)
         return self._seed
 
+    def dropout_of(self, p: float, stream: int) -> dict[str, Any]:
+        """The arguments of an op with dropout: ``p`` as it was when this stream was first asked for, the seed, and the stream.
+
+        A layer that is run again, when its model may be in another mode, must drop what it has dropped.
+        """
+        p = self._dropout_p.setdefault(stream, p)
+        return {"dropout_p": p, "seed": self.seed_for(p), "stream": stream}
+
     @property
     def default_positions(self) -> Tensor:
         """The positions of tokens whose caller names none, (1, length): columns, in a packed row counted from each start."""
@@ -104,15 +115,19 @@ class Packing:
         """
         if x.shape[0] == 0:
             return x.new_zeros(self.num_sequences, *x.shape[1:])
+        rows, exists = self.first_rows(x.shape[0])
+        first = x.index_select(0, rows)
+        return first if exists is None else first * exists.unsqueeze(-1)
+
+    def first_rows(self, total: int) -> tuple[Tensor, Tensor | None]:
+        """(num_sequences,) each: the row of ``total`` > 0 at each first position, and whether there is one (None: everywhere)."""
         rows = self.cu_seqlens[:-1]
         if self.indices is None and self._is_batch:
-            return x.index_select(0, rows)
-        rows = rows.clamp(max=x.shape[0] - 1)
+            return rows, None
+        rows = rows.clamp(max=total - 1)
         if self.indices is None:
-            exists = self.cu_seqlens.diff() > 0
-        else:
-            exists = self.indices[rows] == torch.arange(self.shape[0], device=rows.device) * self.shape[1]
-        return x.index_select(0, rows) * exists.unsqueeze(-1)
+            return rows, self.cu_seqlens.diff() > 0
+        return rows, self.indices[rows] == torch.arange(self.shape[0], device=rows.device) * self.shape[1]
 
     @property
     def num_sequences(self) -> int:

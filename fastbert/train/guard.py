@@ -65,6 +65,6 @@ def check_skipped(skipped: list[dict[str, Any]], most: int) -> None:
         return
     shown = "; ".join(map(skipped_text, skipped[-SHOWN_STEPS:]))
     raise TrainingError(
-        f"{len(skipped)} steps were left out, --max-skipped-steps allows {most}; the last: {shown}. A lower --learning-rate or a "
+        f"steps left out: {len(skipped)}, and --max-skipped-steps allows {most}; the last: {shown}. A lower --learning-rate or a "
         "longer --warmup-steps usually helps"
     )

@@ -6,7 +6,6 @@ transformers has one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -94,5 +93,5 @@ def _adam_directions(averages: list[Tensor], squares: list[Tensor], steps: list[
 
 
 def _bias_correction(beta: float, step: Tensor) -> Tensor:
-    """1 - beta^step, without the cancellation that costs float32 three of its digits at beta 0.999."""
-    return -torch.expm1(step * math.log(beta))
+    """1 - beta^step, of whose digits float32 would lose three at beta 0.999."""
+    return 1 - beta ** step.double()

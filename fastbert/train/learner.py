@@ -70,6 +70,10 @@ class Learner:
         scores: Callable[[Any, dict[str, Any]], Tensor] = batch_scores,
         processes: Processes = ALONE,
     ):
+        if settings.gradient_checkpointing:
+            # The second name is that of older versions of transformers.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         self.model = model
         self._processes = processes
         self._module = processes.parallel(model)

@@ -7,21 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import BertConfig
 
+from .schedules import cycles
 from .settings import PretrainSettings
 
 if TYPE_CHECKING:
     from .pretrain import PretrainResult
 
+OPTIMIZER_NAMES = {"adamw": "AdamW", "lamb": "LAMB"}
+SCHEDULE_NAMES = {"linear": "linear decay", "polynomial": "decay by the square root", "one-cycle": "one cycle of cosines"}
+MASKED_TOGETHER = {"token": "", "whole-word": ", whole words together", "span": ", spans of words together"}
+
 
 def model_card(settings: PretrainSettings, result: PretrainResult, config: BertConfig) -> str:
     """Markdown with the metadata block that the Hugging Face Hub reads."""
+    heads, model_class = "its two pretraining heads: masked words and next sentences", "BertForPreTraining"
+    if settings.objective == "mlm":
+        heads, model_class = "the pretraining head for masked words", "BertForMaskedLM"
     sections = [
         _metadata(),
         f"# BERT with {config.num_hidden_layers} layers and {config.hidden_size} hidden units, pretrained with fastbert",
-        "A BERT encoder with its two pretraining heads: masked words and next sentences. transformers loads it:",
-        '```python\nfrom transformers import AutoTokenizer, BertForPreTraining\n\nfolder = "PATH_OF_THIS_FOLDER"\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\nmodel = BertForPreTraining.from_pretrained(folder)\n```",
-        "The same lines with `from fastbert import BertForPreTraining` run it faster.",
+        f"A BERT encoder with {heads}. transformers loads it:",
+        f'```python\nfrom transformers import AutoTokenizer, {model_class}\n\nfolder = "PATH_OF_THIS_FOLDER"\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(folder)\nmodel = {model_class}.from_pretrained(folder)\n```",
+        f"The same lines with `from fastbert import {model_class}` run it faster.",
         "## Data",
         _data(settings, result.data),
         "## Training",
@@ -77,19 +85,47 @@ def _training_rows(settings: PretrainSettings, result: PretrainResult, config: B
          f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}, {config.intermediate_size}"),
         ("parameters", f"{result.parameters:,}"),
         ("initial weights", f"`{settings.model}`" if settings.continues_checkpoint else f"random, seed {settings.seed}"),
-        ("steps", f"{result.steps:,}"),
+        ("steps", f"{result.steps:,}" + (f", {len(result.skipped):,} of them left out" if result.skipped else "")),
         ("tokens", f"{result.tokens:,}"),
-        ("tokens per batch", f"at most {settings.tokens_per_batch:,}"),
-        ("longest sequence", f"{settings.max_seq_length} tokens"),
-        ("optimizer", f"AdamW, weight decay {settings.weight_decay:g}, gradient norm clipped to {settings.max_grad_norm:g}"),
-        ("learning rate", f"{settings.learning_rate:g}, {settings.effective_warmup_steps:,} steps of warmup, linear decay"),
+        ("batches", _batches(settings, result)),
+        ("longest sequence", _lengths(result)),
+        ("optimizer", f"{OPTIMIZER_NAMES[settings.optimizer]}, weight decay {settings.weight_decay:g}, gradient norm clipped to "
+                      f"{settings.max_grad_norm:g}"),
+        ("learning rate", _learning_rate(settings)),
+        ("precision", "float32" if settings.dtype == "float32" else f"{settings.dtype} (autocast), weights in float32"),
         ("dropout", f"{settings.effective_dropout:g}"),
-        ("masking", "15% of the tokens, drawn anew in every batch: 80% [MASK], 10% a random token, 10% unchanged"),
-        ("sentence pairs", "50% the true next, 50% from another document"),
+        ("masking", f"{settings.mlm_probability:.0%} of the tokens{MASKED_TOGETHER[settings.masking]}, drawn anew in every batch: "
+                    "80% [MASK], 10% a random token, 10% unchanged"),
+        *_pairs(settings),
         ("device", result.device),
         ("speed", f"{result.tokens_per_second:,.0f} real tokens/s"),
     ]  # fmt: skip
     return rows
+
+
+def _batches(settings: PretrainSettings, result: PretrainResult) -> str:
+    """Their size, how full they were, and how many make a step."""
+    text = f"at most {settings.tokens_per_batch:,} tokens, of which {result.fill:.1%} were used"
+    return text if settings.batches_per_step == 1 else f"{settings.batches_per_step:,} a step, each of {text}"
+
+
+def _lengths(result: PretrainResult) -> str:
+    if len(result.phases) == 1:
+        return f"{result.phases[0]['max_seq_length']} tokens"
+    return ", then ".join(f"{phase['max_seq_length']} tokens for {phase['steps']:,} steps" for phase in result.phases)
+
+
+def _learning_rate(settings: PretrainSettings) -> str:
+    return ", then ".join(
+        f"{cycle.peak:g}, {cycle.warmup_steps:,} steps of warmup, {SCHEDULE_NAMES[settings.schedule]}" for cycle in cycles(settings)
+    )
+
+
+def _pairs(settings: PretrainSettings) -> list[tuple[str, str]]:
+    if settings.objective == "mlm":
+        return []
+    again = ", the same in every epoch" if settings.static_pairs else ""
+    return [("sentence pairs", f"50% the true next, 50% from another document{again}")]
 
 
 def _scores(result: PretrainResult) -> str:
@@ -101,6 +137,7 @@ def _scores(result: PretrainResult) -> str:
             ("nsp_loss", "next sentence loss (nats)"),
             ("nsp_accuracy", "next sentence accuracy"),
         )
+        if name in result.held_out
     ]
     lines = ["| | before training | after training |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     return (

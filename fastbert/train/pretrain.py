@@ -50,15 +50,20 @@ from .settings import PretrainSettings
 @dataclass(frozen=True)
 class PretrainResult:
     """A finished run. ``held_out_start`` and ``held_out``: scores on the held-out text before and after training (losses in
-    nats); ``tokens``: real tokens trained on; ``tokens_per_second``: over training steps and their data; ``data``: counts of
-    the corpus; ``comparison``: the summary of ``--compare`` or None, with ``agree`` False where the losses differ.
+    nats); ``phases``: steps and longest sequence of each; ``skipped``: the steps that were left out, see ``RunState``;
+    ``tokens``: real tokens trained on; ``fill``: the share of the batches' token budget that they are; ``tokens_per_second``: over
+    training steps and their data; ``data``: counts of the corpus; ``comparison``: the summary of ``--compare`` or None, with
+    ``agree`` False where the losses differ.
     """
 
     output: str
     device: str
     parameters: int
     steps: int
+    phases: list[dict[str, int]]
+    skipped: list[dict[str, Any]]
     tokens: int
+    fill: float
     seconds: float
     tokens_per_second: float
     data: dict[str, Any]
@@ -99,8 +104,6 @@ def _run(settings: PretrainSettings, device: torch.device, processes: Processes,
     _check_same_everywhere(data, processes)
     torch.manual_seed(settings.seed)
     model = build_model(settings, data.tokenizer, checkpoint).to(device)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     if state is not None:
         _check_same_data(state, data)
     elif processes.is_main:
@@ -214,13 +217,17 @@ def _train(
         scores = _held_out_scores(settings, model, data)
         metrics.write({"step": state.step, "held_out": scores})
     examples = fill_in_examples(model, data.held_out[0].to(model.device), data.tokenizer)
+    budget = (state.step - len(state.skipped)) * settings.batches_per_step * settings.tokens_per_batch
     report = None if state.comparison is None else ComparisonReport.from_state(state.comparison)
     result = PretrainResult(
         output=str(output),
         device=device_name(model.device),
         parameters=parameters,
         steps=state.step,
+        phases=[{"steps": phase.steps, "max_seq_length": phase.max_seq_length} for phase in settings.phases],
+        skipped=state.skipped,
         tokens=state.tokens,
+        fill=state.tokens / budget,
         seconds=state.seconds,
         tokens_per_second=state.tokens / state.seconds,
         data=data.facts,
@@ -279,6 +286,8 @@ def _write_results(
 
 def _say_results(result: PretrainResult, report: ComparisonReport | None, say: Say) -> None:
     say(f"\nTrained {result.steps:,} steps on {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s")
+    if result.skipped:
+        say(f"Steps left out: {len(result.skipped)}, named in {METRICS_NAME}")
     say(f"Held-out text before: {_scores_text(result.held_out_start)}")
     say(f"Held-out text after:  {_scores_text(result.held_out)}")
     if result.examples:

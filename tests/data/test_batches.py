@@ -11,6 +11,7 @@ from fastbert.data import batches as batches_module
 from fastbert.data.batches import PackedBatch, PretrainingBatches, held_out_batches
 from fastbert.data.masking import IGNORE_INDEX
 from fastbert.data.pairs import make_pairs
+from fastbert.data.streams import Stream, generator
 from fastbert.data.tokens import TokenizedCorpus
 
 from .helpers import numbered_corpus
@@ -55,21 +56,31 @@ def test_packing(batches: PretrainingBatches, tokenizer: PreTrainedTokenizerFast
             assert batch.labels[start] == batch.labels[end - 1] == IGNORE_INDEX
 
 
-def test_an_epoch_is_its_pairs_in_order_under_the_budget(
+def pair_texts(batch: PackedBatch) -> list[tuple[int, ...]]:
+    """The ids of each sequence, unmasked, with its label."""
+    bounds, ids, labels = batch.cu_seqlens.tolist(), originals(batch).tolist(), batch.next_sentence_label.tolist()
+    return [(label, *ids[start:end]) for start, end, label in zip(bounds, bounds[1:], labels)]
+
+
+def test_every_pair_of_an_epoch_is_in_exactly_one_batch_in_another_order(
     batches: PretrainingBatches, corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     for epoch in (0, 3):
         made = list(batches.epoch(epoch))
-        ids = {"cls_id": tokenizer.cls_token_id, "sep_id": tokenizer.sep_token_id}
-        pairs = make_pairs(corpus, 48, seed=3, epoch=epoch, **ids)
-        assert torch.cat([originals(batch) for batch in made]).tolist() == pairs.input_ids.tolist()
-        assert torch.cat([batch.next_sentence_label for batch in made]).tolist() == pairs.next_sentence_label.tolist()
+        pairs = make_pairs(corpus, 48, generator(3, Stream.SEQUENCES, epoch))
+        ids = pairs.assemble(0, len(pairs), cls_id=tokenizer.cls_token_id, sep_id=tokenizer.sep_token_id)
+        texts = [(int(label), *part.tolist()) for part, label in zip(np.split(ids, pairs.offsets[1:-1]), pairs.next_sentence_label)]
+        found = [text for batch in made for text in pair_texts(batch)]
+        assert sorted(found) == sorted(texts)
+        places = {}
+        for number, text in enumerate(texts):
+            places.setdefault(text, number)
+        order = np.array([places[text] for text in found])
+        assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.2, "the order of the corpus is gone"
         assert len(made) == batches.num_batches(epoch) > 5
-        for batch, following in zip(made, made[1:]):
-            assert batch.num_tokens + int(following.cu_seqlens[1]) > 300, "the next sequence would have fitted"
         fill = np.mean([batch.num_tokens for batch in made[:-1]]) / 300
         assert batches.fill(epoch) == pytest.approx(fill)
-        assert fill > 0.85
+        assert fill > 0.97
 
 
 def test_padded_holds_the_same_tokens(batches: PretrainingBatches, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -117,6 +117,8 @@ def test_lora_variants(door, kind):
 def test_lora_on_a_masked_language_model(door, targets):
     theirs, ours = adapted_pair(door, lora(targets, task_type=None), "BertForMaskedLM")
     assert_same_step(ours, theirs, inputs_for("BertForMaskedLM"))
+    in_layers = targets[-1] in ("query", "value")
+    assert any("peft" in note for note in fastbert.explain(ours).last_layer) == in_layers
 
 
 @pytest.mark.parametrize("name", RELATIVES)

@@ -1,0 +1,115 @@
+"""Which rows a masked-LM head reads, so that the encoder's last layer goes on with those alone.
+
+Behind the last attention every row is on its own: output projection, LayerNorms and feed-forward network, 9 of the 12 hidden^2
+matmuls of a layer, of a row that nobody reads add nothing to the loss, and nothing to any gradient. Dropout there draws by the
+position among the rows that are computed: other masks than those of a call that computes all rows, as random as they.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.mlm_loss import IGNORE_INDEX
+from .layer import int8_parts, layer_notes
+from .packing import Packing
+from .plain import is_watched
+
+# Gathering rows and scattering their gradients costs a few passes over them: not worth it for the last few rows.
+_LARGEST_SHARE = 0.9
+
+
+class RowSelection:
+    """The labelled rows of a packed batch, and with ``first`` the first row of every sequence, for the pooler, behind them.
+
+    labels: (batch, length), ``IGNORE_INDEX`` where there is none. A first row that has a label, too, is there twice, because how
+    often that happens cannot be known without waiting for a GPU; both readers take the first of the two, the other one is
+    computed for nothing. Finding the labelled rows is the one thing here that waits.
+
+    No dataclass, for the reason that :class:`Packing` is none.
+    """
+
+    def __init__(self, packing: Packing, labels: Tensor, *, first: bool) -> None:
+        row_labels = packing.unpad(labels)
+        is_labelled = row_labels != IGNORE_INDEX
+        self.packing, self.total = packing, row_labels.numel()
+        self.labelled = is_labelled.nonzero().squeeze(1)
+        self.labels = row_labels.index_select(0, self.labelled)
+        self._first, self._exists = packing.first_rows(self.total) if first else (self.labelled[:0], None)
+        self.rows = torch.cat([self.labelled, self._first])
+        places = torch.arange(self.labelled.numel(), self.rows.numel(), device=self.rows.device)
+        ranks = is_labelled.cumsum(0) - 1
+        self._places_of_first = torch.where(is_labelled[self._first], ranks[self._first], places)
+
+    @property
+    def is_worth_it(self) -> bool:
+        return 0 < self.rows.numel() <= _LARGEST_SHARE * self.total
+
+    def first_positions(self, x: Tensor) -> Tensor:
+        """(len(rows), ...) -> (num_sequences, ...): :meth:`Packing.first_positions` of what was computed for ``rows``."""
+        first = x.index_select(0, self._places_of_first)
+        return first if self._exists is None else first * self._exists.unsqueeze(-1)
+
+    def all_rows(self) -> tuple[Tensor, Tensor]:
+        """(order, places): every row's index, ``rows`` before the others, and where in ``order`` each row stands.
+
+        Dropout draws by the position among the rows that a layer goes on with: in this order ``rows`` get the masks that they
+        had alone.
+        """
+        places = torch.full((self.total,), -1, device=self.rows.device)
+        places[self._first] = self._places_of_first
+        places[self.labelled] = torch.arange(self.labelled.numel(), device=self.rows.device)
+        others = (places < 0).nonzero().squeeze(1)
+        order = torch.cat([self.rows, others])
+        places[others] = torch.arange(self.rows.numel(), order.numel(), device=order.device)
+        return order, places
+
+
+class SelectedRows:
+    """The rows of a selection as the last layer makes them, now, and all rows when somebody asks for them.
+
+    last_layer: index (n,) -> rows (n, hidden).
+    """
+
+    def __init__(self, selection: RowSelection, last_layer: Callable[[Tensor], Tensor]) -> None:
+        self.selection, self._last_layer = selection, last_layer
+        self.rows = last_layer(selection.rows)
+        self._all: Tensor | None = None
+
+    def all(self) -> Tensor:
+        """(total, hidden)."""
+        if self._all is None:
+            order, places = self.selection.all_rows()
+            self._all = self._last_layer(order).index_select(0, places)
+        return self._all
+
+
+def all_rows_reasons(encoder: nn.Module, hidden_states_wanted: bool = False) -> list[str]:
+    """Why the last layer of a packed encoder goes on with all rows, whoever reads them; empty where it need not.
+
+    What is called as a module (LoRA's Linear, say) may not do the same again, should somebody read the other rows after all.
+    """
+    if hidden_states_wanted:
+        return ["output_hidden_states asks for them"]
+    layers = encoder.encoder.layer
+    if not len(layers):
+        return ["there is none"]
+    reasons = layer_notes(layers[-1])
+    if int8_parts(layers[-1]):
+        reasons.append("it multiplies int8, which is for inference")
+    if layers[-1]._compiled_call_impl is not None:
+        reasons.append("it is compiled, and compiled code cannot know how many rows are read")
+    if not reads_first_rows(encoder):
+        reasons.append("the pooler is not transformers', or has hooks, and gets all rows")
+    return reasons
+
+
+def reads_first_rows(encoder: nn.Module) -> bool:
+    """Whether the pooler, where there is one, reads the first row of each sequence and no others, as transformers' does.
+
+    Of another one nobody knows, nor what a hook looks at.
+    """
+    pooler = getattr(encoder, "pooler", None)
+    return pooler is None or (type(pooler).__module__ == encoder.embeddings_class.__module__ and not is_watched(pooler))
