@@ -1,8 +1,5 @@
 """The ceilings that figures are set beside, measured in the same run: the machine's matmul rate and copy bandwidth, and for one
 workload the time of its matmuls alone.
-
-The matmul rate is that of the fastest library which torch carries: float32 goes to MKL, which on AMD reaches 40% of oneDNN's
-rate, and oneDNN is faster again with weights in its own blocked layout. A share of MKL's rate alone could be 200%.
 """
 
 from __future__ import annotations
@@ -11,29 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import BertConfig
 
-from fastbert.ops.linear import onednn_unavailable_reason
+from fastbert.ops.matmul_rate import matmul_rates, matmuls, random_matrix
 
 from .harness import kernel_seconds
 
-Matmul = Callable[[], Tensor]
+SECONDS = 3.0  # of the matmuls
 
 
 def ceilings(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """FLOP/s at a BERT-sized shape and copy bandwidth in B/s (read + write), each the best of several runs.
 
-    ``matmul_flops``: of the fastest library; ``matmul_flops_by_library``: of each. dtype: of the operands; int8 counts
-    multiply-adds of int8 into int32, times two.
+    ``matmul_flops``: of the fastest library; ``matmul_flops_by_library``: of each, as ``matmul_rates`` measures it.
     """
-    rows, width = (2048, 768) if device == "cpu" else (16384, 4096)
-    x, weight = random_matrix(rows, width, device, dtype), random_matrix(4 * width, width, device, dtype)
-    rates = {
-        library: 2 * rows * width * 4 * width / min(kernel_seconds(matmul, device, rounds=20))
-        for library, matmul in matmuls(x, weight).items()
-    }
+    rates = matmul_rates(device, dtype, SECONDS)
     source = torch.randn(1 << (25 if device == "cpu" else 28), device=device)
     target = torch.empty_like(source)
     copy = kernel_seconds(lambda: target.copy_(source), device, rounds=20)
@@ -42,33 +31,6 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, Any]:
         "matmul_flops_by_library": rates,
         "copy_bytes": 2 * source.numel() * source.element_size() / min(copy),
     }
-
-
-def matmuls(x: Tensor, weight: Tensor) -> dict[str, Matmul]:
-    """x (rows, in) weight^T (in, out) by each library that torch carries for this dtype and device, by its name."""
-    if x.dtype == torch.int8:
-        columns = weight.t().contiguous()
-        return {"oneDNN" if x.device.type == "cpu" else "torch": lambda: torch._int_mm(x, columns)}
-    mkl = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkl.is_available()
-    found = {"MKL" if mkl else "torch": lambda: F.linear(x, weight)}
-    if x.device.type == "cpu" and takes_onednn(x.dtype):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
-        for library, operand in (("oneDNN", weight), ("oneDNN prepacked", packed)):
-            found[library] = lambda operand=operand: torch.ops.mkldnn._linear_pointwise(x, operand, None, "none", [], "")
-    return found
-
-
-def takes_onednn(dtype: torch.dtype) -> bool:
-    """Whether this CPU's oneDNN multiplies in ``dtype``."""
-    if onednn_unavailable_reason() is not None:
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def random_matrix(rows: int, columns: int, device: str, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.int8:
-        return torch.randint(-127, 128, (rows, columns), device=device, dtype=dtype)
-    return torch.randn(rows, columns, device=device).to(dtype)
 
 
 class GemmsAlone:

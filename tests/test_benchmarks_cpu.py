@@ -24,24 +24,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_every_library_computes_the_product(dtype):
-    x, weight = (ceilings.random_matrix(rows, 64, "cpu", dtype) for rows in (40, 48))
-    expected = x.double() @ weight.double().t()
-    products = ceilings.matmuls(x, weight)
-    assert products
-    for library, matmul in products.items():
-        torch.testing.assert_close(matmul().double(), expected, rtol=1e-2, atol=0.1, msg=library)
-
-
 def test_the_ceiling_is_the_fastest_librarys(monkeypatch):
-    seconds = iter([[2.0, 1.0], [0.5, 0.6], [4.0], [3.0]])
-    monkeypatch.setattr(ceilings, "kernel_seconds", lambda *_, **__: next(seconds))
-    monkeypatch.setattr(ceilings, "matmuls", lambda *_: dict.fromkeys(("MKL", "oneDNN", "oneDNN prepacked")))
+    rates = {"MKL": 1.0, "oneDNN": 3.0, "oneDNN prepacked": 2.0}
+    monkeypatch.setattr(ceilings, "matmul_rates", lambda *_: rates)
+    monkeypatch.setattr(ceilings, "kernel_seconds", lambda *_, **__: [4.0, 2.0])
     found = ceilings.ceilings("cpu", torch.float32)
-    flops = 2 * 2048 * 768 * 3072
-    assert found["matmul_flops_by_library"] == {"MKL": flops, "oneDNN": 2 * flops, "oneDNN prepacked": flops / 4}
-    assert found["matmul_flops"] == 2 * flops
+    assert (found["matmul_flops"], found["matmul_flops_by_library"]) == (3.0, rates)
+    assert found["copy_bytes"] == 2 * 4 * (1 << 25) / 2.0
 
 
 def test_gemms_alone_are_four_per_layer_with_weights_of_their_own(monkeypatch):

@@ -10,7 +10,7 @@ import typer
 from fastbert.gpus import GPUS
 from fastbert.train.settings import MODEL_PRESETS
 
-from . import embed, finetune, glue, predict, pretrain  # noqa: F401 (they add themselves to the app)
+from . import embed, finetune, glue, predict, prepare, pretrain  # noqa: F401 (they add themselves to the app)
 from .app import app
 from .command import DebugOption, JsonOption, SeveralValuesCommand, run_command
 

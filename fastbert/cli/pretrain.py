@@ -112,9 +112,6 @@ def pretrain(
         typer.Option(help="Share of the text that is kept for evaluation.  [default: 0.05; a prepared corpus has its own]"),
     ] = S.held_out_fraction,
     workers: Annotated[int, typer.Option(help="Processes that make batches (0: the training process).")] = S.workers,
-    fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="Under torchrun: weights and optimizer divided over the processes (FSDP2).")
-    ] = False,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1.")] = S.device,
     compare: Annotated[
         bool,
@@ -154,7 +151,9 @@ def run(given: dict[str, Any], say: Say) -> CommandResult:
         raise CommandFailure(f"{stop}\nTo go on: {resume_command(output)}", INTERRUPTED) from stop
     except KeyboardInterrupt as interrupt:
         raise CommandFailure(f"interrupted; {_what_is_left(output)}", INTERRUPTED) from interrupt
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:
+        if isinstance(error, OSError) and not (output.is_dir() and checkpoint_folders(output)):
+            raise
         raise CommandFailure(f"{error}; {_what_is_left(output)}") from error
     agree = result.comparison is None or result.comparison["agree"]
     return CommandResult(result.to_dict(), DONE if agree else FAILED)

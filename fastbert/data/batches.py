@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from fastbert.data.blocks import BLOCK_TOKENS, CorpusBlocks
@@ -19,7 +20,7 @@ from fastbert.data.packing import pack
 from fastbert.data.pairs import make_pairs
 from fastbert.data.passages import make_passages
 from fastbert.data.sequences import SHORTEST_SEQUENCE, Sequences
-from fastbert.data.streams import Stream, generator
+from fastbert.data.streams import LARGEST_SEED, Stream, generator
 from fastbert.data.tokens import TokenizedCorpus
 
 OBJECTIVES = ("mlm-nsp", "mlm")
@@ -91,6 +92,34 @@ class PackedBatch:
             **self._sequence_labels(),
         }
 
+    def with_shape(self, num_tokens: int, num_sequences: int, *, max_seqlen: int, pad_id: int) -> PackedBatch:
+        """The batch with padding in sequences of its own behind the others, so that it has exactly that many tokens and sequences.
+
+        Every label of the padding is -100: loss and gradients are those of this batch. Where there are more sequences to add than
+        tokens for them, they are empty. A CUDA graph, which is recorded once for one shape, can then be used for all batches.
+
+        Raises ValueError where the batch is larger than that, or the padding needs more sequences of ``max_seqlen`` tokens.
+        """
+        tokens, sequences = num_tokens - self.num_tokens, num_sequences - self.num_sequences
+        if not 0 <= tokens <= sequences * max_seqlen or sequences < 0 or max_seqlen < self.max_seqlen:
+            raise ValueError(
+                f"a batch of {self.num_tokens} tokens in {self.num_sequences} sequences of at most {self.max_seqlen} cannot be "
+                f"filled up to {num_tokens} tokens in {num_sequences} sequences of at most {max_seqlen}"
+            )
+        next_sentence_label = self.next_sentence_label
+        if next_sentence_label is not None:
+            next_sentence_label = F.pad(next_sentence_label, (0, sequences), value=IGNORE_INDEX)
+        ends = self.num_tokens + max_seqlen * torch.arange(1, sequences + 1, dtype=torch.int32)
+        return PackedBatch(
+            input_ids=F.pad(self.input_ids, (0, tokens), value=pad_id),
+            token_type_ids=F.pad(self.token_type_ids, (0, tokens)),
+            position_ids=torch.cat([self.position_ids, torch.arange(tokens) % max_seqlen]),
+            labels=F.pad(self.labels, (0, tokens), value=IGNORE_INDEX),
+            cu_seqlens=torch.cat([self.cu_seqlens, ends.clamp(max=num_tokens)]),
+            max_seqlen=max_seqlen,
+            next_sentence_label=next_sentence_label,
+        )
+
     def _sequence_labels(self) -> dict[str, Tensor]:
         return {} if self.next_sentence_label is None else {"next_sentence_label": self.next_sentence_label}
 
@@ -132,9 +161,9 @@ class PretrainingBatches:
     before it were made. The plan of one block is kept in memory.
 
     Raises ValueError where max_seq_length is below 8 or above the tokenizer's limit, tokens_per_batch below max_seq_length,
-    the seed negative, the tokenizer does not tell the words that ``masking`` needs, or the corpus holds ids that the tokenizer does
-    not have (of shards, the first is looked at here and the others when their turn comes); CorpusError for pairs of fewer than
-    two documents.
+    the seed outside 0 .. 2**64 - 1, where the tokenizer does not tell the words that ``masking`` needs, or the corpus holds ids
+    that the tokenizer does not have (of shards, the first is looked at here and the others when their turn comes); CorpusError for
+    pairs of fewer than two documents.
     """
 
     def __init__(
@@ -162,8 +191,8 @@ class PretrainingBatches:
             raise ValueError(
                 f"tokens_per_batch {tokens_per_batch} is below max_seq_length {max_seq_length}: a batch must hold a whole sequence"
             )
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, it is {seed}")
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"seed must lie between 0 and {LARGEST_SEED}, it is {seed}")
         if objective not in OBJECTIVES:
             raise ValueError(f"objective is {objective!r}, expected one of {', '.join(OBJECTIVES)}")
         self.tokenizer = tokenizer
@@ -179,8 +208,17 @@ class PretrainingBatches:
             fixed=static_pairs,
         )
         self._mask_options = mask_options(tokenizer, masking, mlm_probability)
+        # Three times as many sequences as there are likely to be: a batch of short ones is full before it has them.
+        likely = min(max_seq_length, self.blocks.mean_document_tokens)
+        self._max_sequences = math.ceil(3 * tokens_per_batch / likely)
         self._planned: tuple[int, int, _Plan] | None = None
         self._check_ids(corpus if isinstance(corpus, TokenizedCorpus) else corpus[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(tokens, sequences) that every batch can be filled up to: see :meth:`PackedBatch.with_shape`."""
+        padding = math.ceil(self.tokens_per_batch / self.max_seq_length)
+        return self.tokens_per_batch, self._max_sequences + padding
 
     def num_blocks(self, epoch: int = 0) -> int:
         """Blocks in an epoch; it differs a little between epochs."""
@@ -218,18 +256,6 @@ class PretrainingBatches:
                 yield self.batch(epoch, block, number)
             start = max(0, start - count)
 
-    def steps(self, start_step: int = 0) -> Iterator[PackedBatch]:
-        """Endless batches, epoch after epoch, from number ``start_step`` on; skipped epochs are planned but not made."""
-        if start_step < 0:
-            raise ValueError(f"start_step must not be negative, it is {start_step}")
-        epoch, skipped = 0, start_step
-        while skipped >= self.num_batches(epoch):
-            skipped -= self.num_batches(epoch)
-            epoch += 1
-        while True:
-            yield from self.epoch(epoch, skipped)
-            epoch, skipped = epoch + 1, 0
-
     def _plan(self, epoch: int, block: int) -> _Plan:
         """The plan of a block; the last one is kept."""
         if self._planned is None or self._planned[:2] != (epoch, block):
@@ -242,7 +268,7 @@ class PretrainingBatches:
                 rng = generator(self.seed, Stream.SEQUENCES, *self.blocks.place(epoch, block))
                 sequences = make_pairs(corpus, self.max_seq_length, rng)
             shuffled = generator(self.seed, Stream.ORDER, epoch, block).permutation(len(sequences))
-            order, bounds = pack(sequences.lengths[shuffled], self.tokens_per_batch)
+            order, bounds = pack(sequences.lengths[shuffled], self.tokens_per_batch, max_sequences=self._max_sequences)
             self._planned = epoch, block, _Plan(sequences.take(shuffled[order]), bounds)
         return self._planned[2]
 
@@ -273,17 +299,3 @@ class PretrainingBatches:
             max_seqlen=int(lengths.max()),
             next_sentence_label=None if next_sentence is None else torch.from_numpy(next_sentence[first:last].copy()),
         )
-
-
-def held_out_batches(
-    corpus: TokenizedCorpus | Sequence[TokenizedCorpus],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    max_batches: int | None = None,
-    **options: Any,
-) -> list[PackedBatch]:
-    """A fixed set of batches for evaluation: the first ``max_batches`` (all for None) of epoch 0, pairs and masks included.
-
-    ``options``: those of :class:`PretrainingBatches`, which see for errors.
-    """
-    return list(islice(PretrainingBatches(corpus, tokenizer, **options).epoch(0), max_batches))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastbert.data.errors import CorpusError
+from fastbert.data.shards import TokenShards
 from fastbert.data.streams import Stream, generator
 from fastbert.data.tokens import TokenizedCorpus, concatenate
 
-# 64 Mi tokens: some 200 MB in memory, planned in 1.5 seconds, and tens of thousands of documents to draw random segments from.
-BLOCK_TOKENS = 1 << 26
+# Four shards of fastbert prepare (2**24 tokens and the rest of a document each): planned within two seconds, and tens of thousands
+# of documents to draw random segments from.
+BLOCK_TOKENS = 80_000_000
 
 
 class CorpusBlocks:
@@ -32,8 +34,12 @@ class CorpusBlocks:
         fixed: bool = False,
     ) -> None:
         self._shards = [corpus] if isinstance(corpus, TokenizedCorpus) else corpus
-        self._tokens = [shard.num_tokens for shard in self._shards]
-        self._documents = [shard.num_documents for shard in self._shards]
+        if isinstance(corpus, TokenShards):  # whose manifest has the counts, so that no file need be opened
+            self._tokens = [shard.tokens for shard in corpus.shards]
+            self._documents = [shard.documents for shard in corpus.shards]
+        else:
+            self._tokens = [shard.num_tokens for shard in self._shards]
+            self._documents = [shard.num_documents for shard in self._shards]
         if sum(self._documents) < least_documents:
             raise CorpusError(f"the corpus has {sum(self._documents)} documents, at least {least_documents} are needed")
         self._seed = seed
@@ -47,17 +53,22 @@ class CorpusBlocks:
         """Of all shards."""
         return sum(self._tokens)
 
+    @property
+    def mean_document_tokens(self) -> float:
+        """Of all shards; 1 where there are none."""
+        return max(1.0, self.num_tokens / max(1, sum(self._documents)))
+
     def count(self, epoch: int) -> int:
         """Blocks in an epoch."""
         return len(self._blocks(epoch))
 
-    def tokens(self, epoch: int, block: int) -> int:
-        """Of one block."""
-        return sum(self._tokens[shard] for shard in self._blocks(epoch)[block][1])
-
     def load(self, epoch: int, block: int) -> TokenizedCorpus:
         """The shards of a block, as one corpus."""
-        return concatenate([self._shards[shard] for shard in self._blocks(epoch)[block][1]])
+        return concatenate([self._shards[shard] for shard in self.shards(epoch, block)])
+
+    def shards(self, epoch: int, block: int) -> list[int]:
+        """The numbers of a block's shards."""
+        return self._blocks(epoch)[block][1]
 
     def place(self, epoch: int, block: int) -> tuple[int, int]:
         """(epoch, block) whose shards these are: of epoch 0 where the blocks are fixed, else the same."""

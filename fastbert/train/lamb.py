@@ -63,12 +63,14 @@ class LAMB(torch.optim.Optimizer):
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
 
         updates = _adam_directions(averages, squares, steps, group)
-        torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+        factors = [group["lr"] * (1 - left_out)] * len(updates)
         if group["trust_ratio"]:
-            norms = zip(torch._foreach_norm(parameters), torch._foreach_norm(updates), strict=True)
-            torch._foreach_mul_(updates, [torch.where((x > 0) & (r > 0), x / r, 1.0) for x, r in norms])
-        torch._foreach_mul_(updates, 1 - left_out)
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+            norms = zip(factors, torch._foreach_norm(parameters), torch._foreach_norm(updates), strict=True)
+            factors = [factor * torch.where((x > 0) & (r > 0), x / r, one) for factor, x, r in norms]
+        torch._foreach_mul_(updates, factors)
+        torch._foreach_sub_(parameters, updates)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -79,17 +81,17 @@ class LAMB(torch.optim.Optimizer):
         return state
 
 
-def _adam_directions(averages: list[Tensor], squares: list[Tensor], steps: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+def _adam_directions(
+    averages: list[Tensor], squares: list[Tensor], steps: list[Tensor], group: dict[str, Any]
+) -> tuple[Tensor, ...]:
     """m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) of every tensor."""
-    beta1, beta2 = group["betas"]
-    # Before a first step that counts, t is 0 and the averages are, too: any divisor but 0 will do.
-    steps = [step.clamp(min=1) for step in steps]
-    divisors = torch._foreach_div(squares, [_bias_correction(beta2, step) for step in steps])
-    torch._foreach_sqrt_(divisors)
-    torch._foreach_add_(divisors, group["eps"])
-    updates = torch._foreach_div(averages, [_bias_correction(beta1, step) for step in steps])
-    torch._foreach_div_(updates, divisors)
-    return list(updates)
+    # Before a first step that counts, t is 0 and the averages are, too: any correction but 0 will do.
+    corrections = [[_bias_correction(beta, step.clamp(min=1)) for step in steps] for beta in group["betas"]]
+    # What is the same for a whole tensor goes into the divisor, so that no tensor is read more often than needed.
+    divisors = torch._foreach_sqrt(squares)
+    torch._foreach_mul_(divisors, [first / second.sqrt() for first, second in zip(*corrections, strict=True)])
+    torch._foreach_add_(divisors, [group["eps"] * first for first in corrections[0]])
+    return torch._foreach_div(averages, divisors)
 
 
 def _bias_correction(beta: float, step: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A step may have several batches, whose gradients add up to that of one large bat
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from fastbert import BertForMaskedLM
-from fastbert.data.batches import PackedBatch
-
+from .checkpoint import Snapshot
 from .distributed import ALONE, Processes
 from .errors import TrainingError
 from .guard import Guard
@@ -133,51 +131,66 @@ class Learner:
             return
         self.optimizer.step()
 
-    def save(self, folder: Path) -> None:
-        """Writes config.json, model.safetensors (one file), optimizer.safetensors and guard.json."""
-        save_model(self.model, folder)
-        tensors = {name: tensor.contiguous() for name, tensor in optimizer_tensors(self.model, self.optimizer).items()}
-        with os_errors(folder):
-            save_file(tensors, folder / OPTIMIZER_NAME)
-        write_json(folder / GUARD_NAME, self.guard.state())
+    def snapshot(self) -> Snapshot:
+        """Copies on the host of weights and optimizer, to be written as config.json, model.safetensors (one file),
+        optimizer.safetensors and guard.json.
+        """
+        weights = _host_copies(self.model.state_dict())
+        moments = _host_copies(optimizer_tensors(self.model, self.optimizer))
+        guard = self.guard.state()
+
+        def write(folder: Path) -> None:
+            save_model(self.model, folder, weights)
+            with os_errors(folder / OPTIMIZER_NAME):
+                save_file(moments, folder / OPTIMIZER_NAME)
+            write_json(folder / GUARD_NAME, guard)
+
+        copies = {id(tensor): tensor.nbytes for tensor in (*weights.values(), *moments.values())}
+        return Snapshot(write, sum(copies.values()))
 
     def load(self, folder: Path) -> None:
-        """Reads what :meth:`save` wrote. Raises :class:`TrainingError` where it is of another model."""
+        """Reads what a :meth:`snapshot` wrote. Raises :class:`TrainingError` where it is of another model."""
         try:
             load_model(self.model, folder / MODEL_NAME)
             load_optimizer_tensors(self.model, self.optimizer, load_file(folder / OPTIMIZER_NAME))
             self.guard.load_state(json.loads((folder / GUARD_NAME).read_text(encoding="utf-8")))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise TrainingError(f"{folder} does not fit the model of this run: {error}") from error
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Writes config.json and model.safetensors (one file, whatever the size), without transformers' progress bar."""
+def _host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies in memory of their own, waited for; tensors that are one (tied weights) stay one."""
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    for tensor in tensors.values():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in copies:
+            copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in tensors.items()}
+
+
+def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Writes config.json and model.safetensors (one file, whatever the size), without transformers' progress bar.
+
+    ``weights``: the ``state_dict`` to write instead of that of the ``model``.
+    """
     shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        with os_errors(folder):
-            model.save_pretrained(folder, max_shard_size=sum(parameter.nbytes for parameter in model.parameters()) + 1)
+        with os_errors(folder / MODEL_NAME):
+            largest = sum(parameter.nbytes for parameter in model.parameters()) + 1
+            model.save_pretrained(folder, state_dict=None if weights is None else dict(weights), max_shard_size=largest)
     finally:
         if shown:
             enable_progress_bar()
 
 
 @contextmanager
-def os_errors(folder: Path) -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own; here it is an ``OSError`` that names ``folder``, like any other."""
+def os_errors(path: Path) -> Iterator[None]:
+    """safetensors reports a full disk as an error of its own; here it is an ``OSError`` that names ``path``, like any other."""
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"cannot write to {folder}: {error}") from error
-
-
-def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments of ``model`` for a packed batch, with the labels that it takes."""
-    inputs = batch.model_inputs()
-    if isinstance(model, BertForMaskedLM):
-        inputs.pop("next_sentence_label", None)
-    return inputs
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

@@ -14,22 +14,25 @@ from tqdm import tqdm
 
 from fastbert.data.loader import Position, step_batches
 
+from .background import CheckpointWriter
 from .checkpoint import checkpoint_path
 from .compare import Comparison
 from .distributed import Processes, dropout_seed
 from .errors import TrainingInterrupted
 from .guard import check_skipped, skipped_text
 from .interrupt import StopRequest
-from .learner import Learner, MicroBatch, model_inputs, synchronize
+from .learner import Learner, MicroBatch, synchronize
 from .metrics import BatchScores, MetricsFile, Window
 from .prefetch import DeviceStep, device_steps
 from .prepare import PreparedData, Say
-from .run_state import RunState, save_run
+from .run_folder import METRICS_NAME
+from .run_state import RunState, snapshot_run
 from .settings import Phase, PretrainSettings
+from .telemetry import Telemetry, counting_waits, peak_memory
 
 SECONDS_BETWEEN_LINES = 10.0
-MASKED, SEQUENCES, TOKENS, STOPS = range(4)  # where they are among a step's totals
-TOTALS = 4
+MASKED, SEQUENCES, TOKENS, FLOPS, STOPS = range(5)  # where they are among a step's totals
+TOTALS = 5
 # The numbers first: tqdm gives the bar what is left of a narrow terminal.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
@@ -89,6 +92,7 @@ class TrainingLoop:
         data: PreparedData,
         comparison: Comparison | None,
         metrics: MetricsFile,
+        telemetry: Telemetry,
         say: Say,
         processes: Processes,
     ):
@@ -99,8 +103,11 @@ class TrainingLoop:
         self.data = data
         self.comparison = comparison
         self.metrics = metrics
+        self.telemetry = telemetry
         self.say = say
         self.processes = processes
+        # Of the first process alone: it writes for all.
+        self.writer = CheckpointWriter(self.output, keep=settings.keep_checkpoints, log=self.output / METRICS_NAME)
         self._stop = StopRequest()
         self._stop_agreed = False
         self._pending: list[TakenStep] = []
@@ -111,14 +118,15 @@ class TrainingLoop:
         """Trains through all phases.
 
         Raises :class:`TrainingInterrupted` when ``stop`` was requested, after the step and a checkpoint, and
-        :class:`~fastbert.train.errors.TrainingError` once more steps than allowed were left out; checkpoints of earlier steps
-        stay as they are.
+        :class:`~fastbert.train.errors.TrainingError` once more steps than allowed were left out, or a checkpoint could not be
+        written; checkpoints of earlier steps stay as they are. However it ends, no checkpoint is still being written.
         """
         settings, state = self.settings, self.state
         self._stop = stop
         self.learner.model.train()
         with (
             stop.deferred(),
+            self.writer,
             tqdm(total=settings.steps, initial=state.step, desc="pretrain", bar_format=BAR_FORMAT, disable=None) as bar,
         ):
             self._clock.lap()
@@ -142,11 +150,13 @@ class TrainingLoop:
             workers=self.settings.workers,
         )
         with closing(device_steps(steps, device)) as steps_on_device:
+            arriving = counting_waits(steps_on_device, state)
             while state.step < phase.last_step:
-                self._run_step(next(steps_on_device), bar)
+                self._run_step(next(arriving), bar)
 
     def _run_step(self, batches: DeviceStep, bar: tqdm) -> None:
         """Takes a step and does what is due after it."""
+        self.writer.raise_error()
         settings, state = self.settings, self.state
         learning_rate = self.learner.learning_rate
         self._take_step(batches)
@@ -167,6 +177,7 @@ class TrainingLoop:
         if saves or stops:
             checkpoint = self._save()
             if stops:
+                self.writer.wait()
                 raise TrainingInterrupted(state.step, checkpoint)
 
     def _take_step(self, step: DeviceStep) -> None:
@@ -182,7 +193,7 @@ class TrainingLoop:
         self.state.step, self.state.position = number, asdict(step.position)
 
     def _totals(self, step: DeviceStep) -> Tensor:
-        """Masked tokens, sequences and tokens of the step in all processes, and how many of them were asked to stop: float64 (4,).
+        """Of the step in all processes: masked tokens, sequences, tokens, model FLOPs; how many were asked to stop. float64 (5,).
 
         On the device, so that nobody waits for anybody before the gradients are summed.
         """
@@ -190,6 +201,7 @@ class TrainingLoop:
             sum(step.masked),
             sum(batch.num_sequences for batch in step.batches),
             sum(batch.num_tokens for batch in step.batches),
+            self.telemetry.flops(step),
             self._stop.requested,
         )
         totals = torch.tensor(own, dtype=torch.float64)
@@ -208,7 +220,7 @@ class TrainingLoop:
                 nsp_share = _share(batch.num_sequences, all_sequences)
             in_step = number * self.processes.count + self.processes.rank
             seed = dropout_seed(self.settings.seed, self.state.step + 1, in_step)
-            batches.append(MicroBatch(model_inputs(self.learner.model, batch), mlm_share, nsp_share, seed))
+            batches.append(MicroBatch(batch.model_inputs(), mlm_share, nsp_share, seed))
         return batches
 
     def _read_scores(self) -> None:
@@ -221,7 +233,7 @@ class TrainingLoop:
             if scores.reason is not None:
                 self._note_skipped(step, scores.reason)
                 continue
-            self.state.window.add(scores, tokens)
+            self.state.window.add(scores, tokens, totals[FLOPS])
             self.state.tokens += tokens
         self._pending.clear()
         seconds = self._clock.lap()
@@ -237,12 +249,12 @@ class TrainingLoop:
 
     def _show_progress(self, bar: tqdm) -> None:
         if self.state.window.steps:
-            bar.set_postfix_str(_progress_text(self.state.window.row(self.state.step, 0.0)), refresh=False)
+            bar.set_postfix_str(_progress_text(self.telemetry.row(self.state, 0.0)), refresh=False)
 
     def _log(self, learning_rate: float, bar: tqdm) -> None:
         if not self.state.window.steps:
             return
-        row = self.state.window.row(self.state.step, learning_rate)
+        row = {**self.telemetry.row(self.state, learning_rate), **peak_memory(self.learner.model.device)}
         self.metrics.write(row)
         self.state.window = Window.empty()
         # Where the output is no terminal there is no bar: a line now and then instead.
@@ -260,9 +272,10 @@ class TrainingLoop:
         with self._clock.paused():
             if self.comparison is not None:
                 self.state.comparison = self.comparison.state()
-            if self.processes.is_main:
-                return save_run(self.output, self.state, self.learner, self.data.tokenizer, self.comparison)
-            return checkpoint_path(self.output, self.state.step)
+            if not self.processes.is_main:
+                return checkpoint_path(self.output, self.state.step)
+            self.writer.wait()  # before the copies: there is memory for those of one checkpoint
+            return self.writer.start(self.state.step, snapshot_run(self.state, self.learner, self.data.tokenizer, self.comparison))
 
 
 def _share(count: int, total: int | Tensor) -> float | Tensor:
@@ -273,4 +286,5 @@ def _share(count: int, total: int | Tensor) -> float | Tensor:
 
 def _progress_text(row: dict[str, float]) -> str:
     accuracies = [f"{label} {row[name]:.1%}" for label, name in (("MLM", "mlm_accuracy"), ("NSP", "nsp_accuracy")) if name in row]
-    return f"loss {row['loss']:.3f}, accuracy {' '.join(accuracies)}, {row['tokens_per_second']:,.0f} tokens/s"
+    text = f"loss {row['loss']:.3f}, accuracy {' '.join(accuracies)}, {row['tokens_per_second']:,.0f} tokens/s"
+    return f"{text}, MFU {row['mfu']:.0%}" if "mfu" in row else text

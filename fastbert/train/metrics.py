@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,7 +50,13 @@ def scores_tensor(
 ) -> Tensor:
     """Six 0-d values as one float64 tensor (6,) on the device of ``mlm_loss``."""
     values = (mlm_loss, mlm_correct, mlm_count, nsp_loss, nsp_correct, nsp_count)
-    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=mlm_loss.device).detach() for v in values])
+    # torch.full, because a number that is copied to a GPU is waited for.
+    return torch.stack(
+        [
+            v.detach().double() if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=mlm_loss.device)
+            for v in values
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -123,13 +130,19 @@ class ScoreSums:
 
 @dataclass
 class Window:
-    """What is logged together: the sums since the last line of ``metrics.jsonl``. A checkpoint keeps it."""
+    """What is logged together: the sums since the last line of ``metrics.jsonl``. A checkpoint keeps it.
+
+    ``steps``, ``tokens`` and ``flops`` (see ``telemetry``) are of steps that were not left out; ``seconds`` are of all of them, and
+    those ``waited`` for batches are among them.
+    """
 
     sums: ScoreSums
     grad_norm: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
     steps: int = 0
+    flops: float = 0.0
+    waited: float = 0.0
 
     @classmethod
     def empty(cls) -> Window:
@@ -139,32 +152,38 @@ class Window:
     def from_dict(cls, values: dict[str, Any]) -> Window:
         return cls(**{**values, "sums": ScoreSums(**values["sums"])})
 
-    def add(self, scores: BatchScores, tokens: int) -> None:
+    def add(self, scores: BatchScores, tokens: int, flops: float) -> None:
         self.sums.add(scores)
         self.grad_norm = max(self.grad_norm, scores.grad_norm)
         self.tokens += tokens
+        self.flops += flops
         self.steps += 1
 
     def row(self, step: int, learning_rate: float) -> dict[str, Any]:
-        """A line of ``metrics.jsonl``: means over the window, the largest gradient norm in it, real tokens per second."""
+        """Of a line of ``metrics.jsonl``: means over the window, the largest gradient norm in it, real tokens per second,
+        ``loader_wait``: the share of the seconds in which the training process waited for batches.
+        """
         return {
             "step": step,
             **self.sums.means(),
             "grad_norm": self.grad_norm,
             "learning_rate": learning_rate,
             "tokens": self.tokens,
+            "seconds": self.seconds,
             "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            "loader_wait": self.waited / self.seconds if self.seconds else 0.0,
         }
 
 
 class MetricsFile:
-    """Appends rows to a JSON Lines file, each flushed at once.
+    """Appends rows to a JSON Lines file, each flushed at once; ``listener`` gets them, too.
 
     Opened with ``resume_step`` None it starts anew; otherwise what the continued run will write again is dropped first: rows
     after that step, held-out scores of that step (measured after its checkpoint), and a last line that a crash cut short.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None):
+    def __init__(self, path: Path, resume_step: int | None = None, listener: Callable[[dict[str, Any]], None] | None = None):
+        self._listener = listener
         if resume_step is None:
             path.write_text("", encoding="utf-8")
         elif path.exists():
@@ -174,8 +193,13 @@ class MetricsFile:
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close or the with statement)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # such as that of a full disk, which names no file
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+        if self._listener is not None:
+            self._listener(row)
 
     def close(self) -> None:
         self._file.close()

@@ -98,9 +98,26 @@ def _training_rows(settings: PretrainSettings, result: PretrainResult, config: B
                     "80% [MASK], 10% a random token, 10% unchanged"),
         *_pairs(settings),
         ("device", result.device),
-        ("speed", f"{result.tokens_per_second:,.0f} real tokens/s"),
+        ("speed", _speed(result)),
+        *_waiting_and_memory(result.telemetry),
     ]  # fmt: skip
     return rows
+
+
+def _speed(result: PretrainResult) -> str:
+    text, mfu, rate = f"{result.tokens_per_second:,.0f} real tokens/s", result.telemetry["mfu"], result.telemetry["matmul_rate"]
+    if mfu is None:
+        return text
+    text += f", MFU {mfu:.1%}"
+    return text if rate is None else f"{text} (matmul rate {rate / 1e9:,.0f} GFLOP/s)"
+
+
+def _waiting_and_memory(telemetry: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is known of them."""
+    wait = telemetry["loader_wait"]
+    rows = [] if wait is None else [("waiting for batches", f"{wait:.1%} of the time")]
+    peaks = (("peak memory of the process", "peak_rss_bytes"), ("peak memory on the GPU", "peak_cuda_bytes"))
+    return rows + [(label, f"{telemetry[name] / 2**20:,.0f} MiB") for label, name in peaks if telemetry[name] is not None]
 
 
 def _batches(settings: PretrainSettings, result: PretrainResult) -> str:

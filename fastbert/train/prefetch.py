@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -15,19 +16,24 @@ from fastbert.data.masking import IGNORE_INDEX
 
 @dataclass(frozen=True, eq=False)
 class DeviceStep:
-    """A step's ``batches`` on the device, the numbers of their masked tokens, and where the step after it begins."""
+    """A step's ``batches`` on the device and where the step after it begins; ``masked``: the numbers of their masked tokens;
+    ``pairs``: of tokens of one sequence, in all of them.
+    """
 
     batches: list[PackedBatch]
     masked: list[int]
+    pairs: int
     position: Position
 
 
-def device_steps(steps: Iterator[StepBatches], device: torch.device) -> Iterator[DeviceStep]:
+def device_steps(steps: Generator[StepBatches], device: torch.device) -> Iterator[DeviceStep]:
     """``steps`` on ``device``. For a GPU each is copied from pinned memory on a stream of its own, one step ahead."""
-    if device.type != "cuda":
-        for step in steps:
-            yield _moved(step, lambda batch: batch.to(device))
-        return
+    moved = _copied_ahead(steps, device) if device.type == "cuda" else (_moved(step, lambda b: b.to(device)) for step in steps)
+    with closing(steps):  # ends the processes that make them
+        yield from moved
+
+
+def _copied_ahead(steps: Iterator[StepBatches], device: torch.device) -> Iterator[DeviceStep]:
     stream = torch.cuda.Stream(device)
 
     def copied() -> DeviceStep:
@@ -50,7 +56,8 @@ def device_steps(steps: Iterator[StepBatches], device: torch.device) -> Iterator
 def _moved(step: StepBatches, move: Callable[[PackedBatch], PackedBatch]) -> DeviceStep:
     # Counted before the copy: a number from the device would have to be waited for.
     masked = [int((batch.labels != IGNORE_INDEX).sum()) for batch in step.batches]
-    return DeviceStep([move(batch) for batch in step.batches], masked, step.position)
+    pairs = sum(int(batch.cu_seqlens.diff().long().square().sum()) for batch in step.batches)
+    return DeviceStep([move(batch) for batch in step.batches], masked, pairs, step.position)
 
 
 def _map(batch: PackedBatch, function: Callable[[Tensor], Tensor]) -> PackedBatch:

@@ -1,28 +1,25 @@
-"""Before the first step: the corpus as tokens, the tokenizer, and the model with its initial weights."""
+"""Before the first step: the corpus in batches, and the model with its initial weights."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from fastbert import BertConfig, BertForMaskedLM, BertForPreTraining
-from fastbert.data.batches import PackedBatch, PretrainingBatches, held_out_batches
-from fastbert.data.corpus import CorpusReport, Document, embedded_documents, read_documents
-from fastbert.data.tokenizer import load_tokenizer, train_wordpiece
-from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
+from fastbert.data.batches import PackedBatch, PretrainingBatches
+from fastbert.data.tokens import TokenizedCorpus
 
+from .corpus_tokens import Say, corpus_tokens
 from .errors import SettingsError
-from .settings import DEFAULT_VOCAB_SIZE, Phase, PretrainSettings
+from .settings import Phase, PretrainSettings
 
 PretrainingModel = BertForPreTraining | BertForMaskedLM
-Say = Callable[[str], None]
 POSITIONS = 512
 # Enough for about 20,000 masked tokens: a standard error of 0.02 nats, however large the corpus is.
 HELD_OUT_TOKENS = 1 << 17
@@ -40,57 +37,49 @@ class PreparedData:
 
 
 def prepare_data(settings: PretrainSettings, say: Say, checkpoint: Path | None) -> PreparedData:
-    """Reads and tokenizes the corpus; a continued run takes the tokenizer of its ``checkpoint``.
+    """The corpus in batches; a continued run takes the tokenizer of its ``checkpoint``.
 
-    Raises ``CorpusError`` for text that cannot be used and ``TokenizerError`` for a tokenizer, naming the file, and
-    :class:`SettingsError` where lengths do not fit the tokenizer.
+    Raises what :func:`corpus_tokens` raises, and :class:`SettingsError` where lengths or masks do not fit the tokenizer.
     """
-    documents, report = _documents(settings, say)
-    tokenizer = _tokenizer(settings, documents, say, checkpoint)
-    corpus = _tokenize(documents, tokenizer)
-    train, held_out = corpus.split(settings.effective_held_out_fraction, settings.seed)
-    shape = {"tokens_per_batch": settings.tokens_per_batch, "seed": settings.seed}
-    batches = {phase.number: _batches(train, tokenizer, phase, shape) for phase in settings.phases}
+    corpus = corpus_tokens(settings, say, checkpoint)
+    tokenizer, last_phase = corpus.tokenizer, settings.phases[-1]
+    batches = {phase.number: _batches(corpus.train, tokenizer, settings, phase) for phase in settings.phases}
     held_out_limit = max(1, HELD_OUT_TOKENS // settings.tokens_per_batch)
-    scored_length = settings.phases[-1].max_seq_length
-    scored = held_out_batches(held_out, tokenizer, **shape, max_seq_length=scored_length, max_batches=held_out_limit)
-    facts = {
-        "embedded": not settings.corpus,
-        "documents": report.documents,
-        "words": report.words,
-        "characters": report.characters,
-        "tokens": corpus.num_tokens,
-        "train_documents": train.num_documents,
-        "train_tokens": train.num_tokens,
-        "held_out_documents": held_out.num_documents,
-        "held_out_tokens": held_out.num_tokens,
-        "scored_tokens": sum(batch.num_tokens for batch in scored),
-        "vocab_size": len(tokenizer),
-        "fingerprint": fingerprint(corpus),
-    }
+    held_out = list(islice(_batches(corpus.held_out, tokenizer, settings, last_phase).epoch(0), held_out_limit))
+    facts = {**corpus.facts, "scored_tokens": sum(batch.num_tokens for batch in held_out), "vocab_size": len(tokenizer)}
     say(
         f"Tokens: {facts['train_tokens']:,} to train on, {facts['held_out_tokens']:,} held out "
-        f"(vocabulary of {facts['vocab_size']:,}, {batches[1].num_batches():,} batches an epoch)"
+        f"(vocabulary of {facts['vocab_size']:,}{_epoch_text(batches[1])})"
     )
-    return PreparedData(tokenizer, batches, scored, facts)
+    return PreparedData(tokenizer, batches, held_out, facts)
+
+
+def _epoch_text(batches: PretrainingBatches) -> str:
+    """Of a corpus of several blocks, which would have to be planned one after the other, nothing is said."""
+    return f", {batches.num_batches():,} batches an epoch" if batches.num_blocks() == 1 else ""
 
 
 def _batches(
-    corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast, phase: Phase, shape: dict[str, Any]
+    corpus: TokenizedCorpus | Sequence[TokenizedCorpus],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: PretrainSettings,
+    phase: Phase,
 ) -> PretrainingBatches:
     try:
-        return PretrainingBatches(corpus, tokenizer, max_seq_length=phase.max_seq_length, **shape)
+        return PretrainingBatches(
+            corpus,
+            tokenizer,
+            max_seq_length=phase.max_seq_length,
+            tokens_per_batch=settings.tokens_per_batch,
+            seed=settings.seed,
+            objective=settings.objective,
+            masking=settings.masking,
+            mlm_probability=settings.mlm_probability,
+            static_pairs=settings.static_pairs,
+        )
     except ValueError as error:
         length = "--max-seq-length" if phase.number == 1 else "--second-phase-seq-length"
-        raise SettingsError(f"{length}, --tokens-per-batch: {error}") from error
-
-
-def fingerprint(corpus: TokenizedCorpus) -> str:
-    """SHA-256 over the token ids and their sentence and document bounds: another corpus or tokenizer gives another one."""
-    digest = hashlib.sha256()
-    for array in (corpus.ids, corpus.sentence_offsets, corpus.document_offsets):
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+        raise SettingsError(f"{length}, --tokens-per-batch, --masking: {error}") from error
 
 
 def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None) -> PretrainingModel:
@@ -129,33 +118,6 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
-
-
-def _documents(settings: PretrainSettings, say: Say) -> tuple[list[Document], CorpusReport]:
-    if settings.corpus:
-        documents = list(read_documents(settings.corpus, text_column=settings.text_column))
-        report = CorpusReport.from_documents(documents)
-        say(f"Corpus: {report}")
-        return documents, report
-    documents, report = embedded_documents()
-    say("No --corpus given: using the English prose that comes with Python and its packages (docstrings and documentation).")
-    say(f"Corpus: {report}")
-    return documents, report
-
-
-def _tokenizer(settings: PretrainSettings, documents: list[Document], say: Say, checkpoint: Path | None) -> PreTrainedTokenizerFast:
-    name = checkpoint or settings.tokenizer or (settings.model if settings.continues_checkpoint else None)
-    if name is not None:
-        return load_tokenizer(name)
-    vocab_size = settings.vocab_size or DEFAULT_VOCAB_SIZE
-    say(f"Training a WordPiece vocabulary of at most {vocab_size:,} entries on the corpus ...")
-    texts = (paragraph for document in documents for paragraph in document.paragraphs)
-    return train_wordpiece(texts, vocab_size, lowercase=True)
-
-
-def _tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> TokenizedCorpus:
-    with tqdm(total=len(documents), desc="tokenize", unit="document", disable=None) as bar:
-        return tokenize_documents(documents, tokenizer, progress=lambda done, tokens: bar.update(done - bar.n))
 
 
 def _model_class(settings: PretrainSettings) -> type[PretrainingModel]:

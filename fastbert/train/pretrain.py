@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .checkpoint import checkpoint_folders, checkpoint_step, latest_checkpoint
+from fastbert.one_writer import one_writer
+
+from .checkpoint import checkpoint_folders, checkpoint_step, latest_checkpoint, set_aside
 from .compare import Comparison, ComparisonReport
 from .distributed import Processes, check_shares, joined, local_device
 from .errors import SettingsError, TrainingError
@@ -26,7 +28,7 @@ from .evaluate import evaluate
 from .fill_in import FilledMask, fill_in_examples
 from .interrupt import StopRequest, stop_on_signals
 from .launch import Launch, launch
-from .learner import Learner, save_model
+from .learner import MODEL_NAME, Learner, save_model
 from .loop import TrainingLoop
 from .metrics import MetricsFile, read_metrics
 from .model_card import model_card
@@ -41,10 +43,13 @@ from .run_folder import (
     RUN_NAME,
     check_output_folder,
     delete_run,
+    whole_files,
     write_json,
 )
 from .run_state import RunState, load_run
 from .settings import PretrainSettings
+from .telemetry import Telemetry, measured_rate, summary
+from .trackers import Trackers, check_trackers, new_run_name
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class PretrainResult:
     """A finished run. ``held_out_start`` and ``held_out``: scores on the held-out text before and after training (losses in
     nats); ``phases``: steps and longest sequence of each; ``skipped``: the steps that were left out, see ``RunState``;
     ``tokens``: real tokens trained on; ``fill``: the share of the batches' token budget that they are; ``tokens_per_second``: over
-    training steps and their data; ``data``: counts of the corpus; ``comparison``: the summary of ``--compare`` or None, with
-    ``agree`` False where the losses differ.
+    training steps and their data; ``telemetry``: see ``telemetry.summary``; ``data``: counts of the corpus; ``comparison``: the
+    summary of ``--compare`` or None, with ``agree`` False where the losses differ.
     """
 
     output: str
@@ -66,6 +71,7 @@ class PretrainResult:
     fill: float
     seconds: float
     tokens_per_second: float
+    telemetry: dict[str, Any]
     data: dict[str, Any]
     held_out_start: dict[str, float]
     held_out: dict[str, float]
@@ -85,6 +91,12 @@ def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
     :class:`TrainingError` where training fails.
     """
     started = launch()
+    run = one_writer(_pretrain) if started is None or started.is_main else _pretrain
+    return run(settings, started, say)
+
+
+def _pretrain(settings: PretrainSettings, started: Launch | None, say: Say) -> PretrainResult:
+    check_trackers(settings.report_to)
     with joined(started) as processes:
         settings = PretrainSettings.from_dict(processes.of_main(lambda: _settings_to_run(settings, started).to_dict()))
         device = local_device(pick_device(settings.device), started)
@@ -152,14 +164,21 @@ def _check_same_everywhere(data: PreparedData, processes: Processes) -> None:
 
 
 def find_run(output: Path, settings: PretrainSettings, processes: Processes, say: Say) -> tuple[Path, RunState]:
-    """The newest sound checkpoint in ``output`` and its state; broken newer ones are named. Process 0 looks for all.
+    """The newest sound checkpoint in ``output`` and its state; broken newer ones are named, and go with the next checkpoint.
+
+    Process 0 looks for all.
 
     Raises :class:`SettingsError` naming what ``settings`` ask for differently, :class:`TrainingError` where no checkpoint is
     sound.
     """
+    broken: list[Path] = []
+
+    def on_broken(folder: Path, defect: str) -> None:
+        say(f"{folder} is broken and left out: {defect}")
+        broken.append(folder)
 
     def newest() -> str:
-        checkpoint = latest_checkpoint(output, lambda folder, defect: say(f"{folder} is broken and left out: {defect}"))
+        checkpoint = latest_checkpoint(output, on_broken)
         if checkpoint is None:
             raise TrainingError(f"none of the checkpoints in {output} is sound: nothing to resume")
         return str(checkpoint)
@@ -167,6 +186,8 @@ def find_run(output: Path, settings: PretrainSettings, processes: Processes, say
     checkpoint = Path(processes.of_main(newest))
     state = RunState.read(checkpoint)
     settings.refuse_changes(settings.output, settings.to_dict(), state.settings)
+    for folder in broken:  # none but in process 0
+        set_aside(folder)
     say(f"Resuming {output} after step {checkpoint_step(checkpoint):,}")
     return checkpoint, state
 
@@ -202,18 +223,25 @@ def _train(
     output = Path(settings.output)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"Model: {_model_text(model)}, {parameters / 1e6:.1f} M parameters, on {model.device}")
-    metrics_path, resumed_step = (output / METRICS_NAME, state and state.step) if processes.is_main else (Path(os.devnull), None)
-    with MetricsFile(metrics_path, resumed_step) as metrics:
+    step, run_name = (None, new_run_name(output)) if state is None else (state.step, state.run_name)
+    # The first process keeps the record; what is counted over all is the same in every one.
+    record, trackers_named = (output / METRICS_NAME, settings.report_to) if processes.is_main else (Path(os.devnull), ())
+    with (
+        Trackers(trackers_named, output, run_name, step, settings.to_dict(), say) as trackers,
+        MetricsFile(record, step if processes.is_main else None, trackers.log) as metrics,
+    ):
         if state is None:
-            state = RunState(settings.to_dict(), data.facts, held_out_start=_held_out_scores(settings, model, data))
+            state = RunState(settings.to_dict(), data.facts, _held_out_scores(settings, model, data), run_name)
             metrics.write({"step": 0, "held_out": state.held_out_start})
         say(f"Held-out text before training: {_scores_text(state.held_out_start)}")
+        matmul_rate = _matmul_rate_of_all(model.device, settings, processes, say)
         learner = Learner(model, settings, state.step, processes=processes)
         comparison = _comparison(settings, model, data, state, say)
         if checkpoint is not None:
             load_run(checkpoint, state, learner, comparison)
         state.processes = processes.count
-        TrainingLoop(settings, state, learner, data, comparison, metrics, say, processes).run(stop)
+        telemetry = Telemetry(settings, model.config, matmul_rate)
+        TrainingLoop(settings, state, learner, data, comparison, metrics, telemetry, say, processes).run(stop)
         scores = _held_out_scores(settings, model, data)
         metrics.write({"step": state.step, "held_out": scores})
     examples = fill_in_examples(model, data.held_out[0].to(model.device), data.tokenizer)
@@ -230,6 +258,7 @@ def _train(
         fill=state.tokens / budget,
         seconds=state.seconds,
         tokens_per_second=state.tokens / state.seconds,
+        telemetry=summary(read_metrics(record), matmul_rate),
         data=data.facts,
         held_out_start=state.held_out_start,
         held_out=scores,
@@ -241,6 +270,12 @@ def _train(
         _write_results(settings, result, model, data, report, say)
     _say_results(result, report, say)
     return result
+
+
+def _matmul_rate_of_all(device: torch.device, settings: PretrainSettings, processes: Processes, say: Say) -> float | None:
+    """FLOP/s of all processes together: the first measures while the others wait, and all have such a device."""
+    rate = processes.of_main(lambda: measured_rate(device, settings.dtype, say))
+    return None if rate is None else rate * processes.count
 
 
 def _held_out_scores(settings: PretrainSettings, model: PreTrainedModel, data: PreparedData) -> dict[str, float]:
@@ -272,20 +307,24 @@ def _write_results(
     say: Say,
 ) -> None:
     output = Path(settings.output)
-    save_model(model, output)
-    data.tokenizer.save_pretrained(output)
+    with whole_files(output, last=MODEL_NAME) as folder:
+        save_model(model, folder)
+        data.tokenizer.save_pretrained(folder)
+        (folder / CARD_NAME).write_text(model_card(settings, result, model.config), encoding="utf-8")
     if report is not None:
         write_json(output / COMPARISON_NAME, report.to_dict())
     if importlib.util.find_spec("matplotlib"):
-        plot_losses(read_metrics(output / METRICS_NAME), output / PLOT_NAME)
+        phase_starts = [phase.first_step for phase in settings.phases[1:]]
+        plot_losses(read_metrics(output / METRICS_NAME), output / PLOT_NAME, phase_starts)
     else:
         say(f"No {PLOT_NAME}: matplotlib is not installed (pip install matplotlib)")
-    (output / CARD_NAME).write_text(model_card(settings, result, model.config), encoding="utf-8")
     _write_run(output, settings, result.data, result.to_dict())
 
 
 def _say_results(result: PretrainResult, report: ComparisonReport | None, say: Say) -> None:
-    say(f"\nTrained {result.steps:,} steps on {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s")
+    mfu = result.telemetry["mfu"]
+    speed = f"{result.tokens_per_second:,.0f} tokens/s" + ("" if mfu is None else f", MFU {mfu:.1%}")
+    say(f"\nTrained {result.steps:,} steps on {result.tokens:,} tokens, {speed}")
     if result.skipped:
         say(f"Steps left out: {len(result.skipped)}, named in {METRICS_NAME}")
     say(f"Held-out text before: {_scores_text(result.held_out_start)}")

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastbert.whole_file import whole_file
 
-from .checkpoint import checkpoint_folders, delete_checkpoints
+from .checkpoint import UNFINISHED_PREFIX, checkpoint_folders, delete_checkpoints, sync_path, sync_tree
 from .errors import SettingsError
 
 RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
 PLOT_NAME = "loss.png"
+TENSORBOARD_NAME = "tensorboard"  # a folder, of --report-to tensorboard
 CARD_NAME = "README.md"
 COMPARISON_NAME = "compare.json"
 STATE_NAME = "run_state.json"  # in every checkpoint
@@ -61,8 +65,28 @@ def delete_run(output: Path) -> None:
     if not output.is_dir():
         return
     delete_checkpoints(output)
+    for path in (output / TENSORBOARD_NAME).glob("events.out.tfevents.*"):
+        path.unlink()
     for path in sorted(own_files(output), key=lambda path: path.name == RUN_NAME):
         path.unlink()
+
+
+@contextmanager
+def whole_files(output: Path, last: str) -> Iterator[Path]:
+    """A hidden folder for files, which become those of ``output`` together at the end, on the disk; the file named ``last`` comes
+    last, so where it is, they all are. Where the writing fails ``output`` is as it was.
+    """
+    folder = output / f"{UNFINISHED_PREFIX}files"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        sync_tree(folder)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
+            os.replace(path, output / path.name)
+        sync_path(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastbert.data.loader import Position
 
-from .checkpoint import write_checkpoint
+from .checkpoint import Snapshot
 from .compare import Comparison
 from .errors import TrainingError
 from .learner import Learner, os_errors
@@ -33,7 +33,8 @@ class RunState:
     """How far a run has come, after ``step`` steps.
 
     ``settings`` and ``data`` (counts and a fingerprint of the corpus) say which run it is; ``held_out_start``: scores before
-    the first step; ``processes``: how many trained last; ``position``: of the next batch in the data, a ``loader.Position``;
+    the first step; ``run_name``: among the runs of a tracker; ``processes``: how many trained last; ``position``: of the next batch
+    in the data, a ``loader.Position``;
     ``tokens``: real tokens trained on; ``seconds``: spent in training steps and on their data; ``window``: what is not yet in
     ``metrics.jsonl``; ``skipped``: the steps that were left out, each with its number, the position of its first batch and the
     reason; ``comparison``: the state of ``--compare``, None without.
@@ -42,6 +43,7 @@ class RunState:
     settings: dict[str, Any]
     data: dict[str, Any]
     held_out_start: dict[str, float]
+    run_name: str = ""
     processes: int = 1
     step: int = 0
     position: dict[str, int] = field(default_factory=lambda: dataclasses.asdict(Position()))
@@ -53,36 +55,41 @@ class RunState:
 
     @classmethod
     def read(cls, checkpoint: Path) -> RunState:
-        values = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
-        if "position" not in values:
-            raise TrainingError(
-                f"{checkpoint} is from an earlier version of fastbert, which made other batches: --overwrite starts the run anew"
-            )
-        return cls(**{**values, "window": Window.from_dict(values["window"])})
+        """Raises :class:`TrainingError` where the file is none of this version's."""
+        try:
+            values = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+            if "position" not in values:
+                raise TrainingError(
+                    f"{checkpoint} is from an earlier fastbert, which made other batches: --overwrite starts the run anew"
+                )
+            return cls(**{**values, "window": Window.from_dict(values["window"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrainingError(f"{checkpoint / STATE_NAME} is not the state of a run ({error!r})") from error
 
-    def write(self, folder: Path) -> None:
-        text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
-        (folder / STATE_NAME).write_text(text, encoding="utf-8")
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
 
 
-def save_run(
-    output: Path, state: RunState, learner: Learner, tokenizer: PreTrainedTokenizerBase, comparison: Comparison | None
-) -> Path:
-    """Writes ``checkpoint-<step>`` and returns its path. ``comparison``: the one that is still under way, if any.
+def snapshot_run(state: RunState, learner: Learner, tokenizer: PreTrainedTokenizerBase, comparison: Comparison | None) -> Snapshot:
+    """The run as it stands now, for a checkpoint. ``comparison``: the one that is still under way, if any.
 
-    Raises ``OSError`` where the disk takes no more; the checkpoints before it stay.
+    Its memory on the host is that of the weights and the optimizer's two moments once more, until it has been written.
     """
+    learners = learner.snapshot()
+    comparisons = None if comparison is None else comparison.snapshot()
+    rng_states = _rng_states(learner.model.device)
+    state_text = state.to_json()
 
     def write(folder: Path) -> None:
-        learner.save(folder)
+        learners.write(folder)
         tokenizer.save_pretrained(folder)
-        with os_errors(folder):
-            save_file(_rng_states(learner.model.device), folder / RNG_NAME)
-        if comparison is not None:
-            comparison.save(folder)
-        state.write(folder)
+        with os_errors(folder / RNG_NAME):
+            save_file(rng_states, folder / RNG_NAME)
+        if comparisons is not None:
+            comparisons.write(folder)
+        (folder / STATE_NAME).write_text(state_text, encoding="utf-8")
 
-    return write_checkpoint(output, state.step, write)
+    return Snapshot(write, learners.nbytes + (0 if comparisons is None else comparisons.nbytes))
 
 
 def load_run(checkpoint: Path, state: RunState, learner: Learner, comparison: Comparison | None) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import torch
 
+from fastbert.data.batches import PackedBatch
 from fastbert.data.corpus import Document
 from fastbert.data.tokens import TokenizedCorpus
 
@@ -49,3 +51,13 @@ def random_lengths(documents: int, seed: int) -> list[list[int]]:
     """Documents of 1 to 30 sentences of 1 to 40 tokens, and some sentences of 150."""
     draw = random.Random(seed)
     return [[draw.randint(1, 40) if draw.random() < 0.97 else 150 for _ in range(draw.randint(1, 30))] for _ in range(documents)]
+
+
+TENSORS = ("input_ids", "token_type_ids", "position_ids", "labels", "cu_seqlens", "next_sentence_label")
+
+
+def same(first: PackedBatch, second: PackedBatch) -> bool:
+    """Whether two batches of pairs are equal in every element."""
+    return first.max_seqlen == second.max_seqlen and all(
+        torch.equal(getattr(first, name), getattr(second, name)) for name in TENSORS
+    )

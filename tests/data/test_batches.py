@@ -1,33 +1,26 @@
 from __future__ import annotations
 
-from itertools import islice
-
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from fastbert.data import batches as batches_module
-from fastbert.data.batches import PackedBatch, PretrainingBatches, held_out_batches
+import fastbert
+from fastbert.data.batches import PackedBatch, PretrainingBatches
+from fastbert.data.corpus import Document
 from fastbert.data.masking import IGNORE_INDEX
 from fastbert.data.pairs import make_pairs
+from fastbert.data.passages import make_passages
 from fastbert.data.streams import Stream, generator
-from fastbert.data.tokens import TokenizedCorpus
+from fastbert.data.tokenizer import train_wordpiece
+from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
 
-from .helpers import numbered_corpus
-
-TENSORS = ("input_ids", "token_type_ids", "position_ids", "labels", "cu_seqlens", "next_sentence_label")
+from .helpers import TENSORS, numbered_corpus, same
 
 
 @pytest.fixture
 def batches(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> PretrainingBatches:
     return PretrainingBatches(corpus, tokenizer, max_seq_length=48, tokens_per_batch=300, seed=3)
-
-
-def same(first: PackedBatch, second: PackedBatch) -> bool:
-    return first.max_seqlen == second.max_seqlen and all(
-        torch.equal(getattr(first, name), getattr(second, name)) for name in TENSORS
-    )
 
 
 def originals(batch: PackedBatch) -> torch.Tensor:
@@ -147,42 +140,21 @@ def test_masks_are_new_in_every_epoch_and_batch(tokenizer: PreTrainedTokenizerFa
     assert len(masks) == len(set(masks)) == 50
 
 
-def test_steps_go_on_over_epochs_and_resume_anywhere(
-    corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast, batches: PretrainingBatches
-) -> None:
-    first, second = batches.num_batches(0), batches.num_batches(1)
-    total = first + second + 3
-    straight = list(islice(batches.steps(), total))
-    epochs = [*batches.epoch(0), *batches.epoch(1), *islice(batches.epoch(2), 3)]
-    assert all(map(same, straight, epochs))
-    for start in (0, 1, first - 1, first, first + second, total - 1):
-        fresh = PretrainingBatches(corpus, tokenizer, max_seq_length=48, tokens_per_batch=300, seed=3)
-        resumed = list(islice(fresh.steps(start), total - start))
-        assert len(resumed) == total - start and all(map(same, resumed, straight[start:]))
-
-
-def test_skipped_batches_are_not_made(batches: PretrainingBatches, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    mask_tokens = batches_module.mask_tokens
-    monkeypatch.setattr(batches_module, "mask_tokens", lambda *args, **kwargs: made.append(1) or mask_tokens(*args, **kwargs))
-    next(batches.steps(batches.num_batches(0) + 4))
-    assert len(made) == 1
-
-
-def test_held_out_batches_are_fixed(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
-    options = {"max_seq_length": 48, "tokens_per_batch": 300, "seed": 11}
-    whole = held_out_batches(corpus, tokenizer, **options)
-    few = held_out_batches(corpus, tokenizer, **options, max_batches=4)
-    assert len(few) == 4 < len(whole)
-    assert all(map(same, few, whole))
-    assert all(map(same, whole, PretrainingBatches(corpus, tokenizer, **options).epoch(0)))
+def test_an_epoch_begins_anywhere(batches: PretrainingBatches, corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    halves = [corpus._select(np.arange(corpus.num_sentences) % 2 == half) for half in range(2)]
+    shards = PretrainingBatches(halves, tokenizer, max_seq_length=48, tokens_per_batch=300, seed=3, block_tokens=1)
+    for made in (batches, shards):
+        whole = list(made.epoch(2))
+        for start in (1, 5, len(whole) - 1, len(whole)):
+            rest = list(made.epoch(2, start))
+            assert len(rest) == len(whole) - start and all(map(same, rest, whole[start:]))
 
 
 def test_a_corpus_smaller_than_a_batch_is_one_batch(tokenizer: PreTrainedTokenizerFast) -> None:
     batches = PretrainingBatches(numbered_corpus([[5] * 3, [5] * 3]), tokenizer, max_seq_length=32, tokens_per_batch=10_000, seed=0)
     assert batches.num_batches() == 1
     assert 0 < batches.fill() < 0.02
-    assert len(list(islice(batches.steps(), 5))) == 5
+    assert len(list(batches.epoch(0))) == 1
 
 
 @pytest.mark.parametrize(
@@ -191,7 +163,8 @@ def test_a_corpus_smaller_than_a_batch_is_one_batch(tokenizer: PreTrainedTokeniz
         ({"max_seq_length": 7}, "max_seq_length must be at least 8, not 7"),
         ({"max_seq_length": 129}, "max_seq_length 129 is above the 128 tokens that the tokenizer allows"),
         ({"tokens_per_batch": 63}, "tokens_per_batch 63 is below max_seq_length 64: a batch must hold a whole sequence"),
-        ({"seed": -1}, "seed must not be negative, it is -1"),
+        ({"seed": -1}, "seed must lie between 0 and 18446744073709551615, it is -1"),
+        ({"seed": 2**64}, "it is 18446744073709551616"),
     ],
 )
 def test_bad_sizes_are_refused(
@@ -202,9 +175,8 @@ def test_bad_sizes_are_refused(
     message: str,
 ) -> None:
     monkeypatch.setattr(tokenizer, "model_max_length", 128)
-    for make in (PretrainingBatches, held_out_batches):
-        with pytest.raises(ValueError, match=message):
-            make(corpus, tokenizer, **{"max_seq_length": 64, "tokens_per_batch": 256, "seed": 0, **change})
+    with pytest.raises(ValueError, match=message):
+        PretrainingBatches(corpus, tokenizer, **{"max_seq_length": 64, "tokens_per_batch": 256, "seed": 0, **change})
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -213,6 +185,146 @@ def test_a_corpus_of_another_tokenizer_is_refused(tokenizer: PreTrainedTokenizer
         PretrainingBatches(foreign, tokenizer, max_seq_length=64, tokens_per_batch=256, seed=0)
 
 
-def test_a_negative_step_is_refused(batches: PretrainingBatches) -> None:
-    with pytest.raises(ValueError, match="start_step must not be negative, it is -2"):
-        next(batches.steps(-2))
+def test_sequences_without_pairs(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    batches = PretrainingBatches(corpus, tokenizer, max_seq_length=48, tokens_per_batch=300, seed=3, objective="mlm")
+    found = []
+    for batch in batches.epoch(0):
+        bounds, ids = batch.cu_seqlens.tolist(), originals(batch).tolist()
+        assert batch.next_sentence_label is None and batch.num_sequences == len(bounds) - 1
+        assert not batch.token_type_ids.any()
+        assert "next_sentence_label" not in batch.model_inputs() and "next_sentence_label" not in batch.padded(0)
+        assert len(batch.model_inputs()) == 8 and batch.padded(0)["input_ids"].shape[0] == batch.num_sequences
+        assert batch.to("cpu").next_sentence_label is None
+        found += [ids[start + 1 : end - 1] for start, end in zip(bounds, bounds[1:])]
+    passages = make_passages(corpus, 48)
+    texts = [corpus.ids[start : start + length].tolist() for start, length in zip(passages.a_starts, passages.a_lengths)]
+    assert sorted(found) == sorted(texts) and found != texts
+
+
+def test_static_pairs_are_those_of_epoch_0_in_another_order_under_other_masks(
+    corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    half = len(corpus.document_offsets) // 2
+    shards = [corpus._select(np.arange(corpus.num_sentences) < corpus.document_offsets[half]), corpus]
+    options = {"max_seq_length": 48, "tokens_per_batch": 300, "seed": 3, "block_tokens": 1}
+    static = PretrainingBatches(shards, tokenizer, **options, static_pairs=True)
+    epochs = [list(static.epoch(epoch)) for epoch in range(3)]
+    texts = [[text for batch in epoch for text in pair_texts(batch)] for epoch in epochs]
+    assert texts[0] != texts[1] != texts[2] and sorted(texts[0]) == sorted(texts[1]) == sorted(texts[2])
+    masked = [{tuple(batch.input_ids.tolist()) for batch in epoch} for epoch in epochs]
+    assert not masked[0] & masked[1]
+    dynamic = PretrainingBatches(shards, tokenizer, **options)
+    assert all(map(same, dynamic.epoch(0), epochs[0]))
+    assert sorted(text for batch in dynamic.epoch(1) for text in pair_texts(batch)) != sorted(texts[1])
+
+
+def test_masks_are_of_the_kind_that_was_asked_for(stories: list[Document]) -> None:
+    tokenizer = train_wordpiece(stories[0].paragraphs, 200)  # which knows a few of the words of the other stories
+    corpus = tokenize_documents(stories, tokenizer)
+    pieces = [token.startswith("##") for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+    options = {"max_seq_length": 48, "tokens_per_batch": 300, "seed": 3, "mlm_probability": 0.3}
+    for masking, split in (("token", True), ("whole-word", False), ("span", False)):
+        halves = chosen = ordinary = 0
+        for batch in PretrainingBatches(corpus, tokenizer, masking=masking, **options).epoch(0):
+            asked = batch.labels != IGNORE_INDEX
+            ids = originals(batch)
+            goes_on = torch.tensor(pieces)[ids[1:]] & (ids[:-1] > tokenizer.mask_token_id)  # truncation cuts words
+            halves += int((goes_on & (asked[1:] != asked[:-1])).sum())
+            chosen, ordinary = chosen + int(asked.sum()), ordinary + batch.num_tokens - 3 * batch.num_sequences
+        assert (halves > 20) == split, masking
+        assert abs(chosen / ordinary - 0.3) < 0.02
+
+
+def test_what_a_tokenizer_cannot_do_is_refused_at_once(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    options = {"max_seq_length": 48, "tokens_per_batch": 300, "seed": 3}
+    for change, message in (
+        ({"objective": "nsp"}, "objective is 'nsp', expected one of mlm-nsp, mlm"),
+        ({"masking": "words"}, "masking is 'words', expected one of token, whole-word, span"),
+        ({"mlm_probability": 0.0}, "probability must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PretrainingBatches(corpus, tokenizer, **options, **change)
+
+
+@pytest.mark.parametrize("objective", ["mlm-nsp", "mlm"])
+def test_a_batch_of_fixed_shape_has_the_same_loss_and_gradients(
+    corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast, objective: str
+) -> None:
+    batches = PretrainingBatches(corpus, tokenizer, max_seq_length=48, tokens_per_batch=300, seed=3, objective=objective)
+    tokens, sequences = batches.shape
+    config = fastbert.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = (fastbert.BertForPreTraining if objective == "mlm-nsp" else fastbert.BertForMaskedLM)(config).train()
+
+    def loss_and_gradients(batch: PackedBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        torch.manual_seed(1)  # the dropout masks of the tokens that both have are the same
+        model.zero_grad()
+        loss = model(**batch.model_inputs()).loss
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    made = list(batches.epoch(0))
+    for batch in (made[0], made[1], made[-1]):
+        fixed = batch.with_shape(tokens, sequences, max_seqlen=48, pad_id=tokenizer.pad_token_id)
+        assert fixed.num_tokens == tokens and fixed.num_sequences == sequences and fixed.max_seqlen == 48
+        assert fixed.cu_seqlens[-1] == tokens and (fixed.cu_seqlens.diff() <= 48).all() and (fixed.cu_seqlens.diff() == 0).any()
+        assert fixed.cu_seqlens.dtype == torch.int32
+        starts = torch.repeat_interleave(fixed.cu_seqlens[:-1], fixed.cu_seqlens.diff())
+        assert torch.equal(fixed.position_ids, torch.arange(tokens) - starts)
+        assert (fixed.input_ids[batch.num_tokens :] == tokenizer.pad_token_id).all()
+        loss, gradients = loss_and_gradients(batch)
+        fixed_loss, fixed_gradients = loss_and_gradients(fixed)
+        torch.testing.assert_close(fixed_loss, loss, rtol=1e-6, atol=0)
+        assert len(gradients) == len(fixed_gradients) > 30
+        for gradient, expected in zip(fixed_gradients, gradients):
+            assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-9
+
+
+def test_a_shape_that_is_too_small_is_refused(batches: PretrainingBatches) -> None:
+    batch = next(batches.epoch(0))
+    fits = {"num_tokens": batch.num_tokens + 10, "num_sequences": batch.num_sequences + 2, "max_seqlen": 48, "pad_id": 0}
+    assert batch.with_shape(**fits).num_tokens == batch.num_tokens + 10
+    for change in (
+        {"num_tokens": batch.num_tokens - 1},
+        {"num_sequences": batch.num_sequences - 1},
+        {"num_sequences": batch.num_sequences},
+        {"num_tokens": batch.num_tokens + 97},
+        {"max_seqlen": batch.max_seqlen - 1},
+    ):
+        with pytest.raises(
+            ValueError, match=f"a batch of {batch.num_tokens} tokens in {batch.num_sequences} sequences .* cannot be"
+        ):
+            batch.with_shape(**{**fits, **change})
+
+
+def test_every_batch_fits_the_shape(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Also where most documents are much shorter than the corpus makes them look."""
+    uneven = numbered_corpus([[2]] * 60 + [[2] * 30])
+    for text in (corpus, uneven):
+        for objective in ("mlm-nsp", "mlm"):
+            batches = PretrainingBatches(text, tokenizer, max_seq_length=32, tokens_per_batch=128, seed=0, objective=objective)
+            for batch in batches.epoch(0):
+                assert batch.with_shape(*batches.shape, max_seqlen=32, pad_id=0).num_tokens == 128
+
+
+def test_batches_of_shards(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Pairs come from one block each, and a block's random segments from its own documents."""
+    half = corpus.document_offsets[len(corpus.document_offsets) // 2]
+    parts = [corpus._select(np.arange(corpus.num_sentences) < half), corpus._select(np.arange(corpus.num_sentences) >= half)]
+    options = {"max_seq_length": 48, "tokens_per_batch": 300, "seed": 0}
+    batches = PretrainingBatches(parts, tokenizer, **options, block_tokens=1)
+    assert batches.num_blocks() == 2
+    for block in range(2):
+        part = parts[batches.blocks.shards(0, block)[0]]
+        pairs = make_pairs(part, 48, generator(0, Stream.SEQUENCES, 0, block))
+        found = [text for n in range(batches.num_batches_in_block(0, block)) for text in pair_texts(batches.batch(0, block, n))]
+        ids = pairs.assemble(0, len(pairs), cls_id=tokenizer.cls_token_id, sep_id=tokenizer.sep_token_id)
+        texts = [(int(label), *row.tolist()) for row, label in zip(np.split(ids, pairs.offsets[1:-1]), pairs.next_sentence_label)]
+        assert sorted(found) == sorted(texts)
+    small = [batch.num_tokens < 250 for batch in batches.epoch(0)]
+    assert sum(small) <= 2, "at most one at the end of each block"
+    whole = PretrainingBatches(parts, tokenizer, **options)
+    assert whole.num_blocks() == 1

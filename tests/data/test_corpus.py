@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from fastbert.data.corpus import CorpusError, CorpusReport, Document, read_documents
+from fastbert.data.corpus import (
+    BadTextError,
+    CorpusError,
+    CorpusReport,
+    Document,
+    Reading,
+    corpus_parts,
+    read_documents,
+    read_part,
+)
 
 TWO_DOCUMENTS = "First line.\nSecond line.\n\nAnother document.\n"
 
@@ -239,3 +248,112 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         paragraphs("wikitext")
     with pytest.raises(CorpusError, match=r"a\.parquet: reading Parquet needs pyarrow: pip install 'fastbert\[train\]'"):
         paragraphs(write(tmp_path / "a.parquet", b""))
+
+
+# --- by rules: bad text, long lines, long documents -------------------------------------------------------------------------
+
+
+def read_by(path: Path | str, **rules: int | bool) -> tuple[list[list[str]], dict[str, int]]:
+    """Documents, and what was left out or cut."""
+    reading = Reading(**rules)
+    found = [document.paragraphs for part in corpus_parts([path]) for document in read_part(part, reading)]
+    return found, {name: count for name, count in reading.left_out.items() if count}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_documents_of_bad_utf8_may_be_left_out(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, b"One.\nbad \xff here\nmore of it\n\nTwo.\n\n\xfe\n\xfe\n\nThree.\nlast \xe2\x82")
+    assert read_by(path, skip_bad_text=True) == ([["Two."]], {"bad_text": 3})
+    with pytest.raises(BadTextError, match="line 2: not UTF-8"):
+        read_by(path)
+
+
+def test_rows_that_are_no_text_may_be_left_out(tmp_path: Path) -> None:
+    rows = [b'{"text": "One."}', b'{"text": "\\ud800"}', b'{"text": 3}', b"{", b'"text"', b'{"other": ""}', b'{"text": "\xff"}']
+    path = write(tmp_path / "rows.jsonl", b"\n".join([*rows, b'{"text": ""}', b'{"text": "Two."}']))
+    assert read_by(path, skip_bad_text=True) == ([["One."], ["Two."]], {"bad_text": 6, "empty": 1})
+
+
+def test_rows_of_parquet_that_are_no_text_may_be_left_out(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.array([b"One.", b"\xff", None, b"Two."]).cast(pyarrow.binary())
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 4, column.buffers())
+    parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "rows.parquet")
+    assert read_by(tmp_path / "rows.parquet", skip_bad_text=True) == ([["One."], ["Two."]], {"bad_text": 2})
+    with pytest.raises(BadTextError, match="row 2: column 'text' is not UTF-8"):
+        read_by(tmp_path / "rows.parquet")
+
+
+def test_damage_that_is_no_bad_text_is_never_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt.gz", "One.\n\nTwo.\n" * 1000)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CorpusError, match="truncated") as caught:
+        read_by(path, skip_bad_text=True)
+    assert not isinstance(caught.value, BadTextError)
+
+
+@pytest.mark.parametrize("longest", [4, 7, 10, 64])
+def test_long_lines_come_in_pieces_that_hold_all_of_them(tmp_path: Path, longest: int) -> None:
+    words = ["sea", "\u00fcber", "\u6d77" * 9, "\U0001f6a2" * 3, "x" * 30, "a", "ships"] * 5
+    lines = [" ".join(words), "short", "\t".join(words), "", "".join(words)]
+    path = write(tmp_path / "a.txt", "\n".join(lines))
+    found, counts = read_by(path, longest_line=longest)
+    pieces = [paragraph for paragraphs in found for paragraph in paragraphs]
+    assert "".join("".join(pieces).split()) == "".join("".join(lines).split())
+    assert counts == {"cut_lines": 4 if longest == 4 else 3}  # of four bytes "short" is a long one
+    assert max(len(piece.encode()) for piece in pieces) <= 2 * longest
+    assert len(found) == 2
+    if longest == 64:  # every word fits
+        assert all(piece.split() == [word for word in piece.split() if word in words or word == "short"] for piece in found[0])
+
+
+def test_white_space_within_a_long_line_closes_no_document(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "One" + " " * 50 + "two." + " " * 30 + "\nThree.\n \nFour.")
+    assert read_by(path, longest_line=8) == ([["One", "two.", "Three."], ["Four."]], {"cut_lines": 1})
+
+
+def test_long_paragraphs_of_rows_are_divided_at_white_space(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps({"text": "aa bb cc dd\nee " + "f" * 9}))
+    assert read_by(path, longest_line=6) == ([["aa bb", "cc dd", "ee", "ffffff", "fff"]], {"cut_lines": 2})
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_long_documents_are_divided_between_paragraphs(tmp_path: Path, name: str) -> None:
+    texts = ["\n".join("abcdefgh"), "x", "y" * 9 + "\nz"]
+    content = "\n\n".join(texts) if name == "a.txt" else "\n".join(json.dumps({"text": text}) for text in texts)
+    found = read_by(write(tmp_path / name, content), longest_document=3)
+    assert found == ([["a", "b", "c"], ["d", "e", "f"], ["g", "h"], ["x"], ["y" * 9], ["z"]], {"cut_documents": 2})
+
+
+def test_consecutive_rows_make_a_document(tmp_path: Path) -> None:
+    rows = ["One.", "Two.\nThree.", "", "Four.", "Five."]
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": text}) for text in rows))
+    assert read_by(path, rows_per_document=2) == ([["One.", "Two.", "Three."], ["Four."], ["Five."]], {})
+    path = write(tmp_path / "b.jsonl", '{"text": "One."}\n{\n{"text": "Two."}\n{"text": "Three."}')
+    assert read_by(path, rows_per_document=2, skip_bad_text=True) == ([["Two.", "Three."]], {"bad_text": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded", "documents"),
+    [
+        ("wikipedia", ("wikimedia/wikipedia", "20231101.en"), 2500),
+        ("wikipedia:20231101.de", ("wikimedia/wikipedia", "20231101.de"), 2500),
+        ("bookcorpus", ("SamuelYang/bookcorpus", None), 3),
+        ("someone/bookcorpus", ("someone/bookcorpus", None), 2500),
+    ],
+)
+def test_the_datasets_of_berts_paper_are_known_by_their_names(
+    monkeypatch: pytest.MonkeyPatch, name: str, loaded: tuple, documents: int
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return datasets.Dataset.from_dict({"text": [f"Sentence {row}." for row in range(2500)]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = list(read_documents([name]))
+    assert calls == [(loaded, {"split": "train", "streaming": True})]
+    assert len(found) == documents and sum(len(document.paragraphs) for document in found) == 2500

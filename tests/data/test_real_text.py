@@ -66,9 +66,10 @@ def test_from_text_to_batches(documents: list[Document], data_folder: Path) -> N
     assert np.mean(corpus.ids == tokenizer.unk_token_id) < 0.001
     train, held_out = corpus.split(0.05, seed=0)
     assert 0.025 < held_out.num_tokens / corpus.num_tokens < 0.075
-    batches = PretrainingBatches(train, tokenizer, max_seq_length=128, tokens_per_batch=4096, seed=0)
-    assert batches.fill() > 0.97
-    made = list(islice(batches.steps(), 40))
+    for max_seq_length, tokens_per_batch in ((512, 4096), (512, 8192), (128, 16384), (128, 4096)):
+        batches = PretrainingBatches(train, tokenizer, max_seq_length=max_seq_length, tokens_per_batch=tokens_per_batch, seed=0)
+        assert batches.fill() > 0.98
+    made = list(islice(batches.epoch(0), 40))
     labels = torch.cat([batch.next_sentence_label for batch in made])
     assert abs(labels.float().mean() - 0.5) < 3 * 0.5 / len(labels) ** 0.5
     asked = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in made)

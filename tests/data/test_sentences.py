@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fastbert.data.sentences import split_sentences
+from fastbert.data.sentences import cut_text, split_sentences
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,27 @@ def test_time_is_linear_in_the_length(unit: str) -> None:
     sentences = split_sentences(paragraph)
     assert time.process_time() - start < 2.0
     assert "".join("".join(sentences).split()) == "".join(paragraph.split())
+
+
+@pytest.mark.parametrize("longest", [1, 5, 8, 1000])
+def test_cut_text_keeps_all_characters_but_white_space(longest: int) -> None:
+    text = "one two\tthree   four " + "five" * 5 + "\u3000six seven eight" + " " * 20 + "nine "
+    pieces = list(cut_text(text, longest))
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    assert all(pieces) and max(map(len, pieces)) <= longest
+    if longest == 8:
+        assert pieces == ["one two", "three", "four", "fivefive", "fivefive", "five", "six", "seven", "eight", "nine"]
+    assert list(cut_text("", 4)) == list(cut_text("  ", 1)) == []
+
+
+def test_time_is_linear_in_the_length_of_a_sentence_without_an_end() -> None:
+    text = "J. " * 500_000 + "x"
+    start = time.process_time()
+    assert split_sentences(text) == [text]
+    assert time.process_time() - start < 4.0
+
+
+@pytest.mark.parametrize("spaces", [1, 30, 45])
+def test_the_number_of_a_list_item_ends_no_sentence_wherever_it_stands(spaces: int) -> None:
+    assert split_sentences(" " * spaces + "1. One thing. 2. Another.") == ["1. One thing.", "2. Another."]
+    assert split_sentences("In " + "a long row of words " * 5 + "1. Then.")[0].endswith(" 1.")

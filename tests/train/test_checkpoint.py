@@ -34,7 +34,7 @@ def sound_checkpoints(output: Path) -> list[str]:
 
 def test_the_newest_are_kept(tmp_path):
     for step in (5, 10, 100):
-        assert write_checkpoint(tmp_path, step, write_files) == tmp_path / f"checkpoint-{step}"
+        assert write_checkpoint(tmp_path, step, write_files, keep=2) == tmp_path / f"checkpoint-{step}"
     assert sound_checkpoints(tmp_path) == ["checkpoint-100", "checkpoint-10"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
 
@@ -42,8 +42,8 @@ def test_the_newest_are_kept(tmp_path):
 @pytest.mark.parametrize("stage", ["write", "manifest", "sync", "rename", "delete"])
 def test_a_crash_leaves_whole_checkpoints_only(tmp_path, monkeypatch, stage):
     """The process ends at ``stage``: what its ``finally`` blocks would tidy up stays."""
-    write_checkpoint(tmp_path, 1, write_files)
-    write_checkpoint(tmp_path, 2, write_files)
+    write_checkpoint(tmp_path, 1, write_files, keep=2)
+    write_checkpoint(tmp_path, 2, write_files, keep=2)
 
     def crash(*args, **kwargs):
         raise Crash
@@ -64,13 +64,13 @@ def test_a_crash_leaves_whole_checkpoints_only(tmp_path, monkeypatch, stage):
         if stage == "delete":
             patch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else crash())
         with pytest.raises(Crash):
-            write_checkpoint(tmp_path, 3, write_half if stage == "write" else write_files)
+            write_checkpoint(tmp_path, 3, write_half if stage == "write" else write_files, keep=2)
     survivors = ["checkpoint-3", "checkpoint-2"] if stage == "delete" else ["checkpoint-2", "checkpoint-1"]
     assert sound_checkpoints(tmp_path) == survivors
     assert unfinished_folders(tmp_path)
 
-    write_checkpoint(tmp_path, 3, write_files)
-    write_checkpoint(tmp_path, 4, write_files)
+    write_checkpoint(tmp_path, 3, write_files, keep=2)
+    write_checkpoint(tmp_path, 4, write_files, keep=2)
     assert sound_checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-3"]
 
 
@@ -80,7 +80,7 @@ def test_a_failed_write_tidies_up(tmp_path):
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
-        write_checkpoint(tmp_path, 1, fail)
+        write_checkpoint(tmp_path, 1, fail, keep=2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -106,13 +106,13 @@ def flip_a_bit(folder: Path) -> None:
 )
 def test_a_broken_checkpoint_is_named_and_the_one_before_taken(tmp_path, damage, named):
     for step in (1, 2):
-        write_checkpoint(tmp_path, step, write_files)
+        write_checkpoint(tmp_path, step, write_files, keep=2)
     damage(tmp_path / "checkpoint-2")
     heard = []
     found = latest_checkpoint(tmp_path, lambda folder, defect: heard.append((folder.name, defect)))
     assert found == tmp_path / "checkpoint-1"
     assert heard[0][0] == "checkpoint-2" and named in heard[0][1]
-    write_checkpoint(tmp_path, 2, write_files)
+    write_checkpoint(tmp_path, 2, write_files, keep=2)
     assert latest_checkpoint(tmp_path, lambda *broken: pytest.fail(str(broken))) == tmp_path / "checkpoint-2"
 
 

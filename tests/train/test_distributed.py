@@ -1,6 +1,6 @@
 """Several processes take the steps of one: the same losses, the same weights; they stop, fail and go on together.
 
-Processes are forked from this one, which has imported torch already, with the environment that torchrun gives; one test runs torchrun.
+Processes are forked from this one, which has imported torch already, with the environment of torchrun; one test runs torchrun.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ pytestmark = pytest.mark.skipif(
 )
 # float32 sums in another order; the largest differences seen are 5e-8 of a loss and 1.2e-7 in a weight.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 5e-7, 1e-6
+OF_THE_MACHINE = {"tokens_per_second", "seconds", "mfu", "loader_wait", "peak_rss_bytes", "checkpoint_wait"}
 STEPS = {"batches_per_step": 4, "steps": 8, "log_steps": 1, "save_steps": 4}
 
 
@@ -55,7 +56,7 @@ def run_together(settings: PretrainSettings, count: int, accident: Callable[[int
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(280)
         assert process.exitcode == 0, f"exit code {process.exitcode}"
     return [outcome for _, outcome in sorted((queue.get() for _ in processes), key=lambda pair: pair[0])]
 
@@ -101,7 +102,7 @@ def assert_same_run(found: str, expected: str) -> None:
     assert [row["step"] for row in rows] == [row["step"] for row in wanted]
     for row, other in zip(rows, wanted, strict=True):
         values, others = ((r.get("held_out") or r) for r in (row, other))
-        for name in values.keys() - {"tokens_per_second"}:
+        for name in values.keys() - OF_THE_MACHINE:
             assert values[name] == pytest.approx(others[name], rel=LOSS_TOLERANCE), (row["step"], name)
     weights, wanted_weights = (load_file(Path(output) / "model.safetensors") for output in (found, expected))
     assert weights.keys() == wanted_weights.keys()
@@ -156,8 +157,9 @@ def test_stopped_together_and_resumed_by_another_number(settings, alone, tmp_pat
 
     asked = in_step(0, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     outcomes = run_together(settings(tmp_path / "run", resume=True), 4, asked)
-    assert "4 processes over gloo, 1 batches of a step for each; the run had 2 so far: the same steps, summed up in another order" in (
-        outcomes[0]["lines"]
+    assert (
+        "4 processes over gloo, 1 batches of a step for each; the run had 2 so far: the same steps, summed up in another order"
+        in (outcomes[0]["lines"])
     )
     assert RunState.read(checkpoint_folders(tmp_path / "run")[0]).processes == 4
     pretrain(settings(tmp_path / "run", resume=True), print)
@@ -184,12 +186,12 @@ def test_another_text_on_another_machine(settings, tmp_path, monkeypatch):
 
 def test_refused_before_anything_is_written(settings, tmp_path):
     for changes, message in (
-        ({"batches_per_step": 3}, "--batches-per-step 3 is for all processes together and no multiple of their number, 2: give 2 or 4"),
-        ({"batches_per_step": 1, "compare": True}, "--batches-per-step 1 is for all"),
-        ({"batches_per_step": 2, "fsdp": True}, None),
+        (
+            {"batches_per_step": 3},
+            "--batches-per-step 3 is for all processes together and no multiple of their number, 2: give 2 or 4",
+        ),
+        ({"batches_per_step": 1}, "--batches-per-step 1 is for all"),
     ):
-        if message is None:
-            continue
         outcomes = run_together(settings(tmp_path / "run", **changes), 2)
         assert {outcome["error"] for outcome in outcomes} == {"SettingsError"}
         assert all(message in outcome["message"] for outcome in outcomes)

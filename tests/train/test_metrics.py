@@ -59,14 +59,14 @@ def test_without_sentence_pairs_there_are_no_scores_of_them():
 
 def test_a_window_survives_json():
     window = Window.empty()
-    window.add(scores(mlm_loss=1 / 3), tokens=100)
-    window.seconds = 0.1
+    window.add(scores(mlm_loss=1 / 3), tokens=100, flops=1e9)
+    window.seconds, window.waited = 0.1, 0.025
     from dataclasses import asdict
 
     assert Window.from_dict(json.loads(json.dumps(asdict(window)))) == window
     row = window.row(5, 1e-4)
     assert (row["step"], row["tokens"], row["learning_rate"]) == (5, 100, 1e-4)
-    assert row["tokens_per_second"] == pytest.approx(1000)
+    assert (row["tokens_per_second"], row["loader_wait"], row["seconds"]) == pytest.approx((1000, 0.25, 0.1))
 
 
 def test_rows_are_on_the_disk_at_once(tmp_path):
@@ -74,6 +74,14 @@ def test_rows_are_on_the_disk_at_once(tmp_path):
     with MetricsFile(path) as file:
         file.write({"step": 1, "loss": 2.0})
         assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_listener_gets_every_row(tmp_path):
+    heard = []
+    with MetricsFile(tmp_path / "metrics.jsonl", listener=heard.append) as file:
+        file.write({"step": 1})
+        file.write({"step": 2})
+    assert heard == [{"step": 1}, {"step": 2}] == read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_resuming_drops_what_will_be_written_again(tmp_path):

@@ -136,7 +136,8 @@ def test_a_full_disk_is_an_error_that_names_the_folder(toy_settings, monkeypatch
 
     monkeypatch.setattr("fastbert.train.learner.save_file", full)
     settings = toy_settings()
-    with pytest.raises(OSError, match="checkpoint-6: I/O error: No space left"):
+    named = r"checkpoint-6 could not be written: .*/optimizer\.safetensors: I/O error: No space left.* MB are free"
+    with pytest.raises(TrainingError, match=named):
         pretrain(settings, quiet)
     assert [folder.name for folder in checkpoint_folders(Path(settings.output))] == ["checkpoint-3"]
     monkeypatch.undo()
@@ -184,6 +185,18 @@ def test_training_on_from_a_checkpoint(toy_settings, tmp_path):
     with pytest.raises(SettingsError, match="roberta"):
         pretrain(toy_settings(output=str(tmp_path / "never"), model=str(other), **sizes), quiet)
     assert not (tmp_path / "never").exists()
+
+
+def test_spoilt_weights_are_named_before_the_first_step(toy_settings, tmp_path):
+    first = toy_settings(steps=1)
+    pretrain(first, quiet)
+    path = Path(first.output) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["bert.pooler.dense.bias"] = torch.full_like(tensors["bert.pooler.dense.bias"], float("nan"))
+    save_file(tensors, path, {"format": "pt"})
+    sizes = {"num_hidden_layers": None, "hidden_size": None, "num_attention_heads": None, "vocab_size": None}
+    with pytest.raises(TrainingError, match="the loss on the held-out text is nan: the weights"):
+        pretrain(toy_settings(output=str(tmp_path / "further"), model=first.output, **sizes), quiet)
 
 
 def test_a_device_that_is_not_there(toy_settings):

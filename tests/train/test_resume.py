@@ -28,13 +28,13 @@ OWN_PEAK = {**TWO_PHASES, "second_phase_learning_rate": 2e-3}
         ({"dtype": "bfloat16", "gradient_checkpointing": True}, [5]),
         ({"objective": "mlm", "schedule": "one-cycle"}, [3]),
         ({**TWO_PHASES, "schedule": "one-cycle", "steps": 9}, [3, 5, 7]),
-        ({**OWN_PEAK, "batches_per_step": 2}, [4, 5]),
+        ({**OWN_PEAK, "batches_per_step": 2, "workers": 2}, [4, 5]),
         ({"batches_per_step": 40, "steps": 3}, [1, 2]),  # the corpus has no 40 batches: a step goes on in the next epoch
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_a_stopped_and_continued_run_is_the_same_run(toy_settings, tmp_path, monkeypatch, changes, stops):
-    straight = toy_settings(output=str(tmp_path / "straight"), save_steps=100, **changes)
+    straight = toy_settings(output=str(tmp_path / "straight"), save_steps=100, **{**changes, "workers": 0})
     pretrain(straight, quiet)
     stopped = str(tmp_path / "stopped")
     for number, step in enumerate(stops):
@@ -108,6 +108,37 @@ def test_a_spike_after_the_first_steps(toy_settings, monkeypatch):
         pretrain(settings, quiet)
 
 
+def test_a_spike_soon_after_resuming_is_seen(toy_settings, tmp_path, monkeypatch):
+    """The mean of the losses is part of a checkpoint."""
+    monkeypatch.setattr("fastbert.train.guard.LEAST_STEPS", 3)
+    backward = Learner._backward
+
+    def spiked(learner: Learner, batch):
+        return backward(learner, batch) * (3.0 if learner.schedule._step + 1 == 7 else 1.0)
+
+    monkeypatch.setattr(Learner, "_backward", spiked)
+    straight = pretrain(toy_settings(output=str(tmp_path / "straight")), quiet)
+    assert [skipped["step"] for skipped in straight.skipped] == [7]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(TrainingInterrupted):
+            pretrain(toy_settings(), quiet)
+    assert pretrain(toy_settings(resume=True), quiet).skipped == straight.skipped
+    assert same_weights(straight.output, toy_settings().output)
+
+
+def test_a_longer_phase_is_no_spike(toy_settings, monkeypatch):
+    """Losses of one phase are no measure of the other's."""
+    monkeypatch.setattr("fastbert.train.guard.LEAST_STEPS", 3)
+    backward = Learner._backward
+
+    def higher(learner: Learner, batch):
+        return backward(learner, batch) * (3.0 if learner.schedule._step >= 4 else 1.0)
+
+    monkeypatch.setattr(Learner, "_backward", higher)
+    assert pretrain(toy_settings(**TWO_PHASES), quiet).skipped == []
+
+
 def test_two_phases_are_two_lengths(toy_settings, monkeypatch):
     lengths: list[int] = []
     step = Learner.step
@@ -125,6 +156,8 @@ def test_two_phases_are_two_lengths(toy_settings, monkeypatch):
         {"steps": 4, "max_seq_length": 32}, {"steps": 4, "max_seq_length": 64},
     ]  # fmt: skip
     assert 0.7 < result.fill <= 1
+    positions = [RunState.read(Path(settings.output) / f"checkpoint-{step}").position for step in (6, 8)]
+    assert positions == [{"epoch": 1, "block": 0, "batch": 2}, {"epoch": 1, "block": 0, "batch": 4}]
 
 
 def test_masked_words_alone(toy_settings):

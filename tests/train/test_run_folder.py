@@ -17,7 +17,7 @@ def run_folder(tmp_path):
     output.mkdir()
     for name in ("run.json", "config.json", "metrics.jsonl", "README.md", "model.safetensors", "vocab.txt"):
         (output / name).write_text("{}", encoding="utf-8")
-    write_checkpoint(output, 5, lambda folder: (folder / "model.safetensors").write_bytes(b"weights"))
+    write_checkpoint(output, 5, lambda folder: (folder / "model.safetensors").write_bytes(b"weights"), keep=2)
     return output
 
 
