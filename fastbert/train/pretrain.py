@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from fastbert.one_writer import one_writer
 
 from .checkpoint import checkpoint_folders, checkpoint_step, latest_checkpoint, set_aside, unfinished_folders
 from .compare import Comparison, ComparisonReport
+from .distributed import Processes, check_shares, joined, local_device
 from .errors import SettingsError, TrainingError
 from .evaluate import evaluate
 from .fill_in import FilledMask, fill_in_examples
 from .interrupt import StopRequest, stop_on_signals
+from .launch import Launch, launch
 from .learner import MODEL_NAME, Learner, save_model
 from .loop import TrainingLoop
 from .metrics import MetricsFile, read_metrics
@@ -81,7 +84,6 @@ class PretrainResult:
         return asdict(self)
 
 
-@one_writer
 def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
     """Runs, or with ``settings.resume`` continues, a pretraining; ``say`` gets lines for people.
 
@@ -89,26 +91,82 @@ def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
     :class:`SettingsError` for what cannot be done as asked, before anything is written; ``CorpusError`` for unusable text;
     :class:`TrainingError` where training fails.
     """
-    output = Path(settings.output)
+    return _pretrain(settings, launch(), say)
+
+
+@one_writer
+def _pretrain(settings: PretrainSettings, started: Launch | None, say: Say) -> PretrainResult:
     check_trackers(settings.report_to)
-    check_output_folder(output, resume=settings.resume, overwrite=settings.overwrite)
-    device = pick_device(settings.device)
-    checkpoint, state = find_run(output, settings, say) if settings.resume else (None, None)
-    with stop_on_signals() as stop:
-        data = prepare_data(settings, say, checkpoint)
-        torch.manual_seed(settings.seed)
-        model = build_model(settings, data.tokenizer, checkpoint).to(device)
-        if state is not None:
-            _check_same_data(state, data)
+    with joined(started) as processes:
+        settings = PretrainSettings.from_dict(processes.of_main(lambda: _settings_to_run(settings, started).to_dict()))
+        device = local_device(pick_device(settings.device), started)
+        check_shares(settings.batches_per_step, processes.count)
+        if settings.compare and processes.count > 1:
+            raise SettingsError("--compare trains in one process: leave torchrun out")
+        with stop_on_signals() as stop:
+            return _run(settings, device, processes, stop, say)
+
+
+def _run(settings: PretrainSettings, device: torch.device, processes: Processes, stop: StopRequest, say: Say) -> PretrainResult:
+    output = Path(settings.output)
+    checkpoint, state = find_run(output, settings, processes, say) if settings.resume else (None, None)
+    if processes.count > 1:
+        say(_processes_text(settings, device, processes, state))
+    data = prepare_data(settings, say, checkpoint)
+    _check_same_everywhere(data, processes)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, data.tokenizer, checkpoint).to(device)
+    if state is not None:
+        _check_same_data(state, data)
+    elif processes.is_main:
+        _start_folder(output, settings, data)
+    return _train(settings, data, model, checkpoint, state, processes, stop, say)
+
+
+def _settings_to_run(settings: PretrainSettings, started: Launch | None) -> PretrainSettings:
+    """``settings``, checked against the output folder; with ``resume`` where torchrun has started the run anew.
+
+    A run that is there with the same settings is the run that failed: it goes on from its newest checkpoint, or from the beginning
+    where there is none yet. Raises as ``check_output_folder`` does.
+    """
+    output = Path(settings.output)
+    # torchrun counts restarts after failures, not those after machines came or went.
+    again = started is not None and (started.restarts > 0 or (started.may_restart and not settings.overwrite))
+    if again and not settings.resume and (output / RUN_NAME).is_file():
+        try:
+            settings.refuse_changes(settings.output, settings.to_dict(), read_run(output)["settings"])
+        except SettingsError:
+            pass  # another run's folder: what was asked for counts
         else:
-            _start_folder(output, settings, data)
-        return _train(settings, data, model, checkpoint, state, stop, say)
+            has_checkpoint = bool(checkpoint_folders(output))
+            settings = replace(settings, resume=has_checkpoint, overwrite=not has_checkpoint)
+    check_output_folder(output, resume=settings.resume, overwrite=settings.overwrite)
+    return settings
 
 
-def find_run(output: Path, settings: PretrainSettings, say: Say) -> tuple[Path, RunState] | tuple[None, None]:
+def _processes_text(settings: PretrainSettings, device: torch.device, processes: Processes, state: RunState | None) -> str:
+    each = settings.batches_per_step // processes.count
+    text = f"{processes.count} processes over {'NCCL' if device.type == 'cuda' else 'gloo'}, {each} batches of a step for each"
+    if state is not None and state.processes != processes.count:
+        text += f"; the run had {state.processes} so far: the same steps, summed up in another order"
+    return text
+
+
+def _check_same_everywhere(data: PreparedData, processes: Processes) -> None:
+    """All processes read the same files: they must make the same tokens of them."""
+    expected = processes.of_main(lambda: data.facts["fingerprint"])
+    if data.facts["fingerprint"] != expected:
+        raise TrainingError(
+            f"the text that this process reads is not that of process 0: it has {data.facts['documents']:,} documents and "
+            f"{data.facts['tokens']:,} tokens; the same files and versions must be on all machines"
+        )
+
+
+def find_run(output: Path, settings: PretrainSettings, processes: Processes, say: Say) -> tuple[Path, RunState] | tuple[None, None]:
     """The newest sound checkpoint in ``output`` and its state; broken newer ones are named, and go with the next checkpoint.
 
-    None of both for a run that was stopped before its first checkpoint. What a crash has left of checkpoints is deleted.
+    None of both for a run that was stopped before its first checkpoint. What a crash has left of checkpoints is deleted. Process 0
+    looks for all.
 
     Raises :class:`SettingsError` naming what ``settings`` ask for differently, :class:`TrainingError` where no checkpoint is
     sound.
@@ -123,15 +181,20 @@ def find_run(output: Path, settings: PretrainSettings, say: Say) -> tuple[Path, 
         say(f"{folder} is broken and left out: {defect}")
         broken.append(folder)
 
-    checkpoint = latest_checkpoint(output, on_broken)
-    if checkpoint is None:
-        raise TrainingError(f"none of the checkpoints in {output} is sound: nothing to resume")
+    def newest() -> str:
+        checkpoint = latest_checkpoint(output, on_broken)
+        if checkpoint is None:
+            raise TrainingError(f"none of the checkpoints in {output} is sound: nothing to resume")
+        return str(checkpoint)
+
+    checkpoint = Path(processes.of_main(newest))
     state = RunState.read(checkpoint)
     settings.refuse_changes(settings.output, settings.to_dict(), state.settings)
     state.settings = settings.to_dict()  # what may be changed counts from now on
-    for folder in unfinished_folders(output):
-        shutil.rmtree(folder)
-    for folder in broken:
+    if processes.is_main:
+        for folder in unfinished_folders(output):
+            shutil.rmtree(folder)
+    for folder in broken:  # none but in process 0
         set_aside(folder)
     say(f"Resuming {output} after step {checkpoint_step(checkpoint):,}")
     return checkpoint, state
@@ -161,6 +224,7 @@ def _train(
     model: PreTrainedModel,
     checkpoint: Path | None,
     state: RunState | None,
+    processes: Processes,
     stop: StopRequest,
     say: Say,
 ) -> PretrainResult:
@@ -168,21 +232,24 @@ def _train(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"Model: {_model_text(model)}, {parameters / 1e6:.1f} M parameters, on {model.device}")
     step, run_name = (None, new_run_name(output)) if state is None else (state.step, state.run_name)
+    # The first process keeps the record; what is counted over all is the same in every one.
+    record, trackers_named = (output / METRICS_NAME, settings.report_to) if processes.is_main else (Path(os.devnull), ())
     with (
-        Trackers(settings.report_to, output, run_name, step, settings.to_dict(), say) as trackers,
-        MetricsFile(output / METRICS_NAME, step, trackers.log) as metrics,
+        Trackers(trackers_named, output, run_name, step, settings.to_dict(), say) as trackers,
+        MetricsFile(record, step if processes.is_main else None, trackers.log) as metrics,
     ):
         if state is None:
             state = RunState(settings.to_dict(), data.facts, _held_out_scores(settings, model, data), run_name)
             metrics.write({"step": 0, "held_out": state.held_out_start})
         say(f"Held-out text before training: {_scores_text(state.held_out_start)}")
-        matmul_rate = measured_rate(model.device, settings.dtype, say)
-        learner = Learner(model, settings, state.step)
+        matmul_rate = _matmul_rate_of_all(model.device, settings, processes, say)
+        learner = Learner(model, settings, state.step, processes=processes)
         comparison = _comparison(settings, model, data, state, say)
         if checkpoint is not None:
             load_run(checkpoint, state, learner, comparison)
+        state.processes = processes.count
         telemetry = Telemetry(settings, model.config, matmul_rate)
-        TrainingLoop(settings, state, learner, data, comparison, metrics, telemetry, say).run(stop)
+        TrainingLoop(settings, state, learner, data, comparison, metrics, telemetry, say, processes).run(stop)
         if not state.tokens:
             raise TrainingError(f"all {state.step} steps were left out, so nothing was trained; {METRICS_NAME} says why")
         scores = _held_out_scores(settings, model, data)
@@ -201,7 +268,7 @@ def _train(
         fill=state.tokens / budget,
         seconds=state.seconds,
         tokens_per_second=state.tokens / state.seconds,
-        telemetry=summary(read_metrics(output / METRICS_NAME), matmul_rate),
+        telemetry=summary(read_metrics(record), matmul_rate),
         data=data.facts,
         held_out_start=state.held_out_start,
         held_out=scores,
@@ -209,9 +276,16 @@ def _train(
         comparison=None if report is None else report.summary(),
         versions=versions(),
     )
-    _write_results(settings, result, model, data, report, say)
+    if processes.is_main:
+        _write_results(settings, result, model, data, report, say)
     _say_results(result, report, say)
     return result
+
+
+def _matmul_rate_of_all(device: torch.device, settings: PretrainSettings, processes: Processes, say: Say) -> float | None:
+    """FLOP/s of all processes together: the first measures while the others wait, and all have such a device."""
+    rate = processes.of_main(lambda: measured_rate(device, settings.dtype, say))
+    return None if rate is None else rate * processes.count
 
 
 def _held_out_scores(settings: PretrainSettings, model: PreTrainedModel, data: PreparedData) -> dict[str, float]:

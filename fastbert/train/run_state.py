@@ -34,7 +34,8 @@ class RunState:
     """How far a run has come, after ``step`` steps.
 
     ``settings`` and ``data`` (counts and a fingerprint of the corpus) say which run it is; ``held_out_start``: scores before
-    the first step; ``run_name``: among the runs of a tracker; ``position``: of the next batch in the data, a ``loader.Position``;
+    the first step; ``run_name``: among the runs of a tracker; ``processes``: how many trained last; ``position``: of the next batch
+    in the data, a ``loader.Position``;
     ``tokens``: real tokens trained on; ``seconds``: spent in training steps and on their data; ``window``: what is not yet in
     ``metrics.jsonl``; ``skipped``: the steps that were left out, each with its number, the position of its first batch and the
     reason; ``comparison``: the state of ``--compare``, None without.
@@ -44,6 +45,7 @@ class RunState:
     data: dict[str, Any]
     held_out_start: dict[str, float]
     run_name: str = ""
+    processes: int = 1
     step: int = 0
     position: dict[str, int] = field(default_factory=lambda: dataclasses.asdict(Position()))
     tokens: int = 0

@@ -120,7 +120,6 @@ class PretrainSettings(CommandSettings):
     dropout: float | None = None
     held_out_fraction: float | None = None
     workers: int = 0
-    fsdp: bool = False
     device: str = "auto"
     compare: bool = False
     compare_steps: int | None = None
@@ -129,7 +128,7 @@ class PretrainSettings(CommandSettings):
 
     command_name: ClassVar[str] = "pretrain"
     changeable_on_resume: ClassVar[frozenset[str]] = CommandSettings.changeable_on_resume | {
-        "save_steps", "keep_checkpoints", "log_steps", "report_to", "workers", "fsdp", "max_skipped_steps",
+        "save_steps", "keep_checkpoints", "log_steps", "report_to", "workers", "max_skipped_steps",
     }  # fmt: skip
     least: ClassVar[dict[str, int]] = {
         **dict.fromkeys(_SIZE_NAMES, 1),
@@ -189,7 +188,7 @@ class PretrainSettings(CommandSettings):
             return
         if self.dropout:
             raise SettingsError("--compare trains both models without dropout; leave --dropout out or set it to 0")
-        others = ("batches_per_step", "second_phase_steps", "objective", "dtype", "gradient_checkpointing", "fsdp")
+        others = ("batches_per_step", "second_phase_steps", "objective", "dtype", "gradient_checkpointing")
         changed = [name for name in others if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if changed:
             raise SettingsError(
