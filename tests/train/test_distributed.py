@@ -178,7 +178,7 @@ def test_an_error_of_one_ends_all(settings, tmp_path, capfd):
 def test_another_text_on_another_machine(settings, tmp_path, monkeypatch):
     def other_text(rank: int) -> None:
         if rank == 1:
-            monkeypatch.setattr("fastbert.train.prepare.fingerprint", lambda corpus: "another")
+            monkeypatch.setattr("fastbert.train.corpus_tokens.fingerprint", lambda corpus: "another")
 
     outcomes = run_together(settings(tmp_path / "run"), 2, other_text)
     assert outcomes[0]["message"].startswith("stopped, because process 1 of 2 failed: the text that this process reads is not")
