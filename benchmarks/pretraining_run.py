@@ -41,8 +41,8 @@ from .harness import write_results
 from .machine import machine
 
 OURS, THEIRS = "fastbert", "transformers"
-TRIAL_STEPS = 40
 WINDOW = 50  # steps of a point of a curve
+TRIAL_STEPS = 2 * WINDOW
 SIDE_RESULT = "side.json"
 
 
@@ -133,7 +133,7 @@ def our_run(settings: PretrainSettings, folder: Path) -> dict[str, Any]:
     for row in rows:
         seconds += row["tokens"] / row["tokens_per_second"]
         curve.append((row["step"], seconds, row["loss"]))
-    windows = [row["tokens"] / row["tokens_per_second"] / WINDOW for row in rows if row["tokens"]]
+    windows = [row["tokens"] / row["tokens_per_second"] / WINDOW for row in rows if row["step"] % WINDOW == 0]
     return side_result(run.steps, run.tokens, run.seconds, run.parameters, run.held_out_start, run.held_out, curve, windows)
 
 

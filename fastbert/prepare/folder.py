@@ -16,6 +16,7 @@ from typing import Any
 from fastbert.data.errors import CorpusError
 from fastbert.data.shards import FORMAT, HELD_OUT, MANIFEST, SPLITS, TRAIN, Shard, check_sizes, read_manifest
 from fastbert.train.errors import SettingsError
+from fastbert.train.run_folder import check_writable
 from fastbert.whole_file import whole_file
 
 from .reader import Position
@@ -123,15 +124,7 @@ def check_output(settings: PrepareSettings) -> None:
     and where they are the tokenizer that is asked for; OSError where it cannot be written to.
     """
     output = Path(settings.output)
-    if output.exists() and not output.is_dir():
-        raise SettingsError(f"--output {output} is a file; give a folder")
-    existing = output.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise SettingsError(f"--output {output}: {existing} is a file, so there can be no folder below it")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output {output}: no permission to write to {existing}")
+    check_writable(output)
     if settings.tokenizer is not None and output.resolve() == Path(settings.tokenizer).resolve():
         raise SettingsError(f"--output {output} is the folder of the tokenizer; give another one")
     begun = (output / MANIFEST).is_file()

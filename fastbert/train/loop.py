@@ -141,6 +141,8 @@ class TrainingLoop:
             state.position = asdict(Position(epoch=state.position["epoch"] + 1))
             self.learner.guard.reset()
             self.say(f"From step {phase.first_step + 1:,} on: sequences of at most {phase.max_seq_length} tokens")
+        if self.settings.workers:
+            self.writer.wait()  # a process that is forked while a thread holds a lock would wait for it for ever
         steps = step_batches(
             self.data.batches[phase.number],
             Position(**state.position),

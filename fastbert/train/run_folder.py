@@ -40,9 +40,7 @@ def check_output_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
     to resume (one that was stopped before its first checkpoint can be), and where files of the same names are not from a run of
     fastbert; ``OSError`` where it cannot be written.
     """
-    if output.exists() and not output.is_dir():
-        raise SettingsError(f"--output {output} is a file; give a folder")
-    _check_writable(output)
+    check_writable(output)
     holds_run = (output / RUN_NAME).is_file()
     checkpoints = checkpoint_folders(output) if output.is_dir() else []
     if resume and not checkpoints and not (holds_run and read_run(output)["results"] is None):
@@ -128,7 +126,10 @@ def write_json(path: Path, document: Any) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def _check_writable(output: Path) -> None:
+def check_writable(output: Path) -> None:
+    """Raises :class:`SettingsError` or ``PermissionError`` where no folder ``output`` can be made and written to."""
+    if output.exists() and not output.is_dir():
+        raise SettingsError(f"--output {output} is a file; give a folder")
     existing = output.absolute()
     while not existing.exists():
         existing = existing.parent
