@@ -1,6 +1,6 @@
 """Several processes take the steps of one: the same losses, the same weights; they stop, fail and go on together.
 
-Processes are forked from this one, which has imported torch already, with the environment of torchrun; one test runs torchrun.
+Processes come from a server that has imported torch and has no threads, with torchrun's environment; one test runs torchrun.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from fastbert.train import prepare
 from fastbert.train.checkpoint import checkpoint_folders
 from fastbert.train.distributed import check_shares, dropout_seed, local_device
 from fastbert.train.errors import SettingsError, TrainingError
@@ -34,7 +36,8 @@ from fastbert.train.settings import PretrainSettings
 from ..conftest import REPOSITORY
 
 pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available() and hasattr(os, "fork")), reason="no gloo, or no fork"
+    not (dist.is_available() and dist.is_gloo_available() and "forkserver" in multiprocessing.get_all_start_methods()),
+    reason="no gloo, or no fork server",
 )
 # float32 sums in another order; the largest differences seen are 5e-8 of a loss and 1.2e-7 in a weight.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 5e-7, 1e-6
@@ -42,30 +45,57 @@ OF_THE_MACHINE = {"tokens_per_second", "seconds", "mfu", "loader_wait", "peak_rs
 STEPS = {"batches_per_step": 4, "steps": 8, "log_steps": 1, "save_steps": 4}
 
 
-def run_together(settings: PretrainSettings, count: int, accident: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
-    """What became of ``count`` processes: ``error`` and ``message``, or ``result``; and the ``lines`` that were said.
+@dataclass(frozen=True)
+class Accident:
+    """What happens to process ``rank`` at the beginning of step number ``step``, or (``other text``) before it starts."""
 
-    ``accident``: called with its rank in each process before it begins.
-    """
+    kind: str
+    rank: int
+    step: int = 0
+
+    def prepare(self) -> None:
+        if self.kind == "other text":
+            prepare.fingerprint = lambda corpus: "another"
+            return
+        take_step = TrainingLoop._take_step
+
+        def disturbed(loop: TrainingLoop, batches: Any) -> None:
+            if loop.state.step + 1 == self.step:
+                if self.kind == "raises":
+                    raise TrainingError("an accident")
+                os.kill(os.getpid(), signal.SIGTERM)
+            take_step(loop, batches)
+
+        TrainingLoop._take_step = disturbed
+
+
+def run_together(settings: PretrainSettings, count: int, accident: Accident | None = None) -> list[dict[str, Any]]:
+    """What became of ``count`` processes: ``error`` and ``message``, or ``result``; and the ``lines`` that were said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastbert.train.pretrain"])
     queue = context.SimpleQueue()
     processes = [context.Process(target=_run_one, args=(settings, rank, count, port, accident, queue)) for rank in range(count)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(280)
-        assert process.exitcode == 0, f"exit code {process.exitcode}"
+    try:
+        for process in processes:
+            process.join(250)
+            assert process.exitcode == 0, f"exit code {process.exitcode}"
+    finally:
+        for process in processes:
+            process.kill()
     return [outcome for _, outcome in sorted((queue.get() for _ in processes), key=lambda pair: pair[0])]
 
 
-def _run_one(settings: PretrainSettings, rank: int, count: int, port: int, accident: Any, queue: Any) -> None:
+def _run_one(settings: PretrainSettings, rank: int, count: int, port: int, accident: Accident | None, queue: Any) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
-    if accident is not None:
-        accident(rank)
+    torch.set_num_threads(1)
+    if accident is not None and accident.rank == rank:
+        accident.prepare()
     outcome: dict[str, Any] = {"lines": []}
     try:
         with only_main_speaks():
@@ -73,27 +103,6 @@ def _run_one(settings: PretrainSettings, rank: int, count: int, port: int, accid
     except (Exception, KeyboardInterrupt) as error:
         outcome |= {"error": type(error).__name__, "message": str(error)}
     queue.put((rank, outcome))
-
-
-def in_step(rank: int, step: int, happens: Callable[[], None]) -> Callable[[int], None]:
-    """An accident of process ``rank`` at the beginning of step number ``step``."""
-
-    def accident(this_rank: int) -> None:
-        take_step = TrainingLoop._take_step
-
-        def disturbed(loop, batches):
-            if loop.state.step + 1 == step:
-                happens()
-            take_step(loop, batches)
-
-        if this_rank == rank:
-            TrainingLoop._take_step = disturbed
-
-    return accident
-
-
-def raise_accident() -> None:
-    raise TrainingError("an accident")
 
 
 def assert_same_run(found: str, expected: str) -> None:
@@ -148,15 +157,13 @@ def test_masked_words_alone_with_lamb(settings, tmp_path):
 
 def test_stopped_together_and_resumed_by_another_number(settings, alone, tmp_path):
     """One of two is asked to stop; both do so after the same step, with one checkpoint, from which four and then one go on."""
-    asked = in_step(1, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    outcomes = run_together(settings(tmp_path / "run"), 2, asked)
+    outcomes = run_together(settings(tmp_path / "run"), 2, Accident("asked to stop", rank=1, step=3))
     assert {outcome["error"] for outcome in outcomes} == {"TrainingInterrupted"}
     assert len({outcome["message"] for outcome in outcomes}) == 1
     (checkpoint,) = checkpoint_folders(tmp_path / "run")
     assert checkpoint.name == "checkpoint-3"
 
-    asked = in_step(0, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    outcomes = run_together(settings(tmp_path / "run", resume=True), 4, asked)
+    outcomes = run_together(settings(tmp_path / "run", resume=True), 4, Accident("asked to stop", rank=0, step=6))
     assert (
         "4 processes over gloo, 1 batches of a step for each; the run had 2 so far: the same steps, summed up in another order"
         in (outcomes[0]["lines"])
@@ -167,7 +174,7 @@ def test_stopped_together_and_resumed_by_another_number(settings, alone, tmp_pat
 
 
 def test_an_error_of_one_ends_all(settings, tmp_path, capfd):
-    outcomes = run_together(settings(tmp_path / "run"), 2, in_step(1, 6, raise_accident))
+    outcomes = run_together(settings(tmp_path / "run"), 2, Accident("raises", rank=1, step=6))
     assert [outcome["error"] for outcome in outcomes] == ["TrainingError", "TrainingError"]
     assert outcomes[0]["message"] == "stopped, because process 1 of 2 failed: an accident"
     assert outcomes[1]["message"] == "an accident"
@@ -175,12 +182,8 @@ def test_an_error_of_one_ends_all(settings, tmp_path, capfd):
     assert [path.name for path in checkpoint_folders(tmp_path / "run")] == ["checkpoint-4"]
 
 
-def test_another_text_on_another_machine(settings, tmp_path, monkeypatch):
-    def other_text(rank: int) -> None:
-        if rank == 1:
-            monkeypatch.setattr("fastbert.train.corpus_tokens.fingerprint", lambda corpus: "another")
-
-    outcomes = run_together(settings(tmp_path / "run"), 2, other_text)
+def test_another_text_on_another_machine(settings, tmp_path):
+    outcomes = run_together(settings(tmp_path / "run"), 2, Accident("other text", rank=1))
     assert outcomes[0]["message"].startswith("stopped, because process 1 of 2 failed: the text that this process reads is not")
 
 
