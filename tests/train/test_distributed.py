@@ -5,6 +5,8 @@ Processes come from a server that has imported torch and has no threads, with to
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -13,7 +15,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from fastbert.train import prepare
+from fastbert.train import pretrain as pretrain_module
 from fastbert.train.checkpoint import checkpoint_folders
 from fastbert.train.distributed import check_shares, dropout_seed, local_device
 from fastbert.train.errors import SettingsError, TrainingError
@@ -45,7 +46,7 @@ OF_THE_MACHINE = {"tokens_per_second", "seconds", "mfu", "loader_wait", "peak_rs
 STEPS = {"batches_per_step": 4, "steps": 8, "log_steps": 1, "save_steps": 4}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Accident:
     """What happens to process ``rank`` at the beginning of step number ``step``, or (``other text``) before it starts."""
 
@@ -55,7 +56,13 @@ class Accident:
 
     def prepare(self) -> None:
         if self.kind == "other text":
-            prepare.fingerprint = lambda corpus: "another"
+            made = pretrain_module.prepare_data
+
+            def other(*arguments: Any) -> Any:
+                data = made(*arguments)
+                return dataclasses.replace(data, facts={**data.facts, "fingerprint": "another"})
+
+            pretrain_module.prepare_data = other
             return
         take_step = TrainingLoop._take_step
 
@@ -97,12 +104,13 @@ def _run_one(settings: PretrainSettings, rank: int, count: int, port: int, accid
     if accident is not None and accident.rank == rank:
         accident.prepare()
     outcome: dict[str, Any] = {"lines": []}
+    sys.__stderr__ = io.StringIO()  # where a process speaks that is silent otherwise
     try:
         with only_main_speaks():
             outcome["result"] = pretrain(settings, outcome["lines"].append).to_dict()
     except (Exception, KeyboardInterrupt) as error:
         outcome |= {"error": type(error).__name__, "message": str(error)}
-    queue.put((rank, outcome))
+    queue.put((rank, outcome | {"stderr": sys.__stderr__.getvalue()}))
 
 
 def assert_same_run(found: str, expected: str) -> None:
@@ -173,12 +181,12 @@ def test_stopped_together_and_resumed_by_another_number(settings, alone, tmp_pat
     assert_same_run(str(tmp_path / "run"), alone)
 
 
-def test_an_error_of_one_ends_all(settings, tmp_path, capfd):
+def test_an_error_of_one_ends_all(settings, tmp_path):
     outcomes = run_together(settings(tmp_path / "run"), 2, Accident("raises", rank=1, step=6))
     assert [outcome["error"] for outcome in outcomes] == ["TrainingError", "TrainingError"]
     assert outcomes[0]["message"] == "stopped, because process 1 of 2 failed: an accident"
     assert outcomes[1]["message"] == "an accident"
-    assert "fastbert pretrain: process 1 of 2: an accident" in capfd.readouterr().err
+    assert [outcome["stderr"] for outcome in outcomes] == ["", "fastbert pretrain: process 1 of 2: an accident\n"]
     assert [path.name for path in checkpoint_folders(tmp_path / "run")] == ["checkpoint-4"]
 
 
