@@ -114,7 +114,7 @@ class Learner:
         loss = outputs.loss
         if not batch.is_whole_step:
             loss = loss * batch.mlm_share
-            if batch.nsp_share is not batch.mlm_share:  # outputs.loss is the sum of both means
+            if "next_sentence_label" in batch.inputs:  # outputs.loss is the sum of both means
                 logits, labels = outputs.seq_relationship_logits, batch.inputs["next_sentence_label"]
                 loss = loss + (batch.nsp_share - batch.mlm_share) * cross_entropy(logits.float(), labels)
         # Processes together take the mean of their gradients; the shares make a sum of it.
