@@ -56,24 +56,11 @@ RANDOM_DOCUMENTS = 1000
 
 RUN_MLM = """
 import sys
-from datasets import load_dataset
 from transformers import AutoTokenizer
+from benchmarks.run_mlm import grouped_blocks
 
 vocabulary, cache, cores, *files = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(vocabulary)
-text = load_dataset("text", data_files=files, cache_dir=cache, split="train")
-
-def tokenize(rows):
-    lines = [line for line in rows["text"] if line and not line.isspace()]
-    return tokenizer(lines, return_special_tokens_mask=True)
-
-def group(rows):
-    joined = {name: [item for row in rows[name] for item in row] for name in rows}
-    total = len(joined["input_ids"]) // 512 * 512
-    return {name: [items[start : start + 512] for start in range(0, total, 512)] for name, items in joined.items()}
-
-tokens = text.map(tokenize, batched=True, num_proc=int(cores), remove_columns=["text"])
-tokens.map(group, batched=True, num_proc=int(cores))
+grouped_blocks(AutoTokenizer.from_pretrained(vocabulary), files, cache=cache, cores=int(cores), block=512)
 """
 
 READ_SHARDS = """

@@ -31,25 +31,13 @@ BLOCK, BLOCKS = 128, 32
 RUN_MLM = """
 import json, sys, time
 started = time.perf_counter()
-from datasets import load_dataset
-from transformers import BertTokenizer, BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer, TrainerCallback
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer, DataCollatorForLanguageModeling, Trainer, TrainerCallback
 from transformers import TrainingArguments
+from benchmarks.run_mlm import grouped_blocks
 
 output, vocabulary, cores, steps, block, blocks, sizes, *files = sys.argv[1:]
 tokenizer = BertTokenizer.from_pretrained(vocabulary)
-text = load_dataset("text", data_files=files, cache_dir=output + "/cache", split="train")
-
-def tokenize(rows):
-    lines = [line for line in rows["text"] if line and not line.isspace()]
-    return tokenizer(lines, return_special_tokens_mask=True)
-
-def group(rows):
-    joined = {name: [item for row in rows[name] for item in row] for name in rows}
-    total = len(joined["input_ids"]) // int(block) * int(block)
-    return {name: [items[start : start + int(block)] for start in range(0, total, int(block))] for name, items in joined.items()}
-
-tokens = text.map(tokenize, batched=True, num_proc=int(cores), remove_columns=["text"])
-examples = tokens.map(group, batched=True, num_proc=int(cores))
+examples = grouped_blocks(tokenizer, files, cache=output + "/cache", cores=int(cores), block=int(block))
 data_seconds = time.perf_counter() - started
 
 class Clock(TrainerCallback):
@@ -104,7 +92,10 @@ def main() -> None:
 def ours(given: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        fastbert("prepare", "--corpus", *given.corpus, "--tokenizer", given.tokenizer, "--output", f"{folder}/data")
+        fastbert(
+            "prepare", "--corpus", *given.corpus, "--tokenizer", given.tokenizer, "--output", f"{folder}/data",
+            "--held-out-fraction", 0.05,
+        )  # fmt: skip
         data = time.perf_counter() - start
         run = fastbert(
             "pretrain", "--corpus", f"{folder}/data", "--objective", "mlm", "--model", given.model, "--steps", given.steps,

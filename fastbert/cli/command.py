@@ -69,11 +69,14 @@ def spread_values(args: list[str], repeatable: set[str]) -> list[str]:
 
 
 def given_options(ctx: typer.Context) -> dict[str, Any]:
-    """The options that stand on the command line, by parameter name, without those left at their default."""
+    """The options that stand on the command line, by parameter name, without those left at their default and those of all commands
+    (``--json``, ``--debug``), which say how it prints."""
     return {
         name: value
         for name, value in ctx.params.items()
-        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+        if name not in ("json_output", "debug")
+        and (source := ctx.get_parameter_source(name)) is not None
+        and source.name == "COMMANDLINE"
     }
 
 

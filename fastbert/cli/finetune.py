@@ -107,7 +107,7 @@ def finetune(
     debug: DebugOption = False,
 ) -> None:
     """Fine-tune a checkpoint: text classification, regression, NER, POS tagging, question answering, multiple choice."""
-    given = {name: value for name, value in given_options(ctx).items() if name not in ("json_output", "debug")}
+    given = given_options(ctx)
 
     def body(say: Say) -> CommandResult:
         settings = settings_from_options(given)

@@ -81,7 +81,7 @@ def glue(
     debug: DebugOption = False,
 ) -> None:
     """Fine-tune a model on the tasks of GLUE; scores beside published ones, a report, and files for GLUE's server."""
-    given = {name: value for name, value in given_options(ctx).items() if name not in ("json_output", "debug")}
+    given = given_options(ctx)
     run_command("glue", lambda say: run_glue(given, say), json_output=json_output, debug=debug)
 
 

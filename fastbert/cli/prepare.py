@@ -81,7 +81,7 @@ def prepare(
     debug: DebugOption = False,
 ) -> None:
     """Turn a corpus of any size into token shards on disk, once, for pretrain --corpus."""
-    given = {name: value for name, value in given_options(ctx).items() if name not in ("json_output", "debug")}
+    given = given_options(ctx)
     run_command("prepare", lambda say: run(given, say), json_output=json_output, debug=debug)
 
 

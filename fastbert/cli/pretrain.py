@@ -125,7 +125,7 @@ def pretrain(
     debug: DebugOption = False,
 ) -> None:
     """Pretrain a BERT (masked words and next sentences) on your text, from tokenizer to model card."""
-    given = {name: value for name, value in given_options(ctx).items() if name not in ("json_output", "debug")}
+    given = given_options(ctx)
     with only_main_speaks():
         run_command("pretrain", lambda say: run(given, say), json_output=json_output, debug=debug)
 

@@ -54,6 +54,11 @@ class CommandSettings:
         if self.resume and self.overwrite:  # type: ignore[attr-defined]
             raise SettingsError("--resume continues the run in the output folder, --overwrite deletes it: give one of them")
 
+    def not_default(self, *names: str) -> list[str]:
+        """Those of the settings ``names`` that are not left at their default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``from_dict`` reads it back."""
         values = dataclasses.asdict(self)

@@ -59,9 +59,7 @@ def fingerprint(corpus: TokenizedCorpus) -> str:
 
 def _open_prepared(settings: PretrainSettings, say: Say, checkpoint: Path | None) -> CorpusTokens:
     folder = settings.corpus[0]
-    decided = ("vocab_size", "held_out_fraction", "text_column")
-    given = [name for name in decided if getattr(settings, name) != type(settings).__dataclass_fields__[name].default]
-    if given:
+    if given := settings.not_default("vocab_size", "held_out_fraction", "text_column"):
         raise SettingsError(
             f"{', '.join(map(option, given))}: decided when {folder} was prepared; leave it out here, or prepare the corpus anew"
         )

@@ -138,8 +138,7 @@ def _settings_to_run(settings: PretrainSettings, started: Launch | None) -> Pret
         except SettingsError:
             pass  # another run's folder: what was asked for counts
         else:
-            has_checkpoint = bool(checkpoint_folders(output))
-            settings = replace(settings, resume=has_checkpoint, overwrite=not has_checkpoint)
+            settings = replace(settings, resume=True, overwrite=False)
     check_output_folder(output, resume=settings.resume, overwrite=settings.overwrite)
     return settings
 

@@ -188,8 +188,7 @@ class PretrainSettings(CommandSettings):
             return
         if self.dropout:
             raise SettingsError("--compare trains both models without dropout; leave --dropout out or set it to 0")
-        others = ("batches_per_step", "second_phase_steps", "objective", "dtype", "gradient_checkpointing")
-        changed = [name for name in others if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        changed = self.not_default("batches_per_step", "second_phase_steps", "objective", "dtype", "gradient_checkpointing")
         if changed:
             raise SettingsError(
                 f"--compare is for runs of one batch a step in one phase with both objectives in float32; leave out "
