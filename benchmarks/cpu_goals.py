@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .goals import Goal
-from .workloads import BATCHES
+from .workloads import STANDARD, workloads
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -19,7 +19,7 @@ def _inference(goal: float, batch: str, ours: str, theirs: str) -> Goal:
     return Goal(f"{batch}: {ours} against {theirs}", goal, "x", measured)
 
 
-# (ours, theirs) -> goals in the order of BATCHES
+# (ours, theirs) -> goals in the order of STANDARD
 _INFERENCE = {
     ("float32", "transformers float32"): (2.65, 7.8, 2.6, 3.4),
     ("float32", "OpenVINO float32"): (1.08, 3.2, 1.06, 1.1),
@@ -28,7 +28,9 @@ _INFERENCE = {
 }
 # They read the results of ``inference``.
 INFERENCE_GOALS = tuple(
-    _inference(goal, batch, *pair) for pair, row in _INFERENCE.items() for batch, goal in zip(BATCHES, row, strict=True)
+    _inference(goal, batch.name, *pair)
+    for pair, row in _INFERENCE.items()
+    for batch, goal in zip(workloads(STANDARD), row, strict=True)
 )
 
 

@@ -31,13 +31,14 @@ from fastbert.data.sources import Source
 from fastbert.data.tables import read_table
 from fastbert.features.embedder import Embedder
 from fastbert.features.settings import DTYPES, TOKENS_PER_BATCH
+from fastbert.train import telemetry
 
 from .ceilings import ceilings
 from .harness import interleaved, paired_ratio, quiet, summary, write_results
 from .machine import installed, machine
 from .peers import onednn_float32_matmul
 from .tasks import checkpoint
-from .workloads import encoder_flops
+from .workloads import attended_pairs
 
 # File and column of the texts, below the data folder.
 SETS = {
@@ -136,7 +137,7 @@ def measure(which: str, found: dict[str, Embed], given: argparse.Namespace, matm
     rows = read_table(Source(given.data / path)).rows[: given.texts]
     texts = [row[column] for row in rows]
     lengths = token_lengths(found[OURS], texts)
-    tokens, flops = sum(lengths), encoder_flops(found[OURS].model.config, lengths)
+    tokens, flops = sum(lengths), telemetry.encoder_flops(found[OURS].model.config, sum(lengths), attended_pairs(lengths))
     expected = found[OURS](texts)
     agreement = {}
     for contender, embed in found.items():

@@ -1,10 +1,10 @@
 """A fine-tuning step (forward, backward, AdamW) of sequence classification with 3 labels, as for MNLI: fastbert beside
 transformers (sdpa) on the same weights and batches.
 
-    python -m benchmarks.finetune [--size mini] [--rounds 5] [--device cpu] [--save FOLDER]
-    python -m benchmarks.finetune --size base --dtype bfloat16 --packed
+    python -m benchmarks.finetune [--model mini] [--batches 32x128 mnli] [--rounds 5] [--device cpu] [--save FOLDER]
+    python -m benchmarks.finetune --model base --dtype bfloat16 --packed
 
-Batches of 32 sequences: 128 tokens each, and MNLI's lengths padded to 128. Tokens/s counts real tokens. The last line of stdout
+Batches of 32 sequences: 128 tokens each, and MNLI's lengths padded to 128 (``workloads`` has the names of models and batches). Tokens/s counts real tokens. The last line of stdout
 is one JSON document; --save keeps it in benchmarks/results/FOLDER.
 """
 
@@ -17,11 +17,12 @@ from .training import Task, main
 
 def with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(2, (len(batch["input_ids"]),), generator=generator)
+    labels = torch.randint(3, (len(batch["input_ids"]),), generator=generator)
     return {**batch, "labels": labels.to(batch["input_ids"].device)}
 
 
-TASK = Task("finetune", "BertForSequenceClassification", with_labels)
+TASK = Task("finetune", "BertForSequenceClassification", with_labels, config={"num_labels": 3})
+BATCHES = ("32x128", "mnli")
 
 if __name__ == "__main__":
-    main(TASK, __doc__, size="mini", tokens=32 * 128)
+    main(TASK, __doc__, BATCHES)

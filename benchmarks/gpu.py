@@ -43,6 +43,7 @@ BUDGET_S = 530.0
 # Less than this is too little for any step: its imports alone take up to 10 s.
 SHORTEST_STEP_S = 15.0
 TEST_PROCESSES = 10  # Triton's compiler is what tests wait for, on one core each
+MODEL_TOKENS = {"base": 32768, "large": 16384}  # of a pretraining batch with its padding
 OK, FAILED, NOT_RUN, NOT_PRESENT = "ok", "failed", "not run", "not present"
 
 
@@ -155,25 +156,30 @@ def gpu_steps(scratch: Path) -> list[Step]:
             for op in backends.OPS
         ),
     ]
-    lengths = ("--lengths", "128", "512", "mnli", "wikipedia", "--packed")
-    for size, tokens in (("base", "32768"), ("large", "16384")):
-        rounds = ("--rounds", "30", "--limit", "3")
-        steps.append(
-            Step(f"pretrain {size}", benchmark("pretrain", "--size", size, *bfloat16, "--tokens", tokens, *lengths, *rounds), 80)
-        )
-        steps.append(Step(f"finetune {size}", benchmark("finetune", "--size", size, *bfloat16, "--packed", *rounds), 50))
-    for size, tokens in (("base", "32768"), ("large", "16384")):  # last: torch.compile takes a minute for each
-        options = ("--size", size, *bfloat16, "--tokens", tokens, "--lengths", "512", "--rounds", "30", "--limit", "3")
-        steps.append(Step(f"compile {size}", benchmark("pretrain", *options, "--compile"), 120))
+    rounds = ("--rounds", "30", "--limit", "3")
+    for model, tokens in MODEL_TOKENS.items():
+        options = ("--model", model, *bfloat16, "--packed", *rounds)
+        steps.append(Step(f"pretrain {model}", benchmark("pretrain", "--batches", *batches_of(tokens), *options), 80))
+        steps.append(Step(f"finetune {model}", benchmark("finetune", *options), 50))
+    for model, tokens in MODEL_TOKENS.items():  # last: torch.compile takes a minute for each
+        peers = ("--peers", "transformers", "transformers-compiled")
+        options = ("--model", model, *bfloat16, "--batches", f"{tokens // 512}x512", *rounds, *peers)
+        steps.append(Step(f"compile {model}", benchmark("pretrain", *options), 120))
     return steps
+
+
+def batches_of(tokens: int) -> tuple[str, ...]:
+    """Batches of about so many tokens with their padding: without any, of MNLI's lengths, and of Wikipedia's."""
+    return f"{tokens // 128}x128", f"{tokens // 512}x512", f"{tokens // 128}xmnli", f"{tokens // 512}xmlperf"
 
 
 def rehearsal_steps(scratch: Path) -> list[Step]:
     """The same kinds of steps; what they measure means nothing."""
-    cpu, tiny = ("--device", "cpu"), ("--size", "tiny", "--rounds", "1")
+    cpu, tiny = ("--device", "cpu"), ("--model", "tiny", "--rounds", "1")
     interpreted = {"TRITON_INTERPRET": "1", "TORCH_COMPILE_DISABLE": "1"}
     build = build_step("90a", scratch)
     build.command.append("--help")  # compiling would take a minute: this checks the command line
+    peers = ("transformers", "transformers-compiled")
     few = ["tests/model/test_gpu.py", "-k", "two_training_passes or current_stream"]
     return [
         Step("machine", benchmark("machine", *cpu), 60),
@@ -182,8 +188,8 @@ def rehearsal_steps(scratch: Path) -> list[Step]:
         Step("sanitized", benchmark("sanitized", "--backend", "native", "--scale", "toy"), 60),
         Step("compute-sanitizer memcheck", [], 60, absent="there is no GPU to watch"),
         Step("ops", benchmark("ops", "--scale", "toy", *cpu, "--rounds", "1", "--limit", "{seconds}"), 200, interpreted),
-        Step("pretrain", benchmark("pretrain", *tiny, *cpu, "--tokens", "128", "--lengths", "128"), 100),
-        Step("finetune", benchmark("finetune", *tiny, *cpu, "--lengths", "mnli", "--packed", "--compile"), 100, interpreted),
+        Step("pretrain", benchmark("pretrain", *tiny, *cpu, "--batches", "1x128"), 100),
+        Step("finetune", benchmark("finetune", *tiny, *cpu, "--batches", "mnli", "--packed", "--peers", *peers), 100, interpreted),
     ]
 
 

@@ -79,6 +79,11 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median_s": float(median), "q25_s": float(low), "q75_s": float(high), "rounds": len(seconds)}
 
 
+def first_line(error: Exception) -> str:
+    """An exception as a reason in a table."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 def paired_ratio(slower: list[float], faster: list[float]) -> dict[str, float]:
     """How many times ``faster`` beats ``slower``: the median and quartiles of the ratios of each round."""
     low, median, high = np.quantile([a / b for a, b in zip(slower, faster, strict=True)], [0.25, 0.5, 0.75])

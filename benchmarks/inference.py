@@ -1,10 +1,12 @@
 """Encoder inference: fastbert beside transformers and the other engines that are installed, on the same weights and batches.
 
-    python -m benchmarks.inference [--size base] [--dtype float32 bfloat16 int8] [--peers transformers openvino ...]
-                                   [--device cpu] [--rounds 5] [--limit 60] [--threads 2] [--save FOLDER]
+    python -m benchmarks.inference [--model base] [--batches 32x128 mnli ...] [--dtype float32 bfloat16 int8]
+                                   [--peers transformers openvino ...] [--device cpu] [--rounds 5] [--limit 60] [--threads 2]
+                                   [--save FOLDER]
 
-All contenders of all dtypes take turns on each batch, so every ratio is one of figures from the same minutes; the matmuls of
-the real tokens alone take their turn with them and are the floor. Outputs are compared with transformers' in float32 before
+``workloads`` has the names of models and batches. All contenders of all dtypes take turns on each batch, so every ratio is one of
+figures from the same minutes; the matmuls of the real tokens alone take their turn with them. Every figure ends in its share of
+the matmul rate and of the limit (``model_work``), with the memory of a call and, where the machine tells it, its energy. Outputs are compared with transformers' in float32 before
 anything is timed: who computes something else is not timed. ``fastbert bench --suite inference`` is the same. The last line of
 stdout is one JSON document; --save keeps it in benchmarks/results/FOLDER.
 """
@@ -22,33 +24,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu_goals, goals, profile
+from . import cpu_goals, goals, model_work, profile
 from .ceilings import GemmsAlone, ceilings
-from .harness import interleaved, paired_ratio, quiet, summary, write_results
+from .energy import Meter, meter
+from .harness import first_line, interleaved, paired_ratio, quiet, summary, write_results
 from .machine import machine
+from .memory import peak_bytes
 from .peers import OURS, PEERS, Batch, NotAvailable, Run, Subject
-from .workloads import BATCHES, SIZES, config_for, encoder_flops, padded_batch
+from .workloads import STANDARD, Workload, config_for, model_title, padded_batch, workloads
 
 DTYPES = ("float32", "bfloat16", "int8")
 # Hidden states have elements of size 1: what computes something else is far beyond, with a relative difference of 1.
 LARGEST_DIFFERENCE = {"float32": 2e-5, "bfloat16": 0.3, "int8": 0.5}
 RELATIVE_DIFFERENCE = 0.1
 BASELINE = f"{PEERS['transformers'].title} float32"
+FEW_TOKENS = 100  # a batch of fewer gets ten times the rounds
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """peers: names in PEERS; None: all that are installed. limit_s: of each batch, after 3 rounds. Short batches get ten times
-    the rounds."""
+    """model, batches: see ``workloads``. peers: names in PEERS; None: all that are installed. limit_s: of each batch, after 3
+    rounds. Short batches get ten times the rounds."""
 
-    size: str = "base"
+    model: str = "base"
+    batches: tuple[Workload, ...] = workloads(STANDARD)
     dtypes: tuple[str, ...] = DTYPES
     peers: tuple[str, ...] | None = None
     device: str = "cpu"
     rounds: int = 5
     limit_s: float = 60.0
-    threads: int | None = None
 
 
 @dataclass
@@ -61,18 +66,20 @@ class Contender:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default=Options.size)
+    parser.add_argument("--model", default=Options.model)
+    parser.add_argument("--batches", nargs="+", default=["standard"])
     parser.add_argument("--rounds", type=int, default=Options.rounds)
     parser.add_argument("--limit", type=float, default=Options.limit_s, metavar="SECONDS", help="of each batch, after 3 rounds")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: those that are installed")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save", metavar="FOLDER")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     options = Options(
-        size=given.size, dtypes=tuple(given.dtype), peers=tuple(given.peers) if given.peers else None, device=given.device,
-        rounds=given.rounds, limit_s=given.limit, threads=given.threads,
+        model=given.model, batches=workloads(given.batches), dtypes=tuple(given.dtype),
+        peers=tuple(given.peers) if given.peers else None, device=given.device, rounds=given.rounds, limit_s=given.limit,
     )  # fmt: skip
     write_results("inference", run(options, print), given.save)
 
@@ -80,48 +87,50 @@ def main() -> None:
 def run(options: Options, say: Say) -> dict[str, Any]:
     """Measures and says the tables; returns the document. ``failed``: fastbert's contenders that failed or computed something
     else, ``not_run``: everybody's reasons for not taking part."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     device = options.device
     torch.manual_seed(0)
-    config = config_for(options.size)
+    config = config_for(options.model)
     limits = {dtype: ceilings(device, getattr(torch, dtype)) for dtype in options.dtypes}
-    say(f"bert-{options.size} on {device}, {torch.get_num_threads()} threads; matmul rates in this run, in GFLOP/s:")
+    energy = meter(device)
+    say(f"{model_title(options.model)} on {device}, {torch.get_num_threads()} threads; matmul rates in this run, in GFLOP/s:")
     for dtype, limit in limits.items():
         rates = ", ".join(f"{library} {rate / 1e9:,.0f}" for library, rate in limit["matmul_flops_by_library"].items())
-        say(f"  {dtype:<10}{rates}")
+        say(f"  {dtype:<10}{rates}; copies {limit['copy_bytes'] / 1e9:,.0f} GB/s")
+    say(f"energy: {energy.source or 'not measured: ' + str(energy.reason)}")
     results, profiles = {}, {}
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        subject = Subject(config, device, Path(scratch))
+        subject = Subject(config, device, Path(scratch), options.model)
         contenders, not_run = make_contenders(subject, options, say)
         floors = {dtype: GemmsAlone(config, device, getattr(torch, dtype)) for dtype in options.dtypes}
-        for name, (lengths, padded_to) in BATCHES.items():
-            batch = padded_batch(lengths, padded_to, device)
-            many = 10 if sum(lengths) < 100 else 1
-            alone = {dtype: floor.for_tokens(sum(lengths)) for dtype, floor in floors.items()}
-            result = measure(contenders, subject, batch, alone, options.rounds * many, options.limit_s)
-            result["flops"] = encoder_flops(config, lengths)
+        for workload in options.batches:
+            batch = padded_batch(workload, config.vocab_size, device)
+            many = 10 if workload.tokens < FEW_TOKENS else 1
+            alone = {dtype: floor.for_tokens(workload.tokens) for dtype, floor in floors.items()}
+            result = measure(contenders, subject, batch, alone, options.rounds * many, options.limit_s, energy)
+            required = {dtype: model_work.forward(config, workload, dtype) for dtype in options.dtypes}
             for contender in result["contenders"].values():
-                rate = result["flops"] / contender["median_s"]
-                contender["share_of_matmul_rate"] = rate / limits[contender["dtype"]]["matmul_flops"]
-            results[name] = result
-            show(name, sum(lengths), result, say)
+                seconds = contender["median_s"]
+                contender |= {"tokens_per_s": workload.tokens / seconds, "sequences_per_s": len(workload.lengths) / seconds}
+                contender |= model_work.rated(required[contender["dtype"]], seconds, limits[contender["dtype"]])
+            result["work"] = {dtype: work._asdict() for dtype, work in required.items()}
+            results[workload.name] = {**workload.described(), **result}
+            show(workload, result, say)
             if device == "cpu":
-                profiles[name] = {
+                profiles[workload.name] = {
                     c.name: profile.shares(lambda c=c, batch=batch: c.run(batch), rounds=2 * many)
                     for c in contenders
                     if c.ours and c.name in result["contenders"]
                 }
     if profiles:
         show_profiles(profiles, say)
-    rows = goals.compare(cpu_goals.INFERENCE_GOALS, results) if device == "cpu" and options.size == "base" else []
+    rows = goals.compare(cpu_goals.INFERENCE_GOALS, results) if device == "cpu" and options.model == "base" else []
     if rows:
         say("\n" + goals.table(rows, "goal on a CPU"))
     failed = {f"{name}: {key}": why for name, result in results.items() for key, why in result["failed"].items()}
     failed = {key: why for key, why in failed.items() if key.split(": ")[1].startswith(OURS.title)}
     return {
-        "machine": machine(device), "size": options.size, "dtypes": list(options.dtypes), "ceilings": limits,
-        "not_run": not_run, "failed": failed, "results": results, "profile": profiles, "goals": rows,
+        "machine": machine(device), "model": options.model, "dtypes": list(options.dtypes), "ceilings": limits,
+        "energy": energy.described(), "not_run": not_run, "failed": failed, "results": results, "profile": profiles, "goals": rows,
     }  # fmt: skip
 
 
@@ -152,10 +161,6 @@ def make_contenders(subject: Subject, options: Options, say: Say) -> tuple[list[
     return contenders, not_run
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
 def measure(
     contenders: list[Contender],
     subject: Subject,
@@ -163,10 +168,11 @@ def measure(
     alone: Mapping[str, Callable[[], None]],
     rounds: int,
     limit_s: float,
+    energy: Meter,
 ) -> dict[str, Any]:
-    """``contenders``: by name the seconds, the differences from transformers' float32 and how many times as fast it is;
-    ``ratios``: by name of fastbert's contenders and of another, how many times as fast; ``gemms_alone``: by dtype;
-    ``failed``: the reasons of those that were not timed."""
+    """``contenders``: by name the seconds, the differences from transformers' float32, ``peak_bytes`` of a call beyond weights
+    and batch and its ``joules`` (None where the machine tells neither); ``ratios``: by name of fastbert's contenders and of
+    another, how many times as fast; ``gemms_alone``: by dtype; ``failed``: the reasons of those that were not timed."""
     real = batch["attention_mask"].unsqueeze(-1)
     expected = subject.model(**batch).last_hidden_state * real
     running, differences, failed = [], {}, {}
@@ -178,6 +184,8 @@ def measure(
             failed[contender.name] = first_line(error)
     gc.collect()
     turns: dict[str, Callable[[], Any]] = {c.name: lambda c=c: c.run(batch) for c in running}
+    memory = {name: peak_bytes(run, subject.device) for name, run in turns.items()}
+    joules = {name: energy.per_run(run, subject.device) for name, run in turns.items()}
     turns |= {gemms_name(dtype): run for dtype, run in alone.items()}
     seconds = interleaved(turns, rounds, subject.device, limit_s, uncounted_rounds=0 if subject.device == "cpu" else 1)
     measured = {}
@@ -186,6 +194,7 @@ def measure(
         floor = paired_ratio(seconds[gemms_name(contender.dtype)], times)["median"]
         measured[contender.name] = {
             **summary(times), "dtype": contender.dtype, **differences[contender.name], "gemms_alone_share": floor,
+            "peak_bytes": memory[contender.name], "joules": joules[contender.name],
         }  # fmt: skip
     others = {c.name: {o.name: paired_ratio(seconds[o.name], seconds[c.name]) for o in running if o is not c} for c in running}
     return {
@@ -215,20 +224,26 @@ def difference(contender: Contender, batch: Batch, expected: Tensor, real: Tenso
     return {"largest_difference": largest, "relative_difference": relative}
 
 
-def show(name: str, tokens: int, result: Mapping[str, Any], say: Say) -> None:
-    heading = f"{name}, {tokens:,} tokens"
-    say(f"\n{heading:<40}{'ms':>10}{'vs transformers':>17}{'GEMMs alone':>13}{'of matmul rate':>16}{'largest error':>15}")
+def show(workload: Workload, result: Mapping[str, Any], say: Say) -> None:
+    heading = f"{workload.name}, {workload.tokens:,} tokens"
+    say(
+        f"\n{heading:<44}{'ms':>10}{'tokens/s':>10}{'vs transformers':>20}{'GEMMs alone':>13}{'memory':>10}{'error':>9}"
+        f"{'MFU':>7}{'of limit':>10}"
+    )
     for key, figures in result["contenders"].items():
         ratio = result["baseline_ratios"].get(key)
-        times = f"{ratio['median']:.2f}x" if ratio else ""
+        times = f"{ratio['median']:.2f}x ({ratio['q25']:.2f}-{ratio['q75']:.2f})" if ratio else ""
+        memory = "" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / 1e6:,.0f} MB"
+        joules = "" if figures["joules"] is None else f"{figures['joules']:>9.2f} J"
         say(
-            f"  {key:<38}{figures['median_s'] * 1e3:>10,.1f}{times:>17}"
-            f"{figures['gemms_alone_share']:>13.0%}{figures['share_of_matmul_rate']:>16.0%}{figures['largest_difference']:>15.1e}"
+            f"  {key:<42}{figures['median_s'] * 1e3:>10,.1f}{figures['tokens_per_s']:>10,.0f}{times:>20}"
+            f"{figures['gemms_alone_share']:>13.0%}{memory:>10}{figures['largest_difference']:>9.0e}"
+            f"{figures['share_of_matmul_rate']:>7.0%}{figures['share_of_limit']:>10.0%}{joules}"
         )
     for dtype, figures in result["gemms_alone"].items():
-        say(f"  {gemms_name(dtype):<38}{figures['median_s'] * 1e3:>10,.1f}")
+        say(f"  {gemms_name(dtype):<42}{figures['median_s'] * 1e3:>10,.1f}")
     for key, reason in result["failed"].items():
-        say(f"  {key:<38}not timed: {reason}")
+        say(f"  {key:<42}not timed: {reason}")
 
 
 def show_profiles(profiles: Mapping[str, Mapping[str, Any]], say: Say) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 import fastbert
 
+from .workloads import SIZES
+
 Batch = dict[str, Tensor]
 Run = Callable[[Batch], Tensor]  # input_ids, attention_mask (batch, length) -> last_hidden_state (batch, length, hidden)
 
@@ -46,14 +48,26 @@ class Peer:
 
 
 class Subject:
-    """The model that all contenders compute: transformers' BertModel in float32, with random weights, in evaluation mode.
+    """The model that all contenders compute: transformers' BertModel in float32, in evaluation mode, with the weights of the
+    checkpoint ``weights`` or, where that is the name of a size, random ones.
 
     folder: where its copies in other formats go. Those that several contenders share are made once.
     """
 
-    def __init__(self, config: transformers.BertConfig, device: str, folder: Path) -> None:
+    def __init__(self, config: transformers.BertConfig, device: str, folder: Path, weights: str) -> None:
         self.config, self.device, self.folder = config, device, folder
-        self.model = transformers.BertModel(config).eval().to(device)
+        model = transformers.BertModel(config)
+        if weights not in SIZES:
+            model = transformers.BertModel.from_pretrained(weights, config=config, dtype=torch.float32)
+        self.model = model.eval().to(device)
+
+    def with_attention(self, implementation: str, dtype: str) -> torch.nn.Module:
+        """The same weights under another of transformers' attention implementations."""
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = implementation
+        model = transformers.BertModel(config).eval().to(self.device, getattr(torch, dtype))
+        model.load_state_dict(self.model.state_dict())
+        return model
 
     @functools.cached_property
     def half_model(self) -> torch.nn.Module:
@@ -128,6 +142,11 @@ def _fastbert(subject: Subject, dtype: str) -> Run:
 
 def _transformers(subject: Subject, dtype: str) -> Run:
     model = subject.of_dtype(dtype)
+    return lambda batch: model(**batch).last_hidden_state
+
+
+def _transformers_eager(subject: Subject, dtype: str) -> Run:
+    model = subject.with_attention("eager", dtype)
     return lambda batch: model(**batch).last_hidden_state
 
 
@@ -262,6 +281,7 @@ OURS = Peer("fastbert", _fastbert, {"cpu": (*_FLOATS, "int8"), "cuda": _FLOATS})
 # Names are those of --peers. Those of torch first, the reference of all figures as the first of them.
 PEERS = {
     "transformers": Peer("transformers", _transformers, {"cpu": _FLOATS, "cuda": _FLOATS}),
+    "transformers-eager": Peer("transformers eager", _transformers_eager, {"cpu": _FLOATS, "cuda": _FLOATS}),
     # In bfloat16 it would take minutes more on a CPU.
     "transformers-compiled": Peer("transformers compiled", _transformers_compiled, {"cpu": ("float32",), "cuda": _FLOATS}),
     "transformers-sorted": Peer("transformers sorted, oneDNN", _transformers_sorted, {"cpu": _FLOATS}),

@@ -4,7 +4,7 @@ What ``pretrain`` and ``finetune`` share. The models hold float32 weights; bfloa
 trains. On CPUs transformers also runs as a careful user runs it: batches padded to their own longest sequence, float32 matmuls
 by oneDNN; and on top of that in micro-batches of similar lengths, whose gradients are accumulated. Before anything is timed the
 losses are computed without dropout and must agree. Contenders take turns; one that fails (out of memory, a compiler's error) is
-reported and leaves the others in the race.
+reported and leaves the others in the race. Every figure ends in its share of the matmul rate and of the limit (``model_work``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -22,20 +22,26 @@ import transformers
 import fastbert
 from fastbert.train.optimizer import build_optimizer
 
-from . import profile
+from . import model_work, profile
 from .ceilings import ceilings
 from .cpu_goals import PADDED_TO_LONGEST
-from .harness import interleaved, paired_ratio, summary, write_results
+from .energy import Meter, meter
+from .harness import first_line, interleaved, paired_ratio, summary, write_results
 from .machine import machine
 from .memory import peak_bytes
 from .peers import TOKEN_BUDGET, onednn_float32_matmul, token_budget_groups
-from .workloads import REAL_LENGTHS, SIZES, config_for, packed_batch, padded_batch, training_batches, training_flops
+from .work import Work
+from .workloads import SIZES, Workload, config_for, model_title, packed_batch, padded_batch, workloads
 
 # bfloat16 keeps 8 bits: the losses of two right implementations differ in the third digit.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
-THEIRS, COMPILED, OURS, PACKED = "transformers", "transformers compiled", "fastbert", "fastbert packed"
+THEIRS, EAGER, COMPILED = "transformers", "transformers eager", "transformers compiled"
+OURS, PACKED = "fastbert", "fastbert packed"
 SORTED = "transformers sorted in micro-batches, oneDNN"
-CONTENDERS = (THEIRS, COMPILED, PADDED_TO_LONGEST, SORTED, OURS, PACKED)
+CONTENDERS = (THEIRS, EAGER, COMPILED, PADDED_TO_LONGEST, SORTED, OURS, PACKED)
+# What may take part beside fastbert, by the names of --peers; the first always does.
+PEERS = ("transformers", "transformers-eager", "transformers-sorted", "transformers-compiled")
+DEFAULT_PEERS = ("transformers", "transformers-sorted")  # the others take minutes
 Batch = Mapping[str, Any]
 Parts = tuple[tuple[float, Batch], ...]  # micro-batches of a step, each with its loss's weight
 Say = Callable[[str], None]
@@ -44,49 +50,45 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Task:
     """model: the class in both libraries; with_labels adds labels to a padded batch; labelled: the masked-LM share of rows, 0
-    where the loss is the mean over sequences."""
+    where the loss is the mean over sequences; config: what the head adds to the model's."""
 
     name: str
     model: str
     with_labels: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     labelled: float = 0.0
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Options:
-    """lengths, tokens: see :func:`training_batches`; limit_s: of each batch, after 3 rounds; packed, compiled, sorted: what
-    takes part beside the two libraries on padded batches (sorted: both of transformers' without padding to a fixed length)."""
+    """model, batches: see ``workloads``; limit_s: of each batch, after 3 rounds; peers: of :data:`PEERS`; packed: fastbert on
+    packed rows too, where batches have padding."""
 
-    size: str
-    tokens: int
+    model: str
+    batches: tuple[Workload, ...]
     dtype: str = "float32"
-    lengths: tuple[str, ...] = ("128", "mnli")
     rounds: int = 5
     limit_s: float = float("inf")
+    peers: tuple[str, ...] = DEFAULT_PEERS
     packed: bool = False
-    compiled: bool = False
-    sorted: bool = False
     device: str = "cpu"
 
 
-def main(task: Task, description: str, size: str, tokens: int) -> None:
-    """The command line of a task's module; size and tokens are its defaults."""
+def main(task: Task, description: str, batches: tuple[str, ...]) -> None:
+    """The command line of a task's module; ``batches`` are its default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default=size)
+    parser.add_argument("--model", default="mini", help=f"{', '.join(SIZES)}, or a checkpoint (folder or Hub name)")
+    parser.add_argument("--batches", nargs="+", default=list(batches), help="see benchmarks.workloads")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--lengths", nargs="+", choices=["128", "512", *REAL_LENGTHS], default=["128", "mnli"])
-    parser.add_argument("--tokens", type=int, default=tokens, help=f"of a batch, with its padding (default {tokens})")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS", help="of each batch, after 3 rounds")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[PEERS[0]])
     parser.add_argument("--packed", action="store_true", help="fastbert on packed rows too, where batches have padding")
-    parser.add_argument("--compile", action="store_true", help="transformers with torch.compile too: a minute per batch shape")
-    parser.add_argument("--sorted", action="store_true", help="transformers without fixed padding, with oneDNN's matmul, too (CPU)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save", metavar="FOLDER")
     given = parser.parse_args()
     options = Options(
-        given.size, given.tokens, given.dtype, tuple(given.lengths), given.rounds, given.limit, given.packed, given.compile,
-        given.sorted, given.device,
+        given.model, workloads(given.batches), given.dtype, given.rounds, given.limit, tuple(given.peers), given.packed, given.device
     )  # fmt: skip
     write_results(task.name, run(task, options, print), given.save)
 
@@ -94,43 +96,70 @@ def main(task: Task, description: str, size: str, tokens: int) -> None:
 def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
     """Measures, says the table, returns the document; on CPUs with the profile of fastbert's step."""
     device, dtype = options.device, getattr(torch, options.dtype)
-    limits = ceilings(device, dtype)
-    config = config_for(options.size)
+    limits, energy = ceilings(device, dtype), meter(device)
+    config = config_for(options.model, **task.config)
     torch.manual_seed(0)
-    theirs = getattr(transformers, task.model)(config).to(device)
-    ours = getattr(fastbert, task.model)(config).to(device)
-    steps = {THEIRS: TrainingStep(theirs, device, dtype), OURS: TrainingStep(ours, device, dtype)}
-    if options.compiled:
-        steps[COMPILED] = steps[THEIRS].called_by(torch.compile(theirs, dynamic=False))
-    if options.sorted:
-        steps[PADDED_TO_LONGEST] = steps[SORTED] = steps[THEIRS].under(onednn_float32_matmul)
+    theirs = model_of(task, transformers, options.model, config).to(device)
+    ours = model_of(task, fastbert, options.model, config).to(device)
+    steps = make_steps(theirs, ours, options)
+    weights = sum(p.numel() for p in ours.parameters())
 
-    say(f"\n{task.name}, bert-{options.size}, {options.dtype}; matmul {limits['matmul_flops'] / 1e9:,.0f} GFLOP/s in this run")
-    say(f"{'batch':<30}{'contender':<46}{'ms':>9}{'real tokens/s':>14}{'ratio':>8}{'of matmul rate':>16}{'memory':>10}")
+    title = f"{task.name}, {model_title(options.model)}, {options.dtype}"
+    say(f"\n{title}; matmul {limits['matmul_flops'] / 1e9:,.0f} GFLOP/s, copies {limits['copy_bytes'] / 1e9:,.0f} GB/s in this run")
+    say(
+        f"{'batch':<30}{'contender':<46}{'ms':>9}{'real tokens/s':>14}{'vs transformers':>20}{'memory':>10}{'MFU':>7}{'of limit':>10}"
+    )
     results, profiles = {}, {}
-    for name, (lengths, padded_to) in training_batches(list(options.lengths), options.tokens).items():
-        batch = task.with_labels(padded_batch(lengths, padded_to, device))
-        batches = batches_of(batch, task, padded=min(lengths) < padded_to)
+    for workload in options.batches:
+        batch = task.with_labels(padded_batch(workload, config.vocab_size, device))
+        batches = batches_of(batch, task, padded=workload.has_padding)
         contenders = {key: (steps[key.removesuffix(" packed")], parts) for key, parts in batches.items()
                       if key in steps or (key == PACKED and options.packed)}  # fmt: skip
         ours.load_state_dict(theirs.state_dict())
+        if EAGER in steps:
+            steps[EAGER].model.load_state_dict(theirs.state_dict())
         difference = loss_difference({key: contender for key, contender in contenders.items() if key != COMPILED}, dtype)
-        flops = training_flops(config, lengths, task.labelled)
-        measured = measure(contenders, lengths, flops, limits, options.rounds, options.limit_s, device)
-        results[name] = {"sequences": len(lengths), "tokens": sum(lengths), "relative_loss_difference": difference, **measured}
-        show(name, measured, say)
+        required = model_work.training_step(config, workload, options.dtype, task.labelled, weights)
+        measured = measure(contenders, workload, required, limits, options.rounds, options.limit_s, device, energy)
+        results[workload.name] = {
+            **workload.described(), "work": required._asdict(), "relative_loss_difference": difference, **measured
+        }  # fmt: skip
+        show(workload.name, measured, say)
         if device == "cpu" and OURS in measured:
             step, parts = contenders[OURS]
-            profiles[name] = profile.shares(lambda step=step, parts=parts: step(parts), rounds=2)
-            say(f"{'':<30}where fastbert's time goes: {profile.line(profiles[name]['shares'])}")
-    document = {"machine": machine(device, dtype), "size": options.size, "dtype": options.dtype, "ceilings": limits}
-    return {**document, "results": results, "profile": profiles}
+            profiles[workload.name] = profile.shares(lambda step=step, parts=parts: step(parts), rounds=2)
+            say(f"{'':<30}where fastbert's time goes: {profile.line(profiles[workload.name]['shares'])}")
+    return {
+        "machine": machine(device, dtype), "model": options.model, "dtype": options.dtype, "ceilings": limits,
+        "energy": energy.described(), "results": results, "profile": profiles,
+    }  # fmt: skip
+
+
+def model_of(task: Task, library: Any, model: str, config: transformers.BertConfig) -> torch.nn.Module:
+    """Of the task's class in ``library``, in float32: a checkpoint's weights, or random ones for the name of a size."""
+    made = getattr(library, task.model)
+    return made(config) if model in SIZES else made.from_pretrained(model, config=config, dtype=torch.float32)
+
+
+def make_steps(theirs: torch.nn.Module, ours: torch.nn.Module, options: Options) -> dict[str, TrainingStep]:
+    """By contender; those of transformers that compute the same ops share a model and its optimizer."""
+    device, dtype = options.device, getattr(torch, options.dtype)
+    steps = {THEIRS: TrainingStep(theirs, device, dtype), OURS: TrainingStep(ours, device, dtype)}
+    if "transformers-eager" in options.peers:
+        eager = copy.deepcopy(theirs)
+        eager.set_attn_implementation("eager")
+        steps[EAGER] = TrainingStep(eager, device, dtype)
+    if "transformers-compiled" in options.peers:
+        steps[COMPILED] = steps[THEIRS].called_by(torch.compile(theirs, dynamic=False))
+    if "transformers-sorted" in options.peers and device == "cpu":
+        steps[PADDED_TO_LONGEST] = steps[SORTED] = steps[THEIRS].under(onednn_float32_matmul)
+    return steps
 
 
 def batches_of(batch: dict[str, torch.Tensor], task: Task, padded: bool) -> dict[str, Parts]:
     """By contender, the same sequences as each takes them; ``padded``: whether the batch has padding."""
     whole: Parts = ((1.0, batch),)
-    batches = dict.fromkeys((THEIRS, COMPILED, OURS), whole)
+    batches = dict.fromkeys((THEIRS, EAGER, COMPILED, OURS), whole)
     lengths, order = batch["attention_mask"].sum(1).sort()
     batches[PADDED_TO_LONGEST] = ((1.0, selected(batch, slice(None), int(lengths[-1]))),)
     if padded:
@@ -203,40 +232,46 @@ def loss_difference(contenders: Mapping[str, tuple[TrainingStep, Parts]], dtype:
 
 def measure(
     contenders: Mapping[str, tuple[TrainingStep, Parts]],
-    lengths: tuple[int, ...],
-    flops: float,
-    limits: Mapping[str, float],
+    workload: Workload,
+    required: Work,
+    limits: Mapping[str, Any],
     rounds: int,
     limit_s: float,
     device: str,
+    energy: Meter,
 ) -> dict[str, Any]:
-    """By contender: seconds, rates and ``step_bytes``, the peak memory of a step beyond weights, their optimizer's state and the
-    batch; ``failed``: the others' reasons; ``ratio`` of transformers to fastbert, and with
-    the others' names as ``ratios``: how many times each is as fast as transformers."""
-    memory, failed, running = {}, {}, {}
+    """By contender: seconds, rates, ``peak_bytes`` of a step beyond weights, their optimizer's state and the batch, and its
+    ``joules`` (None where the machine tells neither); ``failed``: the others' reasons; ``ratio`` of transformers to fastbert, and
+    with the others' names as ``ratios``: how many times each is as fast as transformers; ``times_faster``: how many times
+    fastbert is as fast as each of the others."""
+    memory, joules, failed, running = {}, {}, {}, {}
     for key, (step, parts) in contenders.items():
         try:
             step(parts)  # the first one compiles, and makes the optimizer's state
-            memory[key] = peak_bytes(lambda step=step, parts=parts: step(parts), device)
-            running[key] = lambda step=step, parts=parts: step(parts)
+            run = lambda step=step, parts=parts: step(parts)  # noqa: E731
+            memory[key], joules[key] = peak_bytes(run, device), energy.per_run(run, device)
+            running[key] = run
         except Exception as error:
-            failed[key] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            failed[key] = first_line(error)
             step.optimizer.zero_grad()
             if device == "cuda":
                 torch.cuda.empty_cache()
     seconds = interleaved(running, rounds, device, limit_s, uncounted_rounds=0 if device == "cpu" else 1)
-    measured: dict[str, Any] = {"failed": failed, "ratios": {}}
+    measured: dict[str, Any] = {"failed": failed, "ratios": {}, "times_faster": {}}
     for key, times in seconds.items():
         median = summary(times)["median_s"]
         measured[key] = {
             **summary(times),
-            "tokens_per_s": sum(lengths) / median,
-            "sequences_per_s": len(lengths) / median,
-            "share_of_matmul_rate": flops / median / limits["matmul_flops"],
-            "step_bytes": memory[key],
+            "tokens_per_s": workload.tokens / median,
+            "sequences_per_s": len(workload.lengths) / median,
+            **model_work.rated(required, median, limits),
+            "peak_bytes": memory[key],
+            "joules": joules[key],
         }
         if THEIRS in seconds and key != THEIRS:
             measured["ratios"][key] = paired_ratio(seconds[THEIRS], times)
+        if OURS in seconds and not key.startswith(OURS):
+            measured["times_faster"][key] = paired_ratio(times, seconds[OURS])
     if OURS in seconds:
         measured["ratio"] = measured["ratios"].get(OURS)
         measured["share_of_matmul_rate"] = measured[OURS]["share_of_matmul_rate"]
@@ -249,7 +284,10 @@ def show(name: str, measured: Mapping[str, Any], say: Say) -> None:
             say(f"{name:<30}{key:<46}failed: {measured['failed'][key][:80]}")
         if key in measured:
             figures, ratio = measured[key], measured["ratios"].get(key)
-            share = f"{figures['share_of_matmul_rate']:>16.0%}"
-            memory = f"{figures['step_bytes'] / 1e9:>7.2f} GB" if figures["step_bytes"] is not None else ""
-            times = f"{ratio['median']:>7.2f}x" if ratio else f"{'':>8}"
-            say(f"{name:<30}{key:<46}{figures['median_s'] * 1e3:>9,.1f}{figures['tokens_per_s']:>14,.0f}{times}{share}{memory}")
+            memory = f"{figures['peak_bytes'] / 1e9:>7.2f} GB" if figures["peak_bytes"] is not None else ""
+            times = f"{ratio['median']:.2f}x ({ratio['q25']:.2f}-{ratio['q75']:.2f})" if ratio else ""
+            joules = f"{figures['joules']:>9.1f} J" if figures["joules"] is not None else ""
+            say(
+                f"{name:<30}{key:<46}{figures['median_s'] * 1e3:>9,.1f}{figures['tokens_per_s']:>14,.0f}{times:>20}{memory:>10}"
+                f"{figures['share_of_matmul_rate']:>7.0%}{figures['share_of_limit']:>10.0%}{joules}"
+            )

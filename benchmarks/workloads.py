@@ -1,64 +1,129 @@
-"""What is measured: models of the published sizes with random weights, batches with and without padding, and their FLOPs."""
+"""What is measured: models, of the published sizes with random weights or a checkpoint's, and batches of real and equal lengths.
+
+A batch has a short name: ``32x128`` is 32 sequences of 128 tokens, ``mnli`` 32 sequences of MNLI's lengths padded to where its
+scripts pad (128), ``64xsquad`` 64 of SQuAD's, ``mnli/longest`` padded to the longest of the batch. ``lengths`` has the sets.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import BertConfig
+from transformers import AutoConfig, BertConfig
 
-from fastbert.train import telemetry
+from . import lengths as length_sets
+from .lengths import Lengths
 
 VOCABULARY = 30522
-# Token counts of MNLI's matched dev pairs (bert-base-uncased's WordPiece): 32 evenly spaced quantiles, mean 39.
-MNLI_LENGTHS = (
-    12, 15, 17, 19, 20, 22, 24, 25, 26, 28, 29, 30, 31, 33, 34, 35, 37, 38, 40, 41, 43, 44, 46, 48, 50, 53, 55, 58, 62, 66, 73, 89,
-)  # fmt: skip
-# Sequence pairs of Wikipedia cut at 512 tokens fill half of them: evenly spread lengths with the mean 254 that MLPerf's data has.
-WIKIPEDIA_LENGTHS = tuple(8 + 492 * i // 31 for i in range(32))
-# kind -> (name, one cycle of lengths, padded to)
-REAL_LENGTHS = {"mnli": ("MNLI", MNLI_LENGTHS, 128), "wikipedia": ("Wikipedia", WIKIPEDIA_LENGTHS, 512)}
-# name -> (lengths, padded to)
-BATCHES = {
-    "32 x 128": ((128,) * 32, 128),
-    "MNLI lengths, padded to 128": (MNLI_LENGTHS, 128),
-    "8 x 512": ((512,) * 8, 512),
-    "1 x 32": ((32,), 32),
-}
 SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768), "large": (24, 1024)}
+SEQUENCES = 32  # of a batch of real lengths, where its name has no number
+STANDARD = ("32x128", "mnli", "8x512", "1x32")
+# Named lists of batches, for curves: 4,096 tokens in sequences of growing length, and growing numbers of sequences.
+BATCH_LISTS = {
+    "standard": STANDARD,
+    "by-length": ("256x16", "128x32", "64x64", "32x128", "16x256", "8x512"),
+    "by-sequences": ("1x128", "2x128", "4x128", "8x128", "16x128", "32x128"),
+    "real": ("sst2", "mnli", "squad", "wikipedia"),
+}
+_SPEC = re.compile(r"(?:(\d+)x)?(\d+|[a-z][a-z0-9]*)(/longest)?")
+_SMALLEST_ID = 1000  # of a random word: below are special tokens and unused ones
 
 
-def config_for(size: str, **changes) -> BertConfig:
-    """BERT of a published size (Turc et al., 2019, for those below base)."""
-    layers, hidden = SIZES[size]
-    return BertConfig(
-        vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=hidden // 64,
-        intermediate_size=4 * hidden, **changes,
-    )  # fmt: skip
+class WorkloadError(ValueError):
+    """A model or a batch that does not exist; says which do."""
 
 
-def padded_batch(lengths: tuple[int, ...], padded_to: int, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask (batch, padded_to), shuffled as a data set is."""
+@dataclass(frozen=True)
+class Workload:
+    """lengths: tokens of each sequence; all are padded to ``padded_to``."""
+
+    name: str
+    lengths: tuple[int, ...]
+    padded_to: int
+
+    @property
+    def tokens(self) -> int:
+        """Real ones."""
+        return sum(self.lengths)
+
+    @property
+    def pairs(self) -> int:
+        """Of tokens that attend to each other."""
+        return attended_pairs(self.lengths)
+
+    @property
+    def has_padding(self) -> bool:
+        return min(self.lengths) < self.padded_to
+
+    def described(self) -> dict[str, int | float]:
+        """What a document says of it."""
+        return {"sequences": len(self.lengths), "tokens": self.tokens, "padded_to": self.padded_to}
+
+
+def workload(spec: str, sets: Mapping[str, Lengths] | None = None) -> Workload:
+    """The batch of that short name. sets: lengths by name; None for the embedded ones. Raises :class:`WorkloadError`."""
+    sets = length_sets.embedded() if sets is None else sets
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise WorkloadError(f"batch {spec!r}: expected such as 32x128, mnli, 64xsquad or mnli/longest")
+    count, of, longest = match.groups()
+    if of.isdecimal():
+        length = int(of)
+        if count is None or not int(count) or not length or longest:
+            raise WorkloadError(f"batch {spec!r}: expected SEQUENCESxTOKENS, both at least 1, such as 32x{length or 128}")
+        return Workload(f"{int(count)} x {length}", (length,) * int(count), length)
+    if of not in sets:
+        raise WorkloadError(f"batch {spec!r}: there are no lengths named {of}; there are {', '.join(sets)}")
+    if count is not None and not int(count):
+        raise WorkloadError(f"batch {spec!r}: expected at least 1 sequence")
+    chosen = sets[of].quantiles(int(count or SEQUENCES))
+    padded_to = chosen[-1] if longest else sets[of].padded_to
+    number = "" if count is None or int(count) == SEQUENCES else f"{int(count)} of "
+    return Workload(f"{number}{sets[of].title} lengths, padded to {'the longest' if longest else padded_to}", chosen, padded_to)
+
+
+def workloads(specs: Sequence[str], sets: Mapping[str, Lengths] | None = None) -> tuple[Workload, ...]:
+    """Of short names and names of :data:`BATCH_LISTS`, each batch once."""
+    names = [name for spec in specs for name in BATCH_LISTS.get(spec, (spec,))]
+    return tuple(workload(name, sets) for name in dict.fromkeys(names))
+
+
+def config_for(model: str, **changes) -> BertConfig:
+    """BERT of a published size (Turc et al., 2019, for those below base), or of a checkpoint (folder or Hub name).
+
+    Raises :class:`WorkloadError` for what is neither, and for a checkpoint of another architecture.
+    """
+    if model in SIZES:
+        layers, hidden = SIZES[model]
+        return BertConfig(
+            vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=hidden // 64,
+            intermediate_size=4 * hidden, **changes,
+        )  # fmt: skip
+    try:
+        config = AutoConfig.from_pretrained(model, **changes)
+    except (OSError, ValueError) as error:
+        raise WorkloadError(
+            f"model {model!r} is neither one of {', '.join(SIZES)} nor a checkpoint (folder or Hub name): {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(config, BertConfig) or config.model_type != "bert":
+        raise WorkloadError(f"model {model!r} is of type {config.model_type!r}; the benchmarks measure models of type 'bert'")
+    return config
+
+
+def model_title(model: str) -> str:
+    return f"bert-{model}" if model in SIZES else Path(model).name
+
+
+def padded_batch(of: Workload, vocabulary: int = VOCABULARY, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (sequences, padded_to), int64, shuffled as a data set is."""
     generator = torch.Generator().manual_seed(0)
-    shuffled = torch.tensor(lengths)[torch.randperm(len(lengths), generator=generator)]
-    ids = torch.randint(1000, VOCABULARY, (len(lengths), padded_to), generator=generator)
-    mask = (torch.arange(padded_to) < shuffled[:, None]).long()
+    shuffled = torch.tensor(of.lengths)[torch.randperm(len(of.lengths), generator=generator)]
+    ids = torch.randint(min(_SMALLEST_ID, vocabulary // 2), vocabulary, (len(of.lengths), of.padded_to), generator=generator)
+    mask = (torch.arange(of.padded_to) < shuffled[:, None]).long()
     return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
-
-
-def training_batches(kinds: list[str], tokens: int) -> dict[str, tuple[tuple[int, ...], int]]:
-    """name -> (lengths, padded to), each of about ``tokens`` tokens with its padding: "128" and "512" have none, "mnli" has
-    MNLI's lengths padded to 128, "wikipedia" Wikipedia's padded to 512 (whole cycles of their 32 lengths, at least one)."""
-    batches = {}
-    for kind in kinds:
-        if kind in ("128", "512"):
-            length = int(kind)
-            sequences = max(1, tokens // length)
-            batches[f"{sequences} x {length}"] = ((length,) * sequences, length)
-        else:
-            name, cycle, padded_to = REAL_LENGTHS[kind]
-            batches[f"{name} lengths, padded to {padded_to}"] = (cycle * max(1, tokens // padded_to // len(cycle)), padded_to)
-    return batches
 
 
 def packed_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
@@ -76,16 +141,5 @@ def packed_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int
     }  # fmt: skip
 
 
-def encoder_flops(config: BertConfig, lengths: Sequence[int]) -> float:
-    """FLOPs of a forward pass over sequences of these lengths, see ``fastbert.train.telemetry``."""
-    return telemetry.encoder_flops(config, sum(lengths), _attended_pairs(lengths))
-
-
-def training_flops(config: BertConfig, lengths: Sequence[int], labelled: float) -> float:
-    """FLOPs of a training step of masked LM, with the ``labelled`` share of the tokens, see ``fastbert.train.telemetry``."""
-    tokens = sum(lengths)
-    return telemetry.training_flops(config, tokens, _attended_pairs(lengths), labelled * tokens)
-
-
-def _attended_pairs(lengths: Sequence[int]) -> int:
+def attended_pairs(lengths: Sequence[int]) -> int:
     return sum(length * length for length in lengths)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks import goals, gpu, gpu_goals, op_cases, work
-from benchmarks.workloads import config_for, training_batches, training_flops
+from benchmarks import model_work
+from benchmarks.workloads import config_for, workload, workloads
 
 from .conftest import REPOSITORY
 
@@ -24,11 +25,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [("inference", ["--peers", "transformers"]), ("pretrain", ["--lengths", "128", "--tokens", "256"])]
-)
+@pytest.mark.parametrize(("name", "options"), [("inference", ["--peers", "transformers"]), ("pretrain", ["--batches", "2x128"])])
 def test_toy_run(name, options):
-    done = run(f"benchmarks.{name}", "--size", "tiny", "--rounds", "1", "--device", "cpu", *options)
+    done = run(f"benchmarks.{name}", "--model", "tiny", "--rounds", "1", "--device", "cpu", *options)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["benchmark"] == name
@@ -208,7 +207,7 @@ def documents(scale: float) -> dict:
     }
     rates = {key: {"tokens_per_s": 1.0, "sequences_per_s": 1.0} for key in ("transformers", "transformers compiled")}
     ours = {key: {"tokens_per_s": scale, "sequences_per_s": scale} for key in ("fastbert", "fastbert packed")}
-    batches = training_batches(["128", "512", "mnli", "wikipedia"], 32 * 128)
+    batches = [batch.name for batch in workloads((*gpu.batches_of(32 * 128), "32x128"))]
     steps = [f"{step} {size}" for step in ("pretrain", "finetune", "compile") for size in ("base", "large")]
     return result | {step: {"results": {batch: {**rates, **ours, "ratios": {}} for batch in batches}} for step in steps}
 
@@ -245,5 +244,5 @@ def test_work_of_a_matmul_and_of_rows():
 
 @pytest.mark.parametrize(("size", "length", "megaflops"), [("base", 128, 545), ("base", 512, 588), ("large", 128, 1879)])
 def test_flops_of_a_pretraining_token(size, length, megaflops):
-    flops = training_flops(config_for(size), (length,) * 4, 0.15) / (4 * length)
+    flops = model_work.training_step(config_for(size), workload(f"4x{length}"), "bfloat16", 0.15, 0).flops / (4 * length)
     assert flops == pytest.approx(megaflops * 1e6, rel=0.01)

@@ -13,7 +13,7 @@ from benchmarks import ceilings, cpu_goals, goals, memory, peers, profile, train
 from benchmarks.finetune import TASK
 from benchmarks.harness import quiet
 from benchmarks.inference import LARGEST_DIFFERENCE, Contender, difference
-from benchmarks.workloads import BATCHES, MNLI_LENGTHS, config_for, padded_batch
+from benchmarks.workloads import STANDARD, Workload, config_for, padded_batch, workload, workloads
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,10 @@ def test_shares_of_operators_and_of_a_layer_that_counts_itself(monkeypatch):
 
 def fake_results(times_faster: float) -> dict:
     ratios = {theirs: {"median": times_faster} for theirs in ("transformers float32", "OpenVINO float32")}
-    return {batch: {"ratios": {f"fastbert {d}": ratios for d in ("float32", "bfloat16", "int8")}} for batch in BATCHES}
+    return {
+        batch: {"ratios": {f"fastbert {d}": ratios for d in ("float32", "bfloat16", "int8")}}
+        for batch in (w.name for w in workloads(STANDARD))
+    }
 
 
 @pytest.mark.parametrize(("times_faster", "met"), [(30.0, True), (0.5, False)])
@@ -107,7 +110,7 @@ def test_goals_of_training(suite):
 
 @pytest.mark.parametrize("budget", [1, 89, 256, 10_000])
 def test_token_budget_groups(budget):
-    lengths = sorted(MNLI_LENGTHS)
+    lengths = list(workload("mnli").lengths)
     groups = [lengths[group] for group in peers.token_budget_groups(lengths, budget)]
     assert sum(groups, []) == lengths
     assert all(len(group) == 1 or len(group) * group[-1] <= budget for group in groups)
@@ -116,13 +119,13 @@ def test_token_budget_groups(budget):
 
 
 def test_micro_batches_are_the_batch():
-    batch = TASK.with_labels(padded_batch(MNLI_LENGTHS, 128))
+    batch = TASK.with_labels(padded_batch(workload("mnli")))
     parts = training.batches_of(batch, TASK, padded=True)[training.SORTED]
     assert len(parts) > 2 and sum(weight for weight, _ in parts) == pytest.approx(1.0)
     tokens = sum(int(part["attention_mask"].sum()) for _, part in parts)
-    assert tokens == sum(MNLI_LENGTHS)
+    assert tokens == workload("mnli").tokens
     assert sum(part["input_ids"].numel() for _, part in parts) < 1.4 * tokens
-    assert sum(len(part["labels"]) for _, part in parts) == len(MNLI_LENGTHS)
+    assert sum(len(part["labels"]) for _, part in parts) == 32
 
 
 def test_float32_precision_is_changed_for_one_contender_only():
@@ -136,11 +139,11 @@ def test_float32_precision_is_changed_for_one_contender_only():
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
     torch.manual_seed(0)
-    return peers.Subject(config_for("tiny"), "cpu", tmp_path_factory.mktemp("engines"))
+    return peers.Subject(config_for("tiny"), "cpu", tmp_path_factory.mktemp("engines"), "tiny")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["transformers-sorted", "onnxruntime", "openvino", "ctranslate2"])
+@pytest.mark.parametrize("name", ["transformers-eager", "transformers-sorted", "onnxruntime", "openvino", "ctranslate2"])
 def test_peers_compute_the_same(name, dtype, subject):
     peer = peers.PEERS[name]
     if dtype not in peer.dtypes["cpu"]:
@@ -153,8 +156,8 @@ def test_peers_compute_the_same(name, dtype, subject):
     except peers.NotAvailable as reason:
         pytest.skip(str(reason))
     with torch.inference_mode():
-        for lengths, padded_to in (((5, 40, 17, 40, 33), 40), ((64,) * 3, 64)):
-            batch = padded_batch(lengths, padded_to)
+        for toy in (Workload("mixed", (5, 40, 17, 40, 33), 40), Workload("equal", (64,) * 3, 64)):
+            batch = padded_batch(toy)
             real = batch["attention_mask"].unsqueeze(-1)
             expected = subject.model(**batch).last_hidden_state * real
             found = difference(Contender(name, dtype, run, ours=False), batch, expected, real)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,14 +36,28 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    size: Annotated[str, typer.Option(help="tiny, mini, small, medium, base or large.")] = "base",
+    model: Annotated[str, typer.Option(help=f"{', '.join(MODEL_PRESETS)}, or a checkpoint (folder or Hub name).")] = "base",
+    batches: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="32x128 (sequences x tokens), mnli, squad, wikipedia, sst2, ... (32 of real lengths, padded), 64xmnli, "
+            "mnli/longest; or standard, by-length, by-sequences, real; several may follow. Left out: those of the suite.",
+            metavar="BATCH...",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Count real lengths in this folder (glue/, qa/, pretrain/) instead of taking the embedded ones."),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Counts the tokens of --data; default: the checkpoint's own.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every contender on a batch.")] = 5,
     limit: Annotated[float, typer.Option(min=0, help="Seconds for a batch, after which 3 rounds are enough.")] = 60.0,
     peers: Annotated[
         list[str] | None,
         typer.Option(
-            help="Who takes part beside fastbert: transformers, transformers-compiled, transformers-sorted, and for inference "
-            "onnxruntime, openvino, ctranslate2; several may follow. Left out: those that are installed.",
+            help="Who takes part beside fastbert: transformers, transformers-eager, transformers-compiled, transformers-sorted, "
+            "and for inference onnxruntime, openvino, ctranslate2; several may follow. Left out: those that are installed.",
             metavar="PEER...",
             show_default=False,
         ),
@@ -56,8 +71,8 @@ def bench(
     from .bench import bench as body
 
     options = {
-        "suite": suite, "device": device, "dtypes": tuple(dtype) if dtype else None, "size": size, "rounds": rounds,
-        "limit_s": limit, "peers": tuple(peers) if peers else None, "threads": threads,
+        "suite": suite, "device": device, "dtypes": tuple(dtype) if dtype else None, "model": model, "rounds": rounds,
+        "batches": tuple(batches) if batches else None, "data": data, "tokenizer": tokenizer, "limit_s": limit, "peers": tuple(peers) if peers else None, "threads": threads,
     }  # fmt: skip
     command = " ".join(["fastbert", *sys.argv[1:]])
     run_command("bench", lambda say: body(options, save, command, say), json_output=json_output, debug=debug)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import harness, inference, peers, training, workloads
+from benchmarks import bench as suites
+from benchmarks import harness, inference, peers, training
 from fastbert.cli import bench
 from fastbert.cli.command import CommandFailure
 from fastbert.cli.main import app
 
-TOY = ["--size", "tiny", "--rounds", "1", "--threads", "1", "--peers", "transformers", "--dtype", "float32"]
+TOY = ["--model", "tiny", "--rounds", "1", "--threads", "1", "--peers", "transformers", "--dtype", "float32"]
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +23,7 @@ def toy_sizes(monkeypatch):
     limits = {"matmul_flops": 1e12, "matmul_flops_by_library": {"oneDNN": 1e12}, "copy_bytes": 1e10}
     for module in (inference, training):
         monkeypatch.setattr(module, "ceilings", lambda device, dtype: limits)
-    monkeypatch.setattr(inference, "BATCHES", {"3 lengths": ((5, 30, 17), 32), "1 x 32": ((32,), 32)})
-    monkeypatch.setitem(workloads.REAL_LENGTHS, "mnli", ("MNLI", tuple(range(4, 36)), 40))
-    monkeypatch.setattr("benchmarks.bench._LENGTHS", {"finetune": ("mnli", 1), "pretrain": ("128", 128)})
+    monkeypatch.setattr(suites, "_BATCHES", {"inference": ("3xsst2", "1x32"), "finetune": ("8xsst2",), "pretrain": ("2x32",)})
 
 
 def invoke(*arguments: str):
@@ -63,7 +62,7 @@ def test_training(suite):
         expected = {"transformers", "transformers padded to the longest, oneDNN", "fastbert"}
         assert expected <= measured.keys()
         assert ("transformers sorted in micro-batches, oneDNN" in measured) == (suite == "finetune")
-        assert measured["fastbert"]["step_bytes"] > 0
+        assert measured["fastbert"]["peak_bytes"] > 0
 
 
 def test_a_wrong_result_is_not_timed_and_fails(monkeypatch):
@@ -85,7 +84,12 @@ def test_a_wrong_result_is_not_timed_and_fails(monkeypatch):
         (["--suite", "finetune", "--dtype", "int8"], "--dtype int8: the suite finetune has float32, bfloat16"),
         (["--suite", "pretrain", "--peers", "openvino"], "--peers openvino: the suite pretrain has transformers,"),
         (["--peers", "tensorflow"], "--peers tensorflow: the suite inference has transformers,"),
-        (["--size", "huge"], "--size is 'huge', expected one of tiny"),
+        (["--model", "huge"], "model 'huge' is neither one of tiny, mini"),
+        (["--batches", "32x", "--model", "tiny"], "batch '32x': expected such as 32x128"),
+        (["--batches", "128", "--model", "tiny"], "batch '128': expected SEQUENCESxTOKENS"),
+        (["--batches", "0x128", "--model", "tiny"], "batch '0x128': expected SEQUENCESxTOKENS"),
+        (["--batches", "novels", "--model", "tiny"], "there are no lengths named novels; there are cola"),
+        (["--batches", "1x513", "--model", "tiny"], "--batches: 513 tokens, and tiny takes 512 at most"),
         (["--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
     ],
 )
