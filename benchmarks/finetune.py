@@ -4,8 +4,8 @@ transformers (sdpa) on the same weights and batches.
     python -m benchmarks.finetune [--model mini] [--batches 32x128 mnli] [--rounds 5] [--device cpu] [--save FOLDER]
     python -m benchmarks.finetune --model base --dtype bfloat16 --packed
 
-Batches of 32 sequences: 128 tokens each, and MNLI's lengths padded to 128 (``workloads`` has the names of models and batches). Tokens/s counts real tokens. The last line of stdout
-is one JSON document; --save keeps it in benchmarks/results/FOLDER.
+Batches of 32 sequences: 128 tokens each, and MNLI's lengths padded to 128 (``workloads`` has the names of models and batches).
+Tokens/s counts real tokens. The last line of stdout is one JSON document; --save keeps it in benchmarks/results/FOLDER.
 """
 
 from __future__ import annotations

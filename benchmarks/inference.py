@@ -6,9 +6,9 @@
 
 ``workloads`` has the names of models and batches. All contenders of all dtypes take turns on each batch, so every ratio is one of
 figures from the same minutes; the matmuls of the real tokens alone take their turn with them. Every figure ends in its share of
-the matmul rate and of the limit (``model_work``), with the memory of a call and, where the machine tells it, its energy. Outputs are compared with transformers' in float32 before
-anything is timed: who computes something else is not timed. ``fastbert bench --suite inference`` is the same. The last line of
-stdout is one JSON document; --save keeps it in benchmarks/results/FOLDER.
+the matmul rate and of the limit (``model_work``), with the memory of a call and, where the machine tells it, its energy. Outputs
+are compared with transformers' in float32 before anything is timed: who computes something else is not timed. ``fastbert bench
+--suite inference`` is the same. The last line of stdout is one JSON document; --save keeps it in benchmarks/results/FOLDER.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastbert.ops import add_layer_norm, attention, backends, embedding_layer_norm, gelu_layer_norm, linear_gelu, mlm_loss
 
-from . import lengths
+from .lengths import MLPERF, embedded
 from .workloads import VOCABULARY
 
 EPS, STREAM, LABELLED = 1e-12, 5, 0.15
@@ -42,7 +42,7 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(65536, (768, 1024), 64, VOCABULARY, (128, 512), lengths.embedded()[lengths.MLPERF].quantiles(32)),
+    "full": Scale(65536, (768, 1024), 64, VOCABULARY, (128, 512), embedded()[MLPERF].quantiles(32)),
     "small": Scale(200, (64, 1024), 64, 320, (40,), (7, 33)),
     "toy": Scale(12, (64,), 64, 20, (), (3, 9)),
 }

@@ -88,7 +88,8 @@ def main(task: Task, description: str, batches: tuple[str, ...]) -> None:
     parser.add_argument("--save", metavar="FOLDER")
     given = parser.parse_args()
     options = Options(
-        given.model, workloads(given.batches), given.dtype, given.rounds, given.limit, tuple(given.peers), given.packed, given.device
+        given.model, workloads(given.batches), given.dtype, given.rounds, given.limit, tuple(given.peers), given.packed,
+        given.device,
     )  # fmt: skip
     write_results(task.name, run(task, options, print), given.save)
 
@@ -107,7 +108,8 @@ def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
     title = f"{task.name}, {model_title(options.model)}, {options.dtype}"
     say(f"\n{title}; matmul {limits['matmul_flops'] / 1e9:,.0f} GFLOP/s, copies {limits['copy_bytes'] / 1e9:,.0f} GB/s in this run")
     say(
-        f"{'batch':<30}{'contender':<46}{'ms':>9}{'real tokens/s':>14}{'vs transformers':>20}{'memory':>10}{'MFU':>7}{'of limit':>10}"
+        f"{'batch':<30}{'contender':<46}{'ms':>9}{'real tokens/s':>14}{'vs transformers':>20}{'memory':>10}{'MFU':>7}"
+        f"{'of limit':>10}"
     )
     results, profiles = {}, {}
     for workload in options.batches:

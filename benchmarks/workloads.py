@@ -105,8 +105,9 @@ def config_for(model: str, **changes) -> BertConfig:
     try:
         config = AutoConfig.from_pretrained(model, **changes)
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise WorkloadError(
-            f"model {model!r} is neither one of {', '.join(SIZES)} nor a checkpoint (folder or Hub name): {str(error).splitlines()[0]}"
+            f"model {model!r} is neither one of {', '.join(SIZES)} nor a checkpoint (folder or Hub name): {reason}"
         ) from error
     if not isinstance(config, BertConfig) or config.model_type != "bert":
         raise WorkloadError(f"model {model!r} is of type {config.model_type!r}; the benchmarks measure models of type 'bert'")

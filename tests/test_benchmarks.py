@@ -13,8 +13,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import goals, gpu, gpu_goals, op_cases, work
-from benchmarks import model_work
+from benchmarks import goals, gpu, gpu_goals, model_work, op_cases, work
 from benchmarks.workloads import config_for, workload, workloads
 
 from .conftest import REPOSITORY

@@ -71,8 +71,9 @@ def bench(
     from .bench import bench as body
 
     options = {
-        "suite": suite, "device": device, "dtypes": tuple(dtype) if dtype else None, "model": model, "rounds": rounds,
-        "batches": tuple(batches) if batches else None, "data": data, "tokenizer": tokenizer, "limit_s": limit, "peers": tuple(peers) if peers else None, "threads": threads,
+        "suite": suite, "device": device, "dtypes": tuple(dtype) if dtype else None, "model": model,
+        "batches": tuple(batches) if batches else None, "data": data, "tokenizer": tokenizer, "rounds": rounds,
+        "limit_s": limit, "peers": tuple(peers) if peers else None, "threads": threads,
     }  # fmt: skip
     command = " ".join(["fastbert", *sys.argv[1:]])
     run_command("bench", lambda say: body(options, save, command, say), json_output=json_output, debug=debug)
