@@ -197,6 +197,7 @@ def measure(
     real = batch["attention_mask"].unsqueeze(-1)
     expected = subject.model(**batch).last_hidden_state * real
     running, differences, failed = [], {}, {}
+    gc.collect()
     for contender in contenders:
         held = held_bytes(subject.device)
         try:
