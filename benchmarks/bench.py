@@ -8,6 +8,7 @@ ops         benchmarks.ops: each op forward and backward, a race for each dtype;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from . import cpu_goals, finetune, goals, inference, lengths, op_contenders, ops
 from .harness import save_results
 from .machine import machine
 from .peers import PEERS
-from .workloads import SIZES, STANDARD, Workload, WorkloadError, config_for, workloads
+from .workloads import SIZES, STANDARD, Workload, WorkloadError, config_for, model_title, workloads
 
 SUITES = ("inference", "finetune", "pretrain", "ops")
 _TASKS = {"finetune": finetune.TASK, "pretrain": pretrain.TASK}
@@ -139,6 +140,9 @@ def failures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def save(suite: str, document: dict[str, Any], command: str, folder: str) -> None:
-    """Keeps the document in benchmarks/results/<folder>, as ``command`` made it."""
-    save_results(suite, {"benchmark": suite, "command": command, **document}, folder)
+def save(options: Options, document: dict[str, Any], command: str, folder: str) -> None:
+    """Keeps the document in benchmarks/results/<folder>, as ``command`` made it, under the suite's name, and the model's and the
+    batches' where they are not the suite's own: ``inference.json``, ``inference-by-length.json``."""
+    chosen = [options.suite, *([] if options.model == Options.model else [model_title(options.model)]), *(options.batches or ())]
+    name = re.sub(r"[^\w.-]+", "-", "-".join(chosen))
+    save_results(name, {"benchmark": options.suite, "command": command, **document}, folder)

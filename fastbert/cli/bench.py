@@ -25,7 +25,7 @@ def bench(options: dict[str, Any], save: str | None, command: str, say: Say) -> 
         raise CommandFailure("; ".join(problems), WRONG_USAGE)
     document = suites.run(settings, say)
     if save is not None:
-        suites.save(settings.suite, document, command, save)
+        suites.save(settings, document, command, save)
     for name, reason in document["failed"].items():
         say(f"failed: {name}: {reason}")
     return CommandResult({"suite": settings.suite, **document}, FAILED if document["failed"] else DONE)
