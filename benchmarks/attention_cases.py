@@ -54,9 +54,7 @@ def _together(out: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
     return [out, torch.stack(tuple(grads), 1)]
 
 
-def _on_padded_rows(
-    qkv: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...], dout: Tensor, dropout_p: float
-) -> dict[str, Offer]:
+def _on_padded_rows(qkv: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...], dout: Tensor, dropout_p: float) -> dict[str, Offer]:
     longest, batch = max(lengths), len(lengths)
     real = torch.arange(longest, device=qkv.device) < cu_seqlens.diff()[:, None]
     mask = None if min(lengths) == longest else real[:, None, None, :]
@@ -95,9 +93,7 @@ def _on_padded_rows(
     return peers | {name: _CUDA_ONLY for name in SDPA if name not in backends}
 
 
-def _on_packed_rows(
-    qkv: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...], dout: Tensor, dropout_p: float
-) -> dict[str, Offer]:
+def _on_packed_rows(qkv: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...], dout: Tensor, dropout_p: float) -> dict[str, Offer]:
     longest, device = max(lengths), qkv.device.type
 
     @functools.cache

@@ -117,9 +117,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     runs = {}
     for dtype in options.dtypes or inference.DTYPES[:2]:
         peers = options.peers or training.DEFAULT_PEERS
-        of_dtype = training.Options(
-            options.model, batches, dtype, rounds, limit_s, peers, packed=True, device=options.device
-        )
+        of_dtype = training.Options(options.model, batches, dtype, rounds, limit_s, peers, packed=True, device=options.device)
         runs[dtype] = training.run(_TASKS[options.suite], of_dtype, say)
     results = {dtype: document["results"] for dtype, document in runs.items()}
     rows = []

@@ -37,8 +37,8 @@ def _add_layer_norm(scale: Scale, hidden: int, device: str, dtype: torch.dtype) 
             return lambda *t: add_layer_norm(*t, EPS, dropout_p=dropout_p, seed=seed, stream=STREAM, backend=backend)
 
         def with_norm(norm, dropout_p=dropout_p, leaves=leaves, dout=dout):
-            def run(x, bias, residual, weight, ln_bias):
-                return norm(F.dropout(x + bias, dropout_p) + residual, weight, ln_bias)
+            def run(x, x_bias, residual, *parameters):
+                return norm(F.dropout(x + x_bias, dropout_p) + residual, *parameters)
 
             return Contender(run, leaves, dout, comparable=dropout_p == 0)
 

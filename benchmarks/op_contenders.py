@@ -1,4 +1,4 @@
-"""What the benchmarks of the ops are made of: sizes, cases, and the contenders of a case with the layout that each of them wants."""
+"""What the benchmarks of the ops are made of: sizes, cases, and contenders, each with the layout that it wants."""
 
 from __future__ import annotations
 

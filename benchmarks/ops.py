@@ -262,40 +262,44 @@ def extra_bytes(contender: Contender, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before - kept
 
 
+def timed(contender: Contender, direction: str) -> Timed:
+    """The backward pass gets a graph of its own in each round."""
+
+    def forward() -> tuple[Tensor]:
+        return (contender.run(*contender.leaves),)
+
+    def backward(out: Tensor) -> None:
+        torch.autograd.grad(out, contender.leaves, contender.dout.to(out.dtype))
+
+    return Timed(forward) if direction == "forward" else Timed(backward, forward)
+
+
 def race(entrants: list[Entrant], device: str, rounds: int) -> None:
-    """Times the contenders, A B C A B C, direction by direction; one that fails says so in its record and leaves the race. The
-    backward pass gets a graph of its own in each round."""
+    """Times the contenders, A B C A B C, direction by direction; one that fails says so in its record and leaves the race."""
 
-    def timed(entrant: Entrant, direction: str) -> Timed:
-        contender = entrant.contender
+    def guarded(entrant: Entrant, step: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*arguments: Any) -> Any:
+            if "failed" in entrant.record:
+                return ()
+            try:
+                return step(*arguments)
+            except Exception as error:
+                entrant.record["failed"] = f"while it was timed: {first_line(error)}"
+                return ()
 
-        def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
-            def attempt(*arguments: Any) -> Any:
-                if "failed" in entrant.record:
-                    return ()
-                try:
-                    return step(*arguments)
-                except Exception as error:
-                    entrant.record["failed"] = f"while it was timed: {first_line(error)}"
-                    return ()
-
-            return attempt
-
-        def forward() -> tuple[Tensor]:
-            return (contender.run(*contender.leaves),)
-
-        def backward(*out: Tensor) -> None:
-            torch.autograd.grad(*out, contender.leaves, contender.dout.to(out[0].dtype))
-
-        return Timed(guarded(forward)) if direction == "forward" else Timed(guarded(backward), guarded(forward))
+        return attempt
 
     for direction in ("forward", "backward"):
         racing = {e.record["contender"]: e for e in entrants if direction in e.contender.directions and "failed" not in e.record}
-        if racing:
-            turns = {name: timed(entrant, direction) for name, entrant in racing.items()}
-            seconds = interleaved_kernels(turns, device, rounds, _SECONDS * len(racing))
-            for name, entrant in racing.items():
-                entrant.seconds[direction] = seconds[name]
+        if not racing:
+            continue
+        turns = {}
+        for name, entrant in racing.items():
+            run, setup = timed(entrant.contender, direction)
+            turns[name] = Timed(guarded(entrant, run), guarded(entrant, setup))
+        seconds = interleaved_kernels(turns, device, rounds, _SECONDS * len(racing))
+        for name, entrant in racing.items():
+            entrant.seconds[direction] = seconds[name]
     for entrant in entrants:
         if len(entrant.seconds) == 2:
             rounds_of_both = zip(*entrant.seconds.values(), strict=False)  # a direction may have had time for more of them

@@ -102,7 +102,15 @@ def mlm_loss(direction: str, *, rows: int, hidden: int, vocabulary: int, element
 _OPS = {
     function.__name__: function
     for function in (
-        attention, add_layer_norm, gelu_layer_norm, embedding_layer_norm, linear, linear_gelu, feed_forward, int8_linear, mlm_loss,
+        attention,
+        add_layer_norm,
+        gelu_layer_norm,
+        embedding_layer_norm,
+        linear,
+        linear_gelu,
+        feed_forward,
+        int8_linear,
+        mlm_loss,
     )
 }
 

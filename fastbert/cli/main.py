@@ -76,8 +76,8 @@ def bench(
         list[str] | None,
         typer.Option(
             help="Who takes part beside fastbert: transformers, transformers-eager, transformers-compiled, transformers-sorted, "
-            "and for inference onnxruntime, openvino, ctranslate2; for ops torch-eager, torch-compile, torch-quantized, plain-linear, "
-            "sdpa, varlen-attn, flash-attn, liger; several may follow. Left out: those that are installed.",
+            "and for inference onnxruntime, openvino, ctranslate2; for ops torch-eager, torch-compile, torch-quantized, "
+            "plain-linear, sdpa, varlen-attn, flash-attn, liger; several may follow. Left out: those that are installed.",
             metavar="PEER...",
             show_default=False,
         ),
