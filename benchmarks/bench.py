@@ -3,6 +3,7 @@
 inference   benchmarks.inference: all dtypes and engines in one race on each batch
 finetune    benchmarks.finetune: sequence classification, a race for each dtype
 pretrain    benchmarks.pretrain: masked words and next sentences, a race for each dtype
+ops         benchmarks.ops: each op forward and backward, a race for each dtype; it knows no models and no batches
 """
 
 from __future__ import annotations
@@ -16,23 +17,26 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from . import cpu_goals, finetune, goals, inference, lengths, pretrain, training
+from . import cpu_goals, finetune, goals, inference, lengths, op_contenders, ops, pretrain, training
 from .harness import save_results
 from .machine import machine
 from .peers import PEERS
 from .workloads import SIZES, STANDARD, Workload, WorkloadError, config_for, model_title, workloads
 
-SUITES = ("inference", "finetune", "pretrain")
+SUITES = ("inference", "finetune", "pretrain", "ops")
 _TASKS = {"finetune": finetune.TASK, "pretrain": pretrain.TASK}
+_ROUNDS, _LIMIT_S = 5, 60.0  # of the suites that measure models
 # What a suite measures where nobody says: the batches that README's tables have.
 _BATCHES = {"inference": STANDARD, "finetune": ("mnli",), "pretrain": ("16x128",)}
+_DTYPES_AND_PEERS = {"inference": (inference.DTYPES, tuple(PEERS)), "ops": (ops.DTYPES, tuple(op_contenders.PEERS))}
 
 
 @dataclass(frozen=True)
 class Options:
     """model, batches: see ``workloads``, None for the suite's own; dtypes, peers: None for all that the suite has, of training's
     peers :data:`training.DEFAULT_PEERS`; data: a folder as ``lengths`` reads it, whose texts are counted with the tokenizer of
-    ``tokenizer`` (or of the checkpoint ``model``) in place of the embedded histograms; threads: None for torch's."""
+    ``tokenizer`` (or of the checkpoint ``model``) in place of the embedded histograms; rounds, limit_s: None for the suite's own;
+    threads: None for torch's; ops: of the suite ops, None for all."""
 
     suite: str
     device: str
@@ -41,17 +45,18 @@ class Options:
     batches: tuple[str, ...] | None = None
     data: Path | None = None
     tokenizer: str | None = None
-    rounds: int = 5
-    limit_s: float = 60.0
+    rounds: int | None = None
+    limit_s: float | None = None
     peers: tuple[str, ...] | None = None
     threads: int | None = None
+    ops: tuple[str, ...] | None = None
 
     def problems(self) -> list[str]:
         """What is wrong with them, for the user; empty where nothing is."""
         if self.suite not in SUITES:
             return [f"--suite is {self.suite!r}, expected one of {', '.join(SUITES)}"]
         found = []
-        dtypes, peers = (inference.DTYPES, tuple(PEERS)) if self.suite == "inference" else (inference.DTYPES[:2], training.PEERS)
+        dtypes, peers = _DTYPES_AND_PEERS.get(self.suite, (inference.DTYPES[:2], training.PEERS))
         for dtype in self.dtypes or ():
             if dtype not in dtypes:
                 found.append(f"--dtype {dtype}: the suite {self.suite} has {', '.join(dtypes)}")
@@ -62,6 +67,10 @@ class Options:
             found.append(f"--device is {self.device!r}, expected cpu or cuda")
         elif self.device == "cuda" and not torch.cuda.is_available():
             found.append("--device is cuda, and torch finds no CUDA device")
+        if self.suite == "ops":
+            return found + self._problems_of_ops()
+        if self.ops is not None:
+            found.append(f"--ops: the suite {self.suite} measures models; --suite ops measures ops")
         try:
             config = config_for(self.model)
             if self.data is not None and self.tokenizer is None and self.model in SIZES:
@@ -71,6 +80,15 @@ class Options:
                 found.append(f"--batches: {longest} tokens, and {self.model} takes {config.max_position_embeddings} at most")
         except (WorkloadError, OSError, ValueError) as error:
             found.append(str(error))
+        return found
+
+    def _problems_of_ops(self) -> list[str]:
+        found = [f"--ops {op}: there are {', '.join(ops.OPS)}" for op in self.ops or () if op not in ops.OPS]
+        given = {"--batches": self.batches, "--data": self.data, "--tokenizer": self.tokenizer}
+        given["--model"] = None if self.model == Options.model else self.model
+        unused = [option for option, value in given.items() if value is not None]
+        if unused:
+            found.append(f"{', '.join(unused)}: the suite ops measures ops at sizes of its own, and takes no models and no batches")
         return found
 
     def workloads(self) -> tuple[Workload, ...]:
@@ -85,17 +103,21 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Measures a suite and says its tables; the document has ``failed``: why results of fastbert are missing, by name."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.suite == "ops":
+        given = {"ops": options.ops, "dtypes": options.dtypes, "rounds": options.rounds, "limit_s": options.limit_s}
+        chosen_ops = {name: value for name, value in given.items() if value is not None}
+        return ops.run(ops.Options(peers=options.peers, device=options.device, **chosen_ops), say)
+    rounds = _ROUNDS if options.rounds is None else options.rounds
+    limit_s = _LIMIT_S if options.limit_s is None else options.limit_s
     batches = options.workloads()
     if options.suite == "inference":
         dtypes = options.dtypes or inference.DTYPES
-        chosen = inference.Options(options.model, batches, dtypes, options.peers, options.device, options.rounds, options.limit_s)
+        chosen = inference.Options(options.model, batches, dtypes, options.peers, options.device, rounds, limit_s)
         return inference.run(chosen, say)
     runs = {}
     for dtype in options.dtypes or inference.DTYPES[:2]:
         peers = options.peers or training.DEFAULT_PEERS
-        of_dtype = training.Options(
-            options.model, batches, dtype, options.rounds, options.limit_s, peers, packed=True, device=options.device
-        )
+        of_dtype = training.Options(options.model, batches, dtype, rounds, limit_s, peers, packed=True, device=options.device)
         runs[dtype] = training.run(_TASKS[options.suite], of_dtype, say)
     results = {dtype: document["results"] for dtype, document in runs.items()}
     rows = []
