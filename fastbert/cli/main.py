@@ -76,8 +76,10 @@ def bench(
         list[str] | None,
         typer.Option(
             help="Who takes part beside fastbert: transformers, transformers-eager, transformers-compiled, transformers-sorted, "
-            "and for inference onnxruntime, openvino, ctranslate2; for ops torch-eager, torch-compile, torch-quantized, "
-            "plain-linear, sdpa, varlen-attn, flash-attn, liger; several may follow. Left out: those that are installed.",
+            "transformers-flash; for inference also transformers-packed, flash-attn-bert, zentorch, onnxruntime, openvino, "
+            "ctranslate2; for training transformers-liger; for ops torch-eager, torch-compile, torch-quantized, plain-linear, "
+            "sdpa, varlen-attn, flash-attn, liger; several may follow. Left out: for inference and ops all that are installed, for "
+            "training all but those that take minutes (eager, compiled).",
             metavar="PEER...",
             show_default=False,
         ),
