@@ -32,7 +32,8 @@ _BATCHES = {"inference": STANDARD, "finetune": ("mnli",), "pretrain": ("16x128",
 class Options:
     """model, batches: see ``workloads``, None for the suite's own; dtypes, peers: None for all that the suite has, of training's
     peers :data:`training.DEFAULT_PEERS`; data: a folder as ``lengths`` reads it, whose texts are counted with the tokenizer of
-    ``tokenizer`` (or of the checkpoint ``model``) in place of the embedded histograms; threads: None for torch's."""
+    ``tokenizer`` (or of the checkpoint ``model``) in place of the embedded histograms; threads: None for torch's; profile: where
+    the time goes, too, when all timing is over."""
 
     suite: str
     device: str
@@ -45,6 +46,7 @@ class Options:
     limit_s: float = 60.0
     peers: tuple[str, ...] | None = None
     threads: int | None = None
+    profile: bool = False
 
     def problems(self) -> list[str]:
         """What is wrong with them, for the user; empty where nothing is."""
@@ -89,14 +91,17 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     if options.suite == "inference":
         dtypes = options.dtypes or inference.DTYPES
         chosen = inference.Options(options.model, batches, dtypes, options.peers, options.device, options.rounds, options.limit_s)
-        return inference.run(chosen, say)
-    runs = {}
+        document = inference.run(chosen, say)
+        return document | inference.profiles(chosen, document["ceilings"], say) if options.profile else document
+    runs, settings = {}, {}
     for dtype in options.dtypes or inference.DTYPES[:2]:
         peers = options.peers or training.DEFAULT_PEERS
-        of_dtype = training.Options(
+        settings[dtype] = training.Options(
             options.model, batches, dtype, options.rounds, options.limit_s, peers, packed=True, device=options.device
         )
-        runs[dtype] = training.run(_TASKS[options.suite], of_dtype, say)
+        runs[dtype] = training.run(_TASKS[options.suite], settings[dtype], say)
+    for dtype, document in runs.items() if options.profile else ():
+        document |= training.profiles(_TASKS[options.suite], settings[dtype], document["ceilings"], say)
     results = {dtype: document["results"] for dtype, document in runs.items()}
     rows = []
     if options.device == "cpu" and options.model == "base":
