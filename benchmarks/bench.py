@@ -37,7 +37,7 @@ class Options:
     """model, batches: see ``workloads``, None for the suite's own; dtypes, peers: None for all that the suite has, of training's
     peers :data:`training.DEFAULT_PEERS`; data: a folder as ``lengths`` reads it, whose texts are counted with the tokenizer of
     ``tokenizer`` (or of the checkpoint ``model``) in place of the embedded histograms; rounds, limit_s: None for the suite's own;
-    threads: None for torch's; ops: of the suite ops, None for all."""
+    threads: None for torch's; ops: of the suite ops, None for all; profile: where the time goes, too, when all timing is over."""
 
     suite: str
     device: str
@@ -51,6 +51,7 @@ class Options:
     peers: tuple[str, ...] | None = None
     threads: int | None = None
     ops: tuple[str, ...] | None = None
+    profile: bool = False
 
     def problems(self) -> list[str]:
         """What is wrong with them, for the user; empty where nothing is."""
@@ -84,7 +85,7 @@ class Options:
     def _problems_of_ops(self) -> list[str]:
         found = [f"--ops {op}: there are {', '.join(ops.OPS)}" for op in self.ops or () if op not in ops.OPS]
         given = {"--batches": self.batches, "--data": self.data, "--tokenizer": self.tokenizer}
-        given["--model"] = None if self.model == Options.model else self.model
+        given |= {"--model": None if self.model == Options.model else self.model, "--profile": self.profile or None}
         unused = [option for option, value in given.items() if value is not None]
         if unused:
             found.append(f"{', '.join(unused)}: the suite ops measures ops at sizes of its own, and takes no models and no batches")
@@ -129,11 +130,16 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     batches, dtypes = options.workloads, options.dtypes or options.all_dtypes
     if options.suite == "inference":
         chosen = inference.Options(options.model, batches, dtypes, options.peers, options.device, rounds, limit_s)
-        return inference.run(chosen, say)
-    runs, peers = {}, options.peers or training.DEFAULT_PEERS
+        document = inference.run(chosen, say)
+        return document | inference.profiles(chosen, document["ceilings"], say) if options.profile else document
+    runs, settings, peers = {}, {}, options.peers or training.DEFAULT_PEERS
     for dtype in dtypes:
-        of_dtype = training.Options(options.model, batches, dtype, rounds, limit_s, peers, packed=True, device=options.device)
-        runs[dtype] = training.run(_TASKS[options.suite], of_dtype, say)
+        settings[dtype] = training.Options(
+            options.model, batches, dtype, rounds, limit_s, peers, packed=True, device=options.device
+        )
+        runs[dtype] = training.run(_TASKS[options.suite], settings[dtype], say)
+    for dtype, document in runs.items() if options.profile else ():
+        document |= training.profiles(_TASKS[options.suite], settings[dtype], document["ceilings"], say)
     results = {dtype: document["results"] for dtype, document in runs.items()}
     rows = []
     if options.device == "cpu" and options.model == "base":

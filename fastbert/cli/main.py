@@ -85,6 +85,9 @@ def bench(
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every contender.  [default: torch's]", show_default=False)] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time goes, part by part, beside transformers.")
+    ] = False,
     save: Annotated[str | None, typer.Option(help="Keep the document in benchmarks/results/FOLDER.", metavar="FOLDER")] = None,
     json_output: JsonOption = False,
     debug: DebugOption = False,
@@ -95,7 +98,7 @@ def bench(
     options = {
         "suite": suite, "device": device, "dtypes": tuple(dtype) if dtype else None, "model": model,
         "batches": tuple(batches) if batches else None, "data": data, "tokenizer": tokenizer, "rounds": rounds,
-        "limit_s": limit, "peers": tuple(peers) if peers else None, "threads": threads,
+        "limit_s": limit, "peers": tuple(peers) if peers else None, "threads": threads, "profile": profile,
         "ops": tuple(ops) if ops else None,
     }  # fmt: skip
     command = " ".join(["fastbert", *sys.argv[1:]])
