@@ -20,6 +20,7 @@ from . import cpu_goals, finetune, goals, inference, lengths, pretrain, training
 from .harness import save_results
 from .machine import machine
 from .peers import PEERS
+from .reports.report import write
 from .workloads import SIZES, STANDARD, Workload, WorkloadError, config_for, model_title, workloads
 
 SUITES = ("inference", "finetune", "pretrain")
@@ -122,3 +123,8 @@ def save(options: Options, document: dict[str, Any], command: str, folder: str) 
     chosen = [options.suite, *([] if options.model == Options.model else [model_title(options.model)]), *(options.batches or ())]
     name = re.sub(r"[^\w.-]+", "-", "-".join(chosen))
     save_results(name, {"benchmark": options.suite, "command": command, **document}, folder)
+
+
+def report(options: Options, document: dict[str, Any], command: str, folder: Path) -> list[Path]:
+    """Writes ``<suite>.json``, ``<suite>.md`` and pictures into any folder, in place of an earlier report of the suite."""
+    return write({"benchmark": options.suite, "command": command, **document}, folder)

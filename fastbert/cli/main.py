@@ -64,6 +64,10 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every contender.  [default: torch's]", show_default=False)] = None,
     save: Annotated[str | None, typer.Option(help="Keep the document in benchmarks/results/FOLDER.", metavar="FOLDER")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write a report into this folder: SUITE.json, SUITE.md and pictures.", metavar="FOLDER"),
+    ] = None,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -76,7 +80,7 @@ def bench(
         "limit_s": limit, "peers": tuple(peers) if peers else None, "threads": threads,
     }  # fmt: skip
     command = " ".join(["fastbert", *sys.argv[1:]])
-    run_command("bench", lambda say: body(options, save, command, say), json_output=json_output, debug=debug)
+    run_command("bench", lambda say: body(options, save, output, command, say), json_output=json_output, debug=debug)
 
 
 @app.command(cls=SeveralValuesCommand)
