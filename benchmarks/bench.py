@@ -23,6 +23,7 @@ from . import cpu_goals, finetune, goals, inference, lengths, op_contenders, ops
 from .harness import save_results
 from .machine import machine
 from .peers import FLOATS, OURS, PEERS
+from .reports.report import write
 from .workloads import SIZES, STANDARD, Workload, WorkloadError, config_for, model_title, names_of, set_of, workloads
 
 SUITES = ("inference", "finetune", "pretrain", "ops")
@@ -169,3 +170,8 @@ def save(options: Options, document: dict[str, Any], command: str, folder: str) 
     chosen = [options.suite, *([] if options.model == Options.model else [model_title(options.model)]), *(options.batches or ())]
     name = re.sub(r"[^\w.-]+", "-", "-".join(chosen))
     save_results(name, {"benchmark": options.suite, "command": command, **document}, folder)
+
+
+def report(options: Options, document: dict[str, Any], command: str, folder: Path) -> list[Path]:
+    """Writes ``<suite>.json``, ``<suite>.md`` and pictures into any folder, in place of an earlier report of the suite."""
+    return write({"benchmark": options.suite, "command": command, **document}, folder)

@@ -89,6 +89,10 @@ def bench(
         bool, typer.Option("--profile", help="Show where the time goes, part by part, beside transformers.")
     ] = False,
     save: Annotated[str | None, typer.Option(help="Keep the document in benchmarks/results/FOLDER.", metavar="FOLDER")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write a report into this folder: SUITE.json, SUITE.md and pictures.", metavar="FOLDER"),
+    ] = None,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -102,7 +106,7 @@ def bench(
         "ops": tuple(ops) if ops else None,
     }  # fmt: skip
     command = " ".join(["fastbert", *sys.argv[1:]])
-    run_command("bench", lambda say: body(options, save, command, say), json_output=json_output, debug=debug)
+    run_command("bench", lambda say: body(options, save, output, command, say), json_output=json_output, debug=debug)
 
 
 @app.command(cls=SeveralValuesCommand)
