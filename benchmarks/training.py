@@ -141,7 +141,7 @@ def profiles(task: Task, options: Options, limits: Mapping[str, Any], say: Say) 
     document: dict[str, Any] = {"profile": {}, "floors": {}}
     config = config_for(options.model, **task.config)
     theirs, ours = (model_of(task, library, options.model, config).to(options.device) for library in (transformers, fastbert))
-    steps = make_steps(theirs, ours, replace(options, peers=()))
+    steps, _ = make_steps(theirs, ours, replace(options, peers=()), say)
     weights = sum(p.numel() for p in ours.parameters())
     for workload in options.batches:
         whole: Parts = ((1.0, task.with_labels(padded_batch(workload, config.vocab_size, options.device))),)
