@@ -3,6 +3,7 @@
 inference   benchmarks.inference: all dtypes and engines in one race on each batch
 finetune    benchmarks.finetune: sequence classification, a race for each dtype
 pretrain    benchmarks.pretrain: masked words and next sentences, a race for each dtype
+ops         benchmarks.ops: each op forward and backward, a race for each dtype; it knows no models and no batches
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import torch
 
 from fastbert.data.tokenizer import load_tokenizer
 
-from . import cpu_goals, finetune, goals, inference, lengths, pretrain, training
+from . import cpu_goals, finetune, goals, inference, lengths, op_contenders, ops, pretrain, training
 from .harness import save_results
 from .machine import machine
 from .peers import FLOATS, OURS, PEERS
+from .reports.report import write
 from .workloads import SIZES, STANDARD, Workload, WorkloadError, config_for, model_title, names_of, set_of, workloads
 
-SUITES = ("inference", "finetune", "pretrain")
+SUITES = ("inference", "finetune", "pretrain", "ops")
 _TASKS = {"finetune": finetune.TASK, "pretrain": pretrain.TASK}
+_ROUNDS, _LIMIT_S = 5, 60.0  # of the suites that measure models
 # What a suite measures where nobody says: the batches that README's tables have.
 _BATCHES = {"inference": STANDARD, "finetune": ("mnli",), "pretrain": ("16x128",)}
 
@@ -34,7 +37,8 @@ _BATCHES = {"inference": STANDARD, "finetune": ("mnli",), "pretrain": ("16x128",
 class Options:
     """model, batches: see ``workloads``, None for the suite's own; dtypes, peers: None for all that the suite has, of training's
     peers :data:`training.DEFAULT_PEERS`; data: a folder as ``lengths`` reads it, whose texts are counted with the tokenizer of
-    ``tokenizer`` (or of the checkpoint ``model``) in place of the embedded histograms; threads: None for torch's."""
+    ``tokenizer`` (or of the checkpoint ``model``) in place of the embedded histograms; rounds, limit_s: None for the suite's own;
+    threads: None for torch's; ops: of the suite ops, None for all; profile: where the time goes, too, when all timing is over."""
 
     suite: str
     device: str
@@ -43,10 +47,12 @@ class Options:
     batches: tuple[str, ...] | None = None
     data: Path | None = None
     tokenizer: str | None = None
-    rounds: int = 5
-    limit_s: float = 60.0
+    rounds: int | None = None
+    limit_s: float | None = None
     peers: tuple[str, ...] | None = None
     threads: int | None = None
+    ops: tuple[str, ...] | None = None
+    profile: bool = False
 
     def problems(self) -> list[str]:
         """What is wrong with them, for the user; empty where nothing is."""
@@ -55,7 +61,7 @@ class Options:
         if self.device not in OURS.dtypes:
             return [f"--device is {self.device!r}, expected {' or '.join(OURS.dtypes)}"]
         found = []
-        peers = PEERS if self.suite == "inference" else training.PEERS
+        peers = {"inference": PEERS, "ops": op_contenders.PEERS}.get(self.suite, training.PEERS)
         for dtype in self.dtypes or ():
             if dtype not in self.all_dtypes:
                 found.append(f"--dtype {dtype}: the suite {self.suite} has {', '.join(self.all_dtypes)} on {self.device}")
@@ -64,6 +70,10 @@ class Options:
                 found.append(f"--peers {peer}: the suite {self.suite} has {', '.join(peers)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             found.append("--device is cuda, and torch finds no CUDA device")
+        if self.suite == "ops":
+            return found + self._problems_of_ops()
+        if self.ops is not None:
+            found.append(f"--ops: the suite {self.suite} measures models; --suite ops measures ops")
         try:
             config = config_for(self.model)
             longest = max(batch.padded_to for batch in self.workloads)
@@ -73,9 +83,20 @@ class Options:
             found.append(str(error))
         return found
 
+    def _problems_of_ops(self) -> list[str]:
+        found = [f"--ops {op}: there are {', '.join(ops.OPS)}" for op in self.ops or () if op not in ops.OPS]
+        given = {"--batches": self.batches, "--data": self.data, "--tokenizer": self.tokenizer}
+        given |= {"--model": None if self.model == Options.model else self.model, "--profile": self.profile or None}
+        unused = [option for option, value in given.items() if value is not None]
+        if unused:
+            found.append(f"{', '.join(unused)}: the suite ops measures ops at sizes of its own, and takes no models and no batches")
+        return found
+
     @property
     def all_dtypes(self) -> tuple[str, ...]:
         """fastbert's, for this suite and device."""
+        if self.suite == "ops":
+            return ops.DTYPES
         return OURS.dtypes[self.device] if self.suite == "inference" else FLOATS
 
     @functools.cached_property
@@ -101,16 +122,25 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Measures a suite and says its tables; the document has ``failed``: why results of fastbert are missing, by name."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.suite == "ops":
+        given = {"ops": options.ops, "dtypes": options.dtypes, "rounds": options.rounds, "limit_s": options.limit_s}
+        chosen_ops = {name: value for name, value in given.items() if value is not None}
+        return ops.run(ops.Options(peers=options.peers, device=options.device, **chosen_ops), say)
+    rounds = _ROUNDS if options.rounds is None else options.rounds
+    limit_s = _LIMIT_S if options.limit_s is None else options.limit_s
     batches, dtypes = options.workloads, options.dtypes or options.all_dtypes
     if options.suite == "inference":
-        chosen = inference.Options(options.model, batches, dtypes, options.peers, options.device, options.rounds, options.limit_s)
-        return inference.run(chosen, say)
-    runs, peers = {}, options.peers or training.DEFAULT_PEERS
+        chosen = inference.Options(options.model, batches, dtypes, options.peers, options.device, rounds, limit_s)
+        document = inference.run(chosen, say)
+        return document | inference.profiles(chosen, document["ceilings"], say) if options.profile else document
+    runs, settings, peers = {}, {}, options.peers or training.DEFAULT_PEERS
     for dtype in dtypes:
-        of_dtype = training.Options(
-            options.model, batches, dtype, options.rounds, options.limit_s, peers, packed=True, device=options.device
+        settings[dtype] = training.Options(
+            options.model, batches, dtype, rounds, limit_s, peers, packed=True, device=options.device
         )
-        runs[dtype] = training.run(_TASKS[options.suite], of_dtype, say)
+        runs[dtype] = training.run(_TASKS[options.suite], settings[dtype], say)
+    for dtype, document in runs.items() if options.profile else ():
+        document |= training.profiles(_TASKS[options.suite], settings[dtype], document["ceilings"], say)
     results = {dtype: document["results"] for dtype, document in runs.items()}
     rows = []
     if options.device == "cpu" and options.model == "base":
@@ -140,3 +170,8 @@ def save(options: Options, document: dict[str, Any], command: str, folder: str) 
     chosen = [options.suite, *([] if options.model == Options.model else [model_title(options.model)]), *(options.batches or ())]
     name = re.sub(r"[^\w.-]+", "-", "-".join(chosen))
     save_results(name, {"benchmark": options.suite, "command": command, **document}, folder)
+
+
+def report(options: Options, document: dict[str, Any], command: str, folder: Path) -> list[Path]:
+    """Writes ``<suite>.json``, ``<suite>.md`` and pictures into any folder, in place of an earlier report of the suite."""
+    return write({"benchmark": options.suite, "command": command, **document}, folder)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.inference [--model base] [--batches 32x128 mnli ...] [--dtype float32 bfloat16 int8]
                                    [--peers transformers openvino ...] [--device cpu] [--rounds 5] [--limit 60] [--threads 2]
-                                   [--save FOLDER]
+                                   [--profile] [--save FOLDER]
 
 ``workloads`` has the names of models and batches. All contenders of all dtypes take turns on each batch, so every ratio is one of
 figures from the same minutes; the matmuls of the real tokens alone take their turn with them. Every figure ends in its share of
@@ -17,7 +17,7 @@ import argparse
 import gc
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .harness import first_line, interleaved, paired_ratio, quiet, summary, writ
 from .machine import machine
 from .memory import held_bytes, peak_bytes
 from .peers import OURS, PEERS, Batch, NotAvailable, Peer, Run, Subject
+from .reports.profile_plot import profile_table
 from .workloads import STANDARD, Workload, config_for, model_title, padded_batch, workloads
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: those that are installed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, part by part: benchmarks.profile")
     parser.add_argument("--save", metavar="FOLDER")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -85,7 +87,10 @@ def main() -> None:
         model=given.model, batches=workloads(given.batches), dtypes=tuple(given.dtype),
         peers=tuple(given.peers) if given.peers else None, device=given.device, rounds=given.rounds, limit_s=given.limit,
     )  # fmt: skip
-    write_results("inference", run(options, print), given.save)
+    document = run(options, print)
+    if given.profile:
+        document |= profiles(options, document["ceilings"], print)
+    write_results("inference", document, given.save)
 
 
 def run(options: Options, say: Say) -> dict[str, Any]:
@@ -101,7 +106,7 @@ def run(options: Options, say: Say) -> dict[str, Any]:
         rates = ", ".join(f"{library} {rate / 1e9:,.0f}" for library, rate in limit["matmul_flops_by_library"].items())
         say(f"  {dtype:<10}{rates}; copies {limit['copy_bytes'] / 1e9:,.0f} GB/s")
     say(f"energy: {energy.source or 'not measured: ' + str(energy.reason)}")
-    results, profiles = {}, {}
+    results = {}
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         subject = Subject(config, device, Path(scratch), options.model)
         contenders, not_run = make_contenders(subject, options, say)
@@ -120,15 +125,7 @@ def run(options: Options, say: Say) -> dict[str, Any]:
             result["work"] = {dtype: work._asdict() for dtype, work in required.items()}
             results[workload.name] = {**workload.described(), **result}
             show(workload, result, say)
-            if device == "cpu":
-                profiles[workload.name] = {
-                    c.name: profile.shares(lambda c=c, batch=batch: c.run(batch), rounds=2 * many)
-                    for c in contenders
-                    if c.ours and c.name in result["contenders"]
-                }
     results = {workload.name: results[workload.name] for workload in options.batches}
-    if profiles:
-        show_profiles(profiles, say)
     rows = goals.compare(cpu_goals.INFERENCE_GOALS, results) if device == "cpu" and options.model == "base" else []
     if rows:
         say("\n" + goals.table(rows, "goal on a CPU"))
@@ -137,7 +134,7 @@ def run(options: Options, say: Say) -> dict[str, Any]:
     return {
         "machine": machine(device), "model": options.model, "dtypes": list(options.dtypes), "ceilings": limits,
         "energy": energy.described(), "peers": peers_described(options.peers), "not_run": not_run, "failed": failed,
-        "results": results, "profile": profiles, "goals": rows,
+        "results": results, "goals": rows,
     }  # fmt: skip
 
 
@@ -281,11 +278,23 @@ def show(workload: Workload, result: Mapping[str, Any], say: Say) -> None:
         say(f"  {key:<42}not timed: {reason}")
 
 
-def show_profiles(profiles: Mapping[str, Mapping[str, Any]], say: Say) -> None:
-    say("\nwhere fastbert's time goes")
-    for name, by_contender in profiles.items():
-        for contender, shares in by_contender.items():
-            say(f"  {name:<30}{contender:<20}{profile.line(shares['shares'])}")
+def profiles(options: Options, limits: Mapping[str, Mapping[str, Any]], say: Say) -> dict[str, Any]:
+    """Says and returns what ``profile`` describes, of transformers (sdpa) and fastbert, on models made anew: the profiler runs when
+    all timing is over. limits: the ceilings by dtype."""
+    document: dict[str, Any] = {"profile": {}, "floors": {}}
+    config = config_for(options.model)
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        subject = Subject(config, options.device, Path(scratch), options.model)
+        contenders, _ = make_contenders(subject, replace(options, peers=("transformers",)), lambda _: None)
+        for workload in options.batches:
+            batch = padded_batch(workload, config.vocab_size, options.device)
+            runs = {c.name: (lambda c=c, batch=batch: c.run(batch), c.dtype) for c in contenders}
+            document["profile"][workload.name] = profile.profiles(runs, options.device, say)
+            document["floors"][workload.name] = {
+                dtype: model_work.floors(model_work.parts(config, workload, dtype), limits[dtype]) for dtype in options.dtypes
+            }
+    say(f"\nwhere the time goes\n\n{profile_table(document)}")
+    return document
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -31,6 +31,7 @@ from .machine import machine
 from .memory import peak_bytes
 from .peers import TOKEN_BUDGET, NotAvailable, token_budget_groups
 from .peers.steps import COMPILED, DEFAULT_PEERS, PEERS, SORTED, THEIRS, WHOLE_BATCHES, described
+from .reports.profile_plot import profile_table
 from .work import Work
 from .workloads import SIZES, Workload, config_for, model_title, packed_batch, padded_batch, workloads
 
@@ -81,17 +82,21 @@ def main(task: Task, description: str, batches: tuple[str, ...]) -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[THEIRS])
     parser.add_argument("--packed", action="store_true", help="fastbert on packed rows too, where batches have padding")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, part by part: benchmarks.profile")
     parser.add_argument("--save", metavar="FOLDER")
     given = parser.parse_args()
     options = Options(
         given.model, workloads(given.batches), given.dtype, given.rounds, given.limit, tuple(given.peers), given.packed,
         given.device,
     )  # fmt: skip
-    write_results(task.name, run(task, options, print), given.save)
+    document = run(task, options, print)
+    if given.profile:
+        document |= profiles(task, options, document["ceilings"], print)
+    write_results(task.name, document, given.save)
 
 
 def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
-    """Measures, says the table, returns the document; on CPUs with the profile of fastbert's step."""
+    """Measures, says the table, returns the document."""
     device, dtype = options.device, getattr(torch, options.dtype)
     limits, energy = ceilings(device, dtype), meter(device)
     config = config_for(options.model, **task.config)
@@ -107,7 +112,7 @@ def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
         f"{'batch':<30}{'contender':<46}{'ms':>9}{'real tokens/s':>14}{'vs transformers':>20}{'memory':>10}{'MFU':>7}"
         f"{'of limit':>10}"
     )
-    results, profiles = {}, {}
+    results = {}
     for workload in options.batches:
         batch = task.with_labels(padded_batch(workload, config.vocab_size, device))
         batches = batches_of(batch, task, padded=workload.has_padding)
@@ -124,15 +129,28 @@ def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
             **workload.described(), "work": required._asdict(), "relative_loss_difference": difference, **measured
         }  # fmt: skip
         show(workload.name, measured, say)
-        if device == "cpu" and OURS in measured:
-            step, parts = contenders[OURS]
-            profiles[workload.name] = profile.shares(lambda step=step, parts=parts: step(parts), rounds=2)
-            say(f"{'':<30}where fastbert's time goes: {profile.line(profiles[workload.name]['shares'])}")
     return {
         "machine": machine(device, dtype), "model": options.model, "dtype": options.dtype, "ceilings": limits,
-        "energy": energy.described(), "peers": described(options.peers), "not_run": not_run,
-        "results": results, "profile": profiles,
+        "energy": energy.described(), "peers": described(options.peers), "not_run": not_run, "results": results,
     }  # fmt: skip
+
+
+def profiles(task: Task, options: Options, limits: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """Says and returns what ``profile`` describes, of a step of transformers (sdpa) and of fastbert, on models made anew: the
+    profiler runs when all timing is over. limits: the ceilings of ``options.dtype``."""
+    document: dict[str, Any] = {"profile": {}, "floors": {}}
+    config = config_for(options.model, **task.config)
+    theirs, ours = (model_of(task, library, options.model, config).to(options.device) for library in (transformers, fastbert))
+    steps, _ = make_steps(theirs, ours, replace(options, peers=()), say)
+    weights = sum(p.numel() for p in ours.parameters())
+    for workload in options.batches:
+        whole: Parts = ((1.0, task.with_labels(padded_batch(workload, config.vocab_size, options.device))),)
+        runs = {key: (lambda step=step, whole=whole: step(whole), options.dtype) for key, step in steps.items()}
+        document["profile"][workload.name] = profile.profiles(runs, options.device, say)
+        required = model_work.parts(config, workload, options.dtype, task.labelled, weights)
+        document["floors"][workload.name] = {options.dtype: model_work.floors(required, limits)}
+    say(f"\nwhere the time goes\n\n{profile_table(document)}")
+    return document
 
 
 def model_of(task: Task, library: Any, model: str, config: transformers.BertConfig) -> torch.nn.Module:
