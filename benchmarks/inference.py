@@ -29,8 +29,8 @@ from .ceilings import GemmsAlone, ceilings
 from .energy import Meter, meter
 from .harness import first_line, interleaved, paired_ratio, quiet, summary, write_results
 from .machine import machine
-from .memory import peak_bytes
-from .peers import OURS, PEERS, Batch, NotAvailable, Run, Subject
+from .memory import held_bytes, peak_bytes
+from .peers import OURS, PEERS, Batch, NotAvailable, Peer, Run, Subject
 from .reports.profile_plot import profile_table
 from .workloads import STANDARD, Workload, config_for, model_title, padded_batch, workloads
 
@@ -59,10 +59,14 @@ class Options:
 
 @dataclass
 class Contender:
+    """in_torch: its memory is torch's; kept_bytes: what it has kept of its calls so far."""
+
     name: str
     dtype: str
     run: Run
     ours: bool
+    in_torch: bool = True
+    kept_bytes: int = 0
 
 
 def main() -> None:
@@ -107,7 +111,8 @@ def run(options: Options, say: Say) -> dict[str, Any]:
         subject = Subject(config, device, Path(scratch), options.model)
         contenders, not_run = make_contenders(subject, options, say)
         floors = {dtype: GemmsAlone(config, device, getattr(torch, dtype)) for dtype in options.dtypes}
-        for workload in options.batches:
+        # The smallest first, so that what engines keep of one batch is no more than the next one needs (see contender_bytes).
+        for workload in sorted(options.batches, key=lambda of: len(of.lengths) * of.padded_to):
             batch = padded_batch(workload, config.vocab_size, device)
             many = 10 if workload.tokens < FEW_TOKENS else 1
             alone = {dtype: floor.for_tokens(workload.tokens) for dtype, floor in floors.items()}
@@ -120,6 +125,7 @@ def run(options: Options, say: Say) -> dict[str, Any]:
             result["work"] = {dtype: work._asdict() for dtype, work in required.items()}
             results[workload.name] = {**workload.described(), **result}
             show(workload, result, say)
+    results = {workload.name: results[workload.name] for workload in options.batches}
     rows = goals.compare(cpu_goals.INFERENCE_GOALS, results) if device == "cpu" and options.model == "base" else []
     if rows:
         say("\n" + goals.table(rows, "goal on a CPU"))
@@ -127,35 +133,50 @@ def run(options: Options, say: Say) -> dict[str, Any]:
     failed = {key: why for key, why in failed.items() if key.split(": ")[1].startswith(OURS.title)}
     return {
         "machine": machine(device), "model": options.model, "dtypes": list(options.dtypes), "ceilings": limits,
-        "energy": energy.described(), "not_run": not_run, "failed": failed, "results": results, "goals": rows,
+        "energy": energy.described(), "peers": peers_described(options.peers), "not_run": not_run, "failed": failed,
+        "results": results, "goals": rows,
     }  # fmt: skip
+
+
+def peers_described(names: tuple[str, ...] | None) -> dict[str, dict[str, str | None]]:
+    """Of fastbert and the peers of those names (None: all): title, version of their packages and how they are run."""
+    described = {name: peer.described() for name, peer in PEERS.items() if names is None or name in names}
+    return {"fastbert": OURS.described(), **described}
 
 
 def make_contenders(subject: Subject, options: Options, say: Say) -> tuple[list[Contender], dict[str, str]]:
     """Those that can be made, peers first, and by name the reasons of the others."""
-    contenders, not_run = [], {}
-    asked = PEERS if options.peers is None else {name: PEERS[name] for name in PEERS if name in options.peers}
-    for peer in (*asked.values(), OURS):
-        reason = peer.why_not_installed()
+    contenders: list[Contender] = []
+    not_run: dict[str, str] = {}
+
+    def left_out(name: str, reason: str) -> None:
+        not_run[name] = reason
+        say(f"not run: {name}: {reason}")
+
+    for peer, named in asked(options.peers):
+        if (reason := peer.why_not_on(subject.device)) is not None:
+            left_out(peer.title, reason)
+            continue
         for dtype in options.dtypes:
             name = f"{peer.title} {dtype}"
-            if dtype not in peer.dtypes.get(subject.device, ()):
-                not_run[name] = f"not in {dtype} on {subject.device}"
+            if (reason := peer.why_not_in(dtype, subject.device, named)) is not None:
+                left_out(name, reason)
                 continue
             try:
-                if reason is not None:
-                    raise NotAvailable(reason)
                 with quiet():
-                    contenders.append(Contender(name, dtype, peer.make(subject, dtype), ours=peer is OURS))
+                    contenders.append(Contender(name, dtype, peer.make(subject, dtype), peer is OURS, peer.in_torch))
             except NotAvailable as error:
-                not_run[name] = str(error)
+                left_out(name, str(error))
             except Exception as error:  # of somebody else's converter or compiler: the others go on
                 if peer is OURS:
                     raise
-                not_run[name] = first_line(error)
-            if name in not_run:
-                say(f"not run: {name}: {not_run[name]}")
+                left_out(name, first_line(error))
     return contenders, not_run
+
+
+def asked(names: tuple[str, ...] | None) -> list[tuple[Peer, bool]]:
+    """The peers of those names (None: all), and fastbert last; of each, whether it was named."""
+    return [(peer, names is not None) for name, peer in PEERS.items() if names is None or name in names] + [(OURS, True)]
 
 
 def measure(
@@ -174,14 +195,17 @@ def measure(
     expected = subject.model(**batch).last_hidden_state * real
     running, differences, failed = [], {}, {}
     for contender in contenders:
+        held = held_bytes(subject.device)
         try:
             differences[contender.name] = difference(contender, batch, expected, real)
             running.append(contender)
         except Exception as error:
             failed[contender.name] = first_line(error)
-    gc.collect()
+        gc.collect()
+        if held is not None:
+            contender.kept_bytes += max(0, held_bytes(subject.device) - held)
     turns: dict[str, Callable[[], Any]] = {c.name: lambda c=c: c.run(batch) for c in running}
-    memory = {name: peak_bytes(run, subject.device) for name, run in turns.items()}
+    memory = {c.name: contender_bytes(c, turns[c.name], subject.device) for c in running}
     joules = {name: energy.per_run(run, subject.device) for name, run in turns.items()}
     turns |= {gemms_name(dtype): run for dtype, run in alone.items()}
     seconds = interleaved(turns, rounds, subject.device, limit_s, uncounted_rounds=0 if subject.device == "cpu" else 1)
@@ -201,6 +225,16 @@ def measure(
         "gemms_alone": {dtype: summary(seconds[gemms_name(dtype)]) for dtype in alone},
         "failed": failed,
     }
+
+
+def contender_bytes(contender: Contender, run: Callable[[], Any], device: str) -> int | None:
+    """What it has kept of its first call on this batch and on smaller ones (an engine's arena, packed weights, compiled code) and
+    what another call needs at its peak on top: engines that keep their memory need none then, those that free it all again. None
+    where the system does not tell, as of an engine's memory on a GPU."""
+    if device == "cuda" and not contender.in_torch:
+        return None
+    peak = peak_bytes(run, device)
+    return None if peak is None else contender.kept_bytes + peak
 
 
 def gemms_name(dtype: str) -> str:

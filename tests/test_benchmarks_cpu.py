@@ -133,11 +133,6 @@ def test_peers_compute_the_same(name, dtype, subject):
             assert found["largest_difference"] <= LARGEST_DIFFERENCE[dtype]
 
 
-def test_a_peer_that_is_not_installed_says_so():
-    peer = peers.Peer("Nobody", lambda subject, dtype: None, {"cpu": ("float32",)}, "no_such_package")
-    assert "no_such_package is not installed" in peer.why_not_installed()
-
-
 def test_quiet_gives_the_terminal_back(capfd):
     with pytest.raises(ZeroDivisionError), quiet():
         print("lost")
