@@ -49,14 +49,15 @@ class Profiles(NamedTuple):
 
 
 def profiles_of(document: Mapping[str, Any]) -> list[Profiles]:
-    """In the document's order, batch by batch; empty where it was made without ``--profile``."""
+    """In the document's order, batch by batch; empty where it was made without ``--profile``, or before that had floors."""
     return list(_profiles(document))
 
 
 def _profiles(document: Mapping[str, Any]) -> Iterator[Profiles]:
     for run in document.get("runs", {"": document}).values():  # training has a document for each dtype
         for batch, contenders in run.get("profile", {}).items():
-            for dtype, floors in run["floors"][batch].items():
+            # A document of before there were floors has another kind of profile, of fastbert alone.
+            for dtype, floors in run.get("floors", {}).get(batch, {}).items():
                 of_dtype = {name.removesuffix(f" {dtype}"): entry for name, entry in contenders.items() if entry["dtype"] == dtype}
                 libraries = {library: of_dtype[library] for library in (THEIRS, OURS) if library in of_dtype}
                 if libraries:
@@ -151,7 +152,7 @@ def _draw(axes: Any, bars: Mapping[str, Mapping[str, float]]) -> None:
             if parts[part] >= _SHOWN_SHARE * longest:
                 axes.text(left + width / 2, height, _short(width), ha="center", va="center", fontsize=8, **_text(part))
             left += width
-        axes.text(left + longest * 10, height, _short(left), ha="left", va="center", fontsize=9, fontweight="bold")
+        axes.text(left + longest * 10, height, f"{_short(left)} ms", ha="left", va="center", fontsize=9, fontweight="bold")
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1e3 * 1.08)
