@@ -310,5 +310,5 @@ def test_a_document_is_saved(monkeypatch, tmp_path):
     options = ["--ops", "linear", "--rounds", "1", "--dtype", "float32", "--peers", "torch-eager"]
     result = invoke(*options, "--save", "mine")
     assert result.exit_code == 0, result.output
-    saved = json.loads((tmp_path / "mine" / "ops.json").read_text())
+    saved = json.loads((tmp_path / "mine" / "ops-linear.json").read_text())
     assert saved["results"] == document_of(result)["results"] and saved["benchmark"] == "ops"
