@@ -18,12 +18,11 @@ from pathlib import Path
 from ..harness import RESULTS
 from . import losses, page_text, plots, readme
 from .documents import Document, ReportError, documents, others
-from .report import facts, made_by, model_rows, op_rows, section, title, write_text
-from .rows import OURS, Row, digest
+from .report import hardware, made_by, model_rows, op_rows, section, title, versions, write_text
+from .rows import DTYPES, OURS, Row, digest
 from .tables import markdown, times
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ def main() -> None:
 
 
 def made(places: Places) -> Page:
-    by_machine = {folder.name: documents(folder) for folder in sorted(places.results.iterdir()) if folder.is_dir()}
+    folders = sorted(places.results.iterdir(), key=lambda folder: (folder.name != readme.MACHINE, folder.name))
+    by_machine = {folder.name: documents(folder) for folder in folders if folder.is_dir()}
     by_machine = {name: found for name, found in by_machine.items() if found}
     pictures = {name: plots.pictures(model_rows(document), name) for name, document in _named(by_machine)}
     parts = [
@@ -85,11 +85,12 @@ def made(places: Places) -> Page:
     ]  # fmt: skip
     for machine, found in by_machine.items():
         parts.append(f"## {machine}")
-        parts.append(facts(next(iter(found.values()))["machine"]))
+        parts.append(hardware(next(iter(found.values()))["machine"]))
         for name, document in found.items():
             link = f"[{name}.json](../benchmarks/results/{machine}/{_file_of(name)})"
             addresses = {f"performance/{file}": plot.title for file, (plot, _) in pictures[f"{machine}-{name}"].items()}
-            parts += [f"### {title(document)}: {name}", f"{link}. {made_by(document)} {facts(document['machine'])}"]
+            own_name = "" if name == document["benchmark"] else f" ({name})"
+            parts += [f"### {title(document)}{own_name}", f"{link}. {made_by(document)} {versions(document['machine'])}"]
             parts.append(section(document, addresses, "####"))
         if rest := others(places.results / machine):
             parts += [f"### Other measurements on {machine}", _others(machine, rest)]
@@ -150,17 +151,17 @@ def _summary(by_machine: Mapping[str, Mapping[str, Document]]) -> str:
             ours = [row for row in model_rows(document) if row.contender == OURS and row.median_s is not None]
             for batch in dict.fromkeys(row.batch for row in ours):
                 of_dtype = {row.dtype: row for row in ours if row.batch == batch}
-                lines.append([machine, title(document), batch, *(_best_known(of_dtype.get(dtype)) for dtype in _DTYPES)])
+                lines.append([machine, title(document), batch, *(_against_transformers(of_dtype.get(dtype)) for dtype in DTYPES)])
     return markdown(("machine", "suite and model", "batch", "float32", "bfloat16", "int8, against float32"), lines, text_columns=3)
 
 
-def _best_known(row: Row | None) -> str | None:
+def _against_transformers(row: Row | None) -> str | None:
     """Against transformers in the same dtype; of int8, which it has not, in float32."""
     if row is None:
         return None
-    if row.ratio is not None:
-        return times(row.ratio, row.ratio_q25, row.ratio_q75)
-    return row.float32_ratio and times(row.float32_ratio, row.float32_ratio_q25, row.float32_ratio_q75)
+    if row.dtype == "int8":
+        return row.float32_ratio and times(row.float32_ratio, row.float32_ratio_q25, row.float32_ratio_q75)
+    return row.ratio and times(row.ratio, row.ratio_q25, row.ratio_q75)
 
 
 def _when_not(by_machine: Mapping[str, Mapping[str, Document]]) -> Iterator[str]:
@@ -186,3 +187,7 @@ def _others(machine: str, commands: Mapping[str, str | None]) -> str:
         for name, command in commands.items()
     ]
     return markdown(("document", "made by"), lines, text_columns=2)
+
+
+if __name__ == "__main__":
+    main()

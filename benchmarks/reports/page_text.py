@@ -35,8 +35,7 @@ READING = f"""\
 - **J**: energy of a call or step, where the machine tells it, of the whole package or card.
 - **Where the time goes**: shares of a run by kind of work; *outside* is what no kernel accounts for: Python, dispatch, waiting.
 - **The stated spread** of a ratio, within which a rerun should find it: the largest of its interquartile range, the rerun's,
-  and {BETWEEN_RUNS:.0%} of its median, by which whole runs differ. The quartiles alone are those of rounds within the same
-  minutes.
+  and {BETWEEN_RUNS:.0%} of its median, by which whole runs differ. The quartiles are those of rounds within the same minutes.
 
 Batches: `32 x 128` is 32 sequences of 128 tokens each; `MNLI lengths, padded to 128` is 32 sequences whose lengths are the
 quantiles of that data set's, padded as its scripts pad ([benchmarks/workloads.py](../benchmarks/workloads.py)). Models named by

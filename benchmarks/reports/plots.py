@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastbert.whole_file import whole_file
 
-from .rows import OURS, THEIRS, Row, digest
+from .rows import DTYPES, OURS, THEIRS, Row, digest
 from .tables import memory
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ SHORTEST_CURVE = 3  # batches; two points are no curve
 NEEDED = "matplotlib is not installed (pip install 'fastbert[viz]')"
 _EQUAL = re.compile(r"(\d+) x (\d+)")
 _PANEL_WIDTH, _LINE_HEIGHT, _DPI = 4.6, 0.14, 110
+_NEAR = 1.3  # of the roofline's logarithmic x: two names within this factor would lie upon each other
 
 _BLACK, _ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _VERMILION, _PURPLE, _GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
@@ -118,7 +119,9 @@ def _with_sequences(rows: Sequence[Row]) -> list[Row]:
 
 
 def _with_ratio(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if _against(row) is not None]
+    """In a dtype that transformers has not, such as int8, those with a ratio to its float32."""
+    same = {row.dtype for row in rows if row.ratio is not None}
+    return [row for row in rows if (row.ratio if row.dtype in same else row.float32_ratio) is not None]
 
 
 def _with_work(rows: Sequence[Row]) -> list[Row]:
@@ -137,7 +140,7 @@ def _panels(rows: Sequence[Row], height: float, shared_y: bool) -> tuple[Figure,
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    dtypes = sorted({row.dtype for row in rows}, key=lambda dtype: (DTYPES.index(dtype) if dtype in DTYPES else len(DTYPES), dtype))
     figure = Figure(figsize=(1.6 + _PANEL_WIDTH * len(dtypes), height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(dtypes), squeeze=False, sharey=shared_y)[0]
@@ -156,8 +159,8 @@ def _finish(figure: Figure, rows: Sequence[Row], title: str) -> Figure:
     handles = [Line2D([], [], label=name, linestyle="none", **_marker(of_name[name], _is_ours(rows, name))) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 4), fontsize=9)
     figure.suptitle(title)
-    for tick in (*figure.texts, *(text for axes in figure.axes for text in axes.get_yticklabels())):
-        tick.set_parse_math(False)  # a checkpoint's name with two $ is no formula
+    for text in figure.texts:
+        text.set_parse_math(False)  # a checkpoint's name with two $ is no formula
     return figure
 
 
@@ -210,12 +213,11 @@ def _by_sequences(rows: Sequence[Row]) -> Figure:
     return _rates(rows, 0, "sequences in a batch", f"{_subject(rows)}: sequences of {length:,} tokens")
 
 
-def _against(row: Row) -> tuple[float, float, float] | None:
-    """How many times as fast as transformers, with quartiles: in the same dtype, or in float32 where it has not that dtype."""
+def _against(row: Row) -> tuple[float, float, float]:
+    """The median and quartiles of the ratio that :func:`_with_ratio` has found."""
     same = (row.ratio, row.ratio_q25, row.ratio_q75)
     median, low, high = same if row.ratio is not None else (row.float32_ratio, row.float32_ratio_q25, row.float32_ratio_q75)
-    if median is None:
-        return None
+    assert median is not None
     return median, median if low is None else low, median if high is None else high
 
 
@@ -242,13 +244,13 @@ def _dots(
             axes.axhline(border - 0.5, color=_GREY, linewidth=0.5)
         axes.grid(visible=False, axis="y")
         axes.set_ylim(len(batches) - 0.5, -0.5)
-        axes.set_yticks(range(len(batches)), batches)
-        axes.margins(x=0.15)
+        axes.set_yticks(range(len(batches)), batches, parse_math=False)
+        axes.margins(x=0.22)  # room for the text
     return figure, panels
 
 
 def _ratios(rows: Sequence[Row]) -> Figure:
-    figure, panels = _dots(rows, lambda row: _against(row) or (0.0, 0.0, 0.0), "{:.2f}x".format)
+    figure, panels = _dots(rows, _against, "{:.2f}x".format)
     for dtype, axes in panels.items():
         same = any(row.ratio is not None for row in rows if row.dtype == dtype)
         axes.axvline(1, color=_BLACK, linewidth=1, linestyle="--")
@@ -267,6 +269,8 @@ def _memory(rows: Sequence[Row]) -> Figure:
 
 def _roofline(rows: Sequence[Row]) -> Figure:
     """Points at the FLOPs per byte of the batch's least work and the FLOP/s reached, below the roofs of that run."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, panels = _panels(rows, 5.2, shared_y=True)
     of_name = styles(_contenders(rows))
     at = [row.flops / row.bytes for row in rows]  # type: ignore[operator]
@@ -283,14 +287,32 @@ def _roofline(rows: Sequence[Row]) -> Figure:
                 row.flops / row.bytes, row.flops / row.median_s / 1e9,  # type: ignore[operator]
                 linestyle="none", zorder=3 if row.ours else 2, **_marker(of_name[row.contender], row.ours),
             )  # fmt: skip
-        for batch, x in {row.batch: row.flops / row.bytes for row in of_dtype}.items():  # type: ignore[operator]
+        for x, batches in _near({row.batch: row.flops / row.bytes for row in of_dtype}):  # type: ignore[operator]
+            name = batches[0] + (f" and {len(batches) - 1} more" if len(batches) > 1 else "")
             axes.axvline(x, color=_GREY, linewidth=0.4)
-            axes.text(
-                x, 0.02, f" {batch}", transform=axes.get_xaxis_transform(), rotation=90, ha="right", va="bottom", fontsize=7,
-                parse_math=False,
+            axes.annotate(
+                name, (x, 0.02), xycoords=axes.get_xaxis_transform(), xytext=(-6, 0), textcoords="offset points",
+                rotation=90, ha="right", va="bottom", fontsize=7, parse_math=False,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte of the batch's least work", ylabel="GFLOP/s reached")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,.6g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    reached = [row.flops / row.median_s for row in rows]  # type: ignore[operator]
+    roof = max(row.matmul_flops or 0.0 for row in rows)
+    axes.set_ylim(min(reached) / 1e9 / 4, max(*reached, roof) / 1e9 * 3)  # room for the names below and the roofs' text above
     return _finish(figure, rows, f"{_subject(rows)}: roofline")
+
+
+def _near(places: Mapping[str, float]) -> list[tuple[float, list[str]]]:
+    """Names by place, those that are too near to be told apart together at the first one's."""
+    found: list[tuple[float, list[str]]] = []
+    for name, place in sorted(places.items(), key=lambda item: item[1]):
+        if found and place < _NEAR * found[-1][0]:
+            found[-1][1].append(name)
+        else:
+            found.append((place, [name]))
+    return found
 
 
 PLOTS: Mapping[str, Plot] = {

@@ -17,7 +17,6 @@ from .tables import (
     batch_table,
     by_batch,
     limits_table,
-    markdown,
     ops_table,
     ops_without_figures,
     profile_table,
@@ -43,7 +42,8 @@ def write_report(document: Document, folder: Path, name: str) -> list[Path]:
     for file, (plot, shown) in pictures.items():
         plots.save(plot, shown, folder / file)
     titles = {file: plot.title for file, (plot, _) in pictures.items()}
-    lines = [f"# {title(document)}", facts(document["machine"]), made_by(document), section(document, titles, "##")]
+    machine = document["machine"]
+    lines = [f"# {title(document)}", f"{hardware(machine)} {versions(machine)}", made_by(document), section(document, titles, "##")]
     if reason := plots.why_not():
         lines.append(f"Without pictures: {reason}")
     write_text(folder / f"{name}.md", "\n\n".join(lines) + "\n")
@@ -70,14 +70,14 @@ def title(document: Document) -> str:
     return f"{document['benchmark']}, {model_title(model_of(document))}"
 
 
-def facts(machine: Mapping[str, Any]) -> str:
-    """The machine and the versions, in a sentence."""
+def hardware(machine: Mapping[str, Any]) -> str:
     gpu = f"{machine['gpu']}; " if machine.get("gpu") else ""
-    versions = [f"{name} {machine[name]}" for name in ("torch", "transformers", "triton", "python") if machine.get(name)]
-    return (
-        f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {', '.join(versions)}; "
-        f"fastbert {machine['fastbert']} at commit {machine['commit']}."
-    )
+    return f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads."
+
+
+def versions(machine: Mapping[str, Any]) -> str:
+    found = [f"{name} {machine[name]}" for name in ("torch", "transformers", "triton", "python") if machine.get(name)]
+    return f"fastbert {machine['fastbert']} at commit {machine['commit']}; {', '.join(found)}."
 
 
 def made_by(document: Document) -> str:
@@ -102,19 +102,7 @@ def section(document: Document, titles: Mapping[str, str], heading: str) -> str:
         parts += [f"{heading} Not run", "\n".join(f"- {reason}" for reason in reasons)]
     if table := profile_table(document):
         parts += [f"{heading} Where the time goes", table]
-    if document.get("goals"):
-        parts += [f"{heading} Goals", goals_table(document["goals"])]
     return "\n\n".join([*parts, *(f"![{text}]({address})" for address, text in titles.items())])
-
-
-def goals_table(goals: Sequence[Mapping[str, Any]]) -> str:
-    verdicts = {True: "met", False: "not met", None: "not measured"}
-    lines = [
-        [goal["name"], *(None if goal[key] is None else f"{goal[key]:.3g}{goal['unit']}" for key in ("goal", "measured")),
-         verdicts[goal["met"]]]
-        for goal in goals
-    ]  # fmt: skip
-    return markdown(("goal", "at least", "measured", "verdict"), lines)
 
 
 def _size(rows: Sequence[Row]) -> str:

@@ -17,6 +17,7 @@ OURS, THEIRS = "fastbert", "transformers"
 # Of models; "ops" has rows of its own.
 MODEL_SUITES = ("inference", "finetune", "pretrain")
 OPS_SUITE = "ops"
+DTYPES = ("float32", "bfloat16", "int8")  # in the order in which they are shown
 Figures = Mapping[str, Any]
 
 
@@ -140,9 +141,9 @@ def _inference(of_batch: dict[str, Any], measured: Figures, race: Figures) -> It
     for name, figures in contenders.items():
         dtype = figures["dtype"]
         same = f"{THEIRS} {dtype}"
-        paired = {**measured["ratios"].get(name, {})}
+        paired = dict(measured["ratios"].get(name, {}))
         if name in measured["baseline_ratios"]:
-            paired[baseline] = measured["baseline_ratios"][name]
+            paired.setdefault(baseline, measured["baseline_ratios"][name])
         # Before documents had bytes, too.
         required = measured["work"][dtype] if "work" in measured else {"flops": measured.get("flops")}
         yield Row(
