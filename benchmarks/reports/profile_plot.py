@@ -56,7 +56,8 @@ def profiles_of(document: Mapping[str, Any]) -> list[Profiles]:
 def _profiles(document: Mapping[str, Any]) -> Iterator[Profiles]:
     for run in document.get("runs", {"": document}).values():  # training has a document for each dtype
         for batch, contenders in run.get("profile", {}).items():
-            for dtype, floors in run["floors"][batch].items():
+            # Before there were floors, a profile had other parts.
+            for dtype, floors in run.get("floors", {}).get(batch, {}).items():
                 of_dtype = {name.removesuffix(f" {dtype}"): entry for name, entry in contenders.items() if entry["dtype"] == dtype}
                 libraries = {library: of_dtype[library] for library in (THEIRS, OURS) if library in of_dtype}
                 if libraries:
@@ -111,8 +112,9 @@ def _milliseconds(seconds: float | None) -> str:
     return f"{seconds * 1e3:,.1f}" if seconds >= 0.01 else f"{seconds * 1e3:.3f}"
 
 
-def profile_picture(document: Mapping[str, Any], path: Path) -> None:
+def profile_picture(document: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a PNG to ``path``: for each batch and dtype stacked bars of transformers, fastbert and the floor, in milliseconds.
+    metadata: text that the PNG carries, by keyword.
 
     Raises ValueError where the document has no profile, ModuleNotFoundError without matplotlib.
     """
@@ -137,7 +139,7 @@ def profile_picture(document: Mapping[str, Any], path: Path) -> None:
     patches = [Patch(label=part, **_look(part)) for part in in_order(shown)]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6), fontsize=9, frameon=False)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(beside, format="png", dpi=150)
+    figure.savefig(beside, format="png", dpi=150, metadata=dict(metadata or {}))
     os.replace(beside, path)
 
 
