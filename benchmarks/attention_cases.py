@@ -29,7 +29,7 @@ _CUDA_ONLY = "it runs on CUDA devices only"
 
 def cases(scale: Scale, hidden: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
     named = {f"S{n}": (n,) * (scale.tokens // n) for n in scale.lengths}
-    named[scale.mix_name] = scale.mix * (scale.tokens // sum(scale.mix))
+    named[scale.mix_name] = scale.mix * max(1, scale.tokens // sum(scale.mix))
     heads = hidden // scale.head_dim
     for name, lengths in named.items():
         for dropout_p in (0.0, 0.1):

@@ -188,12 +188,13 @@ def measure(
     limit_s: float,
     energy: Meter,
 ) -> dict[str, Any]:
-    """``contenders``: by name the seconds, the differences from transformers' float32, ``peak_bytes`` of a call beyond weights
-    and batch and its ``joules`` (None where the machine tells neither); ``ratios``: by name of fastbert's contenders and of
-    another, how many times as fast; ``gemms_alone``: by dtype; ``failed``: the reasons of those that were not timed."""
+    """``contenders``: by name the seconds, the differences from transformers' float32, ``peak_bytes`` (:func:`contender_bytes`) and
+    ``joules`` (None where the machine tells neither); ``ratios``: by name of fastbert's contenders and of another, how many times
+    as fast; ``gemms_alone``: by dtype; ``failed``: the reasons of those that were not timed."""
     real = batch["attention_mask"].unsqueeze(-1)
     expected = subject.model(**batch).last_hidden_state * real
     running, differences, failed = [], {}, {}
+    gc.collect()
     for contender in contenders:
         held = held_bytes(subject.device)
         try:
@@ -228,9 +229,10 @@ def measure(
 
 
 def contender_bytes(contender: Contender, run: Callable[[], Any], device: str) -> int | None:
-    """What it has kept of its first call on this batch and on smaller ones (an engine's arena, packed weights, compiled code) and
-    what another call needs at its peak on top: engines that keep their memory need none then, those that free it all again. None
-    where the system does not tell, as of an engine's memory on a GPU."""
+    """Memory beyond the weights, in whatever layout they are, which were there when it was made: what it has kept of its first call
+    on this batch and on smaller ones (an engine's arena, compiled code), and what another call needs at its peak on top. An engine
+    that keeps its memory needs nothing more then, one that frees it all of it again: only the sum compares them. None where the
+    system does not tell, as of an engine's memory on a GPU."""
     if device == "cuda" and not contender.in_torch:
         return None
     peak = peak_bytes(run, device)

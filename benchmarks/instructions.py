@@ -29,11 +29,7 @@ CALLS = Path(__file__).with_name("native_calls.py")
 TABLE = Path(__file__).parent / "results" / "instructions.json"
 INSTRUCTION_SET = "avx2"
 SAME_COMPILER, OTHER_COMPILER = 1.10, 1.40
-KERNELS = (
-    "add_layer_norm_forward", "add_layer_norm_backward", "embedding_layer_norm_forward", "embedding_layer_norm_backward",
-    "attention_forward", "attention_backward", "gelu_layer_norm_forward", "gelu_layer_norm_backward", "bias_gelu_forward",
-    "bias_gelu_backward", "mlm_loss_forward", "mlm_loss_backward", "matmul", "pack_weight", "encoder_layer",
-)  # fmt: skip
+MARK = "fastbert::cpu::set_openmp_parallel(*"
 _KEY = ("op", "direction", "dtype", "dropout", "isa")
 Record = dict[str, Any]
 
@@ -80,30 +76,29 @@ def measure(library: str | None = None) -> list[Record]:
     Raises CountingError with the end of what valgrind says where it fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        patterns = [f"fastbert::cpu::{kernel}(*" for kernel in KERNELS]
-        # Collects inside of a kernel alone, and leaves a file with its counts after each call.
-        options = [f"--{option}={pattern}" for pattern in patterns for option in ("toggle-collect", "dump-after")]
         files = Path(scratch, "counts")
         command = [
-            "valgrind", "--tool=callgrind", f"--callgrind-out-file={files}", *options,
+            "valgrind", "--tool=callgrind", f"--callgrind-out-file={files}", f"--dump-before={MARK}",
             sys.executable, "-I", "-S", str(CALLS), library or str(extension()), INSTRUCTION_SET,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise CountingError("\n".join([f"valgrind ended with {done.returncode}", *done.stderr.splitlines()[-12:]]))
         called = [json.loads(line) for line in done.stdout.splitlines()]
-        counts = [count_of(Path(f"{files}.{number + 1}"), call["kernel"]) for number, call in enumerate(called)]
-    return merged([record_of(call, count) for call, count in zip(called, counts, strict=True)])
+        # The first file is of what comes before all calls, the last one of the call of nothing.
+        _, *counts = (count_of(Path(f"{files}.{number + 1}")) for number in range(len(called) + 2))
+    *counts, nothing = counts
+    return merged([record_of(call, count - nothing) for call, count in zip(called, counts, strict=True)])
 
 
-def count_of(path: Path, kernel: str) -> int:
-    """Instructions of the call after which callgrind wrote the file; CountingError where that was another kernel's."""
+def count_of(path: Path) -> int:
+    """Instructions since the mark before; CountingError where callgrind wrote the file for another reason than a mark."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    trigger = re.search(r"^desc: Trigger: .*$", text, re.MULTILINE)
-    total = re.search(r"^(?:summary|totals): (\d+)", text, re.MULTILINE)
-    if trigger is None or total is None or f"fastbert::cpu::{kernel}(" not in trigger.group():
-        said = trigger.group() if trigger else "no trigger"
-        raise CountingError(f"{path.name} is not what callgrind counted of {kernel}: {said}")
+    trigger = re.search(r"^desc: Trigger: (.*)$", text, re.MULTILINE)
+    total = re.search(r"^totals: (\d+)", text, re.MULTILINE)
+    if trigger is None or total is None or not trigger.group(1).startswith(f"--dump-before={MARK.rstrip('*')}"):
+        reason = trigger.group(1) if trigger else "it does not exist"
+        raise CountingError(f"{path.name} is not what callgrind counted between two marks: {reason}")
     return int(total.group(1))
 
 

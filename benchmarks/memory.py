@@ -39,8 +39,6 @@ def held_bytes(device: str) -> int | None:
 
 def resident_bytes() -> int | None:
     """Memory of this process; what was freed and is kept for the next allocation is given back to the system first."""
-    if not _STATUS.exists():
-        return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
@@ -48,8 +46,9 @@ def resident_bytes() -> int | None:
 
 
 def _status(field: str) -> int | None:
-    """A field of /proc/self/status, in bytes; None where this kernel, or a sandbox in its place, does not have it."""
-    for line in _STATUS.read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
+    """A field of /proc/self/status, in bytes; None where this system, or a sandbox, does not have it."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
     return None

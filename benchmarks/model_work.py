@@ -19,7 +19,8 @@ e bytes per element (``fastbert.train.telemetry`` has the same FLOPs):
 The parts (:func:`parts`) are those of a profile (``benchmarks.parts``), each a list of ops that run one after another, with every
 tensor of an op read and written once: together more than the limit, which knows no ops. Their FLOPs are the whole model's. GELU has
 no pass of its own in them, since a matmul can apply it as it stores, only the pre-activation that a training step keeps. An
-implementation whose rows stay in the caches between two ops can be faster than a floor of bytes.
+implementation whose rows stay in the caches between two ops can be faster than a floor of bytes, and one that computes less than
+the published model (fastbert's last layer before a masked-LM head, where it goes on with the rows that are read) than any.
 """
 
 from __future__ import annotations

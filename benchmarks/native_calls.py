@@ -2,9 +2,10 @@
 
     python -I -S native_calls.py PATH-OF-fastbert/_cpu*.so INSTRUCTION-SET
 
-Knows no torch, which would take minutes to import there: memory is ctypes', values are a pattern. For each call it prints a line
-of JSON, in order: ``kernel``, ``dtype``, ``dropout`` and ``elements``, by which ``instructions`` divides: rows x hidden of the
-row-wise ops, logits of mlm_loss, multiply-adds of the matmuls and of attention's scores.
+Knows no torch, which would take minutes to import there: memory is ctypes', values are a pattern. Before each call, before one of
+nothing at the end, and after it stands a mark, the call of a function that valgrind is told to look for. For each call there is a
+line of JSON at the end, in order: ``kernel``, ``dtype``, ``dropout`` and ``elements``, by which ``instructions`` divides: rows x
+hidden of the row-wise ops, logits of mlm_loss, multiply-adds of the matmuls and of attention's scores.
 """
 
 from __future__ import annotations
@@ -180,8 +181,16 @@ def main() -> None:
     cpu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cpu)
     cpu.set_instruction_set(instruction_set)
-    for call in calls(cpu, Memory()):
+    memory = Memory()
+    prepared = list(calls(cpu, memory))
+    mark = cpu.set_openmp_parallel  # to one thread, which is what it is
+    for call in prepared:
+        mark(0)
         call.run()
+    mark(0)
+    (lambda: None)()
+    mark(0)
+    for call in prepared:
         print(json.dumps({"kernel": call.kernel, "dtype": call.dtype, "dropout": call.dropout, "elements": call.elements}))
 
 

@@ -32,7 +32,11 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """tokens: of every case. lengths: of the cases of equal sequences. mix: one cycle of real lengths, and whose they are."""
+    """tokens: of every case. lengths: of the cases of equal sequences. mix: one cycle of real lengths, and whose they are.
+
+    checked_tokens: where not None, cases with dropout are compared with the reference on so many tokens, since it takes a minute to
+    draw its masks for all of them.
+    """
 
     tokens: int
     hidden: tuple[int, ...]
@@ -41,11 +45,12 @@ class Scale:
     lengths: tuple[int, ...]
     mix: tuple[int, ...]
     mix_name: str = "real lengths"
+    checked_tokens: int | None = None
 
 
 SCALES = {
     "full": Scale(65536, (768, 1024), 64, VOCABULARY, (128, 512), embedded()[MLPERF].quantiles(32), "Wikipedia's lengths"),
-    "cpu": Scale(4096, (768,), 64, VOCABULARY, (128, 512), embedded()["mnli"].quantiles(32), "MNLI's lengths"),
+    "cpu": Scale(4096, (768,), 64, VOCABULARY, (128, 512), embedded()["mnli"].quantiles(32), "MNLI's lengths", 512),
     "small": Scale(200, (64, 1024), 64, 320, (40,), (7, 33)),
     "toy": Scale(12, (64,), 64, 20, (), (3, 9)),
 }

@@ -28,7 +28,7 @@ MEANING = {
     OPTIMIZER: "AdamW",
     COPIES: "copies, conversions of dtype, padding put in and taken out",
     OTHER: "arithmetic of no other part",
-    OUTSIDE: "no arithmetic: Python, dispatch, threads or a GPU that wait",
+    OUTSIDE: "no operator's work: Python, dispatch, memory that is given back, threads or a GPU that wait",
 }
 PARTS = tuple(MEANING)
 _JOINT = " + "
@@ -117,6 +117,7 @@ _DISPATCH = {
 }
 # Of a GPU's kernels, by the names that Triton gives them: linear_gelu's matmul with the GELU in its epilogue.
 _FUSED_KERNELS = {"_gemm_kernel": fused(LINEAR, GELU)}
+_AROUND_OPERATOR = "GeneratedBackwardFor_fastbert_"
 _ENGINE = "autograd::engine::evaluate_function: "
 _BACKWARD_SCOPE = 1  # torch's RecordScope::BACKWARD_FUNCTION
 
@@ -140,7 +141,12 @@ def creators_of(events: Iterable[Event]) -> Creators:
 
 def part_of(event: Event, creators: Creators) -> str:
     """The part that an operator works for in its own time, without those that it calls."""
-    return OUTSIDE if _is_dispatch(event.name) else work_of(event, creators)
+    return OUTSIDE if _is_dispatch(event) else work_of(event, creators)
+
+
+def operator_of(event: Event) -> str:
+    """The name of an operator, also where a node around it runs its forward pass."""
+    return event.cpu_parent.name if event.name.startswith(_AROUND_OPERATOR) and not _is_dispatch(event) else event.name
 
 
 def kernel_part(kernel: str, launched_by: Event, creators: Creators) -> str:
@@ -166,7 +172,7 @@ def work_of(event: Event, creators: Creators) -> str:
             continue
         made_by = creators.get((node.fwd_thread, node.sequence_nr))
         part = _STRONG.get(node.name)
-        if part is None and made_by is not None and not _is_dispatch(made_by.name):
+        if part is None and made_by is not None and not _is_dispatch(made_by):
             part = work_of(made_by, creators)
         # Where gradients meet, the engine adds the second to the first as it comes from its node: a residual's, or where the
         # vocabulary's product and the embeddings share a table, that table's.
@@ -177,9 +183,12 @@ def work_of(event: Event, creators: Creators) -> str:
     return _WEAK.get(event.name, OTHER)
 
 
-def _is_dispatch(operator: str) -> bool:
-    """Names without a namespace are nodes of autograd and annotations."""
-    return operator in _DISPATCH or "::" not in operator or operator.startswith(("autograd::", "torch::autograd::"))
+def _is_dispatch(event: Event) -> bool:
+    """Names without a namespace are nodes of autograd and annotations. One node works: what torch.library makes around an operator
+    that is defined in Python runs its forward pass, without a further event."""
+    if event.name.startswith(_AROUND_OPERATOR):
+        return event.scope == _BACKWARD_SCOPE
+    return event.name in _DISPATCH or "::" not in event.name or event.name.startswith(("autograd::", "torch::autograd::"))
 
 
 def _callers(event: Event) -> Iterator[Event]:

@@ -46,11 +46,12 @@ from .parts import (
     fused,
     in_order,
     kernel_part,
+    operator_of,
     part_of,
 )
 
 # Turns without and with the profiler: at least so many, and more of a short run.
-_FEWEST, _MOST, _LIMIT_S = 3, 20, 0.5
+_FEWEST, _MOST, _LIMIT_S = 2, 20, 2.0
 _OPERATORS = 10  # that a document names
 _MICROSECOND = 1e-6
 Spent = tuple[Counter[str], Counter[str]]  # seconds by part, and by operator
@@ -125,7 +126,7 @@ def cpu_times(events: Iterable[Any]) -> Spent:
     for event in events:
         spent = event.self_cpu_time_total * _MICROSECOND
         parts[part_of(event, creators)] += spent
-        operators[event.name] += spent
+        operators[operator_of(event)] += spent
     return parts, operators
 
 
@@ -139,7 +140,7 @@ def device_times(events: Iterable[Any]) -> Spent:
         for kernel in event.kernels:
             part = kernel_part(kernel.name, event, creators)
             parts[OTHER if part == OUTSIDE else part] += kernel.duration * _MICROSECOND
-            operators[event.name] += kernel.duration * _MICROSECOND
+            operators[operator_of(event)] += kernel.duration * _MICROSECOND
     # An annotation is shown on the GPU, too, as long as all that was launched in it. Kernels that no operator launched count, too.
     everything = sum(
         event.self_device_time_total for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation

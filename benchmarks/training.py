@@ -154,9 +154,12 @@ def profiles(task: Task, options: Options, limits: Mapping[str, Any], say: Say) 
 
 
 def model_of(task: Task, library: Any, model: str, config: transformers.BertConfig) -> torch.nn.Module:
-    """Of the task's class in ``library``, in float32: a checkpoint's weights, or random ones for the name of a size."""
+    """Of the task's class in ``library``, in float32: a checkpoint's weights (with a new head where the checkpoint's has another
+    number of labels), or random ones for the name of a size."""
     made = getattr(library, task.model)
-    return made(config) if model in SIZES else made.from_pretrained(model, config=config, dtype=torch.float32)
+    if model in SIZES:
+        return made(config)
+    return made.from_pretrained(model, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
 
 
 def make_steps(

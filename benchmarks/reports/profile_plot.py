@@ -49,7 +49,7 @@ class Profiles(NamedTuple):
 
 
 def profiles_of(document: Mapping[str, Any]) -> list[Profiles]:
-    """In the document's order, batch by batch; empty where it was made without ``--profile``."""
+    """In the document's order, batch by batch; empty where it was made without ``--profile``, or before that had floors."""
     return list(_profiles(document))
 
 
@@ -153,7 +153,7 @@ def _draw(axes: Any, bars: Mapping[str, Mapping[str, float]]) -> None:
             if parts[part] >= _SHOWN_SHARE * longest:
                 axes.text(left + width / 2, height, _short(width), ha="center", va="center", fontsize=8, **_text(part))
             left += width
-        axes.text(left + longest * 10, height, _short(left), ha="left", va="center", fontsize=9, fontweight="bold")
+        axes.text(left + longest * 10, height, f"{_short(left)} ms", ha="left", va="center", fontsize=9, fontweight="bold")
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1e3 * 1.08)

@@ -24,7 +24,9 @@ from fastbert.cli.main import app
 
 MISSING = Package("no_such_package", "pip install no-such-package")
 BATCH = Workload("toy", (5, 12), 12)
-TINY = config_for("tiny", vocab_size=100, hidden_size=32, num_attention_heads=2, intermediate_size=64)
+TINY = transformers.BertConfig(
+    vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -147,31 +149,31 @@ def test_memory_that_is_kept_between_calls_counts_for_every_call():
 
     def arena(batch):
         if not kept:
-            kept.append(torch.ones(10_000_000))
+            kept.append(torch.ones(50_000_000))
         return batch
 
-    contender = inference.Contender("arena", "float32", lambda batch: arena(batch), ours=False, kept_bytes=40_000_000)
+    contender = inference.Contender("arena", "float32", lambda batch: arena(batch), ours=False, kept_bytes=200_000_000)
     run = lambda: contender.run({})  # noqa: E731
-    assert 79e6 < inference.contender_bytes(contender, run, "cpu") < 90e6
+    assert 395e6 < inference.contender_bytes(contender, run, "cpu") < 415e6
     assert (
-        39e6 < inference.contender_bytes(contender, run, "cpu") < 45e6
+        195e6 < inference.contender_bytes(contender, run, "cpu") < 215e6
     )  # what it had kept by the first of these calls is not known
     assert inference.contender_bytes(dataclasses.replace(contender, in_torch=False), run, "cuda") is None
 
 
 def test_measured_memory_is_the_same_for_engines_that_keep_theirs_and_those_that_free_it(subject):
-    """A hidden state of 2 x 12 x 128 floats tells nothing: both contenders take 40 MB more, and give the right result."""
+    """A hidden state of 2 x 12 x 128 floats tells nothing: both contenders take 200 MB more, and give the right result."""
 
     class Keeps:
         memory = None
 
         def __call__(self, batch):
             if self.memory is None:
-                self.memory = torch.ones(10_000_000)
+                self.memory = torch.ones(50_000_000)
             return subject.model(**batch).last_hidden_state
 
     def frees(batch):
-        torch.ones(10_000_000)
+        torch.ones(50_000_000)
         return subject.model(**batch).last_hidden_state
 
     made = [inference.Contender("keeps", "float32", Keeps(), False), inference.Contender("frees", "float32", frees, False)]
@@ -181,7 +183,7 @@ def test_measured_memory_is_the_same_for_engines_that_keep_theirs_and_those_that
         again = inference.measure(made, subject, batch, {"float32": lambda: None}, 3, 1.0, inference.Meter(None, None))
     for result in (measured, again):
         for figures in result["contenders"].values():
-            assert 38e6 < figures["peak_bytes"] < 48e6
+            assert 190e6 < figures["peak_bytes"] < 215e6, figures["peak_bytes"]
 
 
 # --- those of GPUs, whose libraries are not here -----------------------------------------------------------------------------
@@ -263,7 +265,8 @@ def test_onnxruntime_without_a_gpu_says_so(has, falls_back, message, monkeypatch
 
 def models(task):
     torch.manual_seed(0)
-    ours, theirs = (training.model_of(task, library, "tiny", TINY) for library in (training.fastbert, transformers))
+    config = transformers.BertConfig(**{**TINY.to_dict(), **task.config})
+    ours, theirs = (training.model_of(task, library, "tiny", config) for library in (training.fastbert, transformers))
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -337,8 +340,8 @@ def test_liger_takes_every_layer_norm_and_the_losses_of_its_own_step_alone(liger
 def test_a_peer_whose_loss_differs_is_left_out_and_fastbert_is_an_error():
     made, _ = made_steps(finetune.TASK, peers=("transformers-eager",))
     parts = ((1.0, finetune.with_labels(padded_batch(BATCH, TINY.vocab_size))),)
-    for name in ("transformers eager", "fastbert"):
-        with torch.no_grad():
+    with torch.no_grad():
+        for name in ("transformers eager", "fastbert"):
             made[name].model.classifier.bias[0] += 3.0
     theirs = {name: (made[name], parts) for name in ("transformers", "transformers eager")}
     difference, failed = training.loss_difference(theirs, torch.float32)
@@ -350,6 +353,6 @@ def test_a_peer_whose_loss_differs_is_left_out_and_fastbert_is_an_error():
 
 def test_a_model_trains_on_after_its_loss_could_not_be_computed():
     made, _ = made_steps(finetune.TASK)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="input_ids"):
         made["fastbert"].loss_without_dropout(((1.0, {"no_such_argument": None}),))
     assert made["fastbert"].model.training

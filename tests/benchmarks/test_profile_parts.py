@@ -15,6 +15,7 @@ from benchmarks.parts import (
     kernel_part,
     members,
     merged_rows,
+    operator_of,
     part_of,
 )
 
@@ -90,7 +91,8 @@ def part(recorder: Recorder, event: SimpleNamespace) -> str:
         (["aten::index", "aten::copy_"], "copies"),
         (["aten::clone", "aten::copy_"], "copies"),
         (["aten::tanh"], "other"),
-        (["GeneratedBackwardFor_fastbert_attention_default"], "outside"),
+        (["fastbert::attention", "GeneratedBackwardFor_fastbert_attention_default"], "attention"),
+        (["fastbert::linear", "GeneratedBackwardFor_fastbert_linear_default", "fastbert::matmul"], "linear"),
     ],
 )  # fmt: skip
 def test_by_name_and_callers(names, expected):
@@ -128,9 +130,21 @@ def test_gradients_that_meet_are_the_residuals_or_the_shared_tables():
     recorder = Recorder()
     recorder("aten::addmm", sequence_nr=1)
     recorder("aten::embedding", sequence_nr=2)
+    ours = "GeneratedBackwardFor_fastbert_embedding_layer_norm_default"
+    recorder("fastbert::embedding_layer_norm", ours, sequence_nr=3)
     assert part(recorder, recorder.beside_node("aten::add_", "AddmmBackward0", 1)) == "layer norm"
     assert part(recorder, recorder.beside_node("aten::add_", "EmbeddingBackward0", 2)) == "embeddings"
+    assert part(recorder, recorder.beside_node("aten::add_", f"{ours}Backward", 3)) == "embeddings"
+    assert part(recorder, recorder(backward=(f"{ours}Backward", 3))) == "outside"
     assert part(recorder, recorder("aten::add_", backward=("torch::autograd::AccumulateGrad", -1))) == "copies"
+
+
+def test_an_operator_has_its_own_name_in_the_node_around_it():
+    recorder = Recorder()
+    node = "GeneratedBackwardFor_fastbert_attention_default"
+    assert operator_of(recorder("fastbert::attention", node)) == "fastbert::attention"
+    assert operator_of(recorder(backward=(f"{node}Backward", 1))) == f"{node}Backward"
+    assert operator_of(recorder("aten::gelu")) == "aten::gelu"
 
 
 def test_kernels_that_do_the_work_of_two_parts():

@@ -55,6 +55,8 @@ def test_profiles_of_both_kinds_of_documents():
     ]
     assert [(p.batch, p.dtype) for p in profiles_of(TRAINING)] == [("8 x 16", "float32"), ("8 x 16", "bfloat16")]
     assert profiles_of({"results": {}}) == profiles_of({"runs": {"float32": {}}}) == []
+    before = {"profile": {"1 x 32": {"fastbert float32": {"seconds": 1.0, "shares": {"gemm": 1.0}}}}}
+    assert profiles_of(before) == []
 
 
 def test_a_table_has_one_row_for_what_is_one_pass():
@@ -102,7 +104,7 @@ def test_picture(document, tmp_path, monkeypatch):
             # A part has its colour wherever it is, at its place in the order.
             expected = [to_rgb(COLOURS[part.split(" + ")[0]]) for part in profile_plot.in_order(parts)]
             assert [p.get_facecolor()[:3] for p in sorted(pieces, key=lambda p: p.get_x())] == expected
-            assert any(text.get_text() == profile_plot._short(1e3 * sum(parts.values())) for text in axes.texts)
+            assert any(text.get_text() == f"{profile_plot._short(1e3 * sum(parts.values()))} ms" for text in axes.texts)
 
 
 def test_every_part_has_a_colour_of_its_own():

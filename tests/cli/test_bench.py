@@ -46,7 +46,7 @@ def test_inference(monkeypatch, tmp_path):
         assert measured["gemms_alone"]["float32"]["median_s"] > 0
     assert "GEMMs alone float32" in result.stderr
     assert "profile" not in document and "where the time goes" not in result.stderr
-    saved = json.loads((tmp_path / "mine" / "inference.json").read_text())
+    saved = json.loads((tmp_path / "mine" / "inference-bert-tiny.json").read_text())
     assert saved["results"] == document["results"] and saved["command"].startswith("fastbert")
 
 
