@@ -244,11 +244,12 @@ def _roofline(rows: Sequence[Row]) -> Figure:
     figure, panels = _panels(rows, 5.2, shared_y=True)
     of_name = styles(_contenders(rows))
     at = [row.flops / row.bytes for row in rows]  # type: ignore[operator]
-    left, right = min(at) / 3, max(at) * 3
+    ridges = [row.matmul_flops / row.copy_bytes for row in rows]  # type: ignore[operator]
+    left, right = min(*at, *ridges) / 3, max(*at, *ridges) * 3
     for dtype, axes in panels.items():
         of_dtype = [row for row in rows if row.dtype == dtype]
         rate, copies = of_dtype[0].matmul_flops, of_dtype[0].copy_bytes
-        ridge = min(max(rate / copies, left), right)  # type: ignore[operator]
+        ridge = rate / copies  # type: ignore[operator]
         axes.plot([left, ridge, right], [min(x * copies, rate) / 1e9 for x in (left, ridge, right)], color=_BLACK)  # type: ignore[operator]
         roofs = f"roofs: {rate / 1e9:,.0f} GFLOP/s of matmuls,\n{copies / 1e9:,.0f} GB/s of copies"
         axes.text(0.03, 0.97, roofs, transform=axes.transAxes, va="top", fontsize=8)

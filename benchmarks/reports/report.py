@@ -101,7 +101,10 @@ def section(document: Document, titles: Mapping[str, str], heading: str) -> str:
         parts += [f"{heading} {batch}{_size(of_batch)}", batch_table(of_batch)]
     if ops := op_rows(document):
         parts += [f"{heading} Ops", ops_table(ops)]
-    if reasons := [*without_figures(rows), *ops_without_figures(ops)]:
+    reasons = [*without_figures(rows), *ops_without_figures(ops)]
+    if left_out := document.get("not_asked_for"):
+        reasons.append(f"not asked for: {', '.join(left_out)}")
+    if reasons:
         parts += [f"{heading} Not run", "\n".join(f"- {reason}" for reason in reasons)]
     if table := profile_table(document):
         parts += [f"{heading} Where the time goes", table]
@@ -111,4 +114,6 @@ def section(document: Document, titles: Mapping[str, str], heading: str) -> str:
 def _size(rows: Sequence[Row]) -> str:
     """Of a batch, where the document has it."""
     row = rows[0]
-    return "" if row.tokens is None or row.sequences is None else f": {row.sequences:,} sequences, {row.tokens:,} tokens"
+    if row.tokens is None or row.sequences is None:
+        return ""
+    return f": {row.sequences:,} sequence{'' if row.sequences == 1 else 's'}, {row.tokens:,} tokens"

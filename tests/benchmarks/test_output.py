@@ -97,7 +97,8 @@ def test_what_a_report_says(tmp_path):
     assert "| fastbert | fastbert 0.1.0 | fastbert.BertModel |" in text and "| linear | 75.0 | 75.0 | 50.0 | 1.50 |" in text
     report.write(toys.ops(), tmp_path)
     text = (tmp_path / "ops.md").read_text()
-    assert text.startswith("# ops\n") and "torch eager" in text and not list(tmp_path.glob("ops-*.png"))
+    assert text.startswith("# ops\n") and "torch eager" in text
+    assert "- not asked for: torch-compile" in text and not list(tmp_path.glob("ops-*.png"))
 
 
 def test_without_matplotlib_a_report_says_so(monkeypatch, tmp_path):
