@@ -59,8 +59,8 @@ class PackedEncoder:
         inputs = {
             "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
-        # Of a masked-LM head of ours, (batch, length): it reads the rows that have one.
-        labels = kwargs.pop("read_labels", None)
+        # Of a masked-LM head of ours: (batch, length), it reads the rows that have one, and (cap,), which those are.
+        labels, labelled_rows = kwargs.pop("read_labels", None), kwargs.pop("read_rows", None)
         packing = self.packed_row(attention_mask, kwargs, past_key_values, **inputs)
         reasons = model_fallback_reasons(
             self,
@@ -71,7 +71,7 @@ class PackedEncoder:
             output_hidden_states=kwargs.get("output_hidden_states"),
         )
         if not reasons:
-            return self._packed_forward(packing, attention_mask, labels, kwargs, **inputs)
+            return self._packed_forward(packing, attention_mask, (labels, labelled_rows), kwargs, **inputs)
         decoder = {
             "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
             "past_key_values": past_key_values, "use_cache": use_cache,
@@ -104,7 +104,8 @@ class PackedEncoder:
             warn_of_first_position(self, position_ids)
         return packing
 
-    def _packed_forward(self, packing, attention_mask, labels, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):
+    def _packed_forward(self, packing, attention_mask, read, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):
+        labels, labelled_rows = read
         tokens = inputs_embeds if input_ids is None else input_ids
         if packing is None:
             packing = Packing.from_mask(attention_mask, tuple(tokens.shape[:2]), tokens.device)
@@ -116,7 +117,8 @@ class PackedEncoder:
         selection = None
         known = labels is not None and hidden_states.shape[0] > 0 and not torch.compiler.is_compiling()
         if known and not all_rows_reasons(self, recorded.states is not None):
-            selection = RowSelection(packing, labels, first=getattr(self, "pooler", None) is not None)
+            first = getattr(self, "pooler", None) is not None
+            selection = RowSelection(packing, labels, first=first, labelled_rows=labelled_rows)
         layers = list(self.encoder.layer)
         last_layer = layers.pop() if selection is not None and selection.is_worth_it else None
         stack = packed_stack(layers, hidden_states) if recorded.states is None else []
