@@ -55,9 +55,8 @@ def most_labels(num_tokens: int, num_sequences: int, *, special_tokens: int, pro
     """How many labels :func:`mask_tokens` gives a batch of at most so many tokens and sequences, ``special_tokens`` in each.
 
     With masking "token" it is a bound that no batch exceeds: a sequence of n ordinary tokens has min(n, max(1, round(p n))) labels,
-    which are at most p n + max(1/2, 1 - p), so s sequences have at most p (num_tokens - s special_tokens) + s max(1/2, 1 - p). Whole
-    words and spans have none of use, because a word may have as many tokens as it likes, and spans count words. There it is a
-    quarter more than the bound: nine standard deviations of the labels of 4,096 tokens of English, and of larger batches more.
+    at most p n + max(1/2, 1 - p), so s sequences have at most p (num_tokens - s special_tokens) + s max(1/2, 1 - p). Whole words
+    and spans have no bound that is of use, because a word may have any number of tokens, and spans count words: a quarter more.
     """
     excess = max(0.5, 1 - probability) - probability * special_tokens
     sequences = min(num_sequences, num_tokens // (special_tokens + 1)) if excess > 0 else 1

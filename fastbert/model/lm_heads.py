@@ -41,7 +41,7 @@ def _check_labels(labels: Tensor | None, input_ids: Tensor | None, inputs_embeds
 
 
 def _take_labelled_rows(kwargs: dict[str, Any], labels: Tensor | None) -> Tensor | None:
-    """Argument ``labelled_rows``, out of ``kwargs``. Raises ValueError where it cannot be what it says; on a GPU nothing is read."""
+    """Argument ``labelled_rows``, out of ``kwargs``. Raises ValueError where it is not what it says; on a GPU nothing is read."""
     rows = kwargs.pop("labelled_rows", None)
     if rows is None:
         return None
@@ -49,8 +49,8 @@ def _take_labelled_rows(kwargs: dict[str, Any], labels: Tensor | None) -> Tensor
         raise ValueError("labelled_rows is for packed inputs (cu_seq_lens_q) with labels: it says which rows have one")
     if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != labels.device:
         raise ValueError(
-            f"labelled_rows is {rows.dtype} {tuple(rows.shape)} on {rows.device}, expected int64 (cap,) on {labels.device} like the "
-            "labels"
+            f"labelled_rows is {rows.dtype} {tuple(rows.shape)} on {rows.device}, expected int64 (cap,) on {labels.device} like "
+            "the labels"
         )
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
         is_labelled = labels.flatten() != IGNORE_INDEX

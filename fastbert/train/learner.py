@@ -109,8 +109,9 @@ class Learner:
     # What a step does on the device: it can be recorded (``graphed.GraphedStep``), because nothing of it waits for a result.
 
     def update(self, scores: Tensor) -> Tensor:
-        """Clips the gradients, which it then lets go of, and takes the optimizer's step; ``scores`` (6,) are those of this process's
-        batches. Returns what :meth:`step` does.
+        """Clips the gradients, takes the optimizer's step and lets go of them. ``scores``: (6,), of this process's batches.
+
+        Returns what :meth:`step` does.
         """
         scores = self._processes.sum(scores)
         grad_norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm)

@@ -283,6 +283,38 @@ def test_a_batch_of_fixed_shape_has_the_same_loss_and_gradients(
             assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-9
 
 
+@pytest.mark.parametrize("masking", ["token", "whole-word", "span"])
+@pytest.mark.parametrize("objective", ["mlm-nsp", "mlm"])
+def test_all_batches_are_filled_to_one_shape(
+    corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast, objective: str, masking: str
+) -> None:
+    """Their labelled rows among them: every one of a batch, then one without a label."""
+    batches = PretrainingBatches(
+        corpus, tokenizer, max_seq_length=48, tokens_per_batch=1024, seed=3, objective=objective, masking=masking
+    )
+    shapes = set()
+    for batch in batches.epoch(0):
+        filled = batches.filled(batch)
+        shapes.add(tuple((name, getattr(filled, name).shape) for name in TENSORS if getattr(filled, name) is not None))
+        count = int((batch.labels != IGNORE_INDEX).sum())
+        rows = filled.labelled_rows
+        assert rows.shape == (batches.most_labels,) and batches.most_labels % 8 == 0
+        assert torch.equal(rows[:count], (batch.labels != IGNORE_INDEX).nonzero().squeeze(1))
+        assert (filled.labels[rows[count:]] == IGNORE_INDEX).all()
+        assert filled.to("cpu").model_inputs()["labelled_rows"] is rows and "labelled_rows" not in batch.model_inputs()
+    assert len(shapes) == 1
+
+
+def test_a_batch_with_too_many_labels_stays_as_it_is(batches: PretrainingBatches, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batches.batch(0, 0, 0)
+    count = int((batch.labels != IGNORE_INDEX).sum())
+    for most, fits in ((count, True), (count - 1, False)):
+        monkeypatch.setattr(PretrainingBatches, "most_labels", most)
+        assert (batches.filled(batch) is not None) == fits
+    with pytest.raises(ValueError, match=f"{count} of 300 tokens have a label, which cannot be filled up to {count - 1}"):
+        batch.with_shape(*batches.shape, max_seqlen=48, pad_id=0, num_labels=count - 1)
+
+
 def test_a_shape_that_is_too_small_is_refused(batches: PretrainingBatches) -> None:
     batch = next(batches.epoch(0))
     fits = {"num_tokens": batch.num_tokens + 10, "num_sequences": batch.num_sequences + 2, "max_seqlen": 48, "pad_id": 0}
