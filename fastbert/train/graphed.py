@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastbert.model.encoder import model_fallback_reasons
+from fastbert.ops.backends import not_supported_reasons
 
 from .distributed import Processes
 from .learner import Learner, MicroBatch
@@ -86,6 +87,10 @@ def not_recorded_reasons(settings: PretrainSettings, learner: Learner, processes
         reasons.append("--schedule one-cycle changes Adam's first beta, a number that is recorded, in every step")
     if settings.compare:
         reasons.append("--compare takes each step beside transformers'")
+    config, dtype = learner.model.config, getattr(torch, settings.dtype)
+    head_dim = config.hidden_size // config.num_attention_heads
+    if slow := not_supported_reasons("triton", "attention", "cuda", dtype, head_dim):
+        reasons.append(f"attention in plain torch reads the sequences' lengths on the host; the kernel: {'; '.join(slow)}")
     if theirs := model_fallback_reasons(learner.model.base_model):
         reasons.append(f"the encoder runs transformers' forward pass: {'; '.join(theirs)}")
     return reasons

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from fastbert import BertForMaskedLM, BertForPreTraining
 from fastbert.data.batches import PackedBatch
+from fastbert.train import graphed as graphed_module
 from fastbert.train import learner as learner_module
 from fastbert.train import loop as loop_module
 from fastbert.train import optimizer as optimizer_module
@@ -232,7 +233,7 @@ def test_inputs_of_another_shape_are_refused():
         graphed.step([micro_batch(filled(batch), 0)] * 2)
 
 
-def test_why_a_step_is_not_recorded():
+def test_why_a_step_is_not_recorded(monkeypatch):
     def reasons(processes: Processes = ALONE, attention: str = "sdpa", **changes) -> str:
         model, run = BertForPreTraining(config()), settings(**changes)
         model.set_attn_implementation(attention)
@@ -247,6 +248,8 @@ def test_why_a_step_is_not_recorded():
     assert "--schedule one-cycle changes" in reasons(schedule="one-cycle")
     assert "--compare takes" in reasons(compare=True)
     assert "transformers' forward pass" in reasons(attention="eager")
+    monkeypatch.setattr(graphed_module, "not_supported_reasons", lambda *_: ["there is no Triton"])
+    assert "attention in plain torch reads the sequences' lengths on the host; the kernel: there is no Triton" in reasons()
 
 
 @pytest.fixture
