@@ -18,7 +18,7 @@ from fastbert.data.blocks import BLOCK_TOKENS, CorpusBlocks
 from fastbert.data.masking import IGNORE_INDEX, mask_options, mask_tokens, most_labels
 from fastbert.data.packing import pack
 from fastbert.data.pairs import make_pairs
-from fastbert.data.passages import make_passages
+from fastbert.data.passages import fill_gaps, make_passages
 from fastbert.data.sequences import SHORTEST_SEQUENCE, Sequences
 from fastbert.data.streams import LARGEST_SEED, Stream, generator
 from fastbert.data.tokens import TokenizedCorpus
@@ -175,7 +175,8 @@ class PretrainingBatches:
     last one may be small.
 
     ``objective``: "mlm-nsp" (sentence pairs, :func:`fastbert.data.pairs.make_pairs`) or "mlm"
-    (:func:`fastbert.data.passages.make_passages`). ``static_pairs``: every epoch has the pairs of epoch 0. ``masking`` and
+    (:func:`fastbert.data.passages.make_passages`, of which a few are divided to fill the gaps of the others' batches:
+    :func:`fastbert.data.passages.fill_gaps`). ``static_pairs``: every epoch has the pairs of epoch 0. ``masking`` and
     ``mlm_probability``: :func:`fastbert.data.masking.mask_tokens`.
 
     A batch depends on these arguments and its place (epoch, block, number in the block) alone: it is the same whether or not those
@@ -315,7 +316,16 @@ class PretrainingBatches:
                 sequences = make_pairs(corpus, self.max_seq_length, rng)
             shuffled = generator(self.seed, Stream.ORDER, epoch, block).permutation(len(sequences))
             order, bounds = pack(sequences.lengths[shuffled], self.tokens_per_batch, max_sequences=self._max_sequences)
-            self._planned = epoch, block, _Plan(sequences.take(shuffled[order]), bounds)
+            sequences = sequences.take(shuffled[order])
+            if self.objective == "mlm":
+                sequences, bounds = fill_gaps(
+                    sequences,
+                    bounds,
+                    tokens_per_batch=self.tokens_per_batch,
+                    max_seq_length=self.max_seq_length,
+                    max_sequences=self._max_sequences,
+                )
+            self._planned = epoch, block, _Plan(sequences, bounds)
         return self._planned[2]
 
     def _check_ids(self, corpus: TokenizedCorpus) -> None:

@@ -13,12 +13,12 @@ from fastbert import BertConfig, BertForPreTraining
 from fastbert.train.errors import TrainingInterrupted
 from fastbert.train.graphed import WARMUP_STEPS, CudaRecorder, GraphedStep
 from fastbert.train.learner import Learner, MicroBatch
-from fastbert.train.metrics import MLM_LOSS, NSP_LOSS, read_metrics
+from fastbert.train.metrics import MLM_LOSS, NSP_LOSS
 from fastbert.train.optimizer import optimizer_tensors
 from fastbert.train.pretrain import pretrain
 
 from .runs import quiet, rows_without_speed, same_weights, stop_at
-from .test_graphed import STEPS, batch_of, filled
+from .test_graphed import STEPS, batch_of, filled, losses
 from .test_learner import VOCABULARY, settings
 
 pytestmark = pytest.mark.cuda
@@ -117,10 +117,8 @@ def test_a_recorded_run(toy_settings, tmp_path):
     pretrain(toy_settings(output=plain, **run), quiet)
     pretrain(toy_settings(output=straight, cuda_graph=True, **run), said.append)
     assert len([line for line in said if "recorded as a CUDA graph" in line]) == 2
-    losses = [
-        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in ("plain", "straight")
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    expected, found = (losses(tmp_path / name) for name in ("plain", "straight"))
+    assert [row[0] for row in found] == pytest.approx([row[0] for row in expected], rel=1e-3)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 6)
         with pytest.raises(TrainingInterrupted):
