@@ -244,7 +244,7 @@ class PretrainingBatches:
 
     @property
     def most_labels(self) -> int:
-        """The labels that a batch has at most with masking "token", and hardly ever more than with the others."""
+        """The labels that a batch has at most with masking "token", and hardly ever more of with the others."""
         options = self._mask_options
         labels = most_labels(
             self.tokens_per_batch,
@@ -258,7 +258,7 @@ class PretrainingBatches:
     def filled(self, batch: PackedBatch) -> PackedBatch | None:
         """One of these batches in the one shape that all have then: :attr:`shape` and :attr:`most_labels`.
 
-        None where it has more labels than that (masking "whole-word" or "span"), or where no token is without one.
+        None where it has more labels than that (masking "whole-word" or "span"), or no token without one.
         """
         labels = int((batch.labels != IGNORE_INDEX).sum())
         if labels > self.most_labels or labels == batch.num_tokens:

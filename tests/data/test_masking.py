@@ -324,8 +324,9 @@ def test_no_batch_has_more_labels_than_the_bound(probability: float, special_tok
         assert best[-1] <= bound <= best[-1] + 0.9 * sequences + 1
 
 
-def test_words_get_a_quarter_more() -> None:
+def test_spans_get_a_tenth_more() -> None:
     options = {"special_tokens": 2, "probability": 0.15}
     assert most_labels(4096, 8, **options) == int(0.15 * (4096 - 16) + 0.85 * 8)
-    assert most_labels(4096, 8, **options, masking="span") == int(1.25 * (0.15 * (4096 - 16) + 0.85 * 8))
-    assert most_labels(20, 8, special_tokens=2, probability=1.0, masking="whole-word") == 20
+    assert most_labels(4096, 8, **options, masking="whole-word") == int(0.15 * (4096 - 16) + 0.85 * 8)
+    assert most_labels(4096, 8, **options, masking="span") == int(1.1 * (0.15 * (4096 - 16) + 0.85 * 8))
+    assert most_labels(20, 8, special_tokens=2, probability=1.0, masking="span") == 20
