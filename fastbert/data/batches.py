@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,8 @@ class PackedBatch:
     input_ids, token_type_ids (0 up to A's [SEP], then 1), position_ids (from 0 in every sequence) and labels (-100 where
     nothing is predicted): (total,) int64; cu_seqlens: (batch + 1,) int32 from 0 to total; max_seqlen: the longest
     sequence, or more; next_sentence_label: (batch,) int64, 0 where B follows A; None where sequences are [CLS] A [SEP].
-    labelled_rows: None, or (cap,) int64: the tokens with a label in rising order, and behind them one without, again and again.
+    labelled_rows: None, or (cap,) int64: the tokens with a label in rising order, and behind them, if it is longer than that, one
+    without a label again and again.
     """
 
     input_ids: Tensor
@@ -61,6 +62,10 @@ class PackedBatch:
             if isinstance(value, Tensor):
                 values[name] = value.to(device, non_blocking=non_blocking)
         return PackedBatch(**values)
+
+    def with_labelled_rows(self) -> PackedBatch:
+        """The batch with its ``labelled_rows``, those alone, so that no model has to wait for a GPU to find them."""
+        return replace(self, labelled_rows=_labelled_rows(self.labels))
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a fastbert model: the packed tokens as one row (1, total) with the sequences' boundaries."""
@@ -134,10 +139,12 @@ class PackedBatch:
         return {} if self.next_sentence_label is None else {"next_sentence_label": self.next_sentence_label}
 
 
-def _labelled_rows(labels: Tensor, cap: int) -> Tensor:
-    """(cap,): see :class:`PackedBatch`."""
+def _labelled_rows(labels: Tensor, cap: int | None = None) -> Tensor:
+    """(cap,), or without filler (n,): see :class:`PackedBatch`."""
     is_labelled = labels != IGNORE_INDEX
     rows = is_labelled.nonzero().squeeze(1)
+    if cap is None or len(rows) == cap:
+        return rows
     if len(rows) > cap or len(rows) == len(labels):
         raise ValueError(
             f"{len(rows)} of {len(labels)} tokens have a label, which cannot be filled up to {cap} with one that has none"

@@ -99,12 +99,13 @@ def not_recorded_reasons(settings: PretrainSettings, learner: Learner, processes
 class GraphedStep:
     """Takes ``learner``'s steps of one batch, as :meth:`Learner.step` does, most of them by repeating one that was recorded.
 
-    All batches that have ``labelled_rows`` must have one shape; one without (it has more labels than fit) is a step that runs as
-    usual. Recorded or not, the learning rate is a float32 on the device, so both round alike.
+    ``num_labels``: the length of ``labelled_rows`` in batches that were filled up, which must have one shape. A batch of another
+    length (it has more labels than fit) is a step that runs as usual. Recorded or not, the learning rate is a float32 on the
+    device, so both round alike.
     """
 
-    def __init__(self, learner: Learner, recorder: Recorder) -> None:
-        self._learner, self._recorder = learner, recorder
+    def __init__(self, learner: Learner, num_labels: int, recorder: Recorder) -> None:
+        self._learner, self._num_labels, self._recorder = learner, num_labels, recorder
         self._rate = torch.zeros((), dtype=torch.float32, device=learner.model.device)
         self._inputs: dict[str, Any] | None = None
         self._values = torch.zeros(STEP_SCORES, dtype=torch.float64, device=learner.model.device)
@@ -117,7 +118,7 @@ class GraphedStep:
             raise ValueError(f"a recorded step has one batch, not {len(batches)}")
         (batch,) = batches
         self._rate.fill_(self._learner.learning_rate)
-        if "labelled_rows" not in batch.inputs:
+        if batch.inputs["labelled_rows"].numel() != self._num_labels:
             self._seed(batch)
             self._recorder.run(lambda: self._take(batch.inputs))
         else:

@@ -154,7 +154,7 @@ class TrainingLoop:
         batches = self.data.batches[phase.number]
         if self._records:
             self._step = self.learner.step  # lets go of the memory of a step that was recorded for another length
-            self._step = GraphedStep(self.learner, CudaRecorder(device, self.say)).step
+            self._step = GraphedStep(self.learner, batches.most_labels, CudaRecorder(device, self.say)).step
         if self.settings.workers:
             self.writer.wait()  # a process that is forked while a thread holds a lock would wait for it for ever
         steps = step_batches(

@@ -33,11 +33,14 @@ def device_steps(
 ) -> Iterator[DeviceStep]:
     """``steps`` on ``device``. For a GPU each is copied from pinned memory on a stream of its own, one step ahead.
 
-    ``filled``: ``PretrainingBatches.filled`` where batches shall have one shape; those that cannot stay as they are.
+    ``filled``: ``PretrainingBatches.filled`` where batches shall have one shape; those that cannot have it have their own. For all
+    devices but CPUs they name their labelled rows.
     """
 
     def prepared(batch: PackedBatch) -> PackedBatch:
-        return batch if filled is None else filled(batch) or batch
+        if filled is not None and (of_one_shape := filled(batch)) is not None:
+            return of_one_shape
+        return batch if device.type == "cpu" else batch.with_labelled_rows()
 
     if device.type == "cuda":
         moved = _copied_ahead(steps, device, prepared)

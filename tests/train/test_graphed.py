@@ -104,8 +104,8 @@ def batch_of(step: int, pairs: bool) -> PackedBatch:
     return packed(step % 4, step % 4 + 4, pairs)
 
 
-def filled(batch: PackedBatch, cap: int = CAP) -> PackedBatch:
-    return batch.with_shape(TOKENS, SEQUENCES, max_seqlen=LONGEST, pad_id=0, num_labels=cap)
+def filled(batch: PackedBatch) -> PackedBatch:
+    return batch.with_shape(TOKENS, SEQUENCES, max_seqlen=LONGEST, pad_id=0, num_labels=CAP)
 
 
 def micro_batch(batch: PackedBatch, step: int) -> MicroBatch:
@@ -127,11 +127,11 @@ def test_repeated_steps_are_the_learners(model_class, optimizer):
     pairs = model_class is BertForPreTraining
     plain, other = two_learners(model_class, optimizer=optimizer)
     tape = Tape(lambda: state_of(other))
-    graphed = GraphedStep(other, tape)
-    left_out = []
+    graphed = GraphedStep(other, CAP, tape)
+    left_out, both = [], []
     for step in range(STEPS):
         batch = batch_of(step, pairs)
-        given = batch if step == 6 else filled(batch)
+        given = batch.with_labelled_rows() if step == 6 else filled(batch)
         if step == 5:
             spoilt = [learner.model.bert.embeddings.word_embeddings.weight for learner in (plain, other)]
             saved = [weight.detach().clone() for weight in spoilt]
@@ -140,10 +140,12 @@ def test_repeated_steps_are_the_learners(model_class, optimizer):
         expected, found = (taken([micro_batch(given, step)]) for taken in (plain.step, graphed.step))
         assert torch.equal(expected, found) or (step == 5 and torch.equal(expected.isnan(), found.isnan()))
         left_out.append(bool(found[-1]))
+        both.append((expected, found))
         if step == 5:
             for weight, value in zip(spoilt, saved, strict=True):
                 weight.data.copy_(value)
         assert other.learning_rate == plain.learning_rate
+    assert all(torch.equal(*values) for values in both if not values[0].isnan().any())  # nothing was written over
     assert left_out == [step == 5 for step in range(STEPS)]
     assert (tape.recorded, tape.repeated) == (1, STEPS - WARMUP_STEPS - 1)
     for expected, found in zip(state_of(plain), state_of(other), strict=True):
@@ -198,10 +200,11 @@ def on_meta(learner_of: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch,
 def test_a_step_waits_for_nothing(model_class, optimizer, monkeypatch):
     """Forward, loss, backward, clipping, guard and optimizer, where no data can be read. What the ops do inside is not run."""
     learner = on_meta(Learner, monkeypatch, optimizer, model_class)
-    inputs = filled(batch_of(0, model_class is BertForPreTraining)).to("meta").model_inputs()
+    batch = batch_of(0, model_class is BertForPreTraining)
+    steps = [MicroBatch(given.to("meta").model_inputs(), seed=1) for given in (filled(batch), batch.with_labelled_rows())]
     with NoWaiting() as watched:
-        for _ in range(2):  # the first makes the optimizer's state
-            values = learner.update(learner.backward(MicroBatch(inputs)))
+        for step in (*steps, *steps):  # the first makes the optimizer's state
+            values = learner.step([step])
     assert values.shape == (STEP_SCORES,) and {"fastbert::attention", "fastbert::mlm_loss_backward"} <= watched.seen
     assert ("aten::_fused_adamw_" in watched.seen) == (optimizer == "adamw")
 
@@ -224,11 +227,12 @@ def test_rows_that_must_be_found_are_waited_for(monkeypatch):
 
 def test_inputs_of_another_shape_are_refused():
     _, learner = two_learners(BertForPreTraining)
-    graphed = GraphedStep(learner, Tape(lambda: state_of(learner)))
+    graphed = GraphedStep(learner, CAP, Tape(lambda: state_of(learner)))
     batch = batch_of(0, True)
     graphed.step([micro_batch(filled(batch), 0)])
-    with pytest.raises(ValueError, match=r"the recorded step takes inputs of .*'labelled_rows': \(40,\).*'labelled_rows': \(48,\)"):
-        graphed.step([micro_batch(filled(batch, 48), 0)])
+    larger = batch.with_shape(TOKENS + 8, SEQUENCES, max_seqlen=LONGEST, pad_id=0, num_labels=CAP)
+    with pytest.raises(ValueError, match=r"the recorded step takes inputs of .*'input_ids': \(1, 96\).*'input_ids': \(1, 104\)"):
+        graphed.step([micro_batch(larger, 0)])
     with pytest.raises(ValueError, match="has one batch, not 2"):
         graphed.step([micro_batch(filled(batch), 0)] * 2)
 
@@ -257,9 +261,9 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """Runs with ``cuda_graph`` record on a tape; these are the tapes, one for each phase of each run."""
     made: list[Tape] = []
 
-    def graphed(learner: Learner, _) -> GraphedStep:
+    def graphed(learner: Learner, num_labels: int, _) -> GraphedStep:
         made.append(Tape(lambda: state_of(learner)))
-        return GraphedStep(learner, made[-1])
+        return GraphedStep(learner, num_labels, made[-1])
 
     monkeypatch.setattr(loop_module, "not_recorded_reasons", lambda *_: [])
     monkeypatch.setattr(loop_module, "CudaRecorder", lambda *_: None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastbert import BertConfig, BertForPreTraining
+from fastbert.data.batches import PackedBatch
 from fastbert.train.errors import TrainingInterrupted
 from fastbert.train.graphed import WARMUP_STEPS, CudaRecorder, GraphedStep
 from fastbert.train.learner import Learner, MicroBatch
@@ -18,7 +19,7 @@ from fastbert.train.optimizer import optimizer_tensors
 from fastbert.train.pretrain import pretrain
 
 from .runs import quiet, rows_without_speed, same_weights, stop_at
-from .test_graphed import STEPS, batch_of, filled, losses
+from .test_graphed import CAP, STEPS, batch_of, filled, losses
 from .test_learner import VOCABULARY, settings
 
 pytestmark = pytest.mark.cuda
@@ -50,8 +51,8 @@ def learners(number: int, dtype: str, optimizer: str) -> list[Learner]:
     return [Learner(copy.deepcopy(model).to("cuda").train(), run) for _ in range(number)]
 
 
-def micro_batch(step: int) -> MicroBatch:
-    return MicroBatch(filled(batch_of(step, pairs=True)).to("cuda").model_inputs(), seed=1000 + step)
+def micro_batch(step: int, shape: Callable[[PackedBatch], PackedBatch] = filled) -> MicroBatch:
+    return MicroBatch(shape(batch_of(step, pairs=True)).to("cuda").model_inputs(), seed=1000 + step)
 
 
 def state_of(learner: Learner) -> list[torch.Tensor]:
@@ -66,8 +67,8 @@ def test_a_repeated_step_is_the_step(dtype, optimizer):
     said: list[str] = []
     steps = (
         plain.step,
-        GraphedStep(unrecorded, Unrecorded()).step,
-        GraphedStep(recorded, CudaRecorder(torch.device("cuda"), said.append)).step,
+        GraphedStep(unrecorded, CAP, Unrecorded()).step,
+        GraphedStep(recorded, CAP, CudaRecorder(torch.device("cuda"), said.append)).step,
     )
     for step in range(STEPS):
         theirs, expected, found = (take([micro_batch(step)]).tolist() for take in steps)
@@ -94,9 +95,9 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_waits_for_the_device(dtype, optimizer):
     plain, recorded = learners(2, dtype, optimizer)
-    graphed = GraphedStep(recorded, CudaRecorder(torch.device("cuda"), quiet))
-    batches = [micro_batch(step) for step in range(STEPS)]
-    for take in (plain.step, graphed.step):
+    graphed = GraphedStep(recorded, CAP, CudaRecorder(torch.device("cuda"), quiet))
+    for take, shape in ((plain.step, PackedBatch.with_labelled_rows), (plain.step, filled), (graphed.step, filled)):
+        batches = [micro_batch(step, shape) for step in range(STEPS)]
         for batch in batches[: WARMUP_STEPS + 1]:
             take([batch])
         with no_waiting():
