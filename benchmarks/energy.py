@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .harness import synchronize
+from .harness import first_line, synchronize
 
 _POWERCAP = Path("/sys/class/powercap")
 _SHORTEST_S = 0.5  # NVML's counter moves every 0.1 s, powercap's every millisecond
@@ -46,17 +46,19 @@ def meter(device: str, powercap: Path = _POWERCAP) -> Meter:
 
 
 def _packages(powercap: Path) -> Meter:
-    """The zones intel-rapl:0, intel-rapl:1, ... (AMD's, too, go by that name): one per package, their parts below left out."""
-    zones = [path for path in sorted(powercap.glob("intel-rapl:*")) if path.name.count(":") == 1]
+    """The zones intel-rapl:N (AMD's, too, go by that name) that are called package-N. Their parts (intel-rapl:N:M) are counted
+    within them, and the zone psys, which some laptops have, is the whole machine with the packages in it."""
+    zones, largest = [], []
+    try:
+        for zone in sorted(powercap.glob("intel-rapl:*")):
+            if (zone / "name").read_text().startswith("package"):
+                _microjoules(zone)
+                zones.append(zone)
+                largest.append(int((zone / "max_energy_range_uj").read_text()))
+    except (OSError, ValueError) as error:
+        return Meter(None, None, f"{first_line(error)} (only root may read the counters unless allowed)")
     if not zones:
         return Meter(None, None, f"{powercap} has no counters of the CPU packages")
-    largest = []
-    for zone in zones:
-        try:
-            _microjoules(zone)
-            largest.append(int((zone / "max_energy_range_uj").read_text()))
-        except OSError as error:
-            return Meter(None, None, f"{zone}/energy_uj: {error.strerror} (only root may read it unless allowed)")
     last, turns = [_microjoules(zone) for zone in zones], [0] * len(zones)
 
     def joules() -> float:

@@ -21,7 +21,8 @@ def with_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**batch, "labels": labels.to(batch["input_ids"].device)}
 
 
-TASK = Task("finetune", "BertForSequenceClassification", with_labels, config={"num_labels": 3})
+_HEAD = {"num_labels": 3, "problem_type": "single_label_classification"}  # whatever a checkpoint was fine-tuned for
+TASK = Task("finetune", "BertForSequenceClassification", with_labels, config=_HEAD)
 BATCHES = ("32x128", "mnli")
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,49 +90,81 @@ def paired_ratio(slower: list[float], faster: list[float]) -> dict[str, float]:
     return {"median": float(median), "q25": float(low), "q75": float(high)}
 
 
+Steps = Sequence[Callable[..., Any]]  # each is given what the one before has returned, the first one nothing
+
+
 # 256 MB is more than any GPU's L2 cache; a GPU's clock is about 2 GHz; its queue holds about 1,000 launches.
-_COLD_BYTES, _CYCLES_PER_SECOND, _QUEUED_RUNS, _LONGEST_SLEEP = 1 << 28, 2e9, 20, 0.1
+_COLD_BYTES, _CYCLES_PER_SECOND, _QUEUED_STEPS, _LONGEST_SLEEP = 1 << 28, 2e9, 20, 0.1
 
 
-def kernel_seconds(
-    run: Callable[..., Any], device: str, rounds: int, seconds: float = math.inf, setup: Callable[[], tuple] = tuple
-) -> list[float]:
-    """Seconds of ``run(*setup())``, without those of ``setup``: up to ``rounds`` times, at least 3 where ``seconds`` are spent.
+def kernel_seconds(run: Callable[[], Any], device: str, rounds: int) -> list[float]:
+    """Seconds of ``rounds`` runs, as :func:`interleaved_kernels` takes them."""
+    ((seconds,),) = interleaved_kernels({"": [run]}, device, rounds).values()
+    return seconds
 
-    On a GPU they are the GPU's own (events around each run, the L2 cache overwritten before it): the GPU sleeps while Python
-    queues runs, so that what Python costs is not measured. triton.testing.do_bench has no such head start and measures the
+
+def interleaved_kernels(
+    contenders: Mapping[str, Steps], device: str, rounds: int, limit_s: float = math.inf, uncounted_rounds: int = 1
+) -> dict[str, list[list[float]]]:
+    """For each step of each contender its seconds in up to ``rounds`` rounds, A B C A B C ...; 3 where ``limit_s`` is spent.
+
+    On a GPU they are the GPU's own (events around each step, the L2 cache overwritten before it): the GPU sleeps while Python
+    queues steps, so that what Python costs is not measured. triton.testing.do_bench has no such head start and measures the
     host wherever a kernel is shorter than its launch.
     """
-    run(*setup())  # compiles
-    times: list[float] = []
-    if device != "cuda":
-        while len(times) < rounds and (len(times) < 3 or sum(times) < seconds):
-            arguments = setup()
-            start = time.perf_counter()
-            run(*arguments)
-            times.append(time.perf_counter() - start)
-        return times
+    for _ in range(uncounted_rounds):
+        for steps in contenders.values():
+            _take_turn(steps)
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in steps] for name, steps in contenders.items()}
+    if device == "cuda":
+        for name, step, before, after in _queued_rounds(contenders, rounds, limit_s):
+            seconds[name][step].append(before.elapsed_time(after) / 1e3)
+        return seconds
+    done, spent = 0, 0.0
+    while done < rounds and (done < 3 or spent < limit_s):
+        for name, steps in contenders.items():
+            result: tuple = ()
+            for step, run in enumerate(steps):
+                start = time.perf_counter()
+                result = (run(*result),)
+                seconds[name][step].append(time.perf_counter() - start)
+                spent += seconds[name][step][-1]
+        done += 1
+    return seconds
+
+
+def _take_turn(steps: Steps) -> None:
+    result: tuple = ()
+    for run in steps:
+        result = (run(*result),)
+
+
+def _queued_rounds(contenders: Mapping[str, Steps], rounds: int, limit_s: float) -> Iterator[tuple[str, int, Any, Any]]:
+    """(contender, step, event before, event after) of every step of every round, once the GPU is done with them."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    run(*setup())
+    for steps in contenders.values():
+        _take_turn(steps)
     queued = time.perf_counter() - start
     torch.cuda.synchronize()
-    rounds = int(min(rounds, max(3, seconds / (time.perf_counter() - start))))
-    cold = torch.empty(_COLD_BYTES, dtype=torch.int8, device=device)
-    while len(times) < rounds:
+    rounds = int(min(rounds, max(3, limit_s / (time.perf_counter() - start))))
+    at_once = max(1, _QUEUED_STEPS // sum(map(len, contenders.values())))  # rounds
+    cold = torch.empty(_COLD_BYTES, dtype=torch.int8, device="cuda")
+    for first in range(0, rounds, at_once):
         events = []
-        torch.cuda._sleep(int(min(queued * _QUEUED_RUNS, _LONGEST_SLEEP) * _CYCLES_PER_SECOND))
-        for _ in range(min(_QUEUED_RUNS, rounds - len(times))):
-            arguments = setup()
-            cold.zero_()
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            before.record()
-            run(*arguments)
-            after.record()
-            events.append((before, after))
+        torch.cuda._sleep(int(min(queued * at_once, _LONGEST_SLEEP) * _CYCLES_PER_SECOND))
+        for _ in range(min(at_once, rounds - first)):
+            for name, steps in contenders.items():
+                result: tuple = ()
+                for step, run in enumerate(steps):
+                    cold.zero_()
+                    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    before.record()
+                    result = (run(*result),)
+                    after.record()
+                    events.append((name, step, before, after))
         torch.cuda.synchronize()
-        times += [before.elapsed_time(after) / 1e3 for before, after in events]
-    return times
+        yield from events
 
 
 def write_results(name: str, document: dict[str, Any], folder: str | None) -> None:

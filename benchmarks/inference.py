@@ -2,7 +2,7 @@
 
     python -m benchmarks.inference [--model base] [--batches 32x128 mnli ...] [--dtype float32 bfloat16 int8]
                                    [--peers transformers openvino ...] [--device cpu] [--rounds 5] [--limit 60] [--threads 2]
-                                   [--save FOLDER]
+                                   [--profile] [--save FOLDER]
 
 ``workloads`` has the names of models and batches. All contenders of all dtypes take turns on each batch, so every ratio is one of
 figures from the same minutes; the matmuls of the real tokens alone take their turn with them. Every figure ends in its share of
@@ -17,7 +17,7 @@ import argparse
 import gc
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from .ceilings import GemmsAlone, ceilings
 from .energy import Meter, meter
 from .harness import first_line, interleaved, paired_ratio, quiet, summary, write_results
 from .machine import machine
-from .memory import peak_bytes
-from .peers import OURS, PEERS, Batch, NotAvailable, Run, Subject
+from .memory import held_bytes, peak_bytes
+from .peers import OURS, PEERS, Batch, NotAvailable, Peer, Run, Subject
+from .reports.profile_plot import profile_table
 from .workloads import STANDARD, Workload, config_for, model_title, padded_batch, workloads
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -58,10 +59,14 @@ class Options:
 
 @dataclass
 class Contender:
+    """in_torch: its memory is torch's; kept_bytes: what it has kept of its calls so far."""
+
     name: str
     dtype: str
     run: Run
     ours: bool
+    in_torch: bool = True
+    kept_bytes: int = 0
 
 
 def main() -> None:
@@ -74,6 +79,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: those that are installed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, part by part: benchmarks.profile")
     parser.add_argument("--save", metavar="FOLDER")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -81,7 +87,10 @@ def main() -> None:
         model=given.model, batches=workloads(given.batches), dtypes=tuple(given.dtype),
         peers=tuple(given.peers) if given.peers else None, device=given.device, rounds=given.rounds, limit_s=given.limit,
     )  # fmt: skip
-    write_results("inference", run(options, print), given.save)
+    document = run(options, print)
+    if given.profile:
+        document |= profiles(options, document["ceilings"], print)
+    write_results("inference", document, given.save)
 
 
 def run(options: Options, say: Say) -> dict[str, Any]:
@@ -97,12 +106,13 @@ def run(options: Options, say: Say) -> dict[str, Any]:
         rates = ", ".join(f"{library} {rate / 1e9:,.0f}" for library, rate in limit["matmul_flops_by_library"].items())
         say(f"  {dtype:<10}{rates}; copies {limit['copy_bytes'] / 1e9:,.0f} GB/s")
     say(f"energy: {energy.source or 'not measured: ' + str(energy.reason)}")
-    results, profiles = {}, {}
+    results = {}
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         subject = Subject(config, device, Path(scratch), options.model)
         contenders, not_run = make_contenders(subject, options, say)
         floors = {dtype: GemmsAlone(config, device, getattr(torch, dtype)) for dtype in options.dtypes}
-        for workload in options.batches:
+        # The smallest first, so that what engines keep of one batch is no more than the next one needs (see contender_bytes).
+        for workload in sorted(options.batches, key=lambda of: len(of.lengths) * of.padded_to):
             batch = padded_batch(workload, config.vocab_size, device)
             many = 10 if workload.tokens < FEW_TOKENS else 1
             alone = {dtype: floor.for_tokens(workload.tokens) for dtype, floor in floors.items()}
@@ -115,14 +125,7 @@ def run(options: Options, say: Say) -> dict[str, Any]:
             result["work"] = {dtype: work._asdict() for dtype, work in required.items()}
             results[workload.name] = {**workload.described(), **result}
             show(workload, result, say)
-            if device == "cpu":
-                profiles[workload.name] = {
-                    c.name: profile.shares(lambda c=c, batch=batch: c.run(batch), rounds=2 * many)
-                    for c in contenders
-                    if c.ours and c.name in result["contenders"]
-                }
-    if profiles:
-        show_profiles(profiles, say)
+    results = {workload.name: results[workload.name] for workload in options.batches}
     rows = goals.compare(cpu_goals.INFERENCE_GOALS, results) if device == "cpu" and options.model == "base" else []
     if rows:
         say("\n" + goals.table(rows, "goal on a CPU"))
@@ -130,35 +133,50 @@ def run(options: Options, say: Say) -> dict[str, Any]:
     failed = {key: why for key, why in failed.items() if key.split(": ")[1].startswith(OURS.title)}
     return {
         "machine": machine(device), "model": options.model, "dtypes": list(options.dtypes), "ceilings": limits,
-        "energy": energy.described(), "not_run": not_run, "failed": failed, "results": results, "profile": profiles, "goals": rows,
+        "energy": energy.described(), "peers": peers_described(options.peers), "not_run": not_run, "failed": failed,
+        "results": results, "goals": rows,
     }  # fmt: skip
+
+
+def peers_described(names: tuple[str, ...] | None) -> dict[str, dict[str, str | None]]:
+    """Of fastbert and the peers of those names (None: all): title, version of their packages and how they are run."""
+    described = {name: peer.described() for name, peer in PEERS.items() if names is None or name in names}
+    return {"fastbert": OURS.described(), **described}
 
 
 def make_contenders(subject: Subject, options: Options, say: Say) -> tuple[list[Contender], dict[str, str]]:
     """Those that can be made, peers first, and by name the reasons of the others."""
-    contenders, not_run = [], {}
-    asked = PEERS if options.peers is None else {name: PEERS[name] for name in PEERS if name in options.peers}
-    for peer in (*asked.values(), OURS):
-        reason = peer.why_not_installed()
+    contenders: list[Contender] = []
+    not_run: dict[str, str] = {}
+
+    def left_out(name: str, reason: str) -> None:
+        not_run[name] = reason
+        say(f"not run: {name}: {reason}")
+
+    for peer, named in asked(options.peers):
+        if (reason := peer.why_not_on(subject.device)) is not None:
+            left_out(peer.title, reason)
+            continue
         for dtype in options.dtypes:
             name = f"{peer.title} {dtype}"
-            if dtype not in peer.dtypes.get(subject.device, ()):
-                not_run[name] = f"not in {dtype} on {subject.device}"
+            if (reason := peer.why_not_in(dtype, subject.device, named)) is not None:
+                left_out(name, reason)
                 continue
             try:
-                if reason is not None:
-                    raise NotAvailable(reason)
                 with quiet():
-                    contenders.append(Contender(name, dtype, peer.make(subject, dtype), ours=peer is OURS))
+                    contenders.append(Contender(name, dtype, peer.make(subject, dtype), peer is OURS, peer.in_torch))
             except NotAvailable as error:
-                not_run[name] = str(error)
+                left_out(name, str(error))
             except Exception as error:  # of somebody else's converter or compiler: the others go on
                 if peer is OURS:
                     raise
-                not_run[name] = first_line(error)
-            if name in not_run:
-                say(f"not run: {name}: {not_run[name]}")
+                left_out(name, first_line(error))
     return contenders, not_run
+
+
+def asked(names: tuple[str, ...] | None) -> list[tuple[Peer, bool]]:
+    """The peers of those names (None: all), and fastbert last; of each, whether it was named."""
+    return [(peer, names is not None) for name, peer in PEERS.items() if names is None or name in names] + [(OURS, True)]
 
 
 def measure(
@@ -170,21 +188,25 @@ def measure(
     limit_s: float,
     energy: Meter,
 ) -> dict[str, Any]:
-    """``contenders``: by name the seconds, the differences from transformers' float32, ``peak_bytes`` of a call beyond weights
-    and batch and its ``joules`` (None where the machine tells neither); ``ratios``: by name of fastbert's contenders and of
-    another, how many times as fast; ``gemms_alone``: by dtype; ``failed``: the reasons of those that were not timed."""
+    """``contenders``: by name the seconds, the differences from transformers' float32, ``peak_bytes`` (:func:`contender_bytes`) and
+    ``joules`` (None where the machine tells neither); ``ratios``: by name of fastbert's contenders and of another, how many times
+    as fast; ``gemms_alone``: by dtype; ``failed``: the reasons of those that were not timed."""
     real = batch["attention_mask"].unsqueeze(-1)
     expected = subject.model(**batch).last_hidden_state * real
     running, differences, failed = [], {}, {}
+    gc.collect()
     for contender in contenders:
+        held = held_bytes(subject.device)
         try:
             differences[contender.name] = difference(contender, batch, expected, real)
             running.append(contender)
         except Exception as error:
             failed[contender.name] = first_line(error)
-    gc.collect()
+        gc.collect()
+        if held is not None:
+            contender.kept_bytes += max(0, held_bytes(subject.device) - held)
     turns: dict[str, Callable[[], Any]] = {c.name: lambda c=c: c.run(batch) for c in running}
-    memory = {name: peak_bytes(run, subject.device) for name, run in turns.items()}
+    memory = {c.name: contender_bytes(c, turns[c.name], subject.device) for c in running}
     joules = {name: energy.per_run(run, subject.device) for name, run in turns.items()}
     turns |= {gemms_name(dtype): run for dtype, run in alone.items()}
     seconds = interleaved(turns, rounds, subject.device, limit_s, uncounted_rounds=0 if subject.device == "cpu" else 1)
@@ -204,6 +226,17 @@ def measure(
         "gemms_alone": {dtype: summary(seconds[gemms_name(dtype)]) for dtype in alone},
         "failed": failed,
     }
+
+
+def contender_bytes(contender: Contender, run: Callable[[], Any], device: str) -> int | None:
+    """Memory beyond the weights, in whatever layout they are, which were there when it was made: what it has kept of its first call
+    on this batch and on smaller ones (an engine's arena, compiled code), and what another call needs at its peak on top. An engine
+    that keeps its memory needs nothing more then, one that frees it all of it again: only the sum compares them. None where the
+    system does not tell, as of an engine's memory on a GPU."""
+    if device == "cuda" and not contender.in_torch:
+        return None
+    peak = peak_bytes(run, device)
+    return None if peak is None else contender.kept_bytes + peak
 
 
 def gemms_name(dtype: str) -> str:
@@ -246,11 +279,23 @@ def show(workload: Workload, result: Mapping[str, Any], say: Say) -> None:
         say(f"  {key:<42}not timed: {reason}")
 
 
-def show_profiles(profiles: Mapping[str, Mapping[str, Any]], say: Say) -> None:
-    say("\nwhere fastbert's time goes")
-    for name, by_contender in profiles.items():
-        for contender, shares in by_contender.items():
-            say(f"  {name:<30}{contender:<20}{profile.line(shares['shares'])}")
+def profiles(options: Options, limits: Mapping[str, Mapping[str, Any]], say: Say) -> dict[str, Any]:
+    """Says and returns what ``profile`` describes, of transformers (sdpa) and fastbert, on models made anew: the profiler runs when
+    all timing is over. limits: the ceilings by dtype."""
+    document: dict[str, Any] = {"profile": {}, "floors": {}}
+    config = config_for(options.model)
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        subject = Subject(config, options.device, Path(scratch), options.model)
+        contenders, _ = make_contenders(subject, replace(options, peers=("transformers",)), lambda _: None)
+        for workload in options.batches:
+            batch = padded_batch(workload, config.vocab_size, options.device)
+            runs = {c.name: (lambda c=c, batch=batch: c.run(batch), c.dtype) for c in contenders}
+            document["profile"][workload.name] = profile.profiles(runs, options.device, say)
+            document["floors"][workload.name] = {
+                dtype: model_work.floors(model_work.parts(config, workload, dtype), limits[dtype]) for dtype in options.dtypes
+            }
+    say(f"\nwhere the time goes\n\n{profile_table(document)}")
+    return document
 
 
 if __name__ == "__main__":

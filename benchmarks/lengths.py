@@ -5,24 +5,23 @@
 counts them anew, from a folder with GLUE's files (glue/MNLI/dev_matched.tsv, ...), SQuAD's (qa/squad_v1.1/) and Wikipedia's text
 (pretrain/wikipedia/), and writes the sets that it found there into ``lengths.json``. Counts are of WordPiece tokens with [CLS] and
 [SEP], cut where the task's usual scripts cut: 128 for GLUE, windows of 384 that overlap by 128 for SQuAD, 512 for Wikipedia's
-paragraphs.
+paragraphs. Of GLUE's tasks RTE is missing: where these were counted there were twenty of its pairs, too few to stand for it.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .harness import write_json
+from fastbert.whole_file import whole_file
 
 EMBEDDED = Path(__file__).with_name("lengths.json")
 GLUE_LENGTH, SQUAD_LENGTH, SQUAD_STRIDE, WIKIPEDIA_LENGTH = 128, 384, 128, 512
@@ -42,8 +41,9 @@ class Lengths:
         """The lengths of a batch that looks like the whole set: at the middles of ``sequences`` equal parts, ascending."""
         lengths = np.array(sorted(self.counts))
         up_to = np.cumsum([self.counts[length] for length in lengths])
-        middles = (np.arange(sequences) + 0.5) / sequences * up_to[-1]
-        return tuple(int(length) for length in lengths[np.searchsorted(up_to, middles)])
+        # The middle of part i is (2i + 1) / (2 sequences) of all texts; multiplied out, integers compare exactly.
+        middles = (2 * np.arange(sequences) + 1) * up_to[-1]
+        return tuple(int(length) for length in lengths[np.searchsorted(2 * sequences * up_to, middles)])
 
     @property
     def mean(self) -> float:
@@ -53,8 +53,7 @@ class Lengths:
 @functools.cache
 def embedded() -> dict[str, Lengths]:
     """The sets by the names that workloads use ("mnli", "squad", ...)."""
-    read = json.loads(EMBEDDED.read_text(encoding="utf-8"))
-    sets = {name: Lengths(**{**entry, "counts": {int(n): c for n, c in entry["counts"].items()}}) for name, entry in read.items()}
+    sets = read_sets(EMBEDDED)
     # Sequence pairs for pretraining: evenly spread with the mean 254 that MLPerf's Wikipedia at 512 tokens has.
     spread = Lengths(
         "MLPerf Wikipedia", WIKIPEDIA_LENGTH, "evenly spread around MLPerf's mean of 254", dict.fromkeys(range(8, 501), 1)
@@ -62,75 +61,104 @@ def embedded() -> dict[str, Lengths]:
     return {**sets, MLPERF: spread}
 
 
+def read_sets(path: Path) -> dict[str, Lengths]:
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: Lengths(
+            entry["title"], entry["padded_to"], entry["source"], dict(zip(entry["lengths"], entry["counts"], strict=True))
+        )
+        for name, entry in entries.items()
+    }
+
+
+def write_sets(path: Path, sets: Mapping[str, Lengths]) -> None:
+    """Lengths and their counts as two lists, each on one line."""
+    entries = []
+    for name, of in sets.items():
+        fields = {"title": of.title, "padded_to": of.padded_to, "source": of.source}
+        fields |= {"lengths": list(of.counts), "counts": list(of.counts.values())}
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items())
+        entries.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
+    with whole_file(path) as beside:
+        beside.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
+
+
 # --- counting ------------------------------------------------------------------------------------------------------------
 
-
-def _texts(folder: Path, task: str, file: str) -> list[tuple[str, ...]]:
-    from fastbert.data.sources import Source
-    from fastbert.tasks.glue_data import read_glue
-    from fastbert.tasks.glue_tasks import glue_task
-
-    examples, _ = read_glue(glue_task(task), Source(folder / file))
-    return [tuple(filter(None, (example.text, example.text_pair))) for example in examples]
+Count = Callable[[Path, Any], Iterable[list[int]]]  # (file or folder, tokenizer) -> token ids of each text
 
 
-def _glue(task: str, file: str) -> Callable[[Path, Any], Counter]:
-    def count(folder: Path, tokenizer: Any) -> Counter:
-        pairs = _texts(folder, task, file)
-        encoded = tokenizer(*map(list, zip(*pairs, strict=True)), truncation=True, max_length=GLUE_LENGTH)
-        return Counter(map(len, encoded["input_ids"]))
+@dataclass(frozen=True)
+class Counted:
+    """A set that can be counted from ``path`` in a folder of data."""
 
-    return count
+    title: str
+    padded_to: int
+    source: str
+    path: str
+    encode: Count
 
 
-def _squad(folder: Path, tokenizer: Any) -> Counter:
+def _glue(task: str) -> Count:
+    def encode(path: Path, tokenizer: Any) -> list[list[int]]:
+        from fastbert.data.sources import Source
+        from fastbert.tasks.glue_data import read_glue
+        from fastbert.tasks.glue_tasks import glue_task
+
+        examples, _ = read_glue(glue_task(task), Source(path), labelled=False)
+        texts = [tuple(text for text in (example.text, example.text_pair) if text is not None) for example in examples]
+        return tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=GLUE_LENGTH)["input_ids"]
+
+    return encode
+
+
+def _squad(path: Path, tokenizer: Any) -> list[list[int]]:
     from fastbert.data.sources import Source
     from fastbert.data.squad import read_squad
 
-    questions = read_squad(Source(folder / "qa/squad_v1.1/dev-v1.1.json.gz"))
-    encoded = tokenizer(
+    questions = read_squad(Source(path), labelled=False)
+    return tokenizer(
         [q.question for q in questions], [q.context for q in questions], truncation="only_second", max_length=SQUAD_LENGTH,
         stride=SQUAD_STRIDE, return_overflowing_tokens=True,
-    )  # fmt: skip
-    return Counter(map(len, encoded["input_ids"]))
+    )["input_ids"]  # fmt: skip
 
 
-def _wikipedia(folder: Path, tokenizer: Any) -> Counter:
+def _wikipedia(path: Path, tokenizer: Any) -> list[list[int]]:
     from fastbert.data.corpus import read_documents
 
-    paragraphs = (p for document in read_documents([folder / "pretrain/wikipedia"]) for p in document.paragraphs)
-    return Counter(len(ids) for ids in _encoded(tokenizer, paragraphs))
+    paragraphs = [paragraph for document in read_documents([path]) for paragraph in document.paragraphs]
+    return tokenizer(paragraphs, truncation=True, max_length=WIKIPEDIA_LENGTH)["input_ids"]
 
 
-def _encoded(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
-    return tokenizer(list(texts), truncation=True, max_length=WIKIPEDIA_LENGTH)["input_ids"]
-
-
-# name -> (title, padded to, source, how to count)
-_SETS: dict[str, tuple[str, int, str, Callable[[Path, Any], Counter]]] = {
-    "cola": ("CoLA", GLUE_LENGTH, "CoLA's dev sentences", _glue("cola", "glue/CoLA/dev.tsv")),
-    "sst2": ("SST-2", GLUE_LENGTH, "SST-2's dev sentences", _glue("sst2", "glue/SST-2/dev.tsv")),
-    "mrpc": ("MRPC", GLUE_LENGTH, "MRPC's dev pairs", _glue("mrpc", "glue/MRPC/dev.tsv")),
-    "stsb": ("STS-B", GLUE_LENGTH, "STS-B's dev pairs", _glue("stsb", "glue/STS-B/dev.tsv")),
-    "qqp": ("QQP", GLUE_LENGTH, "23,496 of QQP's train pairs", _glue("qqp", "glue/QQP/train_sample.tsv")),
-    "mnli": ("MNLI", GLUE_LENGTH, "MNLI's matched dev pairs", _glue("mnli", "glue/MNLI/dev_matched.tsv")),
-    "qnli": ("QNLI", GLUE_LENGTH, "QNLI's dev pairs", _glue("qnli", "glue/QNLI/dev.tsv")),
-    "wnli": ("WNLI", GLUE_LENGTH, "WNLI's train pairs", _glue("wnli", "glue/WNLI/train.tsv")),
-    "squad": ("SQuAD", SQUAD_LENGTH, "windows of SQuAD 1.1's dev questions", _squad),
-    "wikipedia": ("Wikipedia", WIKIPEDIA_LENGTH, "paragraphs of 1,408 Wikipedia articles", _wikipedia),
+SETS = {
+    "cola": Counted("CoLA", GLUE_LENGTH, "CoLA's dev sentences", "glue/CoLA/dev.tsv", _glue("cola")),
+    "sst2": Counted("SST-2", GLUE_LENGTH, "SST-2's dev sentences", "glue/SST-2/dev.tsv", _glue("sst2")),
+    "mrpc": Counted("MRPC", GLUE_LENGTH, "MRPC's dev pairs", "glue/MRPC/dev.tsv", _glue("mrpc")),
+    "stsb": Counted("STS-B", GLUE_LENGTH, "STS-B's dev pairs", "glue/STS-B/dev.tsv", _glue("stsb")),
+    "qqp": Counted("QQP", GLUE_LENGTH, "23,496 of QQP's train pairs", "glue/QQP/train_sample.tsv", _glue("qqp")),
+    "mnli": Counted("MNLI", GLUE_LENGTH, "MNLI's matched dev pairs", "glue/MNLI/dev_matched.tsv", _glue("mnli")),
+    "qnli": Counted("QNLI", GLUE_LENGTH, "QNLI's dev pairs", "glue/QNLI/dev.tsv", _glue("qnli")),
+    "wnli": Counted("WNLI", GLUE_LENGTH, "WNLI's train pairs", "glue/WNLI/train.tsv", _glue("wnli")),
+    "squad": Counted("SQuAD", SQUAD_LENGTH, "windows of SQuAD 1.1's dev questions", "qa/squad_v1.1/dev-v1.1.json.gz", _squad),
+    "wikipedia": Counted("Wikipedia", WIKIPEDIA_LENGTH, "paragraphs of 1,408 Wikipedia articles", "pretrain/wikipedia", _wikipedia),
 }
 
 
-def counted(folder: Path, tokenizer: Any) -> dict[str, Lengths]:
-    """The sets whose files are in ``folder``; FileNotFoundError where none is."""
+def counted(folder: Path, tokenizer: Any, names: Iterable[str] | None = None) -> dict[str, Lengths]:
+    """The sets of those names, counted from ``folder``; None: all whose files are there.
+
+    Raises FileNotFoundError naming the file that is missing, and DataError for one that is not in its set's format.
+    """
+    chosen = [name for name, of in SETS.items() if (folder / of.path).exists()] if names is None else list(names)
+    if not chosen and names is None:
+        raise FileNotFoundError(f"{folder} has none of the sets {', '.join(SETS)}: expected such as {folder / SETS['mnli'].path}")
     found = {}
-    for name, (title, padded_to, source, count) in _SETS.items():
-        try:
-            found[name] = Lengths(title, padded_to, source, dict(sorted(count(folder, tokenizer).items())))
-        except FileNotFoundError:
-            continue
-    if not found:
-        raise FileNotFoundError(f"{folder} has none of the sets {', '.join(_SETS)}: expected glue/, qa/ or pretrain/ in it")
+    for name in chosen:
+        of = SETS[name]
+        if not (folder / of.path).exists():
+            raise FileNotFoundError(f"the lengths named {name} are counted from {folder / of.path}, which does not exist")
+        counts = Counter(map(len, of.encode(folder / of.path, tokenizer)))
+        found[name] = Lengths(of.title, of.padded_to, of.source, dict(sorted(counts.items())))
     return found
 
 
@@ -139,11 +167,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", required=True, help="folder or Hub name")
     given = parser.parse_args()
-    from transformers import AutoTokenizer
+    from fastbert.data.tokenizer import load_tokenizer
 
-    found = counted(given.data, AutoTokenizer.from_pretrained(given.tokenizer))
-    kept = {name: lengths for name, lengths in embedded().items() if name != MLPERF} if EMBEDDED.exists() else {}
-    write_json(EMBEDDED, {name: dataclasses.asdict(lengths) for name, lengths in {**kept, **found}.items()})
+    found = counted(given.data, load_tokenizer(given.tokenizer))
+    kept = read_sets(EMBEDDED) if EMBEDDED.exists() else {}
+    write_sets(EMBEDDED, {**kept, **found})
     for name, lengths in found.items():
         print(f"{name:<10} {sum(lengths.counts.values()):>7,} of {lengths.mean:>5.1f} tokens on average: {lengths.source}")
 

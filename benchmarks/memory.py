@@ -28,22 +28,27 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int | None:
     except OSError:
         before = None
     run()
-    return None if before is None else _status("VmHWM") - before
+    peak = _status("VmHWM")
+    return None if before is None or peak is None else peak - before
+
+
+def held_bytes(device: str) -> int | None:
+    """What torch's tensors hold on the GPU, or this process on a CPU; None where the system does not tell (not Linux)."""
+    return torch.cuda.memory_allocated() if device == "cuda" else resident_bytes()
 
 
 def resident_bytes() -> int | None:
     """Memory of this process; what was freed and is kept for the next allocation is given back to the system first."""
-    if not _STATUS.exists():
-        return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
     return _status("VmRSS")
 
 
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    for line in _STATUS.read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {field}")
+def _status(field: str) -> int | None:
+    """A field of /proc/self/status, in bytes; None where this system, or a sandbox, does not have it."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None

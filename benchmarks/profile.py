@@ -1,84 +1,152 @@
-"""Where the time of a run goes: matmuls, attention, the rest of the arithmetic, and what lies outside of all kernels.
+"""Where the time of a step goes, by the parts of ``benchmarks.parts``: ``fastbert bench --profile``.
 
-torch.profiler names every operator; :data:`CATEGORIES` says what each is. Times are those of an operator without the operators
-that it calls, so nothing counts twice. A whole encoder layer in one native call is no operator: it counts its own time.
-``outside`` is what is left of the time that a run takes without the profiler: Python, dispatch, threads that wait, and whatever
-nobody accounts for.
+The document of a suite, or of each of its dtypes where they have one each, then has
+
+    "profile": {batch: {contender: {"dtype": "float32", "seconds": 0.1, "profiler_seconds": 0.12,
+                                    "parts": {"linear": 0.06, ..., "outside": 0.01}, "operators": {"aten::addmm": 0.06, ...}}}}
+    "floors":  {batch: {dtype: {"linear": 0.05, ...}}}
+
+``seconds`` are those of a run without the profiler, and what ``parts`` add up to; ``operators`` are the ten that take longest, in
+seconds of their own; a part that has no floor needs nothing at the least (``model_work.parts``).
+
+On a CPU the time of a part is that of its operators without the operators that they call, so nothing counts twice. A whole encoder
+layer of fastbert's in one native call is no operator: it counts its own time, the GELU with the linear layers, in which it
+happens, and int8's conversions with the layer norms: such a sum is a part of its own, ``linear + gelu``. On a GPU it is the time
+of the kernels, by the operators that launched them. ``outside`` is the rest of the run: Python, dispatch, threads that wait; on a
+GPU the time in which it waits for the host.
+
+The GPU's side is written against torch.profiler's documentation and has not run on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastbert.ops import native, native_encoder
 
-from .harness import quiet
+from .harness import first_line, quiet, synchronize
+from .parts import (
+    ATTENTION,
+    COPIES,
+    GELU,
+    LAYER_NORM,
+    LINEAR,
+    OTHER,
+    OUTSIDE,
+    OWN_MATMUL,
+    creators_of,
+    fused,
+    in_order,
+    kernel_part,
+    operator_of,
+    part_of,
+)
 
-GEMM, ATTENTION, REST, OPTIMIZER, OUTSIDE = "gemm", "attention", "rest", "optimizer", "outside"
-PARTS = (GEMM, ATTENTION, REST, OPTIMIZER)
-# The encoder layer's own counters (fastbert.ops.native_encoder.work_seconds).
-_COUNTERS = {"linear": GEMM, "attention": ATTENTION, "rest": REST}
-OWN_MATMUL = "fastbert::matmul"
-# By name, without what an operator calls inside of it: around a matmul there is only dispatch. What nothing names is arithmetic.
-_GEMM_OPERATORS = "mkldnn::_linear_pointwise mkl::_mkl_linear aten::addmm aten::addmm_ aten::mm aten::bmm aten::_int_mm"
-_AROUND_GEMMS = "fastbert::linear aten::linear aten::matmul"
-_VIEWS = "view reshape _unsafe_view as_strided slice select t transpose expand unsqueeze squeeze detach flatten unbind chunk split"
-_NEW_MEMORY = "empty empty_like empty_strided new_empty resize_ item _local_scalar_dense resolve_conj resolve_neg"
-CATEGORIES = {
-    **dict.fromkeys(_GEMM_OPERATORS.split(), GEMM),
-    **dict.fromkeys(_AROUND_GEMMS.split(), OUTSIDE),
-    **dict.fromkeys((f"aten::{name}" for name in f"{_VIEWS} {_NEW_MEMORY}".split()), OUTSIDE),
-    OWN_MATMUL: GEMM,
-    "aten::_fused_adamw_": OPTIMIZER,
-}
-CATEGORIES_BY_PREFIX = {
-    "fastbert::encoder_layer": OUTSIDE,  # its counters say what happens inside of it
-    "fastbert::attention": ATTENTION,
-    "aten::scaled_dot_product": ATTENTION,
-    "aten::_scaled_dot_product": ATTENTION,
-    "onednn::qlinear": GEMM,
-    "autograd::": OUTSIDE,
-}
+# Turns without and with the profiler: at least so many, and more of a short run.
+_FEWEST, _MOST, _LIMIT_S = 2, 20, 2.0
+_OPERATORS = 10  # that a document names
+_MICROSECOND = 1e-6
+Spent = tuple[Counter[str], Counter[str]]  # seconds by part, and by operator
 
 
-def category(operator: str) -> str:
-    if "::" not in operator:  # a node of autograd or an annotation around operators
-        return OUTSIDE
-    if operator in CATEGORIES:
-        return CATEGORIES[operator]
-    return next((name for prefix, name in CATEGORIES_BY_PREFIX.items() if operator.startswith(prefix)), REST)
+def profiles(runs: Mapping[str, tuple[Callable[[], Any], str]], device: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """By contender what the module describes; runs: a run and its dtype. One that fails (out of memory) is said and left out."""
+    found = {}
+    for name, (run, dtype) in runs.items():
+        try:
+            found[name] = profiled(run, device, dtype)
+        except Exception as error:
+            say(f"not profiled: {name}: {first_line(error)}")
+    return found
 
 
-def shares(run: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Of the fastest of ``rounds`` runs on the CPU: ``seconds`` without the profiler, ``shares`` of them by category, and
-    ``operators``, the ten that take longest under the profiler, with their share."""
-    plain, profiled = [], []
-    for _ in range(rounds):
-        before, start = _layer_seconds(), time.perf_counter()
-        run()
-        plain.append((time.perf_counter() - start, {part: after - before[part] for part, after in _layer_seconds().items()}))
-        with quiet(), _named_matmul(), profile(activities=[ProfilerActivity.CPU]) as profiler:
-            run()
-        profiled.append({event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()})
-    seconds, counted = min(plain, key=lambda timed: timed[0])
-    operators = min(profiled, key=lambda times: sum(times.values()))
-    parts = {part: counted.get(part, 0.0) for part in PARTS}
-    for operator, spent in operators.items():
-        if (kind := category(operator)) != OUTSIDE:
-            parts[kind] += spent
-    of_run = {part: spent / seconds for part, spent in parts.items()}
-    longest = sorted(operators, key=operators.__getitem__, reverse=True)[:10]
+def profiled(run: Callable[[], Any], device: str, dtype: str) -> dict[str, Any]:
+    """Of the fastest of several runs, without and with the profiler in turns, what the module describes.
+
+    Where the operators take longer under the profiler than the run without it, which is noise, all of them are scaled to it.
+    """
+    run()  # what a first call makes is none of the steps'
+    plain, traced = [], []
+    while len(plain) < _FEWEST or (len(plain) < _MOST and sum(plain) < _LIMIT_S):
+        plain.append(_seconds(run, device))
+        traced.append(_traced(run, device, dtype))
+    seconds = min(plain)
+    profiler_seconds, (parts, operators) = min(traced, key=lambda trace: trace[0])
     return {
+        "dtype": dtype,
         "seconds": seconds,
-        "shares": {**of_run, OUTSIDE: max(0.0, 1.0 - sum(of_run.values()))},
-        "operators": {operator: operators[operator] / seconds for operator in longest},
+        "profiler_seconds": profiler_seconds,
+        "parts": of_run(parts, seconds),
+        "operators": dict(operators.most_common(_OPERATORS)),
     }
+
+
+def of_run(parts: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Parts that together are ``seconds``, what is left over :data:`OUTSIDE`."""
+    inside = sum(parts.values())
+    scale = min(1.0, seconds / inside) if inside else 1.0
+    found = {part: parts[part] * scale for part in in_order(parts) if parts[part] > 0.0}
+    return {**found, OUTSIDE: max(0.0, seconds - sum(found.values()))}
+
+
+def _seconds(run: Callable[[], Any], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def _traced(run: Callable[[], Any], device: str, dtype: str) -> tuple[float, Spent]:
+    """Seconds of a run under the profiler, and where they went without what is outside."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    before = _layer_seconds(dtype)
+    with quiet(), _named_matmul(), profile(activities=activities) as profiler:
+        seconds = _seconds(run, device)
+    parts, operators = (device_times if device == "cuda" else cpu_times)(profiler.events())
+    for part, after in _layer_seconds(dtype).items():
+        parts[part] += after - before[part]
+    del parts[OUTSIDE]
+    return seconds, (parts, operators)
+
+
+def cpu_times(events: Iterable[Any]) -> Spent:
+    """Seconds of the operators among torch's profiler events, each without those of the operators that it calls."""
+    events = [event for event in events if event.device_type == DeviceType.CPU and not event.is_async]
+    creators = creators_of(events)
+    parts, operators = Counter[str](), Counter[str]()
+    for event in events:
+        spent = event.self_cpu_time_total * _MICROSECOND
+        parts[part_of(event, creators)] += spent
+        operators[operator_of(event)] += spent
+    return parts, operators
+
+
+def device_times(events: Iterable[Any]) -> Spent:
+    """Seconds of a GPU's kernels and copies, by the operators that launched them."""
+    events = list(events)
+    launching = [event for event in events if event.device_type == DeviceType.CPU and not event.is_user_annotation]
+    creators = creators_of(launching)
+    parts, operators = Counter[str](), Counter[str]()
+    for event in launching:
+        for kernel in event.kernels:
+            part = kernel_part(kernel.name, event, creators)
+            parts[OTHER if part == OUTSIDE else part] += kernel.duration * _MICROSECOND
+            operators[operator_of(event)] += kernel.duration * _MICROSECOND
+    # An annotation is shown on the GPU, too, as long as all that was launched in it. Kernels that no operator launched count, too.
+    everything = sum(
+        event.self_device_time_total for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    )
+    parts[OTHER] += max(0.0, everything * _MICROSECOND - sum(parts.values()))
+    return parts, operators
 
 
 @contextlib.contextmanager
@@ -97,12 +165,9 @@ def _named_matmul() -> Iterator[None]:
         native.matmul = matmul
 
 
-def _layer_seconds() -> dict[str, float]:
-    """By category, what the native encoder layers have counted so far: thread-seconds, spread over the threads evenly."""
+def _layer_seconds(dtype: str) -> dict[str, float]:
+    """By part, what the native encoder layers have counted so far: thread-seconds, spread over the threads evenly."""
+    rest = fused(LAYER_NORM, COPIES) if dtype == "int8" else LAYER_NORM
+    names = {"linear": fused(LINEAR, GELU), "attention": ATTENTION, "rest": rest}
     counted = native_encoder.work_seconds()
-    return {part: counted[name] / torch.get_num_threads() for name, part in _COUNTERS.items()}
-
-
-def line(shares_of_run: dict[str, float]) -> str:
-    """The shares as text; categories that the run does not have are left out."""
-    return ", ".join(f"{name} {share:.1%}" for name, share in shares_of_run.items() if share >= 0.0005 or name == OUTSIDE)
+    return {part: counted[name] / torch.get_num_threads() for name, part in names.items()}

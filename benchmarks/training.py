@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -29,19 +29,16 @@ from .energy import Meter, meter
 from .harness import first_line, interleaved, paired_ratio, summary, write_results
 from .machine import machine
 from .memory import peak_bytes
-from .peers import TOKEN_BUDGET, onednn_float32_matmul, token_budget_groups
+from .peers import TOKEN_BUDGET, NotAvailable, token_budget_groups
+from .peers.steps import COMPILED, DEFAULT_PEERS, PEERS, SORTED, THEIRS, WHOLE_BATCHES, described
+from .reports.profile_plot import profile_table
 from .work import Work
 from .workloads import SIZES, Workload, config_for, model_title, packed_batch, padded_batch, workloads
 
 # bfloat16 keeps 8 bits: the losses of two right implementations differ in the third digit.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
-THEIRS, EAGER, COMPILED = "transformers", "transformers eager", "transformers compiled"
 OURS, PACKED = "fastbert", "fastbert packed"
-SORTED = "transformers sorted in micro-batches, oneDNN"
-CONTENDERS = (THEIRS, EAGER, COMPILED, PADDED_TO_LONGEST, SORTED, OURS, PACKED)
-# What may take part beside fastbert, by the names of --peers; the first always does.
-PEERS = ("transformers", "transformers-eager", "transformers-sorted", "transformers-compiled")
-DEFAULT_PEERS = ("transformers", "transformers-sorted")  # the others take minutes
+CONTENDERS = (*WHOLE_BATCHES, PADDED_TO_LONGEST, SORTED, OURS, PACKED)
 Batch = Mapping[str, Any]
 Parts = tuple[tuple[float, Batch], ...]  # micro-batches of a step, each with its loss's weight
 Say = Callable[[str], None]
@@ -61,8 +58,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Options:
-    """model, batches: see ``workloads``; limit_s: of each batch, after 3 rounds; peers: of :data:`PEERS`; packed: fastbert on
-    packed rows too, where batches have padding."""
+    """model, batches: see ``workloads``; limit_s: of each batch, after 3 rounds; peers: names in PEERS, whose first takes part
+    unasked; packed: fastbert on packed rows too, where batches have padding."""
 
     model: str
     batches: tuple[Workload, ...]
@@ -82,27 +79,31 @@ def main(task: Task, description: str, batches: tuple[str, ...]) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS", help="of each batch, after 3 rounds")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[PEERS[0]])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[THEIRS])
     parser.add_argument("--packed", action="store_true", help="fastbert on packed rows too, where batches have padding")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, part by part: benchmarks.profile")
     parser.add_argument("--save", metavar="FOLDER")
     given = parser.parse_args()
     options = Options(
         given.model, workloads(given.batches), given.dtype, given.rounds, given.limit, tuple(given.peers), given.packed,
         given.device,
     )  # fmt: skip
-    write_results(task.name, run(task, options, print), given.save)
+    document = run(task, options, print)
+    if given.profile:
+        document |= profiles(task, options, document["ceilings"], print)
+    write_results(task.name, document, given.save)
 
 
 def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
-    """Measures, says the table, returns the document; on CPUs with the profile of fastbert's step."""
+    """Measures, says the table, returns the document."""
     device, dtype = options.device, getattr(torch, options.dtype)
     limits, energy = ceilings(device, dtype), meter(device)
     config = config_for(options.model, **task.config)
     torch.manual_seed(0)
     theirs = model_of(task, transformers, options.model, config).to(device)
     ours = model_of(task, fastbert, options.model, config).to(device)
-    steps = make_steps(theirs, ours, options)
+    steps, not_run = make_steps(theirs, ours, options, say)
     weights = sum(p.numel() for p in ours.parameters())
 
     title = f"{task.name}, {model_title(options.model)}, {options.dtype}"
@@ -111,57 +112,86 @@ def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
         f"{'batch':<30}{'contender':<46}{'ms':>9}{'real tokens/s':>14}{'vs transformers':>20}{'memory':>10}{'MFU':>7}"
         f"{'of limit':>10}"
     )
-    results, profiles = {}, {}
+    results = {}
     for workload in options.batches:
         batch = task.with_labels(padded_batch(workload, config.vocab_size, device))
         batches = batches_of(batch, task, padded=workload.has_padding)
         contenders = {key: (steps[key.removesuffix(" packed")], parts) for key, parts in batches.items()
                       if key in steps or (key == PACKED and options.packed)}  # fmt: skip
-        ours.load_state_dict(theirs.state_dict())
-        if EAGER in steps:
-            steps[EAGER].model.load_state_dict(theirs.state_dict())
-        difference = loss_difference({key: contender for key, contender in contenders.items() if key != COMPILED}, dtype)
+        for model in {step.model for step in steps.values()} - {theirs}:
+            model.load_state_dict(theirs.state_dict())
+        difference, failed = loss_difference({key: c for key, c in contenders.items() if key != COMPILED}, dtype)
+        contenders = {key: contender for key, contender in contenders.items() if key not in failed}
         required = model_work.training_step(config, workload, options.dtype, task.labelled, weights)
         measured = measure(contenders, workload, required, limits, options.rounds, options.limit_s, device, energy)
+        measured["failed"] |= failed
         results[workload.name] = {
             **workload.described(), "work": required._asdict(), "relative_loss_difference": difference, **measured
         }  # fmt: skip
         show(workload.name, measured, say)
-        if device == "cpu" and OURS in measured:
-            step, parts = contenders[OURS]
-            profiles[workload.name] = profile.shares(lambda step=step, parts=parts: step(parts), rounds=2)
-            say(f"{'':<30}where fastbert's time goes: {profile.line(profiles[workload.name]['shares'])}")
     return {
         "machine": machine(device, dtype), "model": options.model, "dtype": options.dtype, "ceilings": limits,
-        "energy": energy.described(), "results": results, "profile": profiles,
+        "energy": energy.described(), "peers": described(options.peers), "not_run": not_run, "results": results,
     }  # fmt: skip
 
 
+def profiles(task: Task, options: Options, limits: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """Says and returns what ``profile`` describes, of a step of transformers (sdpa) and of fastbert, on models made anew: the
+    profiler runs when all timing is over. limits: the ceilings of ``options.dtype``."""
+    document: dict[str, Any] = {"profile": {}, "floors": {}}
+    config = config_for(options.model, **task.config)
+    theirs, ours = (model_of(task, library, options.model, config).to(options.device) for library in (transformers, fastbert))
+    steps, _ = make_steps(theirs, ours, replace(options, peers=()), say)
+    weights = sum(p.numel() for p in ours.parameters())
+    for workload in options.batches:
+        whole: Parts = ((1.0, task.with_labels(padded_batch(workload, config.vocab_size, options.device))),)
+        runs = {key: (lambda step=step, whole=whole: step(whole), options.dtype) for key, step in steps.items()}
+        document["profile"][workload.name] = profile.profiles(runs, options.device, say)
+        required = model_work.parts(config, workload, options.dtype, task.labelled, weights)
+        document["floors"][workload.name] = {options.dtype: model_work.floors(required, limits)}
+    say(f"\nwhere the time goes\n\n{profile_table(document)}")
+    return document
+
+
 def model_of(task: Task, library: Any, model: str, config: transformers.BertConfig) -> torch.nn.Module:
-    """Of the task's class in ``library``, in float32: a checkpoint's weights, or random ones for the name of a size."""
+    """Of the task's class in ``library``, in float32: a checkpoint's weights (with a new head where the checkpoint's has another
+    number of labels), or random ones for the name of a size."""
     made = getattr(library, task.model)
-    return made(config) if model in SIZES else made.from_pretrained(model, config=config, dtype=torch.float32)
+    if model in SIZES:
+        return made(config)
+    return made.from_pretrained(model, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
 
 
-def make_steps(theirs: torch.nn.Module, ours: torch.nn.Module, options: Options) -> dict[str, TrainingStep]:
-    """By contender; those of transformers that compute the same ops share a model and its optimizer."""
+def make_steps(
+    theirs: torch.nn.Module, ours: torch.nn.Module, options: Options, say: Say
+) -> tuple[dict[str, TrainingStep], dict[str, str]]:
+    """By contender; those of transformers that compute the same ops share a model and its optimizer. And by title, the reasons of
+    the peers that cannot take part."""
     device, dtype = options.device, getattr(torch, options.dtype)
-    steps = {THEIRS: TrainingStep(theirs, device, dtype), OURS: TrainingStep(ours, device, dtype)}
-    if "transformers-eager" in options.peers:
-        eager = copy.deepcopy(theirs)
-        eager.set_attn_implementation("eager")
-        steps[EAGER] = TrainingStep(eager, device, dtype)
-    if "transformers-compiled" in options.peers:
-        steps[COMPILED] = steps[THEIRS].called_by(torch.compile(theirs, dynamic=False))
-    if "transformers-sorted" in options.peers and device == "cpu":
-        steps[PADDED_TO_LONGEST] = steps[SORTED] = steps[THEIRS].under(onednn_float32_matmul)
-    return steps
+    step = TrainingStep(theirs, device, dtype)
+    steps, not_run = {THEIRS: step, OURS: TrainingStep(ours, device, dtype)}, {}
+    for name in PEERS:
+        if name == THEIRS or name not in options.peers:
+            continue
+        peer = PEERS[name]
+        reason = peer.why_not_on(device) or peer.why_not_in(options.dtype, device, named=True)
+        try:
+            if reason is not None:
+                raise NotAvailable(reason)
+            steps |= peer.make(step)
+        except NotAvailable as error:
+            not_run[peer.title] = str(error)
+        except Exception as error:  # of somebody else's library: the others go on
+            not_run[peer.title] = first_line(error)
+        if peer.title in not_run:
+            say(f"not run: {peer.title}: {not_run[peer.title]}")
+    return steps, not_run
 
 
 def batches_of(batch: dict[str, torch.Tensor], task: Task, padded: bool) -> dict[str, Parts]:
     """By contender, the same sequences as each takes them; ``padded``: whether the batch has padding."""
     whole: Parts = ((1.0, batch),)
-    batches = dict.fromkeys((THEIRS, EAGER, COMPILED, OURS), whole)
+    batches = dict.fromkeys((*WHOLE_BATCHES, OURS), whole)
     lengths, order = batch["attention_mask"].sum(1).sort()
     batches[PADDED_TO_LONGEST] = ((1.0, selected(batch, slice(None), int(lengths[-1]))),)
     if padded:
@@ -187,10 +217,15 @@ class TrainingStep:
     """step(parts) -> one optimizer step of ``model`` on the gradients of all parts."""
 
     def __init__(self, model: torch.nn.Module, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
         self.model, self.called = model.train(), cast(Callable[..., Any], model)
         self.autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
         self.optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.01)
         self.context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    def of(self, model: torch.nn.Module) -> TrainingStep:
+        """A step of another model, on the same device and in the same dtype, with an optimizer of its own."""
+        return TrainingStep(model, self.device, self.dtype)
 
     def called_by(self, called: Callable[..., Any]) -> TrainingStep:
         """The same step, with ``called`` (the compiled model) for what computes the loss."""
@@ -215,21 +250,30 @@ class TrainingStep:
 
     def loss_without_dropout(self, parts: Parts) -> float:
         self.model.eval()
-        with torch.no_grad(), self.context(), self.autocast:
-            loss = sum(weight * self.model(**batch).loss.item() for weight, batch in parts)
-        self.model.train()
-        return loss
+        try:
+            with torch.no_grad(), self.context(), self.autocast:
+                return sum(weight * self.model(**batch).loss.item() for weight, batch in parts)
+        finally:
+            self.model.train()
 
 
-def loss_difference(contenders: Mapping[str, tuple[TrainingStep, Parts]], dtype: torch.dtype) -> float:
-    """The largest, relative to transformers'. Raises RuntimeError where the contenders do not compute the same."""
-    losses = {key: step.loss_without_dropout(parts) for key, (step, parts) in contenders.items()}
-    difference = max(abs(loss - losses[THEIRS]) for loss in losses.values()) / abs(losses[THEIRS])
-    if not difference <= LOSS_TOLERANCE[dtype]:
-        raise RuntimeError(
-            f"losses differ by {difference:.1e}, more than {LOSS_TOLERANCE[dtype]:.0e}: nothing is measured: {losses}"
-        )
-    return difference
+def loss_difference(contenders: Mapping[str, tuple[TrainingStep, Parts]], dtype: torch.dtype) -> tuple[float, dict[str, str]]:
+    """The largest of those that compute the same, relative to transformers'; and by contender, why the others of transformers'
+    failed. Raises RuntimeError where fastbert does not compute the same."""
+    losses, differences, failed = {}, {}, {}
+    for key, (step, parts) in contenders.items():
+        try:
+            losses[key] = step.loss_without_dropout(parts)
+            differences[key] = abs(losses[key] - losses[THEIRS]) / abs(losses[THEIRS])
+            if not differences[key] <= LOSS_TOLERANCE[dtype]:
+                raise RuntimeError(
+                    f"losses differ by {differences.pop(key):.1e}, more than {LOSS_TOLERANCE[dtype]:.0e}: not timed: {losses}"
+                )
+        except Exception as error:
+            if key == THEIRS or key.startswith(OURS):
+                raise
+            failed[key] = first_line(error)
+    return max(differences.values()), failed
 
 
 def measure(

@@ -66,6 +66,31 @@ def linear_gelu(direction: str, *, rows: int, in_features: int, out_features: in
     return Work(2 * product, (2 * x + 2 * weight + 2 * y) * element_size)
 
 
+def linear(direction: str, *, rows: int, in_features: int, out_features: int, element_size: int = 2) -> Work:
+    """Forward x, weight in, y out; backward dy, x, weight in, dx and dweight out."""
+    x, weight, y = rows * in_features, in_features * out_features, rows * out_features
+    product = 2 * rows * in_features * out_features
+    if direction == "forward":
+        return Work(product, (x + weight + y) * element_size)
+    return Work(2 * product, (2 * x + 2 * weight + y) * element_size)
+
+
+def feed_forward(direction: str, *, rows: int, hidden: int, intermediate: int, element_size: int = 2) -> Work:
+    """Forward x and both weights in, y and the pre-activation (for the backward pass) out; backward dy, the pre-activation, x and
+    both weights in, dx and both weights' gradients out."""
+    x, weights, wide = rows * hidden, 2 * hidden * intermediate, rows * intermediate
+    products = 2 * rows * weights
+    if direction == "forward":
+        return Work(products, (2 * x + weights + wide) * element_size)
+    return Work(2 * products, (3 * x + 2 * weights + wide) * element_size)
+
+
+def int8_linear(direction: str, *, rows: int, in_features: int, out_features: int, element_size: int = 4) -> Work:
+    """Forward, all that there is: x in and y out in the activations' dtype, the weight in with one byte per element."""
+    moved = rows * (in_features + out_features) * element_size + in_features * out_features
+    return Work(2 * rows * in_features * out_features, moved)
+
+
 def mlm_loss(direction: str, *, rows: int, hidden: int, vocabulary: int, element_size: int = 2) -> Work:
     """rows: labelled ones. Forward one matmul; backward two, although an implementation that stores no logits needs a third to
     recompute them. Bytes: hidden and weight in, backward their gradients out."""
@@ -76,7 +101,17 @@ def mlm_loss(direction: str, *, rows: int, hidden: int, vocabulary: int, element
 
 _OPS = {
     function.__name__: function
-    for function in (attention, add_layer_norm, gelu_layer_norm, embedding_layer_norm, linear_gelu, mlm_loss)
+    for function in (
+        attention,
+        add_layer_norm,
+        gelu_layer_norm,
+        embedding_layer_norm,
+        linear,
+        linear_gelu,
+        feed_forward,
+        int8_linear,
+        mlm_loss,
+    )
 }
 
 

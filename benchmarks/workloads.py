@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, BertConfig
 
 from . import lengths as length_sets
+from .harness import first_line
 from .lengths import Lengths
 
 VOCABULARY = 30522
@@ -86,9 +87,19 @@ def workload(spec: str, sets: Mapping[str, Lengths] | None = None) -> Workload:
 
 
 def workloads(specs: Sequence[str], sets: Mapping[str, Lengths] | None = None) -> tuple[Workload, ...]:
-    """Of short names and names of :data:`BATCH_LISTS`, each batch once."""
-    names = [name for spec in specs for name in BATCH_LISTS.get(spec, (spec,))]
-    return tuple(workload(name, sets) for name in dict.fromkeys(names))
+    """Of short names and names of :data:`BATCH_LISTS`, each batch once, under whatever name (mnli is 32xmnli, too)."""
+    return tuple(dict.fromkeys(workload(name, sets) for name in names_of(specs)))
+
+
+def names_of(specs: Sequence[str]) -> list[str]:
+    """Short names, with the lists of :data:`BATCH_LISTS` in place of their names."""
+    return [name for spec in specs for name in BATCH_LISTS.get(spec, (spec,))]
+
+
+def set_of(spec: str) -> str | None:
+    """The set of lengths that a batch's short name speaks of; None for equal lengths and for what is no name of a batch."""
+    match = _SPEC.fullmatch(spec)
+    return None if match is None or match[2].isdecimal() else match[2]
 
 
 def config_for(model: str, **changes) -> BertConfig:
@@ -105,7 +116,7 @@ def config_for(model: str, **changes) -> BertConfig:
     try:
         config = AutoConfig.from_pretrained(model, **changes)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise WorkloadError(
             f"model {model!r} is neither one of {', '.join(SIZES)} nor a checkpoint (folder or Hub name): {reason}"
         ) from error

@@ -1,15 +1,14 @@
-"""What the CPU's benchmarks measure with: ceilings, peak memory, profiles, goals, and the other engines, which compute BERT."""
+"""What the CPU's benchmarks measure with: ceilings, peak memory, goals, and the other engines, which compute BERT."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-import types
 
 import pytest
 import torch
 
-from benchmarks import ceilings, cpu_goals, goals, memory, peers, profile, training
+from benchmarks import ceilings, cpu_goals, goals, memory, peers, training
 from benchmarks.finetune import TASK
 from benchmarks.harness import quiet
 from benchmarks.inference import LARGEST_DIFFERENCE, Contender, difference
@@ -50,36 +49,6 @@ def test_peak_memory_is_that_of_the_call_alone():
     needed = memory.peak_bytes(lambda: (torch.ones(10_000_000), torch.ones(5_000_000)), "cpu")
     assert 59e6 < needed < 70e6  # the kernel counts pages in batches
     assert len(kept) == 20_000_000
-
-
-def test_categories_of_operators():
-    expected = {
-        "mkldnn::_linear_pointwise": "gemm",
-        "aten::addmm": "gemm",
-        "fastbert::attention": "attention",
-        "fastbert::attention_backward": "attention",
-        "fastbert::add_layer_norm": "rest",
-        "aten::tanh": "rest",
-        "aten::t": "outside",
-        "aten::linear": "outside",
-        "aten::_fused_adamw_": "optimizer",
-        "Optimizer.step#AdamW.step": "outside",
-        "GeneratedBackwardFor_fastbert_attention_default": "outside",
-    }
-    assert {operator: profile.category(operator) for operator in expected} == expected
-
-
-def test_shares_of_operators_and_of_a_layer_that_counts_itself(monkeypatch):
-    x = torch.randn(400, 400)
-    found = profile.shares(lambda: torch.addmm(x, x, x) + x @ x, rounds=1)
-    assert found["shares"]["gemm"] == pytest.approx(found["operators"]["aten::addmm"] + found["operators"]["aten::mm"])
-    assert found["shares"]["rest"] >= found["operators"]["aten::add"]
-    counted = iter([{"gemm": 1.0, "rest": 1.0}, {"gemm": 1.0 + 1e-3, "rest": 1.0}])
-    monkeypatch.setattr(profile, "_layer_seconds", lambda: next(counted))
-    monkeypatch.setattr(profile, "time", types.SimpleNamespace(perf_counter=iter([0.0, 4e-3]).__next__))
-    found = profile.shares(lambda: None, rounds=1)
-    assert found["seconds"] == 4e-3
-    assert found["shares"] == pytest.approx({"gemm": 0.25, "attention": 0, "rest": 0, "optimizer": 0, "outside": 0.75})
 
 
 def fake_results(times_faster: float) -> dict:
@@ -162,11 +131,6 @@ def test_peers_compute_the_same(name, dtype, subject):
             expected = subject.model(**batch).last_hidden_state * real
             found = difference(Contender(name, dtype, run, ours=False), batch, expected, real)
             assert found["largest_difference"] <= LARGEST_DIFFERENCE[dtype]
-
-
-def test_a_peer_that_is_not_installed_says_so():
-    peer = peers.Peer("Nobody", lambda subject, dtype: None, {"cpu": ("float32",)}, "no_such_package")
-    assert "no_such_package is not installed" in peer.why_not_installed()
 
 
 def test_quiet_gives_the_terminal_back(capfd):

@@ -6,6 +6,7 @@ They are no part of the package: they measure other engines, too, and keep resul
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,19 +17,35 @@ from .command import DONE, FAILED, WRONG_USAGE, CommandFailure, CommandResult, S
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 
-def bench(options: dict[str, Any], save: str | None, command: str, say: Say) -> CommandResult:
-    """options: fields of benchmarks.bench.Options; save: a folder below benchmarks/results. :data:`FAILED` where a result of
-    fastbert is missing or wrong; a peer that cannot take part is reported and no failure."""
+def bench(options: dict[str, Any], save: str | None, output: Path | None, command: str, say: Say) -> CommandResult:
+    """options: fields of benchmarks.bench.Options; save: a folder below benchmarks/results; output: any folder, for a report.
+    :data:`FAILED` where a result of fastbert is missing or wrong; a peer that cannot take part is reported and no failure."""
     suites = benchmarks(CHECKOUT)
     settings = suites.Options(**options)
     if problems := settings.problems():
         raise CommandFailure("; ".join(problems), WRONG_USAGE)
+    if output is not None:
+        make_folder(output)
     document = suites.run(settings, say)
     if save is not None:
         suites.save(settings, document, command, save)
+    if output is not None:
+        for path in suites.report(settings, document, command, output):
+            say(f"written to {path}")
     for name, reason in document["failed"].items():
         say(f"failed: {name}: {reason}")
     return CommandResult({"suite": settings.suite, **document}, FAILED if document["failed"] else DONE)
+
+
+def make_folder(path: Path) -> None:
+    """Before anything is measured; CommandFailure where there can be none, or none that can be written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"--output {path}: expected a folder, or a path where one can be made: {error.strerror}"
+        raise CommandFailure(message, WRONG_USAGE) from error
+    if not os.access(path, os.W_OK):
+        raise CommandFailure(f"--output {path}: the folder cannot be written to", WRONG_USAGE)
 
 
 def benchmarks(checkout: Path) -> ModuleType:

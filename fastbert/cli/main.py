@@ -26,7 +26,7 @@ def doctor(json_output: JsonOption = False, debug: DebugOption = False) -> None:
 
 @app.command(cls=SeveralValuesCommand)
 def bench(
-    suite: Annotated[str, typer.Option(help="inference, finetune or pretrain.")] = "inference",
+    suite: Annotated[str, typer.Option(help="inference, finetune, pretrain or ops.")] = "inference",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[
         list[str] | None,
@@ -51,19 +51,48 @@ def bench(
         typer.Option(help="Count real lengths in this folder (glue/, qa/, pretrain/) instead of taking the embedded ones."),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Counts the tokens of --data; default: the checkpoint's own.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every contender on a batch.")] = 5,
-    limit: Annotated[float, typer.Option(min=0, help="Seconds for a batch, after which 3 rounds are enough.")] = 60.0,
+    ops: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of the suite ops: attention, linear_gelu, mlm_loss, ...; several may follow. Left out: all.",
+            metavar="OP...",
+            show_default=False,
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Turns of every contender on a batch.  [default: 5; of an op 30]", show_default=False),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Seconds for a batch, after which 3 rounds are enough; of the suite ops for all, after which nothing new begins."
+            "  [default: 60; ops 300]",
+            show_default=False,
+        ),
+    ] = None,
     peers: Annotated[
         list[str] | None,
         typer.Option(
             help="Who takes part beside fastbert: transformers, transformers-eager, transformers-compiled, transformers-sorted, "
-            "and for inference onnxruntime, openvino, ctranslate2; several may follow. Left out: those that are installed.",
+            "transformers-flash; for inference also transformers-packed, flash-attn-bert, zentorch, onnxruntime, openvino, "
+            "ctranslate2; for training transformers-liger; for ops torch-eager, torch-compile, torch-quantized, plain-linear, "
+            "sdpa, varlen-attn, flash-attn, liger; several may follow. Left out: for inference and ops all that are installed, for "
+            "training all but those that take minutes (eager, compiled).",
             metavar="PEER...",
             show_default=False,
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every contender.  [default: torch's]", show_default=False)] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time goes, part by part, beside transformers.")
+    ] = False,
     save: Annotated[str | None, typer.Option(help="Keep the document in benchmarks/results/FOLDER.", metavar="FOLDER")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write a report into this folder: SUITE.json, SUITE.md and pictures.", metavar="FOLDER"),
+    ] = None,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -73,10 +102,11 @@ def bench(
     options = {
         "suite": suite, "device": device, "dtypes": tuple(dtype) if dtype else None, "model": model,
         "batches": tuple(batches) if batches else None, "data": data, "tokenizer": tokenizer, "rounds": rounds,
-        "limit_s": limit, "peers": tuple(peers) if peers else None, "threads": threads,
+        "limit_s": limit, "peers": tuple(peers) if peers else None, "threads": threads, "profile": profile,
+        "ops": tuple(ops) if ops else None,
     }  # fmt: skip
     command = " ".join(["fastbert", *sys.argv[1:]])
-    run_command("bench", lambda say: body(options, save, command, say), json_output=json_output, debug=debug)
+    run_command("bench", lambda say: body(options, save, output, command, say), json_output=json_output, debug=debug)
 
 
 @app.command(cls=SeveralValuesCommand)

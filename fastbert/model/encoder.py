@@ -18,11 +18,11 @@ from .embeddings import embed
 from .inputs import check_inputs, warn_of_first_position
 from .layer import FusedLayer
 from .outputs import PooledEncoderOutput
-from .packed_layer import packed_stack
+from .packed_layer import is_trained, packed_stack
 from .packing import Packing
 from .plain import is_watched
 from .row_selection import RowSelection, SelectedRows, all_rows_reasons, reads_first_rows
-from .swap import use_fast_classes
+from .swap import is_of_fast_class, use_fast_classes
 
 
 class PackedEncoder:
@@ -59,8 +59,9 @@ class PackedEncoder:
         inputs = {
             "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
-        # Of a masked-LM head of ours: (batch, length), it reads the rows that have one, and (cap,), which those are.
-        labels, labelled_rows = kwargs.pop("read_labels", None), kwargs.pop("read_rows", None)
+        # From a head of ours: the labels (batch, length) whose rows it reads, and those rows (cap,) where it knows them, or that it
+        # reads the pooler's output alone.
+        read = kwargs.pop("read_labels", None), kwargs.pop("read_rows", None), kwargs.pop("read_first", False)
         packing = self.packed_row(attention_mask, kwargs, past_key_values, **inputs)
         reasons = model_fallback_reasons(
             self,
@@ -71,7 +72,7 @@ class PackedEncoder:
             output_hidden_states=kwargs.get("output_hidden_states"),
         )
         if not reasons:
-            return self._packed_forward(packing, attention_mask, (labels, labelled_rows), kwargs, **inputs)
+            return self._packed_forward(packing, attention_mask, read, kwargs, **inputs)
         decoder = {
             "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
             "past_key_values": past_key_values, "use_cache": use_cache,
@@ -105,7 +106,7 @@ class PackedEncoder:
         return packing
 
     def _packed_forward(self, packing, attention_mask, read, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):
-        labels, labelled_rows = read
+        labels, labelled_rows, first_only = read
         tokens = inputs_embeds if input_ids is None else input_ids
         if packing is None:
             packing = Packing.from_mask(attention_mask, tuple(tokens.shape[:2]), tokens.device)
@@ -114,13 +115,13 @@ class PackedEncoder:
         config = self.config
         recorded = _HiddenStates(hidden_states_wanted(config, kwargs), config.num_hidden_layers)
         recorded.add(hidden_states)
-        selection = None
-        known = labels is not None and hidden_states.shape[0] > 0 and not torch.compiler.is_compiling()
+        selection, total, has_pooler = None, hidden_states.shape[0], getattr(self, "pooler", None) is not None
+        known = (labels is not None or (first_only and has_pooler)) and total > 0 and not torch.compiler.is_compiling()
         if known and not all_rows_reasons(self, recorded.states is not None):
-            first = getattr(self, "pooler", None) is not None
-            selection = RowSelection(packing, labels, first=first, labelled_rows=labelled_rows)
+            selection = RowSelection(packing, total, labels, first=has_pooler, labelled_rows=labelled_rows)
         layers = list(self.encoder.layer)
-        last_layer = layers.pop() if selection is not None and selection.is_worth_it else None
+        worth_it = selection is not None and selection.is_worth_it(is_trained(layers[-1], hidden_states))
+        last_layer = layers.pop() if worth_it else None
         stack = packed_stack(layers, hidden_states) if recorded.states is None else []
         if stack:
             hidden_states = run_layers(stack, hidden_states, packing.cu_seqlens)
@@ -187,6 +188,13 @@ def sequences_in_row(encoder: nn.Module, attention_mask, kwargs: dict[str, Any],
     if packing is not None:
         kwargs |= {"cu_seq_lens_q": packing.cu_seqlens, "max_length_q": packing.max_seqlen}
     return packing
+
+
+def not_told_reasons(encoder: nn.Module) -> list[str]:
+    """Why a head cannot tell its encoder which rows it reads; empty where it can."""
+    if not (is_of_fast_class(encoder) and isinstance(encoder, PackedEncoder)):
+        return [f"the encoder is {type(encoder).__module__}.{type(encoder).__qualname__}"]
+    return ["the encoder has hooks, or another forward than its class"] if is_watched(encoder) else []
 
 
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

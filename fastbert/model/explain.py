@@ -13,6 +13,7 @@ from .accelerate import encoder_classes, module_of
 from .attention_interface import NAME as ATTENTION
 from .embeddings import embedding_notes
 from .encoder import PackedEncoder, hidden_states_wanted, model_fallback_reasons
+from .heads import FirstRowsOnly
 from .layer import FusedLayer, int8_parts, layer_fallback_reasons, layer_notes
 from .lm_heads import LabelledRowsOnly
 from .packed_layer import packing_reasons
@@ -28,9 +29,10 @@ class Explanation:
     packed). embeddings: notes on them. layers: notes per layer index (an empty list: fully fused). inference: on CPUs, per layer
     index, why calls without gradients take the layer's ops one by one (an empty list: one call on packed weights). int8: per layer
     index the Linears that multiply int8, where there are any. head: notes of the language-model head, None where the model has
-    none. last_layer: of a model with a masked-LM head, why the last layer computes all rows in a call with labels instead of those
-    that somebody reads; None for others. ops: the backend that ``"auto"`` picks for the device and dtype of the weights, with the
-    reasons against the ones before it. others: the model's other encoders.
+    none. last_layer: why the last layer computes all rows instead of those that somebody reads, of a model with a masked-LM head
+    in a call with labels, of one whose head reads the pooler's output alone in every call; None for others. ops: the backend that
+    ``"auto"`` picks for the device and dtype of the weights, with the reasons against the ones before it. others: the model's
+    other encoders.
     """
 
     name: str
@@ -79,7 +81,8 @@ class Explanation:
         if self.last_layer:
             lines.append(f"last layer all rows, read or not: {'; '.join(self.last_layer)}")
         elif self.last_layer is not None:
-            lines.append("last layer with labels, labelled rows and first tokens only")
+            read = "first tokens only" if self.head is None else "with labels, labelled rows and first tokens only"
+            lines.append(f"last layer {read}")
         for op, facts in self.ops.items():
             lines.append(f"{op:<20} {facts['backend']}")
             lines += [f"{'':<20} not {name}: {'; '.join(reasons)}" for name, reasons in facts["passed_over"].items()]
@@ -102,8 +105,8 @@ def explain(model: nn.Module | Pipeline, **inputs: Any) -> Explanation:
     head = next((m for m in module.modules() if _has_language_model_head(m)), None)
     first, *others = (_explain_encoder(name, encoder, inputs) for name, encoder in encoders.items())
     first.head, first.others = None if head is None else _head_notes(head), others
-    masked_lm = next((m for m in module.modules() if isinstance(m, LabelledRowsOnly)), None)  # not what wraps it
-    first.last_layer = None if masked_lm is None else _last_layer_reasons(masked_lm, inputs)
+    reader = next((m for m in module.modules() if isinstance(m, LabelledRowsOnly | FirstRowsOnly)), None)  # not what wraps it
+    first.last_layer = None if reader is None else _last_layer_reasons(reader, inputs)
     return first
 
 
@@ -163,7 +166,7 @@ def _head_notes(model: nn.Module) -> list[str]:
     return [f"logits of all tokens: it is {type(model).__module__}.{type(model).__qualname__}"]
 
 
-def _last_layer_reasons(model: LabelledRowsOnly, inputs: dict[str, Any]) -> list[str]:
+def _last_layer_reasons(model: LabelledRowsOnly | FirstRowsOnly, inputs: dict[str, Any]) -> list[str]:
     encoder = model.base_model
     if reasons := model.all_rows_reasons():
         return reasons

@@ -14,18 +14,45 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.utils.generic import can_return_tuple
 
 from .bert import PackedHead
-from .encoder import sequences_in_row
+from .encoder import not_told_reasons, sequences_in_row
 from .inputs import check_labels
 from .swap import replaces
 
 
+class FirstRowsOnly:
+    """Mixin in front of transformers' heads that read the pooler's output and nothing else: the encoder's last layer goes on with
+    the first token of each sequence alone (:mod:`fastbert.model.row_selection`), 6% (bert-base) to 19% (4 layers) less work.
+    """
+
+    def all_rows_reasons(self) -> list[str]:
+        """Why the last layer computes all rows; empty where it computes those that are read."""
+        return not_told_reasons(self.base_model)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ):
+        if not torch.compiler.is_compiling() and not self.all_rows_reasons():
+            kwargs["read_first"] = True
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, labels=labels, **kwargs,
+        )  # fmt: skip
+
+
 @replaces(hf.BertForNextSentencePrediction)
-class BertForNextSentencePrediction(PackedHead, hf.BertForNextSentencePrediction):
+class BertForNextSentencePrediction(PackedHead, FirstRowsOnly, hf.BertForNextSentencePrediction):
     """transformers' class; see :class:`fastbert.BertModel` for what differs inside."""
 
 
 @replaces(hf.BertForSequenceClassification)
-class BertForSequenceClassification(PackedHead, hf.BertForSequenceClassification):
+class BertForSequenceClassification(PackedHead, FirstRowsOnly, hf.BertForSequenceClassification):
     """transformers' class; see :class:`fastbert.BertModel` for what differs inside."""
 
 
@@ -57,7 +84,7 @@ class MultipleChoice:
 
 
 @replaces(hf.BertForMultipleChoice)
-class BertForMultipleChoice(PackedHead, MultipleChoice, hf.BertForMultipleChoice):
+class BertForMultipleChoice(PackedHead, MultipleChoice, FirstRowsOnly, hf.BertForMultipleChoice):
     """transformers' class; see :class:`fastbert.BertModel` for what differs inside."""
 
 

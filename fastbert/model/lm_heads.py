@@ -12,12 +12,12 @@ from transformers.utils.generic import can_return_tuple
 
 from ..ops.registration import at_least_float32
 from .bert import PackedHead
-from .encoder import PackedEncoder, sequences_in_row
+from .encoder import not_told_reasons, sequences_in_row
 from .inputs import check_labels
 from .lm_head import IGNORE_INDEX, LanguageModelHead
 from .outputs import BertForPreTrainingOutput, BertLMHeadOutput, MaskedLMOutput
 from .plain import is_watched
-from .swap import is_of_fast_class, replaces
+from .swap import replaces
 
 
 def _bert_head(cls: nn.Module, expected: type) -> LanguageModelHead:
@@ -86,12 +86,7 @@ class LabelledRowsOnly:
 
     def all_rows_reasons(self) -> list[str]:
         """Why the last layer computes all rows in a call with labels; empty where it computes those that are read."""
-        encoder = self.base_model
-        if reasons := self.language_model_head().container_reasons():
-            return reasons
-        if not (is_of_fast_class(encoder) and isinstance(encoder, PackedEncoder)):
-            return [f"the encoder is {type(encoder).__module__}.{type(encoder).__qualname__}"]
-        return ["the encoder has hooks, or another forward than its class"] if is_watched(encoder) else []
+        return self.language_model_head().container_reasons() or not_told_reasons(self.base_model)
 
     def _rows_read(self, labels: Tensor | None, labelled_rows: Tensor | None) -> dict[str, Tensor | None]:
         """Arguments of the encoder's call. Compiled code cannot know how many tokens have labels."""

@@ -101,10 +101,15 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
 
 def drop_if_trained(layer: nn.Module, x: Tensor) -> bool:
     """Whether a call of this layer on x trains it, or has dropout: then there is no packed copy of it from now on."""
-    trained = _drops(layer) or _learns(layer, x)
+    trained = is_trained(layer, x)
     if trained:
         _entries.pop(layer, None)
     return trained
+
+
+def is_trained(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a call of this layer on x has gradients or dropout."""
+    return _drops(layer) or _learns(layer, x)
 
 
 def _takes(x: Tensor) -> bool:

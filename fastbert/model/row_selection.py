@@ -1,4 +1,4 @@
-"""Which rows a masked-LM head reads, so that the encoder's last layer goes on with those alone.
+"""Which rows a head reads, so that the encoder's last layer goes on with those alone: labelled ones, the first of each sequence.
 
 Behind the last attention every row is on its own: output projection, LayerNorms and feed-forward network, 9 of the 12 hidden^2
 matmuls of a layer, of a row that nobody reads add nothing to the loss, and nothing to any gradient. Dropout there draws by the
@@ -19,14 +19,18 @@ from .plain import is_watched
 
 # Gathering rows and scattering their gradients costs a few passes over them: not worth it for the last few rows.
 _LARGEST_SHARE = 0.9
+# A layer that nobody trains runs in one call on packed weights on a CPU, which is faster than its ops one by one on some rows where
+# fewer than these are left out.
+_FEWEST_LEFT_OUT = 256
 
 
 class RowSelection:
     """The labelled rows of a packed batch, and with ``first`` the first row of every sequence, for the pooler, behind them.
 
-    labels: (batch, length), ``IGNORE_INDEX`` where there is none. labelled_rows: (cap,) int64, where the caller knows them: every
-    labelled row once, in rising order, and behind them filler, rows without a label, so that their number is the same in every
-    batch. The filler is computed behind all others, whose dropout masks are then those of a call without it.
+    total: the batch's rows. labels: (batch, length), ``IGNORE_INDEX`` where there is none; None where no row has one.
+    labelled_rows: (cap,) int64, where the caller knows them: every labelled row once, in rising order, and behind them filler, rows
+    without a label, so that their number is the same in every batch. The filler is computed behind all others, whose dropout masks
+    are then those of a call without it.
 
     A first row that has a label, too, is there twice, because how often that happens cannot be known without waiting for a GPU;
     both readers take the first of the two, the other one is computed for nothing. Finding the labelled rows, where nobody names
@@ -35,14 +39,21 @@ class RowSelection:
     No dataclass, for the reason that :class:`Packing` is none.
     """
 
-    def __init__(self, packing: Packing, labels: Tensor, *, first: bool, labelled_rows: Tensor | None = None) -> None:
+    def __init__(
+        self, packing: Packing, total: int, labels: Tensor | None, *, first: bool, labelled_rows: Tensor | None = None
+    ) -> None:
+        self.packing, self.total = packing, total
+        self._places = None  # of ``labelled`` in ``rows``, where they are not the first ones
+        if labels is None:
+            self._first, self._exists = packing.first_rows(total)
+            self.labelled = self.labels = self._first[:0]
+            self.rows, self._places_of_first = self._first, torch.arange(self._first.numel(), device=self._first.device)
+            return
         row_labels = packing.unpad(labels)
         is_labelled = row_labels != IGNORE_INDEX
-        self.packing, self.total = packing, row_labels.numel()
         self.labelled = is_labelled.nonzero().squeeze(1) if labelled_rows is None else labelled_rows
         self.labels = row_labels.index_select(0, self.labelled)
-        self._first, self._exists = packing.first_rows(self.total) if first else (self.labelled[:0], None)
-        self._places = None  # of ``labelled`` in ``rows``, where they are not the first ones
+        self._first, self._exists = packing.first_rows(total) if first else (self.labelled[:0], None)
         count = self.labelled.numel()
         if labelled_rows is None or not first:
             self.rows = torch.cat([self.labelled, self._first])
@@ -58,9 +69,11 @@ class RowSelection:
         ranks = is_labelled.cumsum(0) - 1
         self._places_of_first = torch.where(is_labelled[self._first], ranks[self._first], places)
 
-    @property
-    def is_worth_it(self) -> bool:
-        return 0 < self.rows.numel() <= _LARGEST_SHARE * self.total
+    def is_worth_it(self, trained: bool) -> bool:
+        """trained: whether the last layer has gradients or dropout in this call."""
+        rows = self.rows.numel()
+        enough = trained or self.total - rows >= _FEWEST_LEFT_OUT
+        return enough and 0 < rows <= _LARGEST_SHARE * self.total
 
     def labelled_of(self, x: Tensor) -> Tensor:
         """(len(rows), ...) -> (len(labelled), ...): what was computed for the rows of ``labels``."""

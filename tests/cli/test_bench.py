@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import bench as suites
-from benchmarks import harness, inference, peers, training
+from benchmarks import harness, inference, peers, profile, training
 from fastbert.cli import bench
 from fastbert.cli.command import CommandFailure
 from fastbert.cli.main import app
@@ -40,14 +40,13 @@ def test_inference(monkeypatch, tmp_path):
     assert result.exit_code == 0, result.output
     document = document_of(result)
     assert (document["command"], document["suite"], document["failed"]) == ("bench", "inference", {})
-    for name, measured in document["results"].items():
+    for measured in document["results"].values():
         assert set(measured["contenders"]) == {"transformers float32", "fastbert float32"}
         assert measured["ratios"]["fastbert float32"]["transformers float32"]["median"] > 0
         assert measured["gemms_alone"]["float32"]["median_s"] > 0
-        shares = document["profile"][name]["fastbert float32"]["shares"]
-        assert shares["gemm"] > 0 and shares["attention"] > 0
-    assert "GEMMs alone float32" in result.stderr and "where fastbert's time goes" in result.stderr
-    saved = json.loads((tmp_path / "mine" / "inference.json").read_text())
+    assert "GEMMs alone float32" in result.stderr
+    assert "profile" not in document and "where the time goes" not in result.stderr
+    saved = json.loads((tmp_path / "mine" / "inference-bert-tiny.json").read_text())
     assert saved["results"] == document["results"] and saved["command"].startswith("fastbert")
 
 
@@ -63,6 +62,28 @@ def test_training(suite):
         assert expected <= measured.keys()
         assert ("transformers sorted in micro-batches, oneDNN" in measured) == (suite == "finetune")
         assert measured["fastbert"]["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("suite", ["inference", "finetune"])
+def test_profiles_are_made_when_all_timing_is_over(suite, monkeypatch):
+    order = []
+    for module in (inference, training):
+        measure = module.measure
+        monkeypatch.setattr(module, "measure", lambda *given, measure=measure: (order.append("timed"), measure(*given))[1])
+    entry = {"dtype": "float32", "seconds": 1.0, "parts": {"linear": 0.75, "outside": 0.25}, "operators": {}}
+    monkeypatch.setattr(profile, "profiled", lambda run, device, dtype: (order.append("profiled"), {**entry, "dtype": dtype})[1])
+    dtypes = ["float32"] if suite == "inference" else ["float32", "bfloat16"]
+    result = invoke("--suite", suite, *TOY[:-1], *dtypes, "--profile")
+    assert result.exit_code == 0, result.output
+    timed = order.index("profiled")
+    assert set(order[:timed]) == {"timed"} and set(order[timed:]) == {"profiled"}
+    document = document_of(result)
+    for dtype, run in document.get("runs", {"float32": document}).items():
+        assert run["profile"].keys() == run["floors"].keys() == run["results"].keys()
+        for contenders in run["profile"].values():
+            assert {name.split()[0] for name in contenders} == {"transformers", "fastbert"}
+            assert all(profiled["dtype"] == dtype for profiled in contenders.values())
+    assert "where the time goes" in result.stderr and "| linear | 750.0 | 750.0 |" in result.stderr
 
 
 def test_a_wrong_result_is_not_timed_and_fails(monkeypatch):

@@ -188,7 +188,7 @@ def test_lora_from_files_to_a_folder(toy_model, sentiment_folder, tmp_path):
 
 
 def test_top_k_from_files_to_a_folder(toy_model, sentiment_folder, tmp_path):
-    result, _ = run(toy_model, sentiment_folder, tmp_path / "run", mode="top-k", top_k_layers=1)
+    result, _ = run(toy_model, sentiment_folder, tmp_path / "run", mode="top-k", top_k_layers=1, epochs=24)
     assert result.scores["dev"]["accuracy"]["mean"] > 0.9
     before = fastbert.BertModel.from_pretrained(toy_model)
     after = fastbert.BertModel.from_pretrained(tmp_path / "run")

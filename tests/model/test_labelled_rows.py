@@ -99,7 +99,7 @@ def test_logits_of_all_tokens_can_still_be_read(name, kind):
 def test_where_each_row_is_computed():
     packing = Packing(torch.tensor([0, 3, 7], dtype=torch.int32), 4, (1, 7))
     labels = torch.tensor([[-100, 4, -100, 5, -100, 6, -100]])
-    selection = RowSelection(packing, labels, first=True, labelled_rows=torch.tensor([1, 3, 5, 0, 0]))
+    selection = RowSelection(packing, 7, labels, first=True, labelled_rows=torch.tensor([1, 3, 5, 0, 0]))
     assert selection.rows.tolist() == [1, 3, 5, 0, 3, 0, 0]
     assert selection.labels.tolist() == [4, 5, 6, -100, -100]
     computed = torch.arange(7).unsqueeze(1)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import fastbert
 from fastbert.model import encoder as encoder_module
 from fastbert.model import layer as layer_module
-from fastbert.model import packed_layer
+from fastbert.model import packed_layer, row_selection
 from fastbert.model.packing import Packing
 from fastbert.model.row_selection import RowSelection
 
@@ -35,6 +35,12 @@ def rows_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     rows, feed_forward = [], layer_module._feed_forward
     monkeypatch.setattr(layer_module, "_feed_forward", lambda *a: rows.append(a[2].shape[0]) or feed_forward(*a))
     return rows
+
+
+@pytest.fixture(autouse=True)
+def even_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches here are small."""
+    monkeypatch.setattr(row_selection, "_FEWEST_LEFT_OUT", 0)
 
 
 def in_full(model: nn.Module, batch: dict[str, torch.Tensor]):
@@ -297,13 +303,70 @@ def test_a_first_row_with_a_label_is_one_row():
     """The pooler and the head read the same of its two copies, and so do the logits."""
     packing = Packing(torch.tensor([0, 3, 7], dtype=torch.int32), 4, (1, 7))
     labels = torch.tensor([[-100, 4, -100, 4, -100, 4, -100]])
-    selection = RowSelection(packing, labels, first=True)
+    selection = RowSelection(packing, labels.numel(), labels, first=True)
     assert selection.rows.tolist() == [1, 3, 5, 0, 3]
     assert selection.labels.tolist() == [4, 4, 4]
     assert selection.first_positions(torch.arange(5).unsqueeze(1)).tolist() == [[3], [1]]
     order, places = selection.all_rows()
     assert order.tolist() == [1, 3, 5, 0, 3, 2, 4, 6]
     assert places.tolist() == [3, 0, 5, 1, 6, 2, 7]
+
+
+FIRST_ROW_HEADS = ("BertForSequenceClassification", "BertForNextSentencePrediction", "BertForMultipleChoice")
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("name", FIRST_ROW_HEADS)
+def test_heads_of_the_pooler_read_first_rows(name, layout, rows_computed):
+    if layout == "packed" and name == "BertForMultipleChoice":
+        pytest.skip("takes no packed inputs")
+    theirs, ours = (model.double().train() for model in pair(name, **NO_DROPOUT))
+    batch = inputs_for(name)
+    first = batch["input_ids"].flatten(0, -2).shape[0]
+    expected, got = theirs(**batch), ours(**(packed(batch) if layout == "packed" else batch))
+    assert rows_computed[:-1] == [rows_computed[0]] * (LAYERS - 1) and rows_computed[-1] == first < rows_computed[0]
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-10, atol=0)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-9, atol=1e-10)
+    expected.loss.backward()
+    got.loss.backward()
+    assert_same_gradients(ours, theirs, 1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(**batch).logits, theirs.eval()(**batch).logits, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("what", ["hook of the pooler", "hook of the encoder", "hidden states", "compiled", "int8"])
+def test_heads_of_the_pooler_that_get_all_rows(what, rows_computed):
+    theirs, ours = (model.eval() for model in pair("BertForSequenceClassification"))
+    batch, wanted = inputs_for("BertForSequenceClassification"), {}
+    assert fastbert.explain(ours).last_layer == [] and "last layer first tokens only" in str(fastbert.explain(ours))
+    if what == "hidden states":
+        wanted = {"output_hidden_states": True}
+    elif what == "int8":
+        fastbert.quantize(ours)
+    elif what == "compiled":
+        ours.bert.encoder.layer[-1].compile(backend="eager")
+    else:
+        part = ours.bert.pooler if what == "hook of the pooler" else ours.bert.encoder.layer[-1]
+        part.register_forward_hook(lambda *_: None)
+    assert fastbert.explain(ours, **wanted).last_layer != []
+    got = ours(**batch, **wanted)
+    assert BATCH not in rows_computed
+    tolerance = 0.3 if what == "int8" else 2e-5
+    torch.testing.assert_close(got.logits, theirs(**batch, **wanted).logits, rtol=tolerance, atol=tolerance)
+    torch._dynamo.reset()
+
+
+def test_few_rows_left_out_without_gradients(monkeypatch, rows_computed):
+    """Then the layer in one call is faster."""
+    monkeypatch.setattr(row_selection, "_FEWEST_LEFT_OUT", TOTAL)
+    _, ours = pair("BertForSequenceClassification")
+    batch = inputs_for("BertForSequenceClassification")
+    ours(**batch)
+    assert rows_computed[-1] == BATCH
+    rows_computed.clear()
+    with torch.no_grad():
+        ours(**batch)
+    assert BATCH not in rows_computed
 
 
 def test_sequences_without_a_first_token():

@@ -1,0 +1,65 @@
+"""The documents of a folder of results: JSON files of the suites, and those inside of a GPU's ``gpu.json``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .rows import MODEL_SUITES, OPS_SUITE
+
+SUITES = (*MODEL_SUITES, OPS_SUITE)
+Document = Mapping[str, Any]
+
+
+class ReportError(ValueError):
+    """No results where they should be; says where and what was expected."""
+
+
+def documents(path: Path) -> dict[str, Document]:
+    """By name (the file's, without its ending) the suites' documents in a folder, or in one JSON file, inference first.
+
+    Other benchmarks' documents are left out (:func:`others`). Raises :class:`ReportError` where ``path`` is missing or no JSON.
+    """
+    found = {name: document for file in _files(path) for name, document in _of_file(file) if document.get("benchmark") in SUITES}
+    return dict(sorted(found.items(), key=lambda entry: (SUITES.index(entry[1]["benchmark"]), entry[0])))
+
+
+def others(path: Path) -> dict[str, str | None]:
+    """By name the commands that made the folder's other documents, where they say so."""
+    found = {name: document for file in _files(path) for name, document in _of_file(file)}
+    return {name: document.get("command") for name, document in found.items() if document.get("benchmark") not in SUITES}
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(path.glob("*.json"))
+    if not path.is_file():
+        raise ReportError(f"{path} does not exist: expected a folder with results, or a JSON document of fastbert bench")
+    return [path]
+
+
+def _of_file(path: Path) -> Iterator[tuple[str, Document]]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path} is no JSON document: {error}") from error
+    if not isinstance(document, Mapping):
+        raise ReportError(f"{path}: expected a JSON document of a benchmark, got {type(document).__name__}")
+    yield path.stem, document
+    # `make gpu` keeps what each of its steps printed.
+    for step, record in document.get("steps", {}).items() if document.get("benchmark") == "gpu" else ():
+        if isinstance(record.get("result"), Mapping):
+            yield f"{path.stem}-{re.sub('[^a-z0-9]+', '-', step.lower())}", record["result"]
+
+
+def races(document: Document) -> dict[str, Document]:
+    """By dtype what has ``ceilings`` and ``profile`` of its own: training measures its dtypes one after another."""
+    if "runs" in document:
+        return dict(document["runs"])
+    ceilings = document["ceilings"]
+    if "matmul_flops" in ceilings:
+        return {document["dtype"]: document}
+    return {dtype: {**document, "ceilings": of_dtype} for dtype, of_dtype in ceilings.items()}

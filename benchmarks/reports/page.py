@@ -1,0 +1,193 @@
+"""docs/performance.md, its pictures and README.md's speed tables, from all of benchmarks/results.
+
+    python -m benchmarks.reports.page [--check]
+
+--check writes nothing: exit code 1 and the difference where a file is not what the results give, 0 where all are. A picture is
+what the results give when it carries the digest of the rows that it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..harness import RESULTS
+from . import losses, page_text, plots, readme
+from .documents import Document, ReportError, documents, others
+from .report import hardware, made_by, model_rows, op_rows, section, title, versions, write_text
+from .rows import DTYPES, OURS, Row, digest
+from .tables import markdown, times
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Page:
+    """text: of docs/performance.md; readme: of README.md; pictures: by file name in docs/performance, with the rows shown."""
+
+    text: str
+    readme: str
+    pictures: Mapping[str, tuple[plots.Plot, list[Row]]]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything is, in the repository or in a copy of it."""
+
+    repository: Path = REPOSITORY
+    results: Path = RESULTS
+
+    @property
+    def page(self) -> Path:
+        return self.repository / "docs" / "performance.md"
+
+    @property
+    def pictures(self) -> Path:
+        return self.repository / "docs" / "performance"
+
+    @property
+    def readme(self) -> Path:
+        return self.repository / "README.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, say what differs")
+    given = parser.parse_args()
+    places = Places()
+    try:
+        page = made(places)
+    except ReportError as error:
+        parser.error(str(error))
+    if given.check:
+        differences = list(check(page, places))
+        print("\n".join(differences) or "docs/performance.md, its pictures and README.md are what the results give")
+        sys.exit(1 if differences else 0)
+    if reason := plots.why_not():
+        parser.error(reason)
+    write(page, places)
+
+
+def made(places: Places) -> Page:
+    folders = sorted(places.results.iterdir(), key=lambda folder: (folder.name != readme.MACHINE, folder.name))
+    by_machine = {folder.name: documents(folder) for folder in folders if folder.is_dir()}
+    by_machine = {name: found for name, found in by_machine.items() if found}
+    pictures = {name: plots.pictures(model_rows(document), name) for name, document in _named(by_machine)}
+    parts = [
+        page_text.HEAD,
+        "## fastbert against transformers", page_text.SUMMARY, _summary(by_machine),
+        "## How to read this", page_text.READING,
+        "## When fastbert does not help", *_when_not(by_machine),
+    ]  # fmt: skip
+    for machine, found in by_machine.items():
+        parts.append(f"## {machine}")
+        parts.append(hardware(next(iter(found.values()))["machine"]))
+        for name, document in found.items():
+            link = f"[{name}.json](../benchmarks/results/{machine}/{_file_of(name)})"
+            addresses = {f"performance/{file}": plot.title for file, (plot, _) in pictures[f"{machine}-{name}"].items()}
+            own_name = "" if name == document["benchmark"] else f" ({name})"
+            parts += [f"### {title(document)}{own_name}", f"{link}. {made_by(document)} {versions(document['machine'])}"]
+            parts.append(section(document, addresses, "####"))
+        if rest := others(places.results / machine):
+            parts += [f"### Other measurements on {machine}", _others(machine, rest)]
+    parts += ["## Measure it yourself", page_text.RERUN]
+    text = "\n\n".join(parts) + "\n"
+    for_readme = readme.rendered(places.readme.read_text(encoding="utf-8"), by_machine.get(readme.MACHINE, {}))
+    return Page(text, for_readme, {file: picture for found in pictures.values() for file, picture in found.items()})
+
+
+def write(page: Page, places: Places) -> None:
+    """Pictures that the page no longer has are removed."""
+    places.pictures.mkdir(parents=True, exist_ok=True)
+    for path in places.pictures.glob("*.png"):
+        if path.name not in page.pictures:
+            path.unlink()
+    for file, (plot, shown) in page.pictures.items():
+        plots.save(plot, shown, places.pictures / file)
+    write_text(places.page, page.text)
+    if page.readme != places.readme.read_text(encoding="utf-8"):
+        write_text(places.readme, page.readme)
+
+
+def check(page: Page, places: Places) -> Iterator[str]:
+    """What differs, as lines of text."""
+    for path, text in ((places.page, page.text), (places.readme, page.readme)):
+        there = path.read_text(encoding="utf-8") if path.exists() else ""
+        name = str(path.relative_to(places.repository))
+        yield from difflib.unified_diff(
+            there.splitlines(), text.splitlines(), name, f"{name} from benchmarks/results", lineterm="", n=0
+        )
+    for file, (_, shown) in page.pictures.items():
+        path = places.pictures / file
+        if not path.exists():
+            yield f"{path.relative_to(places.repository)} is missing"
+        elif plots.digest_in(path) != digest(shown):
+            yield f"{path.relative_to(places.repository)} shows other rows than benchmarks/results has"
+    for path in sorted(places.pictures.glob("*.png")):
+        if path.name not in page.pictures:
+            yield f"{path.relative_to(places.repository)} belongs to no result"
+
+
+def _named(by_machine: Mapping[str, Mapping[str, Document]]) -> Iterator[tuple[str, Document]]:
+    """Documents by the beginnings of their pictures' names."""
+    for machine, found in by_machine.items():
+        for name, document in found.items():
+            yield f"{machine}-{name}", document
+
+
+def _file_of(name: str) -> str:
+    """A GPU's documents lie together in one file."""
+    return "gpu.json" if name.startswith("gpu-") else f"{name}.json"
+
+
+def _summary(by_machine: Mapping[str, Mapping[str, Document]]) -> str:
+    lines = []
+    for machine, found in by_machine.items():
+        for document in found.values():
+            ours = [row for row in model_rows(document) if row.contender == OURS and row.median_s is not None]
+            for batch in dict.fromkeys(row.batch for row in ours):
+                of_dtype = {row.dtype: row for row in ours if row.batch == batch}
+                lines.append([machine, title(document), batch, *(_against_transformers(of_dtype.get(dtype)) for dtype in DTYPES)])
+    return markdown(("machine", "suite and model", "batch", "float32", "bfloat16", "int8, against float32"), lines, text_columns=3)
+
+
+def _against_transformers(row: Row | None) -> str | None:
+    """Against transformers in the same dtype; of int8, which it has not, in float32."""
+    if row is None:
+        return None
+    if row.dtype == "int8":
+        return row.float32_ratio and times(row.float32_ratio, row.float32_ratio_q25, row.float32_ratio_q75)
+    return row.ratio and times(row.ratio, row.ratio_q25, row.ratio_q75)
+
+
+def _when_not(by_machine: Mapping[str, Mapping[str, Document]]) -> Iterator[str]:
+    yield page_text.NOT_HELPING
+    results = [(machine, document) for machine, found in by_machine.items() for document in found.values()]
+    found = [(machine, loss) for machine, document in results for loss in losses.losses(model_rows(document))]
+    ops = [(machine, loss) for machine, document in results for loss in losses.op_losses(op_rows(document))]
+    if found:
+        yield f"Measured, on batches of models ({len(found)}):"
+        yield losses.table(found)
+    else:
+        yield "Of the batches of models that were measured: none."
+    if ops:
+        yield f"Measured, ops one by one, where another contender is faster than every backend of fastbert ({len(ops)}):"
+        yield losses.op_table(ops)
+    if not any(document["machine"].get("gpu") for _, document in results):
+        yield page_text.NO_GPU
+
+
+def _others(machine: str, commands: Mapping[str, str | None]) -> str:
+    lines = [
+        (f"[{name}.json](../benchmarks/results/{machine}/{name}.json)", command and f"`{command}`")
+        for name, command in commands.items()
+    ]
+    return markdown(("document", "made by"), lines, text_columns=2)
+
+
+if __name__ == "__main__":
+    main()

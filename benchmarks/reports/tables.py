@@ -1,0 +1,169 @@
+"""Rows as Markdown: a table for each batch, who took no part and why, the ops, the limits, and where the time goes.
+
+A column that no row of a table has is left out: earlier documents know less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from .documents import Document, races
+from .rows import OURS, OpRow, Row
+
+
+def milliseconds(seconds: float) -> str:
+    """As text with three digits or more."""
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}" if seconds < 1e-3 else f"{seconds * 1e3:.1f}"
+
+
+def memory(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def times(median: float, low: float | None = None, high: float | None = None) -> str:
+    """A ratio, with its quartiles where they are known."""
+    return f"{median:.2f}x" if low is None or high is None else f"{median:.2f}x ({low:.2f}-{high:.2f})"
+
+
+def markdown(headings: Sequence[str], lines: Iterable[Sequence[str | None]], text_columns: int = 1) -> str:
+    """A table whose first ``text_columns`` are set left and the others right; empty cells are None, empty columns left out."""
+    lines = list(lines)
+    kept = [i for i in range(len(headings)) if any(line[i] for line in lines)]
+    marks = ["---" if i < text_columns else "---:" for i in kept]
+    cells = [[headings[i] for i in kept], marks, *([(line[i] or "").replace("|", "\\|") for i in kept] for line in lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def by_batch(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row.batch, []).append(row)
+    return grouped
+
+
+_COLUMNS: dict[str, Callable[[Row], str | None]] = {
+    "contender": lambda r: f"**{r.contender}**" if r.ours else r.contender,
+    "dtype": lambda r: r.dtype,
+    "ms (quartiles)": lambda r: _spread(r.median_s, r.q25_s, r.q75_s),
+    "tokens/s": lambda r: _some(r.tokens_per_s, "{:,.0f}"),
+    "sequences/s": lambda r: _some(r.sequences_per_s, "{:,.1f}"),
+    "against transformers, same dtype": lambda r: r.ratio and times(r.ratio, r.ratio_q25, r.ratio_q75),
+    "against transformers float32": lambda r: (
+        r.float32_ratio and times(r.float32_ratio, r.float32_ratio_q25, r.float32_ratio_q75) if r.dtype != "float32" else None
+    ),
+    "MFU": lambda r: _some(r.share_of_matmul_rate, "{:.0%}"),
+    "of the limit": lambda r: _some(r.share_of_limit, "{:.0%}"),
+    "memory": lambda r: None if r.peak_bytes is None else memory(r.peak_bytes),
+    "J": lambda r: _some(r.joules, "{:,.2f}"),
+}
+
+
+def batch_table(rows: Iterable[Row]) -> str:
+    """Of one batch's rows, those with figures, dtype by dtype."""
+    timed = [row for row in rows if row.reason is None]
+    dtypes = list(dict.fromkeys(row.dtype for row in timed))
+    timed.sort(key=lambda row: dtypes.index(row.dtype))
+    return markdown(list(_COLUMNS), ([cell(row) for cell in _COLUMNS.values()] for row in timed), text_columns=2)
+
+
+def without_figures(rows: Sequence[Row]) -> list[str]:
+    """A line of text for each contender that has no figures, with the reason, and the batches where those are not all."""
+    batches = list(by_batch(rows))
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.reason is not None:
+            where.setdefault((f"{row.contender} {row.dtype}", row.reason), []).append(row.batch)
+    return [
+        f"{name}: {reason}" + ("" if len(found) == len(batches) else f" ({'; '.join(found)})")
+        for (name, reason), found in where.items()
+    ]
+
+
+def op_label(row: OpRow) -> str:
+    dropout = f", dropout {row.dropout_p}" if row.dropout_p else ""
+    return f"{row.op} {row.case}, {row.hidden}{dropout}, {row.dtype}"
+
+
+_OP_COLUMNS: dict[str, Callable[[OpRow], str | None]] = {
+    "case": op_label,
+    "contender": lambda r: f"**{r.contender}**" if r.ours else r.contender,
+    "direction": lambda r: r.direction,
+    "ms (quartiles)": lambda r: _spread(r.median_s, r.q25_s, r.q75_s),
+    "GFLOP/s": lambda r: r.flops_per_s and f"{r.flops_per_s / 1e9:,.0f}",
+    "GB/s": lambda r: r.bytes_per_s and f"{r.bytes_per_s / 1e9:,.1f}",
+    "of the limit": lambda r: _some(r.share_of_ceiling, "{:.0%}"),
+}
+
+
+def ops_table(rows: Iterable[OpRow]) -> str:
+    """Contenders of the same case and direction stand below each other."""
+    timed = [row for row in rows if row.reason is None]
+    order = {key: i for i, key in enumerate(dict.fromkeys(op_label(row) for row in timed))}
+    timed.sort(key=lambda row: (order[op_label(row)], row.direction != "forward"))
+    return markdown(list(_OP_COLUMNS), ([cell(row) for cell in _OP_COLUMNS.values()] for row in timed), text_columns=3)
+
+
+def ops_without_figures(rows: Iterable[OpRow]) -> list[str]:
+    """A line of text for each contender and reason, with the ops."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.reason is not None:
+            where.setdefault((f"{row.contender} {row.dtype}", row.reason), []).append(row.op)
+    return [f"{name}: {reason} ({', '.join(dict.fromkeys(found))})" for (name, reason), found in where.items()]
+
+
+def limits_table(document: Document) -> str:
+    """The machine's ceilings as that run measured them."""
+
+    def line(dtype: str, ceilings: Mapping[str, Any]) -> list[str | None]:
+        libraries = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in ceilings.get("matmul_flops_by_library", {}).items())
+        return [dtype, f"{ceilings['matmul_flops'] / 1e9:,.0f}", libraries, f"{ceilings['copy_bytes'] / 1e9:,.1f}"]
+
+    headings = ("dtype", "matmul rate, GFLOP/s", "by library", "copy bandwidth, GB/s")
+    return markdown(headings, (line(dtype, race["ceilings"]) for dtype, race in races(document).items()))
+
+
+def profile_table(document: Document) -> str | None:
+    """Shares of a run's time by kind of work, of the contenders that the document has a profile of; None without any.
+    Kinds that none of them does are left out."""
+    lines = []
+    for dtype, race in _profiled(document).items():
+        for batch, found in race.items():
+            of_contender = {OURS: found} if "shares" in found else found
+            for name, profile in of_contender.items():
+                lines.append((batch, f"{name.removesuffix(f' {dtype}')} {dtype}".strip(), profile))
+    if not lines:
+        return None
+    parts = list(dict.fromkeys(part for *_, profile in lines for part in profile["shares"]))
+    return markdown(
+        ("batch", "contender", "ms", *parts),
+        (
+            [
+                batch,
+                name,
+                milliseconds(profile["seconds"]),
+                *(_some(profile["shares"].get(part) or None, "{:.1%}") for part in parts),
+            ]
+            for batch, name, profile in lines
+        ),
+        text_columns=2,
+    )
+
+
+def _profiled(document: Document) -> dict[str, Mapping[str, Any]]:
+    """Profiles by dtype; inference names contenders with theirs, and has one of all."""
+    if "runs" in document:
+        return {dtype: run.get("profile", {}) for dtype, run in document["runs"].items()}
+    return {document.get("dtype", ""): document.get("profile", {})}
+
+
+def _some(value: float | None, text: str) -> str | None:
+    return None if value is None else text.format(value)
+
+
+def _spread(median: float | None, low: float | None, high: float | None) -> str | None:
+    if median is None:
+        return None
+    quartiles = "" if low is None or high is None else f" ({milliseconds(low)}-{milliseconds(high)})"
+    return milliseconds(median) + quartiles

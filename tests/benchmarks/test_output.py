@@ -1,0 +1,147 @@
+"""fastbert bench --output and python -m benchmarks.reports: a folder with documents, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import bench as suites
+from benchmarks import inference, training
+from benchmarks.reports import __main__ as remake
+from benchmarks.reports import plots, report
+from benchmarks.reports.rows import digest, rows_of
+from fastbert.cli.main import app
+
+from . import toy_documents as toys
+
+TOY = ["--model", "tiny", "--rounds", "1", "--threads", "1", "--peers", "transformers", "--dtype", "float32"]
+
+
+@pytest.fixture
+def toy_sizes(monkeypatch):
+    """Real batches and ceilings take seconds even for a tiny model."""
+    limits = {"matmul_flops": 1e12, "matmul_flops_by_library": {"oneDNN": 1e12}, "copy_bytes": 1e10}
+    for module in (inference, training):
+        monkeypatch.setattr(module, "ceilings", lambda device, dtype: limits)
+    monkeypatch.setattr(suites, "_BATCHES", {"inference": ("3xsst2", "1x32"), "finetune": ("8xsst2",), "pretrain": ("2x32",)})
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, ["bench", *arguments, "--json"])
+
+
+@pytest.mark.parametrize("suite", ["inference", "pretrain"])
+def test_a_report_of_a_run(suite, toy_sizes, tmp_path):
+    folder = tmp_path / "not" / "there"
+    result = invoke("--suite", suite, *TOY, "--output", str(folder))
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout.splitlines()[-1])
+    document = json.loads((folder / f"{suite}.json").read_text())
+    assert document["benchmark"] == suite and document["command"].startswith("fastbert")
+    assert {key: document[key] for key in printed if key in document and key != "command"}.items() <= printed.items()
+    pictures = {f"{suite}-{name}.png" for name in ("ratios", "roofline", "memory")}
+    assert {path.name for path in folder.iterdir()} == {f"{suite}.json", f"{suite}.md", *pictures}
+    text = (folder / f"{suite}.md").read_text()
+    assert text.startswith(f"# {suite}, bert-tiny\n") and "| **fastbert** | float32 |" in text and "## Where the time goes" in text
+    for name, (_, shown) in plots.pictures(rows_of(document), suite).items():
+        assert f"]({name})" in text and plots.digest_in(folder / name) == digest(shown)
+        assert f"written to {folder / name}" in result.stderr
+
+
+@pytest.mark.parametrize("path", ["file", "file/below"])
+def test_a_file_in_the_way_is_an_error_before_anything_is_measured(path, monkeypatch, tmp_path):
+    monkeypatch.setattr(suites, "run", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("mine")
+    result = invoke(*TOY, "--output", str(tmp_path / path))
+    assert result.exit_code == 2
+    error = json.loads(result.stdout.splitlines()[-1])["error"]
+    assert error.startswith(f"--output {tmp_path / path}: expected a folder, or a path where one can be made: ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path):
+    monkeypatch.setattr(suites, "run", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    result = invoke(*TOY, "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert json.loads(result.stdout.splitlines()[-1])["error"] == f"--output {tmp_path}: the folder cannot be written to"
+
+
+def test_wrong_usage_makes_no_folder(tmp_path):
+    assert invoke("--suite", "glue", "--output", str(tmp_path / "report")).exit_code == 2
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_report_replaces_the_earlier_one_of_its_suite(tmp_path):
+    report.write(toys.finetune(), tmp_path)
+    report.write(toys.inference(toys.EQUAL), tmp_path)
+    (tmp_path / "notes.png").write_text("mine")
+    assert (tmp_path / "inference-by-length.png").exists()
+    written = report.write(toys.inference(), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in written} == {name for name in names if name.startswith("inference")}
+    assert "inference-by-length.png" not in names and {"notes.png", "finetune.json", "finetune-ratios.png"} <= names
+    assert "1 x 32" not in (tmp_path / "inference.md").read_text()
+
+
+def test_what_a_report_says(tmp_path):
+    report.write(toys.inference(), tmp_path)
+    text = (tmp_path / "inference.md").read_text()
+    versions = "fastbert 0.1.0 at commit abc1234; torch 2.13, transformers 5.23.0, python 3.11."
+    assert f"\nAbacus, 2 cores, 2 threads. {versions}\n" in text
+    assert "Made by `fastbert bench --suite inference`." in text and "Energy: not measured: no counters." in text
+    assert "## 4 x 8: 4 sequences, 32 tokens" in text and "- transformers int8: not in int8 on cpu" in text
+    report.write(toys.ops(), tmp_path)
+    text = (tmp_path / "ops.md").read_text()
+    assert text.startswith("# ops\n") and "torch eager" in text and not list(tmp_path.glob("ops-*.png"))
+
+
+def test_without_matplotlib_a_report_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(plots, "why_not", lambda: plots.NEEDED)
+    report.write(toys.inference(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"inference.json", "inference.md"}
+    assert (tmp_path / "inference.md").read_text().endswith(f"Without pictures: {plots.NEEDED}\n")
+
+
+def test_reports_of_a_folder_are_made_again(monkeypatch, tmp_path, capsys):
+    folder, other = tmp_path / "results", tmp_path / "reports"
+    folder.mkdir()
+    for name, document in {"inference-1x32": toys.earlier_inference(), "pretrain": toys.earlier_race(), "ops": toys.ops()}.items():
+        (folder / f"{name}.json").write_text(json.dumps(document))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["reports", str(folder), "--output", str(other)])
+    remake.main()
+    expected = {
+        "inference-1x32.md",
+        "inference-1x32-ratios.png",
+        "pretrain.md",
+        "pretrain-ratios.png",
+        "pretrain-memory.png",
+        "ops.md",
+    }
+    assert {path.name for path in other.iterdir()} == expected
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    monkeypatch.setattr(sys, "argv", ["reports", str(folder)])
+    remake.main()
+    assert {path.name for path in folder.iterdir()} == expected | {path.name for path in before}
+
+
+@pytest.mark.parametrize(
+    ("made", "arguments", "message"),
+    [
+        ([], ["{}/missing"], "missing does not exist"),
+        ([], ["{}"], "has no document of fastbert bench"),
+        (["ops.json", "file"], ["{}", "--output", "{}/file"], "file is a file: expected a folder"),
+    ],
+)
+def test_wrong_usage_of_remaking(made, arguments, message, monkeypatch, tmp_path, capsys):
+    for name in made:
+        (tmp_path / name).write_text(json.dumps(toys.ops()))
+    monkeypatch.setattr(sys, "argv", ["reports", *(argument.format(tmp_path) for argument in arguments)])
+    with pytest.raises(SystemExit) as end:
+        remake.main()
+    assert end.value.code == 2 and message in capsys.readouterr().err
