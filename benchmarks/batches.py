@@ -7,8 +7,8 @@ datasets.Dataset of sequences ([CLS], sentences of a document while they fit, [S
 DataCollatorForLanguageModeling, padded to the fixed length of the setting. It offers no pairs for next sentence prediction, no
 spans, and whole words only of rows that were padded before. "fastbert, mlm" has the same sequences, but for a few that are divided
 to fill what the others' batches have left, "fastbert, mlm-nsp" sentence pairs; a round of it is a whole epoch, its planning
-included. Tokens per second are real ones, special tokens included; fill is their share of what a batch has room for. The last line of stdout is one JSON document; --save keeps it in
-benchmarks/results/FOLDER.
+included. Tokens per second are real ones, special tokens included; fill is their share of what a batch has room for. The last
+line of stdout is one JSON document; --save keeps it in benchmarks/results/FOLDER.
 """
 
 from __future__ import annotations
