@@ -21,7 +21,8 @@ TOKEN_BUDGET = 256
 
 
 def fastbert_model(subject: Subject, dtype: str) -> Run:
-    model = fastbert.BertModel(subject.config, add_pooling_layer=False).eval().to(subject.device)
+    config = copy.deepcopy(subject.config)  # quantize writes into it, and what others make of the subject must not say int8
+    model = fastbert.BertModel(config, add_pooling_layer=False).eval().to(subject.device)
     model.load_state_dict(subject.weights())
     if dtype == "bfloat16":
         model.bfloat16()
