@@ -19,8 +19,7 @@ import torch
 
 from fastbert.data.tokenizer import load_tokenizer
 
-from . import cpu_goals, finetune, goals, inference, lengths, op_contenders, ops, pretrain, training
-from .harness import save_results
+from . import cpu_goals, finetune, goals, harness, inference, lengths, op_contenders, ops, pretrain, training
 from .machine import machine
 from .peers import FLOATS, OURS, PEERS
 from .reports.report import write
@@ -170,7 +169,12 @@ def save(options: Options, document: dict[str, Any], command: str, folder: str) 
     chosen = [options.suite, *([] if options.model == Options.model else [model_title(options.model)])]
     chosen += [*(options.batches or ()), *(options.ops or ())]
     name = re.sub(r"[^\w.-]+", "-", "-".join(chosen))
-    save_results(name, {"benchmark": options.suite, "command": command, **document}, folder)
+    harness.save_results(name, {"benchmark": options.suite, "command": command, **document}, folder)
+
+
+def results_folder(folder: str) -> Path:
+    """Where :func:`save` keeps documents."""
+    return harness.RESULTS / folder
 
 
 def report(options: Options, document: dict[str, Any], command: str, folder: Path) -> list[Path]:

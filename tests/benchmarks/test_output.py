@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import bench as suites
-from benchmarks import inference, training
+from benchmarks import harness, inference, training
 from benchmarks.reports import __main__ as remake
 from benchmarks.reports import pictures, report
 from fastbert.cli.main import app
@@ -51,14 +51,16 @@ def test_a_report_of_a_run(suite, toy_sizes, tmp_path):
         assert f"written to {folder / name}" in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--output", "--save"])
 @pytest.mark.parametrize("path", ["file", "file/below"])
-def test_a_file_in_the_way_is_an_error_before_anything_is_measured(path, monkeypatch, tmp_path):
+def test_a_file_in_the_way_is_an_error_before_anything_is_measured(path, option, monkeypatch, tmp_path):
     monkeypatch.setattr(suites, "run", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
     (tmp_path / "file").write_text("mine")
-    result = invoke(*TOY, "--output", str(tmp_path / path))
+    result = invoke(*TOY, option, str(tmp_path / path) if option == "--output" else path)
     assert result.exit_code == 2
     error = json.loads(result.stdout.splitlines()[-1])["error"]
-    assert error.startswith(f"--output {tmp_path / path}: expected a folder, or a path where one can be made: ")
+    assert error.startswith(f"{option} {tmp_path / path}: expected a folder, or a path where one can be made: ")
     assert (tmp_path / "file").read_text() == "mine"
 
 
