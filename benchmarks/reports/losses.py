@@ -14,7 +14,7 @@ WORTH_IT = 1.2  # times as fast as transformers
 
 @dataclass(frozen=True)
 class Loss:
-    """ours: a row of fastbert; fastest: of the others, where it is faster; reason: why ours has no figures."""
+    """ours: a row of fastbert; fastest: the fastest other contender, where it is faster or fastbert has no figures."""
 
     ours: Row
     fastest: Row | None

@@ -251,7 +251,7 @@ def _roofline(rows: Sequence[Row]) -> Figure:
         rate, copies = of_dtype[0].matmul_flops, of_dtype[0].copy_bytes
         ridge = rate / copies  # type: ignore[operator]
         axes.plot([left, ridge, right], [min(x * copies, rate) / 1e9 for x in (left, ridge, right)], color=_BLACK)  # type: ignore[operator, type-var]
-        roofs = f"roofs: {rate / 1e9:,.0f} GFLOP/s of matmuls,\n{copies / 1e9:,.0f} GB/s of copies"
+        roofs = f"roofs: {rate / 1e9:,.0f} GFLOP/s of matmuls,\n{copies / 1e9:,.0f} GB/s of copies"  # type: ignore[operator]
         axes.text(0.03, 0.97, roofs, transform=axes.transAxes, va="top", fontsize=8)
         for row in of_dtype:
             axes.plot(
