@@ -5,10 +5,10 @@
 The text is the Wikipedia and the books of FOLDER/pretrain, in ids of bert-base-uncased's vocabulary. "transformers" is a
 datasets.Dataset of sequences ([CLS], sentences of a document while they fit, [SEP]) behind a shuffling torch DataLoader with
 DataCollatorForLanguageModeling, padded to the fixed length of the setting. It offers no pairs for next sentence prediction, no
-spans, and whole words only of rows that were padded before. "fastbert, mlm" has the same sequences, "fastbert, mlm-nsp" sentence
-pairs; a round of it is a whole epoch, its planning included. Tokens per second are real ones, special tokens included; fill is
-their share of what a batch has room for. The last line of stdout is one JSON document; --save keeps it in
-benchmarks/results/FOLDER.
+spans, and whole words only of rows that were padded before. "fastbert, mlm" has the same sequences, but for a few that are divided
+to fill what the others' batches have left, "fastbert, mlm-nsp" sentence pairs; a round of it is a whole epoch, its planning
+included. Tokens per second are real ones, special tokens included; fill is their share of what a batch has room for. The last
+line of stdout is one JSON document; --save keeps it in benchmarks/results/FOLDER.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def gpu_steps(scratch: Path) -> list[Step]:
     steps = [
         Step("machine", benchmark("machine", *bfloat16), 40),
         build_step(architecture, scratch),
-        test_step(scratch, ["tests/ops", "tests/model"], TEST_PROCESSES, 120),
+        test_step(scratch, ["tests/ops", "tests/model", "tests/train/test_graphed_gpu.py"], TEST_PROCESSES, 120),
         *(
             Step(
                 f"compute-sanitizer {tool}",

@@ -91,6 +91,10 @@ def pretrain(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
     ] = False,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph", help="Record the training step once and repeat it; not run on a GPU yet."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of weights, data order, masks and dropout.")] = S.seed,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = S.save_steps,
     keep_checkpoints: Annotated[int, typer.Option(help="How many of the newest stay.")] = S.keep_checkpoints,

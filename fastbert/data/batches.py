@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from fastbert.data.blocks import BLOCK_TOKENS, CorpusBlocks
-from fastbert.data.masking import IGNORE_INDEX, mask_options, mask_tokens
+from fastbert.data.masking import IGNORE_INDEX, mask_options, mask_tokens, most_labels
 from fastbert.data.packing import pack
 from fastbert.data.pairs import make_pairs
-from fastbert.data.passages import make_passages
+from fastbert.data.passages import fill_gaps, make_passages
 from fastbert.data.sequences import SHORTEST_SEQUENCE, Sequences
 from fastbert.data.streams import LARGEST_SEED, Stream, generator
 from fastbert.data.tokens import TokenizedCorpus
 
 OBJECTIVES = ("mlm-nsp", "mlm")
+_LABELS_MULTIPLE = 8  # matmuls of bfloat16 on a GPU want their rows in eights
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,8 @@ class PackedBatch:
     input_ids, token_type_ids (0 up to A's [SEP], then 1), position_ids (from 0 in every sequence) and labels (-100 where
     nothing is predicted): (total,) int64; cu_seqlens: (batch + 1,) int32 from 0 to total; max_seqlen: the longest
     sequence, or more; next_sentence_label: (batch,) int64, 0 where B follows A; None where sequences are [CLS] A [SEP].
+    labelled_rows: None, or (cap,) int64: the tokens with a label in rising order, and behind them, if it is longer than that, one
+    without a label again and again.
     """
 
     input_ids: Tensor
@@ -42,6 +45,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     next_sentence_label: Tensor | None = None
+    labelled_rows: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +63,10 @@ class PackedBatch:
                 values[name] = value.to(device, non_blocking=non_blocking)
         return PackedBatch(**values)
 
+    def with_labelled_rows(self) -> PackedBatch:
+        """The batch with its ``labelled_rows``, those alone, so that no model has to wait for a GPU to find them."""
+        return replace(self, labelled_rows=_labelled_rows(self.labels))
+
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a fastbert model: the packed tokens as one row (1, total) with the sequences' boundaries."""
         return {
@@ -67,6 +75,7 @@ class PackedBatch:
             "position_ids": self.position_ids.unsqueeze(0),
             "labels": self.labels.unsqueeze(0),
             **self._sequence_labels(),
+            **({} if self.labelled_rows is None else {"labelled_rows": self.labelled_rows}),
             **boundary_arguments(self.cu_seqlens, self.max_seqlen),
         }
 
@@ -92,13 +101,17 @@ class PackedBatch:
             **self._sequence_labels(),
         }
 
-    def with_shape(self, num_tokens: int, num_sequences: int, *, max_seqlen: int, pad_id: int) -> PackedBatch:
+    def with_shape(
+        self, num_tokens: int, num_sequences: int, *, max_seqlen: int, pad_id: int, num_labels: int | None = None
+    ) -> PackedBatch:
         """The batch with padding in sequences of its own behind the others, so that it has exactly that many tokens and sequences.
 
         Every label of the padding is -100: loss and gradients are those of this batch. Where there are more sequences to add than
-        tokens for them, they are empty. A CUDA graph, which is recorded once for one shape, can then be used for all batches.
+        tokens for them, they are empty. ``num_labels``: the length of ``labelled_rows``. A CUDA graph, which is recorded once for
+        one shape, can then be used for all batches.
 
-        Raises ValueError where the batch is larger than that, or the padding needs more sequences of ``max_seqlen`` tokens.
+        Raises ValueError where the batch is larger than that, or the padding needs more sequences of ``max_seqlen`` tokens, and
+        where more than ``num_labels`` tokens have a label, or none is without.
         """
         tokens, sequences = num_tokens - self.num_tokens, num_sequences - self.num_sequences
         if not 0 <= tokens <= sequences * max_seqlen or sequences < 0 or max_seqlen < self.max_seqlen:
@@ -109,19 +122,34 @@ class PackedBatch:
         next_sentence_label = self.next_sentence_label
         if next_sentence_label is not None:
             next_sentence_label = F.pad(next_sentence_label, (0, sequences), value=IGNORE_INDEX)
+        labels = F.pad(self.labels, (0, tokens), value=IGNORE_INDEX)
         ends = self.num_tokens + max_seqlen * torch.arange(1, sequences + 1, dtype=torch.int32)
         return PackedBatch(
             input_ids=F.pad(self.input_ids, (0, tokens), value=pad_id),
             token_type_ids=F.pad(self.token_type_ids, (0, tokens)),
             position_ids=torch.cat([self.position_ids, torch.arange(tokens) % max_seqlen]),
-            labels=F.pad(self.labels, (0, tokens), value=IGNORE_INDEX),
+            labels=labels,
             cu_seqlens=torch.cat([self.cu_seqlens, ends.clamp(max=num_tokens)]),
             max_seqlen=max_seqlen,
             next_sentence_label=next_sentence_label,
+            labelled_rows=None if num_labels is None else _labelled_rows(labels, num_labels),
         )
 
     def _sequence_labels(self) -> dict[str, Tensor]:
         return {} if self.next_sentence_label is None else {"next_sentence_label": self.next_sentence_label}
+
+
+def _labelled_rows(labels: Tensor, cap: int | None = None) -> Tensor:
+    """(cap,), or without filler (n,): see :class:`PackedBatch`."""
+    is_labelled = labels != IGNORE_INDEX
+    rows = is_labelled.nonzero().squeeze(1)
+    if cap is None or len(rows) == cap:
+        return rows
+    if len(rows) > cap or len(rows) == len(labels):
+        raise ValueError(
+            f"{len(rows)} of {len(labels)} tokens have a label, which cannot be filled up to {cap} with one that has none"
+        )
+    return F.pad(rows, (0, cap - len(rows)), value=int((~is_labelled).nonzero()[0]))
 
 
 def boundary_arguments(cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
@@ -154,7 +182,8 @@ class PretrainingBatches:
     last one may be small.
 
     ``objective``: "mlm-nsp" (sentence pairs, :func:`fastbert.data.pairs.make_pairs`) or "mlm"
-    (:func:`fastbert.data.passages.make_passages`). ``static_pairs``: every epoch has the pairs of epoch 0. ``masking`` and
+    (:func:`fastbert.data.passages.make_passages`, of which a few are divided to fill the gaps of the others' batches:
+    :func:`fastbert.data.passages.fill_gaps`). ``static_pairs``: every epoch has the pairs of epoch 0. ``masking`` and
     ``mlm_probability``: :func:`fastbert.data.masking.mask_tokens`.
 
     A batch depends on these arguments and its place (epoch, block, number in the block) alone: it is the same whether or not those
@@ -220,6 +249,31 @@ class PretrainingBatches:
         padding = math.ceil(self.tokens_per_batch / self.max_seq_length)
         return self.tokens_per_batch, self._max_sequences + padding
 
+    @property
+    def most_labels(self) -> int:
+        """The labels that a batch has at most with masking "token", and hardly ever more of with the others."""
+        options = self._mask_options
+        labels = most_labels(
+            self.tokens_per_batch,
+            self._max_sequences,
+            special_tokens=2 if self.objective == "mlm" else 3,
+            probability=options["probability"],
+            masking=options["masking"],
+        )
+        return min(self.tokens_per_batch, math.ceil(labels / _LABELS_MULTIPLE) * _LABELS_MULTIPLE)
+
+    def filled(self, batch: PackedBatch) -> PackedBatch | None:
+        """One of these batches in the one shape that all have then: :attr:`shape` and :attr:`most_labels`.
+
+        None where it has more labels than that (masking "whole-word" or "span"), or no token without one.
+        """
+        labels = int((batch.labels != IGNORE_INDEX).sum())
+        if labels > self.most_labels or labels == batch.num_tokens:
+            return None
+        return batch.with_shape(
+            *self.shape, max_seqlen=self.max_seq_length, pad_id=self.tokenizer.pad_token_id, num_labels=self.most_labels
+        )
+
     def num_blocks(self, epoch: int = 0) -> int:
         """Blocks in an epoch; it differs a little between epochs."""
         return self.blocks.count(epoch)
@@ -269,7 +323,16 @@ class PretrainingBatches:
                 sequences = make_pairs(corpus, self.max_seq_length, rng)
             shuffled = generator(self.seed, Stream.ORDER, epoch, block).permutation(len(sequences))
             order, bounds = pack(sequences.lengths[shuffled], self.tokens_per_batch, max_sequences=self._max_sequences)
-            self._planned = epoch, block, _Plan(sequences.take(shuffled[order]), bounds)
+            sequences = sequences.take(shuffled[order])
+            if self.objective == "mlm":
+                sequences, bounds = fill_gaps(
+                    sequences,
+                    bounds,
+                    tokens_per_batch=self.tokens_per_batch,
+                    max_seq_length=self.max_seq_length,
+                    max_sequences=self._max_sequences,
+                )
+            self._planned = epoch, block, _Plan(sequences, bounds)
         return self._planned[2]
 
     def _check_ids(self, corpus: TokenizedCorpus) -> None:

@@ -59,8 +59,9 @@ class PackedEncoder:
         inputs = {
             "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
-        # From a head of ours: the labels (batch, length) whose rows it reads, or that it reads the pooler's output alone.
-        read = kwargs.pop("read_labels", None), kwargs.pop("read_first", False)
+        # From a head of ours: the labels (batch, length) whose rows it reads, and those rows (cap,) where it knows them, or that it
+        # reads the pooler's output alone.
+        read = kwargs.pop("read_labels", None), kwargs.pop("read_rows", None), kwargs.pop("read_first", False)
         packing = self.packed_row(attention_mask, kwargs, past_key_values, **inputs)
         reasons = model_fallback_reasons(
             self,
@@ -71,7 +72,7 @@ class PackedEncoder:
             output_hidden_states=kwargs.get("output_hidden_states"),
         )
         if not reasons:
-            return self._packed_forward(packing, attention_mask, *read, kwargs, **inputs)
+            return self._packed_forward(packing, attention_mask, read, kwargs, **inputs)
         decoder = {
             "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
             "past_key_values": past_key_values, "use_cache": use_cache,
@@ -104,9 +105,8 @@ class PackedEncoder:
             warn_of_first_position(self, position_ids)
         return packing
 
-    def _packed_forward(
-        self, packing, attention_mask, labels, first_only, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds
-    ):
+    def _packed_forward(self, packing, attention_mask, read, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):
+        labels, labelled_rows, first_only = read
         tokens = inputs_embeds if input_ids is None else input_ids
         if packing is None:
             packing = Packing.from_mask(attention_mask, tuple(tokens.shape[:2]), tokens.device)
@@ -118,7 +118,7 @@ class PackedEncoder:
         selection, total, has_pooler = None, hidden_states.shape[0], getattr(self, "pooler", None) is not None
         known = (labels is not None or (first_only and has_pooler)) and total > 0 and not torch.compiler.is_compiling()
         if known and not all_rows_reasons(self, recorded.states is not None):
-            selection = RowSelection(packing, total, labels, first=has_pooler)
+            selection = RowSelection(packing, total, labels, first=has_pooler, labelled_rows=labelled_rows)
         layers = list(self.encoder.layer)
         worth_it = selection is not None and selection.is_worth_it(is_trained(layers[-1], hidden_states))
         last_layer = layers.pop() if worth_it else None

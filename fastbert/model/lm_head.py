@@ -51,8 +51,10 @@ class LanguageModelHead:
             notes.append("logits of the labelled rows are stored whole: the decoder is not a plain nn.Linear")
         return notes
 
-    def loss(self, outputs: Any, labels: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy of an encoder's ``outputs`` against ``labels`` (batch, length).
+    def loss(
+        self, outputs: Any, labels: Tensor, reduction: str = "mean", labelled_rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy of an encoder's ``outputs`` against ``labels`` (batch, length); ``labelled_rows``: see ``RowSelection``.
 
         Returns the loss, and the telemetry of the labelled tokens: how many have the largest logit right, and how many there are.
         """
@@ -60,7 +62,7 @@ class LanguageModelHead:
             logits, row_labels = self.whole(outputs.last_hidden_state).flatten(0, 1), labels.flatten()
             loss, correct = _whole_loss(logits, row_labels, reduction)
         else:
-            rows, row_labels = _labelled_rows(outputs, labels)
+            rows, row_labels = _labelled_rows(outputs, labels, labelled_rows)
             hidden, decoder = self._hidden(rows), self.decoder
             if is_plain_linear(decoder):
                 loss, correct = mlm_loss(hidden, decoder.weight, decoder.bias, row_labels, reduction=reduction)
@@ -122,8 +124,8 @@ def _whole_loss(logits: Tensor, labels: Tensor, reduction: str) -> tuple[Tensor,
     return loss, (logits.argmax(-1) == labels) & (labels != IGNORE_INDEX)
 
 
-def _labelled_rows(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The encoder's rows (n, hidden) that carry a label, and those labels (n,)."""
+def _labelled_rows(outputs: Any, labels: Tensor, labelled: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The encoder's rows (n, hidden) that carry a label, and those labels (n,); ``labelled``: which they are, if that is known."""
     if isinstance(outputs, EncoderOutput) and outputs.selection is not None:
         return outputs.labelled_rows()
     if isinstance(outputs, EncoderOutput):
@@ -131,7 +133,8 @@ def _labelled_rows(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         rows, row_labels = outputs.packed, packing.unpad(labels)
     else:
         rows, row_labels = outputs.last_hidden_state.flatten(0, 1), labels.flatten()
-    if torch.compiler.is_compiling():
+    if labelled is None and torch.compiler.is_compiling():
         return rows, row_labels
-    labelled = (row_labels != IGNORE_INDEX).nonzero().squeeze(1)
+    if labelled is None:
+        labelled = (row_labels != IGNORE_INDEX).nonzero().squeeze(1)
     return rows.index_select(0, labelled), row_labels.index_select(0, labelled)

@@ -40,11 +40,37 @@ def _check_labels(labels: Tensor | None, input_ids: Tensor | None, inputs_embeds
         check_labels(labels, tuple((inputs_embeds if input_ids is None else input_ids).shape[:2]))
 
 
-def _loss(head: LanguageModelHead, outputs: Any, labels: Tensor, num_items: Tensor | int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _take_labelled_rows(kwargs: dict[str, Any], labels: Tensor | None) -> Tensor | None:
+    """Argument ``labelled_rows``, out of ``kwargs``. Raises ValueError where it is not what it says; on a GPU nothing is read."""
+    rows = kwargs.pop("labelled_rows", None)
+    if rows is None:
+        return None
+    if labels is None or kwargs.get("cu_seq_lens_q") is None:
+        raise ValueError("labelled_rows is for packed inputs (cu_seq_lens_q) with labels: it says which rows have one")
+    if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != labels.device:
+        raise ValueError(
+            f"labelled_rows is {rows.dtype} {tuple(rows.shape)} on {rows.device}, expected int64 (cap,) on {labels.device} like "
+            "the labels"
+        )
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        is_labelled = labels.flatten() != IGNORE_INDEX
+        named, count = is_labelled[rows], is_labelled.sum()
+        rising = (rows.diff() > 0) | ~named[1:]
+        if not (rising & (named[:-1] | ~named[1:])).all() or named.sum() != count:
+            raise ValueError(
+                f"labelled_rows does not name the {int(count)} rows with a label, each once and in rising order, and behind them "
+                "rows without one"
+            )
+    return rows
+
+
+def _loss(
+    head: LanguageModelHead, outputs: Any, labels: Tensor, num_items: Tensor | int | None, labelled_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """:meth:`LanguageModelHead.loss`, its mean over ``num_items`` labelled tokens where they are more than this batch has."""
     if num_items is None:
-        return head.loss(outputs, labels)
-    loss, *telemetry = head.loss(outputs, labels, reduction="sum")
+        return head.loss(outputs, labels, labelled_rows=labelled_rows)
+    loss, *telemetry = head.loss(outputs, labels, "sum", labelled_rows)
     return loss / num_items, *telemetry
 
 
@@ -52,17 +78,21 @@ class LabelledRowsOnly:
     """Mixin: a call with labels reads the encoder's labelled rows and each sequence's first, and tells the encoder which those are.
 
     So its last layer computes no others (:mod:`fastbert.model.row_selection`) until somebody reads the logits of all tokens.
+
+    A call with packed inputs and labels may say which rows have one: ``labelled_rows`` (cap,) int64, all of them in rising order,
+    then any rows without a label. Loss and gradients are the same, but nothing about the call depends on how many there are: no
+    GPU is waited for, and a CUDA graph can be recorded of it.
     """
 
     def all_rows_reasons(self) -> list[str]:
         """Why the last layer computes all rows in a call with labels; empty where it computes those that are read."""
         return self.language_model_head().container_reasons() or not_told_reasons(self.base_model)
 
-    def _rows_read(self, labels: Tensor | None) -> dict[str, Tensor]:
+    def _rows_read(self, labels: Tensor | None, labelled_rows: Tensor | None) -> dict[str, Tensor | None]:
         """Arguments of the encoder's call. Compiled code cannot know how many tokens have labels."""
         if labels is None or torch.compiler.is_compiling() or self.all_rows_reasons():
             return {}
-        return {"read_labels": labels}
+        return {"read_labels": labels, "read_rows": labelled_rows}
 
 
 class MaskedLM(LabelledRowsOnly):
@@ -89,6 +119,7 @@ class MaskedLM(LabelledRowsOnly):
     ):
         _check_labels(labels, input_ids, inputs_embeds)
         num_items = kwargs.pop("num_items_in_batch", None)
+        labelled_rows = _take_labelled_rows(kwargs, labels)
         outputs = self.base_model(
             input_ids,
             attention_mask=attention_mask,
@@ -98,13 +129,13 @@ class MaskedLM(LabelledRowsOnly):
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             return_dict=True,
-            **self._rows_read(labels),
+            **self._rows_read(labels, labelled_rows),
             **kwargs,
         )
         head = self.language_model_head()
         output = MaskedLMOutput() if not torch.compiler.is_compiling() else hf.MaskedLMOutput()
         if labels is not None:
-            output.loss, output.mlm_correct, output.mlm_count = _loss(head, outputs, labels, num_items)
+            output.loss, output.mlm_correct, output.mlm_count = _loss(head, outputs, labels, num_items, labelled_rows)
         head.set_logits(output, "logits", outputs, deferred=labels is not None)
         output.hidden_states, output.attentions = outputs.hidden_states, outputs.attentions
         return output
@@ -141,20 +172,21 @@ class BertForPreTraining(LabelledRowsOnly, PackedHead, hf.BertForPreTraining):
         **kwargs,
     ):
         _check_labels(labels, input_ids, inputs_embeds)
+        labelled_rows = _take_labelled_rows(kwargs, labels)
         inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         if type(self.cls) is not hf.BertPreTrainingHeads or is_watched(self.cls):
             # Whoever is asked for both logits at once gets all hidden states.
             return super().forward(
                 input_ids, attention_mask, **inputs, labels=labels, next_sentence_label=next_sentence_label, **kwargs
             )
-        rows_read = self._rows_read(None if next_sentence_label is None else labels)
+        rows_read = self._rows_read(None if next_sentence_label is None else labels, labelled_rows)
         outputs = self.bert(input_ids, attention_mask=attention_mask, **inputs, return_dict=True, **rows_read, **kwargs)
         seq_relationship_logits = self.cls.seq_relationship(outputs.pooler_output)
         head = self.language_model_head()
         output = BertForPreTrainingOutput() if not torch.compiler.is_compiling() else hf.BertForPreTrainingOutput()
         if labels is not None and next_sentence_label is not None:
             check_labels(next_sentence_label.view(-1), (seq_relationship_logits.shape[0],), "next_sentence_label")
-            mlm, output.mlm_correct, output.mlm_count = head.loss(outputs, labels)
+            mlm, output.mlm_correct, output.mlm_count = head.loss(outputs, labels, labelled_rows=labelled_rows)
             next_sentence = F.cross_entropy(at_least_float32(seq_relationship_logits).view(-1, 2), next_sentence_label.view(-1))
             output.loss = mlm + next_sentence
             output.mlm_loss, output.next_sentence_loss = mlm.detach(), next_sentence.detach()

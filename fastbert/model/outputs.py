@@ -141,7 +141,7 @@ class EncoderOutput(LazyOutput):
         """The rows (n, hidden) of ``selection`` that carry a label, and those labels (n,)."""
         labelled, labels = self.selection.labelled, self.selection.labels
         if self._selected is not None:
-            return self._selected.rows[: labelled.numel()], labels
+            return self.selection.labelled_of(self._selected.rows), labels
         rows = self.packed
         return (rows if labelled.numel() == rows.shape[0] else rows.index_select(0, labelled)), labels
 

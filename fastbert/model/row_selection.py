@@ -27,15 +27,23 @@ _FEWEST_LEFT_OUT = 256
 class RowSelection:
     """The labelled rows of a packed batch, and with ``first`` the first row of every sequence, for the pooler, behind them.
 
-    total: the batch's rows. labels: (batch, length), ``IGNORE_INDEX`` where there is none; None where no row has one. A first row
-    that has a label, too, is there twice, because how often that happens cannot be known without waiting for a GPU; both readers
-    take the first of the two, the other one is computed for nothing. Finding the labelled rows is the one thing here that waits.
+    total: the batch's rows. labels: (batch, length), ``IGNORE_INDEX`` where there is none; None where no row has one.
+    labelled_rows: (cap,) int64, where the caller knows them: every labelled row once, in rising order, and behind them filler, rows
+    without a label, so that their number is the same in every batch. The filler is computed behind all others, whose dropout masks
+    are then those of a call without it.
+
+    A first row that has a label, too, is there twice, because how often that happens cannot be known without waiting for a GPU;
+    both readers take the first of the two, the other one is computed for nothing. Finding the labelled rows, where nobody names
+    them, is the one thing here that waits.
 
     No dataclass, for the reason that :class:`Packing` is none.
     """
 
-    def __init__(self, packing: Packing, total: int, labels: Tensor | None, *, first: bool) -> None:
+    def __init__(
+        self, packing: Packing, total: int, labels: Tensor | None, *, first: bool, labelled_rows: Tensor | None = None
+    ) -> None:
         self.packing, self.total = packing, total
+        self._places = None  # of ``labelled`` in ``rows``, where they are not the first ones
         if labels is None:
             self._first, self._exists = packing.first_rows(total)
             self.labelled = self.labels = self._first[:0]
@@ -43,11 +51,21 @@ class RowSelection:
             return
         row_labels = packing.unpad(labels)
         is_labelled = row_labels != IGNORE_INDEX
-        self.labelled = is_labelled.nonzero().squeeze(1)
+        self.labelled = is_labelled.nonzero().squeeze(1) if labelled_rows is None else labelled_rows
         self.labels = row_labels.index_select(0, self.labelled)
         self._first, self._exists = packing.first_rows(total) if first else (self.labelled[:0], None)
-        self.rows = torch.cat([self.labelled, self._first])
-        places = torch.arange(self.labelled.numel(), self.rows.numel(), device=self.rows.device)
+        count = self.labelled.numel()
+        if labelled_rows is None or not first:
+            self.rows = torch.cat([self.labelled, self._first])
+        else:
+            filled = torch.arange(count, device=self.labelled.device)
+            count = (self.labels != IGNORE_INDEX).sum()
+            self._places = torch.where(filled < count, filled, filled + self._first.numel())
+            self.rows = self.labelled.new_empty(self.labelled.numel() + self._first.numel())
+            self.rows.index_copy_(0, self._places, self.labelled)
+        places = count + torch.arange(self._first.numel(), device=self.labelled.device)
+        if self._places is not None:
+            self.rows.index_copy_(0, places, self._first.long())
         ranks = is_labelled.cumsum(0) - 1
         self._places_of_first = torch.where(is_labelled[self._first], ranks[self._first], places)
 
@@ -56,6 +74,10 @@ class RowSelection:
         rows = self.rows.numel()
         enough = trained or self.total - rows >= _FEWEST_LEFT_OUT
         return enough and 0 < rows <= _LARGEST_SHARE * self.total
+
+    def labelled_of(self, x: Tensor) -> Tensor:
+        """(len(rows), ...) -> (len(labelled), ...): what was computed for the rows of ``labels``."""
+        return x[: self.labelled.numel()] if self._places is None else x.index_select(0, self._places)
 
     def first_positions(self, x: Tensor) -> Tensor:
         """(len(rows), ...) -> (num_sequences, ...): :meth:`Packing.first_positions` of what was computed for ``rows``."""
@@ -69,8 +91,10 @@ class RowSelection:
         had alone.
         """
         places = torch.full((self.total,), -1, device=self.rows.device)
+        labelled = torch.arange(self.labelled.numel(), device=self.rows.device) if self._places is None else self._places
+        # Filler may be any row without a label: a row that is in ``rows`` once more has its other place.
+        places[self.labelled] = labelled
         places[self._first] = self._places_of_first
-        places[self.labelled] = torch.arange(self.labelled.numel(), device=self.rows.device)
         others = (places < 0).nonzero().squeeze(1)
         order = torch.cat([self.rows, others])
         places[others] = torch.arange(self.rows.numel(), order.numel(), device=order.device)

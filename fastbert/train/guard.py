@@ -24,8 +24,8 @@ class Guard:
 
     def __init__(self, loss_spike: float, device: torch.device):
         self._loss_spike = loss_spike
-        self._device = device
-        self.reset()
+        # One memory for good: a CUDA graph reads and writes what it has seen when it was recorded.
+        self._sum, self._steps = torch.zeros(2, dtype=torch.float64, device=device)
 
     def reset(self) -> None:
         """Forgets the losses so far: those to come are of another kind."""
@@ -41,8 +41,8 @@ class Guard:
             mean = self._sum / (1 - DECAY**self._steps)
             limit = torch.where(self._steps >= LEAST_STEPS, self._loss_spike * mean, limit)
         kept = loss.isfinite() & grad_norm.isfinite() & (loss <= limit)
-        self._sum = torch.where(kept, DECAY * self._sum + (1 - DECAY) * loss, self._sum)
-        self._steps = self._steps + kept
+        self._sum.copy_(torch.where(kept, DECAY * self._sum + (1 - DECAY) * loss, self._sum))
+        self._steps.add_(kept)
         return ~kept, limit
 
     def state(self) -> dict[str, Any]:
@@ -50,8 +50,8 @@ class Guard:
         return {"sum": self._sum.item(), "steps": int(self._steps.item())}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._sum = torch.tensor(state["sum"], dtype=torch.float64, device=self._device)
-        self._steps = torch.tensor(state["steps"], dtype=torch.float64, device=self._device)
+        self._sum.fill_(state["sum"])
+        self._steps.fill_(state["steps"])
 
 
 def skipped_text(skipped: dict[str, Any]) -> str:

@@ -56,7 +56,8 @@ class LAMB(torch.optim.Optimizer):
         # In a step that is left out gradients are 0 and the averages' factors 1, so nothing below changes anything.
         for gradient in gradients:
             gradient.masked_fill_(left_out.bool(), 0.0)
-        torch._foreach_add_(steps, 1 - left_out)
+        # As a list: one 0-d tensor would be taken for a number here, which the host would have to wait for.
+        torch._foreach_add_(steps, [1 - left_out] * len(steps))
         torch._foreach_mul_(averages, torch.where(left_out.bool(), one, beta1))
         torch._foreach_add_(averages, gradients, alpha=1 - beta1)
         torch._foreach_mul_(squares, torch.where(left_out.bool(), one, beta2))

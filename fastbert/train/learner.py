@@ -96,19 +96,32 @@ class Learner:
         """
         *others, last = batches
         with self._processes.accumulating(self._module):
-            scores = [self._backward(batch) for batch in others]
-        scores = self._processes.sum(sum(scores, self._backward(last)))
+            scores = [self._seeded_backward(batch) for batch in others]
+        values = self.update(sum(scores, self._seeded_backward(last)))
+        self.schedule.step()
+        return values
+
+    def _seeded_backward(self, batch: MicroBatch) -> Tensor:
+        if batch.seed is not None:
+            torch.manual_seed(batch.seed)
+        return self.backward(batch)
+
+    # What a step does on the device: it can be recorded (``graphed.GraphedStep``), because nothing of it waits for a result.
+
+    def update(self, scores: Tensor) -> Tensor:
+        """Clips the gradients, takes the optimizer's step and lets go of them. ``scores``: (6,), of this process's batches.
+
+        Returns what :meth:`step` does.
+        """
+        scores = self._processes.sum(scores)
         grad_norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         left_out, loss_limit = self.guard.check(scores[MLM_LOSS] + scores[NSP_LOSS], grad_norm)
         self._optimizer_step(left_out)
-        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack([*scores, grad_norm.double(), loss_limit, left_out.double()])
 
-    def _backward(self, batch: MicroBatch) -> Tensor:
+    def backward(self, batch: MicroBatch) -> Tensor:
         """Adds the batch's gradients; returns its scores (6,), the losses times its shares of the step."""
-        if batch.seed is not None:
-            torch.manual_seed(batch.seed)
         with autocast(self.model.device, self._dtype):
             outputs = self._module(**batch.inputs)
         loss = outputs.loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from .checkpoint import checkpoint_path
 from .compare import Comparison
 from .distributed import Processes, dropout_seed
 from .errors import TrainingInterrupted
+from .graphed import CudaRecorder, GraphedStep, not_recorded_reasons
 from .guard import check_skipped, skipped_text
 from .interrupt import StopRequest
 from .learner import Learner, MicroBatch, synchronize
@@ -108,6 +109,8 @@ class TrainingLoop:
         self.processes = processes
         # Of the first process alone: it writes for all.
         self.writer = CheckpointWriter(self.output, keep=settings.keep_checkpoints, log=self.output / METRICS_NAME)
+        self._records = settings.cuda_graph and not self._reasons_against_recording()
+        self._step: Callable[[Sequence[MicroBatch]], Tensor] = learner.step
         self._stop = StopRequest()
         self._stop_agreed = False
         self._pending: list[TakenStep] = []
@@ -134,6 +137,13 @@ class TrainingLoop:
                 if state.step < phase.last_step:
                     self._run_phase(phase, bar)
 
+    def _reasons_against_recording(self) -> list[str]:
+        """Said, so that nobody takes what they asked for for given."""
+        reasons = not_recorded_reasons(self.settings, self.learner, self.processes)
+        if reasons:
+            self.say(f"The training step is not recorded as a CUDA graph (--cuda-graph): {'; '.join(reasons)}")
+        return reasons
+
     def _run_phase(self, phase: Phase, bar: tqdm) -> None:
         state, device = self.state, self.learner.model.device
         if phase.number > 1 and state.step == phase.first_step:
@@ -141,17 +151,21 @@ class TrainingLoop:
             state.position = asdict(Position(epoch=state.position["epoch"] + 1))
             self.learner.guard.reset()
             self.say(f"From step {phase.first_step + 1:,} on: sequences of at most {phase.max_seq_length} tokens")
+        batches = self.data.batches[phase.number]
+        if self._records:
+            self._step = self.learner.step  # lets go of the memory of a step that was recorded for another length
+            self._step = GraphedStep(self.learner, batches.most_labels, CudaRecorder(device, self.say)).step
         if self.settings.workers:
             self.writer.wait()  # a process that is forked while a thread holds a lock would wait for it for ever
         steps = step_batches(
-            self.data.batches[phase.number],
+            batches,
             Position(**state.position),
             batches_per_step=self.settings.batches_per_step,
             rank=self.processes.rank,
             world_size=self.processes.count,
             workers=self.settings.workers,
         )
-        with closing(device_steps(steps, device)) as steps_on_device:
+        with closing(device_steps(steps, device, batches.filled if self._records else None)) as steps_on_device:
             arriving = counting_waits(steps_on_device, state)
             while state.step < phase.last_step:
                 self._run_step(next(arriving), bar)
@@ -186,7 +200,7 @@ class TrainingLoop:
         number = self.state.step + 1
         totals = self._totals(step)
         if self.comparison is None:
-            scores = self.learner.step(self._micro_batches(step, totals))
+            scores = self._step(self._micro_batches(step, totals))
         else:
             with self._clock.paused():
                 scores = self.comparison.step(number, step.batches[0], self.learner)
@@ -201,8 +215,8 @@ class TrainingLoop:
         """
         own = (
             sum(step.masked),
-            sum(batch.num_sequences for batch in step.batches),
-            sum(batch.num_tokens for batch in step.batches),
+            sum(step.sequences),
+            sum(step.tokens),
             self.telemetry.flops(step),
             self._stop.requested,
         )
@@ -212,14 +226,14 @@ class TrainingLoop:
     def _micro_batches(self, step: DeviceStep, totals: Tensor) -> list[MicroBatch]:
         """The step's batches with their shares of its masked tokens and sentences."""
         if self.processes.count == 1:
-            all_masked, all_sequences = sum(step.masked), sum(batch.num_sequences for batch in step.batches)
+            all_masked, all_sequences = sum(step.masked), sum(step.sequences)
         else:
             all_masked, all_sequences = totals[MASKED], totals[SEQUENCES]
         batches = []
         for number, (batch, masked) in enumerate(zip(step.batches, step.masked, strict=True)):
             nsp_share = mlm_share = _share(masked, all_masked)
             if self.settings.objective == "mlm-nsp":
-                nsp_share = _share(batch.num_sequences, all_sequences)
+                nsp_share = _share(step.sequences[number], all_sequences)
             in_step = number * self.processes.count + self.processes.rank
             seed = dropout_seed(self.settings.seed, self.state.step + 1, in_step)
             batches.append(MicroBatch(batch.model_inputs(), mlm_share, nsp_share, seed))

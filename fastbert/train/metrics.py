@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from fastbert.data.masking import IGNORE_INDEX
 from fastbert.whole_file import whole_file
 
 from .errors import TrainingError
@@ -36,7 +37,7 @@ def batch_scores(outputs: Any, inputs: dict[str, Any]) -> Tensor:
         mlm_count=outputs.mlm_count,
         nsp_loss=outputs.next_sentence_loss,
         nsp_correct=(predicted == next_sentence_label).sum(),
-        nsp_count=next_sentence_label.numel(),
+        nsp_count=(next_sentence_label != IGNORE_INDEX).sum(),
     )
 
 
@@ -47,7 +48,7 @@ def scores_tensor(
     mlm_count: Tensor | int,
     nsp_loss: Tensor | float = 0.0,
     nsp_correct: Tensor | int = 0,
-    nsp_count: int = 0,
+    nsp_count: Tensor | int = 0,
 ) -> Tensor:
     """Six 0-d values as one float64 tensor (6,) on the device of ``mlm_loss``."""
     values = (mlm_loss, mlm_correct, mlm_count, nsp_loss, nsp_correct, nsp_count)
@@ -90,6 +91,9 @@ class BatchScores:
             if not math.isfinite(value):
                 return f"the {name} is {value}"
         return f"the loss is {self.loss:.4g}, above {self.loss_limit:.4g}"
+
+
+STEP_SCORES = len(fields(BatchScores))
 
 
 @dataclass

@@ -16,30 +16,49 @@ from fastbert.data.masking import IGNORE_INDEX
 
 @dataclass(frozen=True, eq=False)
 class DeviceStep:
-    """A step's ``batches`` on the device and where the step after it begins; ``masked``: the numbers of their masked tokens;
-    ``pairs``: of tokens of one sequence, in all of them.
+    """A step's ``batches`` on the device and where the step after it begins. Of each, without what it was filled up with:
+    ``masked``, ``tokens`` and ``sequences``; ``pairs``: of tokens of one sequence, in all of them.
     """
 
     batches: list[PackedBatch]
     masked: list[int]
+    tokens: list[int]
+    sequences: list[int]
     pairs: int
     position: Position
 
 
-def device_steps(steps: Generator[StepBatches], device: torch.device) -> Iterator[DeviceStep]:
-    """``steps`` on ``device``. For a GPU each is copied from pinned memory on a stream of its own, one step ahead."""
-    moved = _copied_ahead(steps, device) if device.type == "cuda" else (_moved(step, lambda b: b.to(device)) for step in steps)
+def device_steps(
+    steps: Generator[StepBatches], device: torch.device, filled: Callable[[PackedBatch], PackedBatch | None] | None = None
+) -> Iterator[DeviceStep]:
+    """``steps`` on ``device``. For a GPU each is copied from pinned memory on a stream of its own, one step ahead.
+
+    ``filled``: ``PretrainingBatches.filled`` where batches shall have one shape; those that cannot have it have their own. For all
+    devices but CPUs they name their labelled rows.
+    """
+
+    def prepared(batch: PackedBatch) -> PackedBatch:
+        if filled is not None and (of_one_shape := filled(batch)) is not None:
+            return of_one_shape
+        return batch if device.type == "cpu" else batch.with_labelled_rows()
+
+    if device.type == "cuda":
+        moved = _copied_ahead(steps, device, prepared)
+    else:
+        moved = (_moved(step, lambda batch: prepared(batch).to(device)) for step in steps)
     with closing(steps):  # ends the processes that make them
         yield from moved
 
 
-def _copied_ahead(steps: Iterator[StepBatches], device: torch.device) -> Iterator[DeviceStep]:
+def _copied_ahead(
+    steps: Iterator[StepBatches], device: torch.device, prepared: Callable[[PackedBatch], PackedBatch]
+) -> Iterator[DeviceStep]:
     stream = torch.cuda.Stream(device)
 
     def copied() -> DeviceStep:
         step = next(steps)
         with torch.cuda.stream(stream):
-            return _moved(step, lambda batch: _map(batch, Tensor.pin_memory).to(device, non_blocking=True))
+            return _moved(step, lambda batch: _map(prepared(batch), Tensor.pin_memory).to(device, non_blocking=True))
 
     upcoming = copied()
     while True:
@@ -54,10 +73,11 @@ def _copied_ahead(steps: Iterator[StepBatches], device: torch.device) -> Iterato
 
 
 def _moved(step: StepBatches, move: Callable[[PackedBatch], PackedBatch]) -> DeviceStep:
-    # Counted before the copy: a number from the device would have to be waited for.
+    # Counted before the copy, because a number from the device would have to be waited for, and before the filling.
     masked = [int((batch.labels != IGNORE_INDEX).sum()) for batch in step.batches]
     pairs = sum(int(batch.cu_seqlens.diff().long().square().sum()) for batch in step.batches)
-    return DeviceStep([move(batch) for batch in step.batches], masked, pairs, step.position)
+    tokens, sequences = [batch.num_tokens for batch in step.batches], [batch.num_sequences for batch in step.batches]
+    return DeviceStep([move(batch) for batch in step.batches], masked, tokens, sequences, pairs, step.position)
 
 
 def _map(batch: PackedBatch, function: Callable[[Tensor], Tensor]) -> PackedBatch:

@@ -76,7 +76,8 @@ class PretrainSettings(CommandSettings):
     peak of their own where ``second_phase_learning_rate`` is given. ``warmup_steps``: None for a tenth of ``steps``.
     ``dropout``: None for 0.1, or for 0 with ``compare``. ``held_out_fraction``: None for 0.05, or for what a prepared corpus
     has. ``loss_spike``: a step whose loss is above this many times the running mean is left out, as one that is not finite
-    is; ``max_skipped_steps`` of them end the run. ``compare_steps``: None compares every step.
+    is; ``max_skipped_steps`` of them end the run. ``cuda_graph``: record the step, where it can be, and say why where it
+    cannot. ``compare_steps``: None compares every step.
 
     Raises :class:`SettingsError`, naming the setting, for a value or a combination that cannot work.
     """
@@ -112,6 +113,7 @@ class PretrainSettings(CommandSettings):
     max_skipped_steps: int = 10
     dtype: str = "float32"
     gradient_checkpointing: bool = False
+    cuda_graph: bool = False
     seed: int = 0
     save_steps: int = 500
     keep_checkpoints: int = 2

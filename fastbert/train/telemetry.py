@@ -75,8 +75,7 @@ class Telemetry:
 
     def flops(self, step: DeviceStep) -> float:
         """Model FLOPs of training on ``step``; the device is not asked."""
-        tokens = sum(batch.num_tokens for batch in step.batches)
-        return training_flops(self._config, tokens, step.pairs, sum(step.masked))
+        return training_flops(self._config, sum(step.tokens), step.pairs, sum(step.masked))
 
     def row(self, state: RunState, learning_rate: float) -> dict[str, Any]:
         """The window's line: its means and speed, ``mfu`` where the rate is known, ``fill`` (the share of the batches' token budget

@@ -10,7 +10,7 @@ from fastbert.data.batches import PackedBatch, PretrainingBatches
 from fastbert.data.corpus import Document
 from fastbert.data.masking import IGNORE_INDEX
 from fastbert.data.pairs import make_pairs
-from fastbert.data.passages import make_passages
+from fastbert.data.passages import SMALLEST_GAP, make_passages
 from fastbert.data.streams import Stream, generator
 from fastbert.data.tokenizer import train_wordpiece
 from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
@@ -185,6 +185,10 @@ def test_a_corpus_of_another_tokenizer_is_refused(tokenizer: PreTrainedTokenizer
         PretrainingBatches(foreign, tokenizer, max_seq_length=64, tokens_per_batch=256, seed=0)
 
 
+def _holds(text: list[int], part: list[int]) -> bool:
+    return any(text[start : start + len(part)] == part for start in range(len(text) - len(part) + 1))
+
+
 def test_sequences_without_pairs(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast) -> None:
     batches = PretrainingBatches(corpus, tokenizer, max_seq_length=48, tokens_per_batch=300, seed=3, objective="mlm")
     found = []
@@ -198,7 +202,12 @@ def test_sequences_without_pairs(corpus: TokenizedCorpus, tokenizer: PreTrainedT
         found += [ids[start + 1 : end - 1] for start, end in zip(bounds, bounds[1:])]
     passages = make_passages(corpus, 48)
     texts = [corpus.ids[start : start + length].tolist() for start, length in zip(passages.a_starts, passages.a_lengths)]
-    assert sorted(found) == sorted(texts) and found != texts
+    # All but those that were divided to fill what the others' batches had left.
+    divided = [text for text in texts if text not in found]
+    assert len(divided) < 0.2 * len(texts) and sum(map(len, found)) == sum(map(len, texts))
+    parts = [text for text in found if text not in texts]
+    assert all(any(_holds(text, part) for text in divided) for part in parts) and found[: len(texts)] != texts
+    assert batches.fill() > 1 - SMALLEST_GAP / 300
 
 
 def test_static_pairs_are_those_of_epoch_0_in_another_order_under_other_masks(
@@ -281,6 +290,38 @@ def test_a_batch_of_fixed_shape_has_the_same_loss_and_gradients(
         assert len(gradients) == len(fixed_gradients) > 30
         for gradient, expected in zip(fixed_gradients, gradients):
             assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-9
+
+
+@pytest.mark.parametrize("masking", ["token", "whole-word", "span"])
+@pytest.mark.parametrize("objective", ["mlm-nsp", "mlm"])
+def test_all_batches_are_filled_to_one_shape(
+    corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast, objective: str, masking: str
+) -> None:
+    """Their labelled rows among them: every one of a batch, then one without a label."""
+    batches = PretrainingBatches(
+        corpus, tokenizer, max_seq_length=48, tokens_per_batch=1024, seed=3, objective=objective, masking=masking
+    )
+    shapes = set()
+    for batch in batches.epoch(0):
+        filled = batches.filled(batch)
+        shapes.add(tuple((name, getattr(filled, name).shape) for name in TENSORS if getattr(filled, name) is not None))
+        count = int((batch.labels != IGNORE_INDEX).sum())
+        rows = filled.labelled_rows
+        assert rows.shape == (batches.most_labels,) and batches.most_labels % 8 == 0
+        assert torch.equal(rows[:count], (batch.labels != IGNORE_INDEX).nonzero().squeeze(1))
+        assert (filled.labels[rows[count:]] == IGNORE_INDEX).all()
+        assert filled.to("cpu").model_inputs()["labelled_rows"] is rows and "labelled_rows" not in batch.model_inputs()
+    assert len(shapes) == 1
+
+
+def test_a_batch_with_too_many_labels_stays_as_it_is(batches: PretrainingBatches, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batches.batch(0, 0, 0)
+    count = int((batch.labels != IGNORE_INDEX).sum())
+    for most, fits in ((count, True), (count - 1, False)):
+        monkeypatch.setattr(PretrainingBatches, "most_labels", most)
+        assert (batches.filled(batch) is not None) == fits
+    with pytest.raises(ValueError, match=f"{count} of 300 tokens have a label, which cannot be filled up to {count - 1}"):
+        batch.with_shape(*batches.shape, max_seqlen=48, pad_id=0, num_labels=count - 1)
 
 
 def test_a_shape_that_is_too_small_is_refused(batches: PretrainingBatches) -> None:

@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fastbert.data import masking as masking_module
-from fastbert.data.masking import IGNORE_INDEX, mask_options, mask_tokens
+from fastbert.data.masking import IGNORE_INDEX, mask_options, mask_tokens, most_labels
 
 from .helpers import CLS, MASK, SEP
 
@@ -305,3 +305,28 @@ def test_options_of_a_tokenizer(tokenizer: PreTrainedTokenizerFast, monkeypatch:
     monkeypatch.setattr(tokenizer, "convert_ids_to_tokens", lambda ids: [f"\u2581{number}" for number in ids])
     with pytest.raises(ValueError, match="masking 'span' needs a tokenizer that marks the pieces inside of words with ##"):
         mask_options(tokenizer, "span")
+
+
+@pytest.mark.parametrize("special_tokens", [2, 3])
+@pytest.mark.parametrize("probability", [0.05, 0.15, 0.2, 0.4, 0.8, 1.0])
+def test_no_batch_has_more_labels_than_the_bound(probability: float, special_tokens: int) -> None:
+    """Against the best that any division of the tokens into sequences can do; and the bound is of use."""
+    tokens = 90
+    labels = [0] + [min(n, max(1, round(probability * n))) for n in range(1, tokens)]
+    best = np.zeros(tokens + 1, np.int64)  # of so many tokens in the sequences so far
+    for sequences in range(1, 25):
+        longer = best.copy()
+        for n in range(1, tokens - special_tokens + 1):
+            length = n + special_tokens
+            longer[length:] = np.maximum(longer[length:], best[:-length] + labels[n])
+        best = longer
+        bound = most_labels(tokens, sequences, special_tokens=special_tokens, probability=probability)
+        assert best[-1] <= bound <= best[-1] + 0.9 * sequences + 1
+
+
+def test_spans_get_a_tenth_more() -> None:
+    options = {"special_tokens": 2, "probability": 0.15}
+    assert most_labels(4096, 8, **options) == int(0.15 * (4096 - 16) + 0.85 * 8)
+    assert most_labels(4096, 8, **options, masking="whole-word") == int(0.15 * (4096 - 16) + 0.85 * 8)
+    assert most_labels(4096, 8, **options, masking="span") == int(1.1 * (0.15 * (4096 - 16) + 0.85 * 8))
+    assert most_labels(20, 8, special_tokens=2, probability=1.0, masking="span") == 20

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fastbert.train.loop import TrainingLoop
 from fastbert.train.metrics import read_metrics
 
-SPEEDS = ("tokens_per_second", "seconds", "loader_wait", "peak_rss_bytes")
+SPEEDS = ("tokens_per_second", "seconds", "loader_wait", "peak_rss_bytes", "peak_cuda_bytes")
 
 
 def quiet(text: str) -> None:

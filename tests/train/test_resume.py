@@ -51,7 +51,7 @@ def test_a_stopped_and_continued_run_is_the_same_run(toy_settings, tmp_path, mon
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Gradients and loss of the last batch of these steps are NaN."""
-    backward = Learner._backward
+    backward = Learner.backward
 
     def poisoned(learner: Learner, batch):
         scores = backward(learner, batch)
@@ -61,7 +61,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
                 parameter.grad.fill_(float("nan"))
         return scores
 
-    monkeypatch.setattr(Learner, "_backward", poisoned)
+    monkeypatch.setattr(Learner, "backward", poisoned)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
@@ -128,12 +128,12 @@ def test_a_spike_after_the_first_steps(toy_settings, monkeypatch):
 def test_a_spike_soon_after_resuming_is_seen(toy_settings, tmp_path, monkeypatch):
     """The mean of the losses is part of a checkpoint."""
     monkeypatch.setattr("fastbert.train.guard.LEAST_STEPS", 3)
-    backward = Learner._backward
+    backward = Learner.backward
 
     def spiked(learner: Learner, batch):
         return backward(learner, batch) * (3.0 if learner.schedule._step + 1 == 7 else 1.0)
 
-    monkeypatch.setattr(Learner, "_backward", spiked)
+    monkeypatch.setattr(Learner, "backward", spiked)
     straight = pretrain(toy_settings(output=str(tmp_path / "straight")), quiet)
     assert [skipped["step"] for skipped in straight.skipped] == [7]
     with monkeypatch.context() as patch:
@@ -147,12 +147,12 @@ def test_a_spike_soon_after_resuming_is_seen(toy_settings, tmp_path, monkeypatch
 def test_a_longer_phase_is_no_spike(toy_settings, monkeypatch):
     """Losses of one phase are no measure of the other's."""
     monkeypatch.setattr("fastbert.train.guard.LEAST_STEPS", 3)
-    backward = Learner._backward
+    backward = Learner.backward
 
     def higher(learner: Learner, batch):
         return backward(learner, batch) * (3.0 if learner.schedule._step >= 4 else 1.0)
 
-    monkeypatch.setattr(Learner, "_backward", higher)
+    monkeypatch.setattr(Learner, "backward", higher)
     assert pretrain(toy_settings(**TWO_PHASES), quiet).skipped == []
 
 
