@@ -166,8 +166,9 @@ def failures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def save(options: Options, document: dict[str, Any], command: str, folder: str) -> None:
     """Keeps the document in benchmarks/results/<folder>, as ``command`` made it, under the suite's name, and the model's and the
-    batches' where they are not the suite's own: ``inference.json``, ``inference-by-length.json``."""
-    chosen = [options.suite, *([] if options.model == Options.model else [model_title(options.model)]), *(options.batches or ())]
+    batches' or the ops' where they are not the suite's own: ``inference.json``, ``inference-by-length.json``."""
+    chosen = [options.suite, *([] if options.model == Options.model else [model_title(options.model)])]
+    chosen += [*(options.batches or ()), *(options.ops or ())]
     name = re.sub(r"[^\w.-]+", "-", "-".join(chosen))
     save_results(name, {"benchmark": options.suite, "command": command, **document}, folder)
 

@@ -35,7 +35,7 @@ class Scale:
     """tokens: of every case. lengths: of the cases of equal sequences. mix: one cycle of real lengths, and whose they are.
 
     checked_tokens: where not None, cases with dropout are compared with the reference on so many tokens, since it takes a minute to
-    draw its masks for all of them.
+    draw its masks for all of them. unlabelled_rows: whether a peer computes the losses' logits of all rows, as transformers does.
     """
 
     tokens: int
@@ -46,11 +46,12 @@ class Scale:
     mix: tuple[int, ...]
     mix_name: str = "real lengths"
     checked_tokens: int | None = None
+    unlabelled_rows: bool = True
 
 
 SCALES = {
     "full": Scale(65536, (768, 1024), 64, VOCABULARY, (128, 512), embedded()[MLPERF].quantiles(32), "Wikipedia's lengths"),
-    "cpu": Scale(4096, (768,), 64, VOCABULARY, (128, 512), embedded()["mnli"].quantiles(32), "MNLI's lengths", 512),
+    "cpu": Scale(4096, (768,), 64, VOCABULARY, (128, 512), embedded()["mnli"].quantiles(32), "MNLI's lengths", 512, False),
     "small": Scale(200, (64, 1024), 64, 320, (40,), (7, 33)),
     "toy": Scale(12, (64,), 64, 20, (), (3, 9)),
 }

@@ -171,14 +171,14 @@ def work_of(event: Event, creators: Creators) -> str:
         if node is None:
             continue
         made_by = creators.get((node.fwd_thread, node.sequence_nr))
-        part = _STRONG.get(node.name)
-        if part is None and made_by is not None and not _is_dispatch(made_by):
-            part = work_of(made_by, creators)
+        theirs = _STRONG.get(node.name)
+        if theirs is None and made_by is not None and not _is_dispatch(made_by):
+            theirs = work_of(made_by, creators)
         # Where gradients meet, the engine adds the second to the first as it comes from its node: a residual's, or where the
         # vocabulary's product and the embeddings share a table, that table's.
         meeting = caller.name.startswith(_ENGINE) and event.name in ("aten::add", "aten::add_")
-        if part is not None and (not meeting or part == EMBEDDINGS):
-            return part
+        if theirs is not None and (not meeting or theirs == EMBEDDINGS):
+            return theirs
         break
     return _WEAK.get(event.name, OTHER)
 

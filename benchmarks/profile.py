@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -54,7 +54,7 @@ from .parts import (
 _FEWEST, _MOST, _LIMIT_S = 2, 20, 2.0
 _OPERATORS = 10  # that a document names
 _MICROSECOND = 1e-6
-Spent = tuple[Counter[str], Counter[str]]  # seconds by part, and by operator
+Spent = tuple[defaultdict[str, float], defaultdict[str, float]]  # seconds by part, and by operator
 
 
 def profiles(runs: Mapping[str, tuple[Callable[[], Any], str]], device: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -74,18 +74,20 @@ def profiled(run: Callable[[], Any], device: str, dtype: str) -> dict[str, Any]:
     Where the operators take longer under the profiler than the run without it, which is noise, all of them are scaled to it.
     """
     run()  # what a first call makes is none of the steps'
-    plain, traced = [], []
+    plain: list[float] = []
+    traced: list[tuple[float, Spent]] = []
     while len(plain) < _FEWEST or (len(plain) < _MOST and sum(plain) < _LIMIT_S):
         plain.append(_seconds(run, device))
         traced.append(_traced(run, device, dtype))
     seconds = min(plain)
     profiler_seconds, (parts, operators) = min(traced, key=lambda trace: trace[0])
+    longest = sorted(operators, key=operators.__getitem__, reverse=True)[:_OPERATORS]
     return {
         "dtype": dtype,
         "seconds": seconds,
         "profiler_seconds": profiler_seconds,
         "parts": of_run(parts, seconds),
-        "operators": dict(operators.most_common(_OPERATORS)),
+        "operators": {operator: operators[operator] for operator in longest},
     }
 
 
@@ -114,7 +116,7 @@ def _traced(run: Callable[[], Any], device: str, dtype: str) -> tuple[float, Spe
     parts, operators = (device_times if device == "cuda" else cpu_times)(profiler.events())
     for part, after in _layer_seconds(dtype).items():
         parts[part] += after - before[part]
-    del parts[OUTSIDE]
+    parts.pop(OUTSIDE, None)
     return seconds, (parts, operators)
 
 
@@ -122,7 +124,7 @@ def cpu_times(events: Iterable[Any]) -> Spent:
     """Seconds of the operators among torch's profiler events, each without those of the operators that it calls."""
     events = [event for event in events if event.device_type == DeviceType.CPU and not event.is_async]
     creators = creators_of(events)
-    parts, operators = Counter[str](), Counter[str]()
+    parts, operators = defaultdict[str, float](float), defaultdict[str, float](float)
     for event in events:
         spent = event.self_cpu_time_total * _MICROSECOND
         parts[part_of(event, creators)] += spent
@@ -135,7 +137,7 @@ def device_times(events: Iterable[Any]) -> Spent:
     events = list(events)
     launching = [event for event in events if event.device_type == DeviceType.CPU and not event.is_user_annotation]
     creators = creators_of(launching)
-    parts, operators = Counter[str](), Counter[str]()
+    parts, operators = defaultdict[str, float](float), defaultdict[str, float](float)
     for event in launching:
         for kernel in event.kernels:
             part = kernel_part(kernel.name, event, creators)

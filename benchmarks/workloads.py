@@ -120,7 +120,7 @@ def config_for(model: str, **changes) -> BertConfig:
         raise WorkloadError(
             f"model {model!r} is neither one of {', '.join(SIZES)} nor a checkpoint (folder or Hub name): {reason}"
         ) from error
-    if not isinstance(config, BertConfig) or config.model_type != "bert":
+    if config.model_type != "bert":
         raise WorkloadError(f"model {model!r} is of type {config.model_type!r}; the benchmarks measure models of type 'bert'")
     return config
 

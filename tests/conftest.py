@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from .toys import entity_folder, sentiment_folder, toy_model, toy_tokenizer  # noqa: F401 (fixtures)
+# No test asks the Hub: without a network every name that is looked up would take half a minute (read on import).
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+
+from .toys import entity_folder, sentiment_folder, toy_model, toy_tokenizer  # noqa: E402, F401 (fixtures)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

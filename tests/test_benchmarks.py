@@ -203,7 +203,7 @@ def documents(scale: float) -> dict:
                 for d in ("forward", "backward")
             ]
         }
-        for op in op_cases.OPS
+        for op in backends.OPS
     }
     rates = {key: {"tokens_per_s": 1.0, "sequences_per_s": 1.0} for key in ("transformers", "transformers compiled")}
     ours = {key: {"tokens_per_s": scale, "sequences_per_s": scale} for key in ("fastbert", "fastbert packed")}

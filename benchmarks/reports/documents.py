@@ -55,11 +55,9 @@ def _of_file(path: Path) -> Iterator[tuple[str, Document]]:
             yield f"{path.stem}-{re.sub('[^a-z0-9]+', '-', step.lower())}", record["result"]
 
 
-def races(document: Document) -> dict[str, Document]:
-    """By dtype what has ``ceilings`` and ``profile`` of its own: training measures its dtypes one after another."""
+def ceilings_of(document: Document) -> Mapping[str, Mapping[str, Any]]:
+    """The machine's ceilings by dtype, as the document's run measured them."""
     if "runs" in document:
-        return dict(document["runs"])
+        return {dtype: run["ceilings"] for dtype, run in document["runs"].items()}
     ceilings = document["ceilings"]
-    if "matmul_flops" in ceilings:
-        return {document["dtype"]: document}
-    return {dtype: {**document, "ceilings": of_dtype} for dtype, of_dtype in ceilings.items()}
+    return {document["dtype"]: ceilings} if "matmul_flops" in ceilings else ceilings

@@ -3,7 +3,7 @@
     python -m benchmarks.reports.page [--check]
 
 --check writes nothing: exit code 1 and the difference where a file is not what the results give, 0 where all are. A picture is
-what the results give when it carries the digest of the rows that it shows.
+what the results give when it carries the digest of what it shows.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..harness import RESULTS
-from . import losses, page_text, plots, readme
+from . import losses, page_text, pictures, readme
 from .documents import Document, ReportError, documents, others
+from .pictures import Picture
 from .report import hardware, made_by, model_rows, op_rows, section, title, versions, write_text
-from .rows import DTYPES, OURS, Row, digest
+from .rows import DTYPES, OURS, Row
 from .tables import markdown, times
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -27,11 +28,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 @dataclass(frozen=True)
 class Page:
-    """text: of docs/performance.md; readme: of README.md; pictures: by file name in docs/performance, with the rows shown."""
+    """text: of docs/performance.md; readme: of README.md; pictures: by file name in docs/performance."""
 
     text: str
     readme: str
-    pictures: Mapping[str, tuple[plots.Plot, list[Row]]]
+    pictures: Mapping[str, Picture]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def main() -> None:
         differences = list(check(page, places))
         print("\n".join(differences) or "docs/performance.md, its pictures and README.md are what the results give")
         sys.exit(1 if differences else 0)
-    if reason := plots.why_not():
+    if reason := pictures.why_not():
         parser.error(reason)
     write(page, places)
 
@@ -76,7 +77,7 @@ def made(places: Places) -> Page:
     folders = sorted(places.results.iterdir(), key=lambda folder: (folder.name != readme.MACHINE, folder.name))
     by_machine = {folder.name: documents(folder) for folder in folders if folder.is_dir()}
     by_machine = {name: found for name, found in by_machine.items() if found}
-    pictures = {name: plots.pictures(model_rows(document), name) for name, document in _named(by_machine)}
+    drawn = {name: pictures.pictures(document, name) for name, document in _named(by_machine)}
     parts = [
         page_text.HEAD,
         "## fastbert against transformers", page_text.SUMMARY, _summary(by_machine),
@@ -88,7 +89,7 @@ def made(places: Places) -> Page:
         parts.append(hardware(next(iter(found.values()))["machine"]))
         for name, document in found.items():
             link = f"[{name}.json](../benchmarks/results/{machine}/{_file_of(name)})"
-            addresses = {f"performance/{file}": plot.title for file, (plot, _) in pictures[f"{machine}-{name}"].items()}
+            addresses = {f"performance/{file}": picture.title for file, picture in drawn[f"{machine}-{name}"].items()}
             own_name = "" if name == document["benchmark"] else f" ({name})"
             parts += [f"### {title(document)}{own_name}", f"{link}. {made_by(document)} {versions(document['machine'])}"]
             parts.append(section(document, addresses, "####"))
@@ -97,7 +98,7 @@ def made(places: Places) -> Page:
     parts += ["## Measure it yourself", page_text.RERUN]
     text = "\n\n".join(parts) + "\n"
     for_readme = readme.rendered(places.readme.read_text(encoding="utf-8"), by_machine.get(readme.MACHINE, {}))
-    return Page(text, for_readme, {file: picture for found in pictures.values() for file, picture in found.items()})
+    return Page(text, for_readme, {file: picture for found in drawn.values() for file, picture in found.items()})
 
 
 def write(page: Page, places: Places) -> None:
@@ -106,8 +107,8 @@ def write(page: Page, places: Places) -> None:
     for path in places.pictures.glob("*.png"):
         if path.name not in page.pictures:
             path.unlink()
-    for file, (plot, shown) in page.pictures.items():
-        plots.save(plot, shown, places.pictures / file)
+    for file, picture in page.pictures.items():
+        picture.save(places.pictures / file)
     write_text(places.page, page.text)
     if page.readme != places.readme.read_text(encoding="utf-8"):
         write_text(places.readme, page.readme)
@@ -121,12 +122,12 @@ def check(page: Page, places: Places) -> Iterator[str]:
         yield from difflib.unified_diff(
             there.splitlines(), text.splitlines(), name, f"{name} from benchmarks/results", lineterm="", n=0
         )
-    for file, (_, shown) in page.pictures.items():
+    for file, picture in page.pictures.items():
         path = places.pictures / file
         if not path.exists():
             yield f"{path.relative_to(places.repository)} is missing"
-        elif plots.digest_in(path) != digest(shown):
-            yield f"{path.relative_to(places.repository)} shows other rows than benchmarks/results has"
+        elif pictures.digest_in(path) != picture.digest:
+            yield f"{path.relative_to(places.repository)} shows other figures than benchmarks/results has"
     for path in sorted(places.pictures.glob("*.png")):
         if path.name not in page.pictures:
             yield f"{path.relative_to(places.repository)} belongs to no result"
@@ -175,7 +176,7 @@ def _when_not(by_machine: Mapping[str, Mapping[str, Document]]) -> Iterator[str]
     else:
         yield "Of the batches of models that were measured: none."
     if ops:
-        yield f"Measured, ops one by one, where another contender is faster than every backend of fastbert ({len(ops)}):"
+        yield f"Measured, ops one by one, where another contender was faster in the same rounds ({len(ops)}):"
         yield losses.op_table(ops)
     if not any(document["machine"].get("gpu") for _, document in results):
         yield page_text.NO_GPU

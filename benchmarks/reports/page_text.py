@@ -31,9 +31,13 @@ READING = f"""\
   copy bandwidth). FLOPs and bytes: the formulas in [benchmarks/model_work.py](../benchmarks/model_work.py), for single ops in
   [benchmarks/work.py](../benchmarks/work.py). 100% cannot be passed, but by the error of the measured rates.
 - **memory**: the peak of a call or step beyond what is there before it (weights, the optimizer's state, the batch): of the
-  whole process on CPUs, of torch's allocator on GPUs.
+  whole process on CPUs, of torch's allocator on GPUs. In inference with what a contender keeps between calls (packed weights,
+  an engine's arena), since documents have the versions of the contenders.
 - **J**: energy of a call or step, where the machine tells it, of the whole package or card.
-- **Where the time goes**: shares of a run by kind of work; *outside* is what no kernel accounts for: Python, dispatch, waiting.
+- **Where the time goes**: a run by kind of work, beside the floor of each part
+  ([benchmarks/profile.py](../benchmarks/profile.py)).
+- **Ops**: "both" is the forward pass and then the backward one; a contender's last column says how many times as fast fastbert's
+  own choice was in the same rounds. Tensors that the caches still hold from the round before can reach more than 100% of the limit.
 - **The stated spread** of a ratio, within which a rerun should find it: the largest of its interquartile range, the rerun's,
   and {BETWEEN_RUNS:.0%} of its median, by which whole runs differ. The quartiles are those of rounds within the same minutes.
 
@@ -66,17 +70,19 @@ RERUN = f"""\
 In a clone, with Python 3.10 or later and a C++ compiler; nothing else on the machine should be busy:
 
 ```
-python3 -m venv .venv && .venv/bin/pip install -e '.[bench,viz]'
-.venv/bin/fastbert bench --suite inference --output mine      # tables, inference.json, inference.md and pictures in mine/
-.venv/bin/fastbert bench --suite finetune --output mine
-.venv/bin/fastbert bench --suite pretrain --output mine
-.venv/bin/python -m benchmarks.reports.agreement benchmarks/results/{MACHINE} mine
+make bench-full   # every batch, contender and dtype: an hour and a half on two cores; make bench: ten minutes, fewer of each
+.venv/bin/python -m benchmarks.reports.agreement benchmarks/results/{MACHINE} runs/bench
 ```
 
-The last line sets your ratios beside the committed ones: each with its quartiles, the difference, and whether it lies within
-the stated spread (above); exit code 1 where one does not. Another kind of CPU has other ratios: a machine like one of those
-above should agree. To repeat a document on this page exactly, check out the commit that it names and run the command that it
-names; `--save FOLDER` in it keeps the document in benchmarks/results/FOLDER.
+The reports (JSON, Markdown, pictures) are then in `runs/bench`. The second line sets your ratios beside the committed ones: each
+with its quartiles, the difference, and whether it lies within the stated spread (above); exit code 1 where one does not. Another
+kind of CPU has other ratios: a machine like one of those above should agree. One suite alone, of any model and batches, with a
+report in any folder:
 
-`python -m benchmarks.reports FOLDER` makes the reports of a folder of documents again; `python -m benchmarks.reports.page`
-makes this page, `--check` says whether it is up to date."""
+```
+.venv/bin/fastbert bench --suite inference --model base --batches 32x128 mnli --output mine
+```
+
+To repeat a document on this page exactly, check out the commit that it names and run the command that it names; `--save FOLDER`
+in it keeps the document in benchmarks/results/FOLDER. `python -m benchmarks.reports FOLDER` makes the reports of a folder of
+documents again; `python -m benchmarks.reports.page` makes this page, `--check` says whether it is up to date."""

@@ -1,35 +1,29 @@
 """Rows as pictures: rates by length and by number of sequences, ratios with their spread, the roofline, memory.
 
-Each picture shows some of a document's rows and is made only where there are such; its PNG carries the SHA-256 of these rows
-(:data:`DIGEST`), which says whether it belongs to a document. A panel per dtype, contenders by colour and marker, so that it reads
-in grey, too; the colours are Okabe and Ito's for all kinds of colour vision (https://jfly.uni-koeln.de/color/).
+Each picture shows some of a document's rows and is made only where there are such. A panel per dtype, contenders by colour and
+marker, so that it reads in grey, too; the colours are Okabe and Ito's for all kinds of colour vision
+(https://jfly.uni-koeln.de/color/).
 
 They need matplotlib (``pip install 'fastbert[viz]'``).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbert.whole_file import whole_file
-
-from .rows import DTYPES, OURS, THEIRS, Row, digest
+from .rows import DTYPES, OURS, THEIRS, Row
 from .tables import memory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DIGEST = "Rows-SHA256"  # the keyword of the PNG's text chunk
 SHORTEST_CURVE = 3  # batches; two points are no curve
-NEEDED = "matplotlib is not installed (pip install 'fastbert[viz]')"
 _EQUAL = re.compile(r"(\d+) x (\d+)")
-_PANEL_WIDTH, _LINE_HEIGHT, _DPI = 4.6, 0.14, 110
+_PANEL_WIDTH, _LINE_HEIGHT, DPI = 4.6, 0.14, 110
 _NEAR = 1.3  # of the roofline's logarithmic x: two names within this factor would lie upon each other
 
 _BLACK, _ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _VERMILION, _PURPLE, _GREY = (
@@ -59,30 +53,6 @@ class Plot:
     title: str
     shown: Callable[[Sequence[Row]], list[Row]]
     draw: Callable[[Sequence[Row]], Figure]
-
-
-def why_not() -> str | None:
-    """Why no picture can be made here."""
-    return None if importlib.util.find_spec("matplotlib") else NEEDED
-
-
-def pictures(rows: Sequence[Row], prefix: str) -> dict[str, tuple[Plot, list[Row]]]:
-    """By file name the pictures of a document's rows, with the rows that they show."""
-    found = {f"{prefix}-{name}.png": (plot, plot.shown(rows)) for name, plot in PLOTS.items()}
-    return {name: (plot, shown) for name, (plot, shown) in found.items() if shown}
-
-
-def save(plot: Plot, shown: Sequence[Row], path: Path) -> None:
-    with whole_file(path) as beside:
-        plot.draw(shown).savefig(beside, dpi=_DPI, format="png", metadata={DIGEST: digest(shown)})
-
-
-def digest_in(path: Path) -> str | None:
-    """The digest that a PNG carries; None where it has none."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.info.get(DIGEST)
 
 
 def styles(contenders: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -274,11 +244,12 @@ def _roofline(rows: Sequence[Row]) -> Figure:
     figure, panels = _panels(rows, 5.2, shared_y=True)
     of_name = styles(_contenders(rows))
     at = [row.flops / row.bytes for row in rows]  # type: ignore[operator]
-    left, right = min(at) / 3, max(at) * 3
+    ridges = [row.matmul_flops / row.copy_bytes for row in rows]  # type: ignore[operator]
+    left, right = min(*at, *ridges) / 3, max(*at, *ridges) * 3
     for dtype, axes in panels.items():
         of_dtype = [row for row in rows if row.dtype == dtype]
         rate, copies = of_dtype[0].matmul_flops, of_dtype[0].copy_bytes
-        ridge = min(max(rate / copies, left), right)  # type: ignore[operator]
+        ridge = rate / copies  # type: ignore[operator]
         axes.plot([left, ridge, right], [min(x * copies, rate) / 1e9 for x in (left, ridge, right)], color=_BLACK)  # type: ignore[operator]
         roofs = f"roofs: {rate / 1e9:,.0f} GFLOP/s of matmuls,\n{copies / 1e9:,.0f} GB/s of copies"
         axes.text(0.03, 0.97, roofs, transform=axes.transAxes, va="top", fontsize=8)

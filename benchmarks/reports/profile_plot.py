@@ -58,7 +58,7 @@ def _profiles(document: Mapping[str, Any]) -> Iterator[Profiles]:
         for batch, contenders in run.get("profile", {}).items():
             # Before there were floors, a profile had other parts.
             for dtype, floors in run.get("floors", {}).get(batch, {}).items():
-                of_dtype = {name.removesuffix(f" {dtype}"): entry for name, entry in contenders.items() if entry["dtype"] == dtype}
+                of_dtype = {name.removesuffix(f" {dtype}"): entry for name, entry in contenders.items()}
                 libraries = {library: of_dtype[library] for library in (THEIRS, OURS) if library in of_dtype}
                 if libraries:
                     yield Profiles(batch, dtype, libraries, floors)

@@ -107,7 +107,7 @@ def _label(contender: str, document: Document) -> str:
     labels = {
         OURS: f"**{OURS}**",
         THEIRS: f"{THEIRS} {version} (sdpa)",
-        f"{THEIRS} sorted, oneDNN": "the same, sorted by length, oneDNN's matmul",
+        f"{THEIRS} sorted, oneDNN": f"{THEIRS}, sorted by length, oneDNN's matmul",
     }
     return labels.get(contender, contender)
 

@@ -10,16 +10,17 @@ from fastbert.whole_file import whole_file
 
 from ..harness import write_json
 from ..workloads import model_title
-from . import plots
+from . import pictures
 from .documents import Document
+from .profile_plot import profile_table
 from .rows import OPS_SUITE, OpRow, Row, model_of, op_rows_of, rows_of
 from .tables import (
     batch_table,
     by_batch,
+    contenders_table,
     limits_table,
     ops_table,
     ops_without_figures,
-    profile_table,
     without_figures,
 )
 
@@ -35,19 +36,19 @@ def write(document: Document, folder: Path) -> list[Path]:
 def write_report(document: Document, folder: Path, name: str) -> list[Path]:
     """``<name>.md`` and its pictures, of a document that lies elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {} if plots.why_not() else plots.pictures(model_rows(document), name)
-    for plot in plots.PLOTS:
-        if f"{name}-{plot}.png" not in pictures:
+    found = {} if pictures.why_not() else pictures.pictures(document, name)
+    for plot in pictures.NAMES:
+        if f"{name}-{plot}.png" not in found:
             (folder / f"{name}-{plot}.png").unlink(missing_ok=True)
-    for file, (plot, shown) in pictures.items():
-        plots.save(plot, shown, folder / file)
-    titles = {file: plot.title for file, (plot, _) in pictures.items()}
+    for file, picture in found.items():
+        picture.save(folder / file)
+    titles = {file: picture.title for file, picture in found.items()}
     machine = document["machine"]
     lines = [f"# {title(document)}", f"{hardware(machine)} {versions(machine)}", made_by(document), section(document, titles, "##")]
-    if reason := plots.why_not():
+    if reason := pictures.why_not():
         lines.append(f"Without pictures: {reason}")
     write_text(folder / f"{name}.md", "\n\n".join(lines) + "\n")
-    return [folder / f"{name}.md", *(folder / file for file in pictures)]
+    return [folder / f"{name}.md", *(folder / file for file in found)]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,12 +94,17 @@ def section(document: Document, titles: Mapping[str, str], heading: str) -> str:
     energy = document.get("energy") or next((run["energy"] for run in document.get("runs", {}).values() if "energy" in run), None)
     if energy:
         parts.append(f"Energy: {energy['source'] or 'not measured: ' + str(energy['reason'])}.")
+    if table := contenders_table(document):
+        parts += [f"{heading} Contenders", table]
     rows = model_rows(document)
     for batch, of_batch in by_batch(rows).items():
         parts += [f"{heading} {batch}{_size(of_batch)}", batch_table(of_batch)]
     if ops := op_rows(document):
         parts += [f"{heading} Ops", ops_table(ops)]
-    if reasons := [*without_figures(rows), *ops_without_figures(ops)]:
+    reasons = [*without_figures(rows), *ops_without_figures(ops)]
+    if left_out := document.get("not_asked_for"):
+        reasons.append(f"not asked for: {', '.join(left_out)}")
+    if reasons:
         parts += [f"{heading} Not run", "\n".join(f"- {reason}" for reason in reasons)]
     if table := profile_table(document):
         parts += [f"{heading} Where the time goes", table]
@@ -108,4 +114,6 @@ def section(document: Document, titles: Mapping[str, str], heading: str) -> str:
 def _size(rows: Sequence[Row]) -> str:
     """Of a batch, where the document has it."""
     row = rows[0]
-    return "" if row.tokens is None or row.sequences is None else f": {row.sequences:,} sequences, {row.tokens:,} tokens"
+    if row.tokens is None or row.sequences is None:
+        return ""
+    return f": {row.sequences:,} sequence{'' if row.sequences == 1 else 's'}, {row.tokens:,} tokens"

@@ -23,7 +23,8 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A contender's figures on a batch, or the ``reason`` why there are none; what the document lacks is None.
+    """A contender's figures on a batch, or the ``reason`` why there are none; what the document lacks is None. Without figures
+    ``dtype`` may be empty: the reason holds in all of them.
 
     sequences, tokens: of the batch, real ones. median_s, q25_s, q75_s: seconds of a call or step over ``rounds`` rounds; rates are
     those of the median. ratio: how many times as fast as transformers in the same dtype; float32_ratio: as transformers in
@@ -65,9 +66,11 @@ class Row:
 
 @dataclass(frozen=True)
 class OpRow:
-    """A contender's figures in one direction ("forward", "backward") of an op's case, or the ``reason`` why there are none.
+    """A contender's figures in a direction ("forward", "backward") of an op's case, or the ``reason`` why there are none.
 
-    flops_per_s, bytes_per_s: of the work that the op needs at the least (benchmarks/work.py); share_of_ceiling: of the roofline.
+    direction: also "both", one after the other. flops_per_s, bytes_per_s: of the work that the op needs at the least
+    (benchmarks/work.py); share_of_ceiling: of the roofline. fastbert_ratio: how many times as fast as this contender fastbert's own
+    choice was, None for that itself.
     """
 
     op: str
@@ -85,6 +88,9 @@ class OpRow:
     flops_per_s: float | None = None
     bytes_per_s: float | None = None
     share_of_ceiling: float | None = None
+    fastbert_ratio: float | None = None
+    fastbert_ratio_q25: float | None = None
+    fastbert_ratio_q75: float | None = None
 
 
 def digest(rows: Sequence[Row | OpRow]) -> str:
@@ -107,17 +113,16 @@ def model_of(document: Figures) -> str:
 
 def op_rows_of(document: Figures) -> list[OpRow]:
     """Of a document of ``ops``: its records in their order."""
-    runs = document["runs"].values() if "runs" in document else [document]
-    return [_op_row(record, record.get("dtype") or run["dtype"]) for run in runs for record in run["results"]]
+    return [_op_row(record) for record in document["results"]]
 
 
-def _op_row(record: Figures, dtype: str) -> OpRow:
+def _op_row(record: Figures) -> OpRow:
     reason = next((record[key] for key in ("not_supported", "not_run", "failed") if record.get(key)), None)
     figures = ("direction", "median_s", "q25_s", "q75_s", "flops_per_s", "bytes_per_s", "share_of_ceiling")
     return OpRow(
-        **{name: record[name] for name in ("op", "case", "hidden", "dropout_p", "contender")},
+        **{name: record[name] for name in ("op", "case", "hidden", "dropout_p", "dtype", "contender")},
         **{name: record.get(name) for name in figures},
-        dtype=dtype,
+        **_ratio("fastbert_ratio", record.get("fastbert_ratio")),
         ours=_is_ours(record["contender"]),
         reason=reason,
     )
@@ -154,9 +159,9 @@ def _inference(of_batch: dict[str, Any], measured: Figures, race: Figures) -> It
             **_ratio("float32_ratio", _ratio_of(name, baseline, paired, contenders)),
             **_limits(required, race["ceilings"][dtype]),
         )
-    for name, reason in {**race["not_run"], **measured["failed"]}.items():
-        title, dtype = name.rsplit(" ", 1)
-        yield Row(**of_batch, **_named(title, dtype), reason=reason)
+    for name, reason in {**race.get("not_run", {}), **measured["failed"]}.items():
+        title, _, dtype = name.rpartition(" ")
+        yield Row(**of_batch, **(_named(title, dtype) if dtype in DTYPES else _named(name, "")), reason=reason)
 
 
 def _one_dtype(of_batch: dict[str, Any], measured: Figures, race: Figures) -> Iterator[Row]:
@@ -176,7 +181,7 @@ def _one_dtype(of_batch: dict[str, Any], measured: Figures, race: Figures) -> It
             **_limits(measured.get("work", {}), race["ceilings"]),
         )
     for name, reason in {**race.get("not_run", {}), **measured.get("failed", {})}.items():
-        yield Row(**of_batch, **_named(name.removesuffix(f" {dtype}"), dtype), reason=reason)
+        yield Row(**of_batch, **_named(name, dtype), reason=reason)
 
 
 def _named(contender: str, dtype: str) -> dict[str, Any]:

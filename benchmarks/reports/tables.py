@@ -6,10 +6,12 @@ A column that no row of a table has is left out: earlier documents know less.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from .documents import Document, races
-from .rows import OURS, OpRow, Row
+from .documents import Document, ceilings_of
+from .rows import OpRow, Row
+
+_AnyRow = TypeVar("_AnyRow", Row, OpRow)
 
 
 def milliseconds(seconds: float) -> str:
@@ -68,16 +70,27 @@ def batch_table(rows: Iterable[Row]) -> str:
 
 
 def without_figures(rows: Sequence[Row]) -> list[str]:
-    """A line of text for each contender that has no figures, with the reason, and the batches where those are not all."""
-    batches = list(by_batch(rows))
-    where: dict[tuple[str, str], list[str]] = {}
+    """A line of text for each contender that has no figures and each reason, with the dtypes, and the batches where those are not
+    all."""
+    batches = len(by_batch(rows))
+    lines = []
+    for (contender, reason), found in _by_reason(rows).items():
+        where = dict.fromkeys(row.batch for row in found)
+        lines.append(f"{contender}: {reason}" + ("" if len(where) == batches else f" ({'; '.join(where)})"))
+    return lines
+
+
+def _by_reason(rows: Iterable[_AnyRow]) -> dict[tuple[str, str], list[_AnyRow]]:
+    """Rows without figures, by contender with its dtypes, and reason."""
+    grouped: dict[tuple[str, str], list[_AnyRow]] = {}
     for row in rows:
         if row.reason is not None:
-            where.setdefault((f"{row.contender} {row.dtype}", row.reason), []).append(row.batch)
-    return [
-        f"{name}: {reason}" + ("" if len(found) == len(batches) else f" ({'; '.join(found)})")
-        for (name, reason), found in where.items()
-    ]
+            grouped.setdefault((row.contender, row.reason), []).append(row)
+    named: dict[tuple[str, str], list[_AnyRow]] = {}
+    for (contender, reason), found in grouped.items():
+        dtypes = ", ".join(dict.fromkeys(row.dtype for row in found))
+        named[f"{contender} {dtypes}".strip(), reason] = found
+    return named
 
 
 def op_label(row: OpRow) -> str:
@@ -93,6 +106,7 @@ _OP_COLUMNS: dict[str, Callable[[OpRow], str | None]] = {
     "GFLOP/s": lambda r: r.flops_per_s and f"{r.flops_per_s / 1e9:,.0f}",
     "GB/s": lambda r: r.bytes_per_s and f"{r.bytes_per_s / 1e9:,.1f}",
     "of the limit": lambda r: _some(r.share_of_ceiling, "{:.0%}"),
+    "fastbert, times as fast": lambda r: r.fastbert_ratio and times(r.fastbert_ratio, r.fastbert_ratio_q25, r.fastbert_ratio_q75),
 }
 
 
@@ -100,17 +114,17 @@ def ops_table(rows: Iterable[OpRow]) -> str:
     """Contenders of the same case and direction stand below each other."""
     timed = [row for row in rows if row.reason is None]
     order = {key: i for i, key in enumerate(dict.fromkeys(op_label(row) for row in timed))}
-    timed.sort(key=lambda row: (order[op_label(row)], row.direction != "forward"))
+    directions = list(dict.fromkeys(row.direction for row in timed))
+    timed.sort(key=lambda row: (order[op_label(row)], directions.index(row.direction)))
     return markdown(list(_OP_COLUMNS), ([cell(row) for cell in _OP_COLUMNS.values()] for row in timed), text_columns=3)
 
 
 def ops_without_figures(rows: Iterable[OpRow]) -> list[str]:
-    """A line of text for each contender and reason, with the ops."""
-    where: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if row.reason is not None:
-            where.setdefault((f"{row.contender} {row.dtype}", row.reason), []).append(row.op)
-    return [f"{name}: {reason} ({', '.join(dict.fromkeys(found))})" for (name, reason), found in where.items()]
+    """A line of text for each contender that has no figures and each reason, with the dtypes and ops."""
+    return [
+        f"{contender}: {reason} ({', '.join(dict.fromkeys(row.op for row in found))})"
+        for (contender, reason), found in _by_reason(rows).items()
+    ]
 
 
 def limits_table(document: Document) -> str:
@@ -121,41 +135,16 @@ def limits_table(document: Document) -> str:
         return [dtype, f"{ceilings['matmul_flops'] / 1e9:,.0f}", libraries, f"{ceilings['copy_bytes'] / 1e9:,.1f}"]
 
     headings = ("dtype", "matmul rate, GFLOP/s", "by library", "copy bandwidth, GB/s")
-    return markdown(headings, (line(dtype, race["ceilings"]) for dtype, race in races(document).items()))
+    return markdown(headings, (line(dtype, ceilings) for dtype, ceilings in ceilings_of(document).items()))
 
 
-def profile_table(document: Document) -> str | None:
-    """Shares of a run's time by kind of work, of the contenders that the document has a profile of; None without any.
-    Kinds that none of them does are left out."""
-    lines = []
-    for dtype, race in _profiled(document).items():
-        for batch, found in race.items():
-            of_contender = {OURS: found} if "shares" in found else found
-            for name, profile in of_contender.items():
-                lines.append((batch, f"{name.removesuffix(f' {dtype}')} {dtype}".strip(), profile))
-    if not lines:
+def contenders_table(document: Document) -> str | None:
+    """Who was asked to take part, in which version and how each is run; None where the document does not say."""
+    peers = document.get("peers")
+    if not peers:
         return None
-    parts = list(dict.fromkeys(part for *_, profile in lines for part in profile["shares"]))
-    return markdown(
-        ("batch", "contender", "ms", *parts),
-        (
-            [
-                batch,
-                name,
-                milliseconds(profile["seconds"]),
-                *(_some(profile["shares"].get(part) or None, "{:.1%}") for part in parts),
-            ]
-            for batch, name, profile in lines
-        ),
-        text_columns=2,
-    )
-
-
-def _profiled(document: Document) -> dict[str, Mapping[str, Any]]:
-    """Profiles by dtype; inference names contenders with theirs, and has one of all."""
-    if "runs" in document:
-        return {dtype: run.get("profile", {}) for dtype, run in document["runs"].items()}
-    return {document.get("dtype", ""): document.get("profile", {})}
+    lines = [[peer["title"], peer["version"], peer["how"]] for peer in peers.values()]
+    return markdown(("contender", "version", "how it is run"), lines, text_columns=3)
 
 
 def _some(value: float | None, text: str) -> str | None:

@@ -13,24 +13,18 @@ from ..conftest import REPOSITORY
 REASON = instructions.why_not()
 
 
-@pytest.fixture(scope="module")
-def measured() -> list[dict]:
+@pytest.mark.timeout(200)  # 15 s on an idle core
+def test_no_kernel_needs_more_instructions_than_the_table_says():
     if REASON is not None:
         pytest.skip(REASON)
-    return instructions.measure()
-
-
-@pytest.mark.timeout(120)
-def test_no_kernel_needs_more_instructions_than_the_table_says(measured):
+    measured = instructions.measure()
     assert instructions.compare(measured, instructions.read_table()) == []
-
-
-def test_every_kernel_is_counted(measured):
+    # Every kernel is counted, and what was counted is a kernel's work.
     declared = set(re.findall(r"X\((\w+), \w+\)", (REPOSITORY / "csrc" / "cpu" / "kernels.h").read_text()))
-    counted = {f"{record['op']}_{record['direction']}" for record in measured}
+    counted = {f"{entry['op']}_{entry['direction']}" for entry in measured}
     assert declared == {name if name in declared else name.removesuffix("_forward") for name in counted}
-    for record in measured:
-        assert 0 < record["instructions_per_element"] < 100, record
+    for entry in measured:
+        assert 0.1 < entry["instructions_per_element"] < 100, entry
 
 
 def record(per_element: float, compiler: str = "g++ 12", **changes) -> dict:

@@ -45,7 +45,7 @@ def folder(tmp_path):
 EXPECTED = {
     "sst2": {4: 1, 6: 2},  # [CLS] and [SEP]
     "mnli": {7: 1, 9: 1, 128: 1},  # the third pair is cut
-    "squad": {10: 1, 384: 1, 256: 1},  # 500 tokens of context in windows of 377 beside the question, each 249 further
+    "squad": {10: 1, 258: 1, 384: 1},  # 500 tokens of context in windows of 377 beside the question, each 249 further
     "wikipedia": {4: 1, 6: 2, 512: 1},
 }
 
@@ -53,12 +53,10 @@ EXPECTED = {
 def test_counting(folder, toy_tokenizer):
     found = counted(folder, toy_tokenizer)
     assert list(found) == ["sst2", "mnli", "squad", "wikipedia"]
-    for name in ("sst2", "mnli", "wikipedia"):
+    for name in found:
         assert found[name].counts == EXPECTED[name], name
         assert list(found[name].counts) == sorted(found[name].counts)
         assert (found[name].title, found[name].padded_to) == (SETS[name].title, SETS[name].padded_to)
-    windows = found["squad"].counts
-    assert sum(windows.values()) == 3 and windows[384] == 1 and min(windows) == 10
 
 
 def test_only_what_is_named_is_counted(folder, toy_tokenizer, monkeypatch):

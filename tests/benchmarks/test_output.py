@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 from benchmarks import bench as suites
 from benchmarks import inference, training
 from benchmarks.reports import __main__ as remake
-from benchmarks.reports import plots, report
-from benchmarks.reports.rows import digest, rows_of
+from benchmarks.reports import pictures, report
 from fastbert.cli.main import app
 
 from . import toy_documents as toys
@@ -37,18 +36,18 @@ def invoke(*arguments: str):
 @pytest.mark.parametrize("suite", ["inference", "pretrain"])
 def test_a_report_of_a_run(suite, toy_sizes, tmp_path):
     folder = tmp_path / "not" / "there"
-    result = invoke("--suite", suite, *TOY, "--output", str(folder))
+    result = invoke("--suite", suite, *TOY, "--profile", "--output", str(folder))
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout.splitlines()[-1])
     document = json.loads((folder / f"{suite}.json").read_text())
     assert document["benchmark"] == suite and document["command"].startswith("fastbert")
     assert {key: document[key] for key in printed if key in document and key != "command"}.items() <= printed.items()
-    pictures = {f"{suite}-{name}.png" for name in ("ratios", "roofline", "memory")}
-    assert {path.name for path in folder.iterdir()} == {f"{suite}.json", f"{suite}.md", *pictures}
+    names = {f"{suite}-{name}.png" for name in ("ratios", "roofline", "memory", "profile")}
+    assert {path.name for path in folder.iterdir()} == {f"{suite}.json", f"{suite}.md", *names}
     text = (folder / f"{suite}.md").read_text()
     assert text.startswith(f"# {suite}, bert-tiny\n") and "| **fastbert** | float32 |" in text and "## Where the time goes" in text
-    for name, (_, shown) in plots.pictures(rows_of(document), suite).items():
-        assert f"]({name})" in text and plots.digest_in(folder / name) == digest(shown)
+    for name, picture in pictures.pictures(document, suite).items():
+        assert f"]({name})" in text and pictures.digest_in(folder / name) == picture.digest
         assert f"written to {folder / name}" in result.stderr
 
 
@@ -95,16 +94,18 @@ def test_what_a_report_says(tmp_path):
     assert f"\nAbacus, 2 cores, 2 threads. {versions}\n" in text
     assert "Made by `fastbert bench --suite inference`." in text and "Energy: not measured: no counters." in text
     assert "## 4 x 8: 4 sequences, 32 tokens" in text and "- transformers int8: not in int8 on cpu" in text
+    assert "| fastbert | fastbert 0.1.0 | fastbert.BertModel |" in text and "| linear | 75.0 | 75.0 | 50.0 | 1.50 |" in text
     report.write(toys.ops(), tmp_path)
     text = (tmp_path / "ops.md").read_text()
-    assert text.startswith("# ops\n") and "torch eager" in text and not list(tmp_path.glob("ops-*.png"))
+    assert text.startswith("# ops\n") and "torch eager" in text
+    assert "- not asked for: torch-compile" in text and not list(tmp_path.glob("ops-*.png"))
 
 
 def test_without_matplotlib_a_report_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(plots, "why_not", lambda: plots.NEEDED)
+    monkeypatch.setattr(pictures, "why_not", lambda: pictures.NEEDED)
     report.write(toys.inference(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"inference.json", "inference.md"}
-    assert (tmp_path / "inference.md").read_text().endswith(f"Without pictures: {plots.NEEDED}\n")
+    assert (tmp_path / "inference.md").read_text().endswith(f"Without pictures: {pictures.NEEDED}\n")
 
 
 def test_reports_of_a_folder_are_made_again(monkeypatch, tmp_path, capsys):

@@ -70,14 +70,14 @@ def test_what_the_page_has(places):
     assert f"| {readme.MACHINE} | inference, bert-base | 32 x 128 | 4.00x (3.60-4.40) | 3.75x (3.38-4.12) | 6.67x" in text
     assert f"[inference.json](../benchmarks/results/{readme.MACHINE}/inference.json). Made by `fastbert bench" in text
     assert "[embed.json](../benchmarks/results/xeon/embed.json) | `python -m benchmarks.embed` |" in text
-    assert "| **fastbert native** | backward |" in text
+    assert "| **fastbert native** | backward |" in text and "| linear | 75.0 | 75.0 | 50.0 | 1.50 |" in text
 
 
 def test_when_it_does_not_help_comes_from_the_results(places):
     section = places.page.read_text().partition("## When fastbert does not help")[2].partition("\n## ")[0]
     assert f"| {readme.MACHINE} | inference | base | 1 x 32 | fastbert int8 | 60.0 | OpenVINO int8 | 50.0 |" in section
     assert "on batches of models (2)" in section and "| xeon |" not in section
-    assert "| add_layer_norm 8 rows, 64, dropout 0.1, bfloat16 | backward | fastbert native | 0.4 | torch eager | 0.3 |" in section
+    assert "| add_layer_norm 8 rows, 64, dropout 0.1, bfloat16 | backward | torch eager | 0.3 | 0.80x (0.72-0.88) |" in section
     assert "GPUs: not measured yet" in section
     document = toys.finetune()
     document["machine"] = {**toys.MACHINE, "gpu": "Abacus 100"}
@@ -107,7 +107,7 @@ def test_other_results_are_found_in_text_and_pictures(places):
     (places.results / readme.MACHINE / "inference.json").write_text(json.dumps(document))
     # Too little for the tables, not for the pictures.
     names = (f"docs/performance/{readme.MACHINE}-inference-{plot}.png" for plot in ("ratios", "roofline", "memory"))
-    assert differences(places) == [f"{name} shows other rows than benchmarks/results has" for name in names]
+    assert differences(places) == [f"{name} shows other figures than benchmarks/results has" for name in names]
 
 
 def test_pictures_that_are_missing_or_left_over_are_found(places):

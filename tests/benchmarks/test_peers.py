@@ -16,7 +16,7 @@ from transformers.models.bert import modeling_bert
 from typer.testing import CliRunner
 
 import fastbert
-from benchmarks import finetune, inference, peers, pretrain, training
+from benchmarks import finetune, inference, op_contenders, peers, pretrain, training
 from benchmarks.peers import engines, steps, with_torch
 from benchmarks.peers.peer import NotAvailable, Package, Peer
 from benchmarks.workloads import Workload, config_for, padded_batch
@@ -82,7 +82,7 @@ def test_reasons():
 def test_the_help_of_the_command_names_all():
     result = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "400"})
     shown = result.stdout.replace("\n", " ")
-    for name in (*peers.PEERS, *training.PEERS):
+    for name in (*peers.PEERS, *training.PEERS, *op_contenders.PEERS):
         assert name in shown, name
 
 

@@ -117,7 +117,7 @@ def test_of_a_derivative_by_what_it_is_the_derivative_of():
 
 def test_the_last_operator_with_a_number_made_the_node():
     recorder = Recorder()
-    recorder("aten::linear", "aten::gelu", sequence_nr=3)
+    recorder("aten::gelu", sequence_nr=3)
     recorder("aten::tanh", sequence_nr=3)
     later = recorder("aten::mul", backward=("TanhBackward0", 3))
     assert part(recorder, later) == "other"

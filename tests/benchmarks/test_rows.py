@@ -47,13 +47,15 @@ def test_reasons():
     rows = by_contender(toys.inference())
     assert rows["transformers", "int8"].reason == "not in int8 on cpu" and rows["transformers", "int8"].median_s is None
     assert rows["CTranslate2", "float32"].reason == "RuntimeError: toy"
+    assert rows["flash-attn's BERT", ""].reason == "not on cpu, only on cuda"
     rows = by_contender(toys.finetune())
     assert rows["transformers compiled", "bfloat16"].reason == "RuntimeError: toy"
+    assert rows["transformers Liger", "float32"].reason == "not on cpu, only on cuda"
 
 
 def test_training_of_the_command_line():
     rows = by_contender(toys.finetune())
-    assert len(rows) == 2 * 5
+    assert len(rows) == 2 * 6
     for dtype in ("float32", "bfloat16"):
         ours, packed = rows["fastbert", dtype], rows["fastbert packed", dtype]
         assert (ours.suite, ours.ours, packed.ours, rows["transformers", dtype].ours) == ("finetune", True, True, False)
@@ -85,20 +87,13 @@ def test_earlier_inference():
 
 def test_ops():
     rows = op_rows_of(toys.ops())
-    assert len(rows) == 6
-    first = rows[0]
+    assert [(row.contender, row.direction) for row in rows[2:4]] == [("fastbert native", "both"), ("torch eager", "forward")]
+    first, theirs = rows[0], rows[3]
     assert (first.op, first.case, first.hidden, first.dropout_p, first.dtype) == ("add_layer_norm", "8 rows", 64, 0.1, "bfloat16")
-    assert (first.ours, first.direction, first.median_s, first.bytes_per_s, first.share_of_ceiling) == (
-        True,
-        "forward",
-        1e-4,
-        2e9,
-        0.5,
-    )
-    assert [row.reason for row in rows if row.reason] == ["no CUDA device", "RuntimeError: toy"]
-    document = toys.ops()
-    runs = {"machine": document["machine"], "runs": {"bfloat16": document, "float32": {**document, "dtype": "float32"}}}
-    assert [row.dtype for row in op_rows_of(runs)] == ["bfloat16"] * 6 + ["float32"] * 6
+    assert (first.ours, first.median_s, first.bytes_per_s, first.share_of_ceiling) == (True, 1e-4, 2e9, 0.5)
+    assert first.fastbert_ratio is None and not theirs.ours
+    assert (theirs.fastbert_ratio, theirs.fastbert_ratio_q25, theirs.fastbert_ratio_q75) == pytest.approx((2.0, 1.8, 2.2))
+    assert [row.reason for row in rows[6:]] == ["no CUDA device", "RuntimeError: toy"]
 
 
 def test_a_digest_changes_with_every_figure():

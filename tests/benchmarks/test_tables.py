@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from benchmarks.reports import losses, tables
@@ -63,21 +65,33 @@ def test_energy_is_shown_where_it_is_known():
 
 def test_who_has_no_figures_and_why():
     rows = rows_of(toys.inference(("4 x 8", "1 x 32")))
-    assert tables.without_figures(rows) == ["transformers int8: not in int8 on cpu", "CTranslate2 float32: RuntimeError: toy"]
+    lines = ["transformers int8: not in int8 on cpu", "flash-attn's BERT: not on cpu, only on cuda"]
+    assert tables.without_figures(rows) == [*lines, "CTranslate2 float32: RuntimeError: toy"]
     once = [row for row in rows if not (row.contender == "CTranslate2" and row.batch == "4 x 8")]
-    assert tables.without_figures(once)[1] == "CTranslate2 float32: RuntimeError: toy (1 x 32)"
+    assert tables.without_figures(once)[2] == "CTranslate2 float32: RuntimeError: toy (1 x 32)"
+    assert tables.without_figures(rows_of(toys.finetune())) == [
+        "transformers Liger float32, bfloat16: not on cpu, only on cuda",
+        "transformers compiled float32, bfloat16: RuntimeError: toy",
+    ]
+
+
+def test_contenders():
+    assert cells(tables.contenders_table(toys.inference())) == [["fastbert", "fastbert 0.1.0", "fastbert.BertModel"]]
+    assert tables.contenders_table(toys.earliest_inference()) is None
 
 
 def test_ops():
     rows = op_rows_of(toys.ops())
     lines = cells(tables.ops_table(rows))
     assert [line[1:3] for line in lines] == [
-        ["**fastbert native**", "forward"], ["torch eager", "forward"],
-        ["**fastbert native**", "backward"], ["torch eager", "backward"],
-    ]  # fmt: skip
+        [contender, direction]
+        for direction in ("forward", "backward", "both")
+        for contender in ("**fastbert native**", "torch eager")
+    ]
     # A column of FLOP/s that are all 0 is none.
-    assert lines[0] == ["add_layer_norm 8 rows, 64, dropout 0.1, bfloat16", "**fastbert native**", "forward",
-                        "0.1 (0.09-0.11)", "2.0", "50%"]  # fmt: skip
+    case = "add_layer_norm 8 rows, 64, dropout 0.1, bfloat16"
+    assert lines[0] == [case, "**fastbert native**", "forward", "0.1 (0.09-0.11)", "2.0", "50%", ""]
+    assert lines[1] == [case, "torch eager", "forward", "0.2 (0.18-0.22)", "2.0", "50%", "2.00x (1.80-2.20)"]
     assert tables.ops_without_figures(rows) == [
         "fastbert triton bfloat16: no CUDA device (add_layer_norm)", "torch.compile bfloat16: RuntimeError: toy (add_layer_norm)"
     ]  # fmt: skip
@@ -87,17 +101,7 @@ def test_limits():
     assert cells(tables.limits_table(toys.earliest_inference())) == [["float32", "1", "0.1"]]
     assert [line[0] for line in cells(tables.limits_table(toys.inference()))] == ["float32", "bfloat16", "int8"]
     assert cells(tables.limits_table(toys.finetune()))[1] == ["bfloat16", "1", "oneDNN 1", "0.1"]
-    assert cells(tables.limits_table(toys.ops()))[0][0] == "bfloat16"
-
-
-def test_profiles():
-    assert cells(tables.profile_table(toys.inference())) == [["4 x 8", "fastbert float32", "100", "75.0%", "25.0%"]]
-    lines = cells(tables.profile_table(toys.finetune()))
-    assert [line[:2] for line in lines] == [
-        ["MNLI lengths, padded to 128", "fastbert float32"], ["MNLI lengths, padded to 128", "fastbert bfloat16"]
-    ]  # fmt: skip
-    assert lines[0][2:] == ["200", "50.0%", "10.0%", "40.0%"]
-    assert tables.profile_table(toys.earliest_inference()) is None
+    assert [line[0] for line in cells(tables.limits_table(toys.ops()))] == ["bfloat16", "int8"]
 
 
 def test_where_fastbert_is_not_the_fastest():
@@ -130,9 +134,25 @@ def test_a_packed_fastbert_is_no_other_contender():
 
 def test_ops_where_another_is_faster():
     (loss,) = losses.op_losses(op_rows_of(toys.ops()))
-    assert (loss.ours.direction, loss.ours.contender, loss.fastest.contender) == ("backward", "fastbert native", "torch eager")
-    assert cells(losses.op_table([("abacus", loss)]))[0][3:] == ["fastbert native", "0.4", "torch eager", "0.3"]
-    document = toys.ops()
-    for record in document["results"]:
-        record["contender"] = record["contender"].replace("torch eager", "plain linear")  # a part of the work
-    assert losses.op_losses(op_rows_of(document)) == []
+    assert (loss.direction, loss.contender) == ("backward", "torch eager")
+    assert cells(losses.op_table([("abacus", loss)]))[0][2:] == ["backward", "torch eager", "0.3", "0.80x (0.72-0.88)"]
+
+
+def named(contender: str, **changes) -> list:
+    """The rows with another name in place of torch eager's."""
+    rows = op_rows_of(toys.ops())
+    return [dataclasses.replace(row, contender=contender, **changes) for row in rows if row.contender == "torch eager"]
+
+
+def test_ops_that_do_other_work_are_no_losses():
+    assert losses.op_losses(named("plain linear")) == [] == losses.op_losses(named("Liger cross-entropy", op="mlm_loss"))
+    slower = named("Liger cross-entropy", op="mlm_loss", fastbert_ratio=0.9)
+    assert [row.direction for row in losses.op_losses(slower)] == ["both"]
+    assert [row.direction for row in losses.op_losses(named("Liger LayerNorm"))] == ["backward"]
+    # Another backend of fastbert's than its own choice is no other contender.
+    assert losses.op_losses([dataclasses.replace(row, ours=True) for row in named("fastbert cuda")]) == []
+
+
+def test_of_several_faster_ops_the_fastest_is_named():
+    rows = [*named("torch eager"), *named("sdpa flash", median_s=1e-5, fastbert_ratio=0.1)]
+    assert {row.contender for row in losses.op_losses(rows)} == {"sdpa flash"} and len(losses.op_losses(rows)) == 3
