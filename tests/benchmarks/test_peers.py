@@ -209,7 +209,7 @@ def test_measured_memory_is_the_same_for_engines_that_keep_theirs_and_those_that
 
 def test_a_packed_batch_comes_back_padded(subject, monkeypatch):
     """fastbert's model stands in for transformers' under flash-attention, which alone takes such rows."""
-    model = fastbert.BertModel(subject.config).eval()
+    model = fastbert.BertModel(subject.config, add_pooling_layer=False).eval()
     model.load_state_dict(subject.model.state_dict())
     monkeypatch.setattr(subject, "with_attention", lambda implementation, dtype: model)
     batch = padded_batch(BATCH)
