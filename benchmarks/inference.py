@@ -260,7 +260,7 @@ def difference(contender: Contender, batch: Batch, expected: Tensor, real: Tenso
 def show(workload: Workload, result: Mapping[str, Any], say: Say) -> None:
     heading = f"{workload.name}, {workload.tokens:,} tokens"
     say(
-        f"\n{heading:<44}{'ms':>10}{'tokens/s':>10}{'vs transformers':>20}{'GEMMs alone':>13}{'memory':>10}{'error':>9}"
+        f"\n{heading:<44}{'ms':>10}{'tokens/s':>10}{'vs their float32':>20}{'GEMMs alone':>13}{'memory':>10}{'error':>9}"
         f"{'MFU':>7}{'of limit':>10}"
     )
     for key, figures in result["contenders"].items():

@@ -3,8 +3,9 @@
 What ``pretrain`` and ``finetune`` share. The models hold float32 weights; bfloat16 means autocast, as a user of transformers
 trains. On CPUs transformers also runs as a careful user runs it: batches padded to their own longest sequence, float32 matmuls
 by oneDNN; and on top of that in micro-batches of similar lengths, whose gradients are accumulated. Before anything is timed the
-losses are computed without dropout and must agree. Contenders take turns; one that fails (out of memory, a compiler's error) is
-reported and leaves the others in the race. Every figure ends in its share of the matmul rate and of the limit (``model_work``).
+losses are computed without dropout and must agree; but for torch.compile's, which would compile once more for that. Contenders
+take turns; one that fails (out of memory, a compiler's error) is reported and leaves the others in the race. Every figure ends in
+its share of the matmul rate and of the limit (``model_work``).
 """
 
 from __future__ import annotations
