@@ -139,11 +139,9 @@ class EncoderOutput(LazyOutput):
 
     def labelled_rows(self) -> tuple[Tensor, Tensor]:
         """The rows (n, hidden) of ``selection`` that carry a label, and those labels (n,)."""
-        labelled, labels = self.selection.labelled, self.selection.labels
-        if self._selected is not None:
-            return self.selection.labelled_of(self._selected.rows), labels
-        rows = self.packed
-        return (rows if labelled.numel() == rows.shape[0] else rows.index_select(0, labelled)), labels
+        selection, selected = self.selection, self._selected
+        rows = selection.labelled_among_all(self.packed) if selected is None else selection.labelled_of(selected.rows)
+        return rows, selection.labels
 
     def _compute(self, name: str, deferred: Deferred) -> Tensor:
         value = super()._compute(name, deferred)

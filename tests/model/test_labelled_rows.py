@@ -54,6 +54,20 @@ def test_the_numbers_are_those_of_a_call_that_finds_them(name, kind, dropout):
         torch.testing.assert_close(got_gradients[key], value, rtol=1e-11, atol=1e-15 + 1e-13 * float(value.abs().max()))
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_as_many_as_there_are_tokens(name, more):
+    """All rows are computed then, but those that are named stand in an order of their own."""
+    _, ours = pair(name, **NO_DROPOUT)
+    ours = ours.double().train()
+    batch = packed(with_labels(name, "some"))
+    expected, gradients = results(ours, batch)
+    got, got_gradients = results(ours, named(batch, TOTAL + more))
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-13, atol=0)
+    for key, value in gradients.items():
+        torch.testing.assert_close(got_gradients[key], value, rtol=1e-10, atol=1e-15 + 1e-13 * float(value.abs().max()))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_differs_by_rounding_alone(name):
     _, ours = pair(name, **DROPOUT)
