@@ -78,8 +78,9 @@ def _without_padding_gradient(table: nn.Embedding) -> Tensor:
     """The rows of a table whose padding row (RoBERTa's positions have one) gets no gradient."""
     if table.padding_idx is None or not (table.weight.requires_grad and torch.is_grad_enabled()):
         return table.weight
-    weight = table.weight.view_as(table.weight)
-    weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([table.padding_idx], device=gradient.device), 0))
+    weight, row = table.weight.view_as(table.weight), table.padding_idx
+    # torch.arange, because a number that is copied to a GPU is waited for.
+    weight.register_hook(lambda gradient: gradient.index_fill(0, torch.arange(row, row + 1, device=gradient.device), 0))
     return weight
 
 

@@ -80,8 +80,9 @@ class LabelledRowsOnly:
     So its last layer computes no others (:mod:`fastbert.model.row_selection`) until somebody reads the logits of all tokens.
 
     A call with packed inputs and labels may say which rows have one: ``labelled_rows`` (cap,) int64, all of them in rising order,
-    then any rows without a label. Loss and gradients are the same, but nothing about the call depends on how many there are: no
-    GPU is waited for, and a CUDA graph can be recorded of it.
+    then any rows without a label. Loss and gradients are the same, but nothing about the call depends on how many there are: where
+    ``max_length_q`` is given and attention has a kernel no GPU is waited for, and a CUDA graph can be recorded of it. (RoBERTa's
+    classes look at ``position_ids``, and wait, where they are given.)
     """
 
     def all_rows_reasons(self) -> list[str]:

@@ -29,7 +29,8 @@ from .row_selection import RowSelection, SelectedRows
 
 @dataclass
 class Deferred:
-    """A tensor that is computed on first use, by ``compute``, under the grad mode and autocast of the forward pass it belongs to.
+    """A tensor that is computed on first use, by ``compute``, under the modes (gradients, inference, autocast) of the forward pass
+    that it belongs to.
 
     ``parameters``: what ``compute`` reads. Where one has been changed in place since (an optimizer step), the result would
     not be that of this forward pass, and asking for it is an error.
@@ -39,7 +40,7 @@ class Deferred:
     parameters: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
-        self._grad_enabled = torch.is_grad_enabled()
+        self._grad_enabled, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         device_types = {p.device.type for p in self.parameters}
         self._autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in device_types & {"cpu", "cuda"}}
         # Tensors made under inference_mode count no versions; nothing trains them either.
@@ -52,6 +53,8 @@ class Deferred:
                 f"pass; read outputs.{name} before the optimizer step"
             )
         with ExitStack() as modes:
+            if torch.is_inference_mode_enabled() != self._inference:  # before the grad mode, which it sets as well
+                modes.enter_context(torch.inference_mode(self._inference))
             modes.enter_context(torch.set_grad_enabled(self._grad_enabled))
             for device_type, (enabled, dtype) in self._autocast.items():
                 modes.enter_context(torch.autocast(device_type, dtype, enabled))
@@ -139,11 +142,9 @@ class EncoderOutput(LazyOutput):
 
     def labelled_rows(self) -> tuple[Tensor, Tensor]:
         """The rows (n, hidden) of ``selection`` that carry a label, and those labels (n,)."""
-        labelled, labels = self.selection.labelled, self.selection.labels
-        if self._selected is not None:
-            return self.selection.labelled_of(self._selected.rows), labels
-        rows = self.packed
-        return (rows if labelled.numel() == rows.shape[0] else rows.index_select(0, labelled)), labels
+        selection, selected = self.selection, self._selected
+        rows = selection.labelled_among_all(self.packed) if selected is None else selection.labelled_of(selected.rows)
+        return rows, selection.labels
 
     def _compute(self, name: str, deferred: Deferred) -> Tensor:
         value = super()._compute(name, deferred)

@@ -44,6 +44,7 @@ class RowSelection:
     ) -> None:
         self.packing, self.total = packing, total
         self._places = None  # of ``labelled`` in ``rows``, where they are not the first ones
+        self._names_all = False  # whether ``labelled`` are all rows, in their order
         if labels is None:
             self._first, self._exists = packing.first_rows(total)
             self.labelled = self.labels = self._first[:0]
@@ -52,6 +53,7 @@ class RowSelection:
         row_labels = packing.unpad(labels)
         is_labelled = row_labels != IGNORE_INDEX
         self.labelled = is_labelled.nonzero().squeeze(1) if labelled_rows is None else labelled_rows
+        self._names_all = labelled_rows is None and self.labelled.numel() == total
         self.labels = row_labels.index_select(0, self.labelled)
         self._first, self._exists = packing.first_rows(total) if first else (self.labelled[:0], None)
         count = self.labelled.numel()
@@ -78,6 +80,10 @@ class RowSelection:
     def labelled_of(self, x: Tensor) -> Tensor:
         """(len(rows), ...) -> (len(labelled), ...): what was computed for the rows of ``labels``."""
         return x[: self.labelled.numel()] if self._places is None else x.index_select(0, self._places)
+
+    def labelled_among_all(self, x: Tensor) -> Tensor:
+        """(total, ...) -> (len(labelled), ...): the rows of ``labels``, where all rows were computed."""
+        return x if self._names_all else x.index_select(0, self.labelled)
 
     def first_positions(self, x: Tensor) -> Tensor:
         """(len(rows), ...) -> (num_sequences, ...): :meth:`Packing.first_positions` of what was computed for ``rows``."""

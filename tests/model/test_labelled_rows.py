@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import RobertaConfig, RobertaForMaskedLM
 
+import fastbert
 from fastbert.model.packing import Packing
 from fastbert.model.row_selection import RowSelection
 
@@ -52,6 +54,20 @@ def test_the_numbers_are_those_of_a_call_that_finds_them(name, kind, dropout):
     assert got_gradients.keys() == gradients.keys()
     for key, value in gradients.items():
         torch.testing.assert_close(got_gradients[key], value, rtol=1e-11, atol=1e-15 + 1e-13 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_as_many_as_there_are_tokens(name, more):
+    """All rows are computed then, but those that are named stand in an order of their own."""
+    _, ours = pair(name, **NO_DROPOUT)
+    ours = ours.double().train()
+    batch = packed(with_labels(name, "some"))
+    expected, gradients = results(ours, batch)
+    got, got_gradients = results(ours, named(batch, TOTAL + more))
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-13, atol=0)
+    for key, value in gradients.items():
+        torch.testing.assert_close(got_gradients[key], value, rtol=1e-10, atol=1e-15 + 1e-13 * float(value.abs().max()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,6 +140,24 @@ def test_a_watched_encoder_and_a_compiled_model(name):
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(**given).loss, expected)
     torch._dynamo.reset()
+
+
+def test_a_roberta_copies_nothing_from_the_host(monkeypatch):
+    """A GPU would be waited for, and nothing can be copied while a CUDA graph is recorded."""
+    torch.manual_seed(0)
+    ours = fastbert.accelerate(
+        RobertaForMaskedLM(RobertaConfig(vocab_size=130, hidden_size=48, num_hidden_layers=2, num_attention_heads=4))
+    ).train()
+    batch = packed(with_labels("BertForMaskedLM", "some"))
+    for unwanted in ("token_type_ids", "position_ids"):
+        batch.pop(unwanted, None)
+    batch["input_ids"] = batch["input_ids"].clamp(min=2)
+    given = named(batch, labelled(batch) + 4)
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("a number is copied to the device"))
+    ours(**given).loss.backward()
+    gradient = ours.roberta.embeddings.position_embeddings.weight.grad
+    assert not gradient[1].any() and gradient[2].any()
 
 
 def test_another_head_than_transformers_gets_all_rows():

@@ -71,6 +71,21 @@ def test_logits_keep_the_grad_mode_of_the_forward_pass():
     assert not quiet.logits.requires_grad
 
 
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+def test_logits_keep_the_inference_mode_of_the_forward_pass(name):
+    """What is read for telemetry in between can still be differentiated; what was made for inference stays so."""
+    _, ours = pair(name)
+    output = ours(**inputs_for(name))
+    with torch.inference_mode():
+        logits = output[1]
+    assert logits.requires_grad and not logits.is_inference()
+    logits.sum().backward()
+    assert ours.bert.encoder.layer[-1].output.dense.weight.grad is not None
+    with torch.inference_mode():
+        output = ours(**inputs_for(name))
+    assert output[1].is_inference() and not output[1].requires_grad
+
+
 def test_logits_after_an_optimizer_step_are_refused():
     """They would be those of the new weights; transformers' are of the old ones."""
     ours = fastbert.BertForMaskedLM(small_config())
