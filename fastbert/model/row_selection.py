@@ -100,7 +100,10 @@ class RowSelection:
         labelled = torch.arange(self.labelled.numel(), device=self.rows.device) if self._places is None else self._places
         # Filler may be any row without a label: a row that is in ``rows`` once more has its other place.
         places[self.labelled] = labelled
-        places[self._first] = self._places_of_first
+        first, places_of_first = self._first, self._places_of_first
+        if self._exists is not None:  # an empty sequence stands for a row of its neighbour, whose own place counts
+            first, places_of_first = first[self._exists], places_of_first[self._exists]
+        places[first] = places_of_first
         others = (places < 0).nonzero().squeeze(1)
         order = torch.cat([self.rows, others])
         places[others] = torch.arange(self.rows.numel(), order.numel(), device=order.device)
