@@ -19,8 +19,7 @@ import torch
 
 from fastbert.data.tokenizer import load_tokenizer
 
-from . import cpu_goals, finetune, goals, inference, lengths, op_contenders, ops, pretrain, training
-from .harness import save_results
+from . import cpu_goals, finetune, goals, harness, inference, lengths, op_contenders, ops, pretrain, training
 from .machine import machine
 from .peers import FLOATS, OURS, PEERS
 from .reports.report import write
@@ -164,15 +163,24 @@ def failures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def save(options: Options, document: dict[str, Any], command: str, folder: str) -> None:
-    """Keeps the document in benchmarks/results/<folder>, as ``command`` made it, under the suite's name, and the model's and the
-    batches' or the ops' where they are not the suite's own: ``inference.json``, ``inference-by-length.json``."""
+def name_of(options: Options) -> str:
+    """Of the files of a run: the suite's name, and the model's and the batches' or the ops' where they are not the suite's own:
+    ``inference``, ``inference-by-length``."""
     chosen = [options.suite, *([] if options.model == Options.model else [model_title(options.model)])]
     chosen += [*(options.batches or ()), *(options.ops or ())]
-    name = re.sub(r"[^\w.-]+", "-", "-".join(chosen))
-    save_results(name, {"benchmark": options.suite, "command": command, **document}, folder)
+    return re.sub(r"[^\w.-]+", "-", "-".join(chosen))
+
+
+def results_folder(folder: str) -> Path:
+    """Where :func:`save` keeps documents."""
+    return harness.RESULTS / folder
+
+
+def save(options: Options, document: dict[str, Any], command: str, folder: str) -> None:
+    """Keeps the document in benchmarks/results/<folder>, as ``command`` made it."""
+    harness.save_results(name_of(options), {"benchmark": options.suite, "command": command, **document}, folder)
 
 
 def report(options: Options, document: dict[str, Any], command: str, folder: Path) -> list[Path]:
-    """Writes ``<suite>.json``, ``<suite>.md`` and pictures into any folder, in place of an earlier report of the suite."""
-    return write({"benchmark": options.suite, "command": command, **document}, folder)
+    """Writes JSON, Markdown and pictures into any folder, in place of an earlier report of that name."""
+    return write({"benchmark": options.suite, "command": command, **document}, folder, name_of(options))

@@ -36,10 +36,8 @@ INFERENCE_GOALS = tuple(
 
 def _step(suite: str, goal: float, batch: str, dtype: str, theirs: str = "transformers") -> Goal:
     def measured(runs: Mapping[str, Results]) -> float | None:
-        seconds = runs.get(dtype, {}).get(batch, {})
-        if "fastbert" not in seconds or theirs not in seconds:
-            return None
-        return seconds[theirs]["median_s"] / seconds["fastbert"]["median_s"]
+        ratio = runs.get(dtype, {}).get(batch, {}).get("times_faster", {}).get(theirs)
+        return ratio and ratio["median"]
 
     return Goal(f"{suite}, {batch}: {dtype} against {theirs}", goal, "x", measured)
 

@@ -6,6 +6,7 @@ Runs ``native_calls`` under valgrind's callgrind and compares the instructions p
 ``results/instructions.json``: at most 10% more where compiler and major version are those of the table, 40% with another one.
 --save writes what was measured into the table, in place of what it has of this compiler. Valgrind knows no AVX-512: AVX2 is what
 is counted, from the same sources. An instruction count is no time; it tells that a kernel's code became worse, not how fast it is.
+Where valgrind is missing nothing is checked: times, and ratios of them, change with whatever else runs on the machine.
 Exit code 1 where a kernel needs more, 2 where nothing can be counted here.
 """
 

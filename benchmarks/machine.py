@@ -35,7 +35,7 @@ def machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str
         "transformers": installed("transformers"),
         "triton": installed("triton"),
         "fastbert": fastbert.__version__,
-        "commit": printed("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "commit": commit(Path(__file__).parent.parent),
         "backends": {op: backends.select(op, "auto", device, dtype) for op in backends.OPS},
     }
     if document["gpu"]:
@@ -44,6 +44,15 @@ def machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str
         document["cuda"] = torch.version.cuda
         document["driver"] = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     return document
+
+
+def commit(repository: Path) -> str | None:
+    """As ``git describe --dirty``, but that results are no source: one suite's new document does not make the next one's code
+    unknown. None where there is no repository or no git."""
+    git = ("git", "-C", str(repository))
+    described = printed(*git, "describe", "--always")
+    changed = printed(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return f"{described}-dirty" if described and changed else described
 
 
 def printed(*command: str) -> str | None:

@@ -365,9 +365,10 @@ def show(records: list[dict[str, Any]], say: Say, said: set[tuple[str, ...]]) ->
             f"{of_name[d]['median_s'] * 1e3:>10.3f}{of_name[d]['share_of_ceiling']:>8.0%}" if d in of_name else f"{'':>18}"
             for d in ("forward", "backward", BOTH)
         ]
+        mfu = f"{last['share_of_matmul_rate']:.0%}" if last["flops_per_s"] else ""
         ratio = last.get("fastbert_ratio")
         times = f"{ratio['median']:>8.2f}x ({ratio['q25']:.2f}-{ratio['q75']:.2f})" if ratio else ""
-        say(f"  {name:<52}{''.join(columns)}{last['share_of_matmul_rate']:>6.0%}{times}")
+        say(f"  {name:<52}{''.join(columns)}{mfu:>6}{times}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ Run = Callable[[Batch], Tensor]  # input_ids, attention_mask (batch, length) -> 
 
 
 class Subject:
-    """transformers' BertModel in float32, in evaluation mode, with the weights of the checkpoint ``weights`` or, where that is the
-    name of a size, random ones.
+    """transformers' BertModel in float32 without a pooler, in evaluation mode, with the weights of the checkpoint ``weights`` or,
+    where that is the name of a size, random ones.
 
     folder: where its copies in other formats go. Those that several contenders share are made once.
     """
@@ -27,16 +27,17 @@ class Subject:
     def __init__(self, config: transformers.BertConfig, device: str, folder: Path, weights: str) -> None:
         self.config, self.device, self.folder = config, device, folder
         if weights in SIZES:
-            model = transformers.BertModel(config)
+            model = transformers.BertModel(config, add_pooling_layer=False)
         else:
-            model = transformers.BertModel.from_pretrained(weights, config=config, dtype=torch.float32)
+            options = {"config": config, "dtype": torch.float32, "add_pooling_layer": False}
+            model = transformers.BertModel.from_pretrained(weights, **options)
         self.model = model.eval().to(device)
 
     def with_attention(self, implementation: str, dtype: str) -> torch.nn.Module:
         """The same weights under another of transformers' attention implementations."""
         config = copy.deepcopy(self.config)
         config._attn_implementation = implementation
-        model = transformers.BertModel(config).eval().to(self.device, getattr(torch, dtype))
+        model = transformers.BertModel(config, add_pooling_layer=False).eval().to(self.device, getattr(torch, dtype))
         model.load_state_dict(self.model.state_dict())
         return model
 
@@ -47,15 +48,13 @@ class Subject:
     def of_dtype(self, dtype: str) -> torch.nn.Module:
         return self.model if dtype == "float32" else self.half_model
 
-    def weights(self) -> dict[str, Tensor]:
-        """Without the pooler's, which nobody computes."""
-        return {name: value for name, value in self.model.state_dict().items() if not name.startswith("pooler.")}
-
     @functools.cached_property
     def checkpoint(self) -> Path:
-        """A folder as ``save_pretrained`` leaves it, with a vocabulary, which converters read, too."""
+        """A folder as ``save_pretrained`` leaves it, with a vocabulary and a pooler, which converters read, too."""
         folder = self.folder / "checkpoint"
-        self.model.save_pretrained(folder)
+        model = transformers.BertModel(self.config)
+        model.load_state_dict(self.model.state_dict(), strict=False)
+        model.save_pretrained(folder)
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(5, self.config.vocab_size))]
         (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
         transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
@@ -67,7 +66,7 @@ class Subject:
         config = copy.deepcopy(self.config)
         config._attn_implementation = "eager"
         model = transformers.BertModel(config, add_pooling_layer=False).eval()
-        model.load_state_dict(self.weights())
+        model.load_state_dict(self.model.state_dict())
         path, example = self.folder / "model.onnx", self.example
         axes = {0: "batch", 1: "length"}
         with torch.no_grad():

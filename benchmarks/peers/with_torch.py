@@ -21,8 +21,9 @@ TOKEN_BUDGET = 256
 
 
 def fastbert_model(subject: Subject, dtype: str) -> Run:
-    model = fastbert.BertModel(subject.config, add_pooling_layer=False).eval().to(subject.device)
-    model.load_state_dict(subject.weights())
+    config = copy.deepcopy(subject.config)  # quantize writes into it, and what others make of the subject must not say int8
+    model = fastbert.BertModel(config, add_pooling_layer=False).eval().to(subject.device)
+    model.load_state_dict(subject.model.state_dict())
     if dtype == "bfloat16":
         model.bfloat16()
     if dtype == "int8":
@@ -133,7 +134,7 @@ def flash_attn_bert(subject: Subject, dtype: str) -> Run:
     config.fused_bias_fc = fused_dense
     config.fused_mlp = fused_dense and config.hidden_act in _TANH_GELUS
     model = bert.BertModel(config, add_pooling_layer=False)
-    named = bert.remap_state_dict({f"bert.{name}": value for name, value in subject.weights().items()}, config)
+    named = bert.remap_state_dict({f"bert.{name}": value for name, value in subject.model.state_dict().items()}, config)
     model.load_state_dict({name.removeprefix("bert."): value for name, value in named.items()})
     model.eval().to(subject.device, getattr(torch, dtype))
     return lambda batch: model(batch["input_ids"], attention_mask=batch["attention_mask"].bool()).last_hidden_state

@@ -52,7 +52,7 @@ class Ratio(NamedTuple):
     q75: float
 
     def __str__(self) -> str:
-        return times(*self)
+        return str(times(*self))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ WORTH_IT = 1.2  # times as fast as transformers
 
 @dataclass(frozen=True)
 class Loss:
-    """ours: a row of fastbert; fastest: of the others, where it is faster; reason: why ours has no figures."""
+    """ours: a row of fastbert; fastest: the fastest other contender, where it is faster or fastbert has no figures."""
 
     ours: Row
     fastest: Row | None
@@ -63,9 +63,9 @@ def table(found: Iterable[tuple[str, Loss]]) -> str:
             [
                 machine, ours.suite, ours.model, ours.batch, f"{ours.contender} {ours.dtype}",
                 milliseconds(ours.median_s) if ours.median_s is not None else f"no result: {ours.reason}",
-                other and f"{other.contender} {other.dtype}",
-                other and milliseconds(_median(other)),
-                times(ours.ratio, ours.ratio_q25, ours.ratio_q75) if ours.ratio is not None else None,
+                f"{other.contender} {other.dtype}" if other else None,
+                milliseconds(_median(other)) if other else None,
+                times(ours.ratio, ours.ratio_q25, ours.ratio_q75),
             ]
         )  # fmt: skip
     return markdown(headings, lines, text_columns=5)
@@ -77,7 +77,7 @@ def op_table(found: Iterable[tuple[str, OpRow]]) -> str:
     lines = (
         [
             machine, op_label(row), row.direction, row.contender, milliseconds(_median(row)),
-            row.fastbert_ratio and times(row.fastbert_ratio, row.fastbert_ratio_q25, row.fastbert_ratio_q75),
+            times(row.fastbert_ratio, row.fastbert_ratio_q25, row.fastbert_ratio_q75),
         ]
         for machine, row in found
     )  # fmt: skip

@@ -161,8 +161,8 @@ def _against_transformers(row: Row | None) -> str | None:
     if row is None:
         return None
     if row.dtype == "int8":
-        return row.float32_ratio and times(row.float32_ratio, row.float32_ratio_q25, row.float32_ratio_q75)
-    return row.ratio and times(row.ratio, row.ratio_q25, row.ratio_q75)
+        return times(row.float32_ratio, row.float32_ratio_q25, row.float32_ratio_q75)
+    return times(row.ratio, row.ratio_q25, row.ratio_q75)
 
 
 def _when_not(by_machine: Mapping[str, Mapping[str, Document]]) -> Iterator[str]:

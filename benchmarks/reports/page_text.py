@@ -31,8 +31,8 @@ READING = f"""\
   copy bandwidth). FLOPs and bytes: the formulas in [benchmarks/model_work.py](../benchmarks/model_work.py), for single ops in
   [benchmarks/work.py](../benchmarks/work.py). 100% cannot be passed, but by the error of the measured rates.
 - **memory**: the peak of a call or step beyond what is there before it (weights, the optimizer's state, the batch): of the
-  whole process on CPUs, of torch's allocator on GPUs. In inference with what a contender keeps between calls (packed weights,
-  an engine's arena), since documents have the versions of the contenders.
+  whole process on CPUs, of torch's allocator on GPUs. Of inference it includes what a contender keeps between calls (packed
+  weights, an engine's arena) in documents that have a table of contenders.
 - **J**: energy of a call or step, where the machine tells it, of the whole package or card.
 - **Where the time goes**: a run by kind of work, beside the floor of each part
   ([benchmarks/profile.py](../benchmarks/profile.py)).

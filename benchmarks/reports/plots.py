@@ -162,7 +162,7 @@ def _rates(rows: Sequence[Row], along: int, xlabel: str, title: str) -> Figure:
             if points:
                 ours = points[0][1].ours
                 axes.plot(
-                    [x for x, _ in points], [row.tokens_per_s for _, row in points],
+                    [x for x, _ in points], [row.tokens_per_s or 0.0 for _, row in points],
                     linewidth=2.5 if ours else 1.2, zorder=3 if ours else 2, **_marker(of_name[name], ours),
                 )  # fmt: skip
         ticks = sorted({equal_lengths(row)[along] for row in rows})  # type: ignore[index]
@@ -250,8 +250,8 @@ def _roofline(rows: Sequence[Row]) -> Figure:
         of_dtype = [row for row in rows if row.dtype == dtype]
         rate, copies = of_dtype[0].matmul_flops, of_dtype[0].copy_bytes
         ridge = rate / copies  # type: ignore[operator]
-        axes.plot([left, ridge, right], [min(x * copies, rate) / 1e9 for x in (left, ridge, right)], color=_BLACK)  # type: ignore[operator]
-        roofs = f"roofs: {rate / 1e9:,.0f} GFLOP/s of matmuls,\n{copies / 1e9:,.0f} GB/s of copies"
+        axes.plot([left, ridge, right], [min(x * copies, rate) / 1e9 for x in (left, ridge, right)], color=_BLACK)  # type: ignore[operator, type-var]
+        roofs = f"roofs: {rate / 1e9:,.0f} GFLOP/s of matmuls,\n{copies / 1e9:,.0f} GB/s of copies"  # type: ignore[operator]
         axes.text(0.03, 0.97, roofs, transform=axes.transAxes, va="top", fontsize=8)
         for row in of_dtype:
             axes.plot(

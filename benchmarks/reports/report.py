@@ -25,12 +25,12 @@ from .tables import (
 )
 
 
-def write(document: Document, folder: Path) -> list[Path]:
-    """``<suite>.json``, ``<suite>.md`` and ``<suite>-<plot>.png`` in the folder, which is made if missing. Pictures of an
+def write(document: Document, folder: Path, name: str) -> list[Path]:
+    """``<name>.json``, ``<name>.md`` and ``<name>-<plot>.png`` in the folder, which is made if missing. Pictures of an
     earlier report that this document has not are removed. Returns what was written."""
-    json_path = folder / f"{document['benchmark']}.json"
+    json_path = folder / f"{name}.json"
     write_json(json_path, document)  # first: figures that took an hour outlive a picture that fails
-    return [json_path, *write_report(document, folder, document["benchmark"])]
+    return [json_path, *write_report(document, folder, name)]
 
 
 def write_report(document: Document, folder: Path, name: str) -> list[Path]:

@@ -118,14 +118,11 @@ def op_rows_of(document: Figures) -> list[OpRow]:
 
 def _op_row(record: Figures) -> OpRow:
     reason = next((record[key] for key in ("not_supported", "not_run", "failed") if record.get(key)), None)
+    case = ("op", "case", "hidden", "dropout_p", "dtype", "contender")
     figures = ("direction", "median_s", "q25_s", "q75_s", "flops_per_s", "bytes_per_s", "share_of_ceiling")
-    return OpRow(
-        **{name: record[name] for name in ("op", "case", "hidden", "dropout_p", "dtype", "contender")},
-        **{name: record.get(name) for name in figures},
-        **_ratio("fastbert_ratio", record.get("fastbert_ratio")),
-        ours=_is_ours(record["contender"]),
-        reason=reason,
-    )
+    found: dict[str, Any] = {**{name: record[name] for name in case}, **{name: record.get(name) for name in figures}}
+    ratio = _ratio("fastbert_ratio", record.get("fastbert_ratio"))
+    return OpRow(**found, **ratio, ours=_is_ours(record["contender"]), reason=reason)
 
 
 def _race(suite: str, race: Figures) -> Iterator[Row]:
@@ -214,6 +211,6 @@ def _ratio_of(name: str, to: str, paired: Mapping[str, Figures], contenders: Map
     return paired.get(to) or {"median": contenders[to]["median_s"] / contenders[name]["median_s"]}
 
 
-def _ratio(field: str, ratio: Figures | None) -> dict[str, float | None]:
+def _ratio(field: str, ratio: Figures | None) -> dict[str, Any]:
     ratio = ratio or {}
     return {field: ratio.get("median"), f"{field}_q25": ratio.get("q25"), f"{field}_q75": ratio.get("q75")}

@@ -23,8 +23,10 @@ def memory(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
-def times(median: float, low: float | None = None, high: float | None = None) -> str:
-    """A ratio, with its quartiles where they are known."""
+def times(median: float | None, low: float | None = None, high: float | None = None) -> str | None:
+    """A ratio, with its quartiles where they are known; None where there is none."""
+    if median is None:
+        return None
     return f"{median:.2f}x" if low is None or high is None else f"{median:.2f}x ({low:.2f}-{high:.2f})"
 
 
@@ -50,9 +52,9 @@ _COLUMNS: dict[str, Callable[[Row], str | None]] = {
     "ms (quartiles)": lambda r: _spread(r.median_s, r.q25_s, r.q75_s),
     "tokens/s": lambda r: _some(r.tokens_per_s, "{:,.0f}"),
     "sequences/s": lambda r: _some(r.sequences_per_s, "{:,.1f}"),
-    "against transformers, same dtype": lambda r: r.ratio and times(r.ratio, r.ratio_q25, r.ratio_q75),
+    "against transformers, same dtype": lambda r: times(r.ratio, r.ratio_q25, r.ratio_q75),
     "against transformers float32": lambda r: (
-        r.float32_ratio and times(r.float32_ratio, r.float32_ratio_q25, r.float32_ratio_q75) if r.dtype != "float32" else None
+        times(r.float32_ratio, r.float32_ratio_q25, r.float32_ratio_q75) if r.dtype != "float32" else None
     ),
     "MFU": lambda r: _some(r.share_of_matmul_rate, "{:.0%}"),
     "of the limit": lambda r: _some(r.share_of_limit, "{:.0%}"),
@@ -103,10 +105,10 @@ _OP_COLUMNS: dict[str, Callable[[OpRow], str | None]] = {
     "contender": lambda r: f"**{r.contender}**" if r.ours else r.contender,
     "direction": lambda r: r.direction,
     "ms (quartiles)": lambda r: _spread(r.median_s, r.q25_s, r.q75_s),
-    "GFLOP/s": lambda r: r.flops_per_s and f"{r.flops_per_s / 1e9:,.0f}",
-    "GB/s": lambda r: r.bytes_per_s and f"{r.bytes_per_s / 1e9:,.1f}",
+    "GFLOP/s": lambda r: f"{r.flops_per_s / 1e9:,.0f}" if r.flops_per_s else None,
+    "GB/s": lambda r: f"{r.bytes_per_s / 1e9:,.1f}" if r.bytes_per_s else None,
     "of the limit": lambda r: _some(r.share_of_ceiling, "{:.0%}"),
-    "fastbert, times as fast": lambda r: r.fastbert_ratio and times(r.fastbert_ratio, r.fastbert_ratio_q25, r.fastbert_ratio_q75),
+    "fastbert, times as fast": lambda r: times(r.fastbert_ratio, r.fastbert_ratio_q25, r.fastbert_ratio_q75),
 }
 
 

@@ -24,8 +24,9 @@ def bench(options: dict[str, Any], save: str | None, output: Path | None, comman
     settings = suites.Options(**options)
     if problems := settings.problems():
         raise CommandFailure("; ".join(problems), WRONG_USAGE)
-    if output is not None:
-        make_folder(output)
+    for option, folder in (("--output", output), ("--save", save and suites.results_folder(save))):
+        if folder is not None:
+            make_folder(folder, option)
     document = suites.run(settings, say)
     if save is not None:
         suites.save(settings, document, command, save)
@@ -37,15 +38,15 @@ def bench(options: dict[str, Any], save: str | None, output: Path | None, comman
     return CommandResult({"suite": settings.suite, **document}, FAILED if document["failed"] else DONE)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, option: str) -> None:
     """Before anything is measured; CommandFailure where there can be none, or none that can be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = f"--output {path}: expected a folder, or a path where one can be made: {error.strerror}"
+        message = f"{option} {path}: expected a folder, or a path where one can be made: {error.strerror}"
         raise CommandFailure(message, WRONG_USAGE) from error
     if not os.access(path, os.W_OK):
-        raise CommandFailure(f"--output {path}: the folder cannot be written to", WRONG_USAGE)
+        raise CommandFailure(f"{option} {path}: the folder cannot be written to", WRONG_USAGE)
 
 
 def benchmarks(checkout: Path) -> ModuleType:

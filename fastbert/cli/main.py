@@ -91,7 +91,7 @@ def bench(
     save: Annotated[str | None, typer.Option(help="Keep the document in benchmarks/results/FOLDER.", metavar="FOLDER")] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Write a report into this folder: SUITE.json, SUITE.md and pictures.", metavar="FOLDER"),
+        typer.Option(help="Write a report into this folder: JSON, Markdown and pictures.", metavar="FOLDER"),
     ] = None,
     json_output: JsonOption = False,
     debug: DebugOption = False,

@@ -173,12 +173,12 @@ class Learner:
 
 def _host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies in memory of their own, waited for; tensors that are one (tied weights) stay one."""
-    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    copies: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
     for tensor in tensors.values():
-        key = (tensor.data_ptr(), tensor.shape)
+        key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
         if key not in copies:
             copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in tensors.items()}
+    return {name: copies[tensor.data_ptr(), tensor.shape, tensor.dtype] for name, tensor in tensors.items()}
 
 
 def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

@@ -12,6 +12,7 @@ from .lamb import LAMB
 # LayerNorm and bias parameters. Its missing bias correction is the one point where AdamW differs, as in transformers.
 BETAS = (0.9, 0.999)
 EPSILON = 1e-6
+_STATE = ("exp_avg", "exp_avg_sq", "step")
 FUSED_DEVICE_TYPES = frozenset({"cpu", "cuda"})
 
 
@@ -52,16 +53,21 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """The reverse of :func:`optimizer_tensors`.
+    """The reverse of :func:`optimizer_tensors`, of an optimizer that has taken a step.
 
-    Raises ``ValueError`` naming the tensors that belong to no parameter of ``model``.
+    Raises ``ValueError`` where there are none, naming the tensors that belong to no parameter of ``model``, and the parameter that
+    has some of its state only. One that has none at all is one that never had a gradient.
     """
+    if not tensors:
+        raise ValueError("the optimizer state has no tensors")
     remaining = dict(tensors)
     for name, parameter in model.named_parameters():
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            tensor = remaining.pop(f"{name}.{key}", None)
-            if tensor is not None:
-                # A copy: memory of torch's own allocator has one alignment, so the continued sums round as they would have.
-                optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+        found = {key: remaining.pop(f"{name}.{key}", None) for key in _STATE}
+        missing = [key for key, tensor in found.items() if tensor is None]
+        if 0 < len(missing) < len(_STATE):
+            raise ValueError(f"the optimizer state of {name} lacks {', '.join(missing)}")
+        for key, tensor in found.items() if not missing else ():
+            # A copy: memory of torch's own allocator has one alignment, so the continued sums round as they would have.
+            optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
     if remaining:
         raise ValueError(f"the optimizer state has {len(remaining)} tensors of no parameter, such as {min(remaining)}")

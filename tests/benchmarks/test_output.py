@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import bench as suites
-from benchmarks import inference, training
+from benchmarks import harness, inference, training
 from benchmarks.reports import __main__ as remake
 from benchmarks.reports import pictures, report
 from fastbert.cli.main import app
@@ -39,26 +39,29 @@ def test_a_report_of_a_run(suite, toy_sizes, tmp_path):
     result = invoke("--suite", suite, *TOY, "--profile", "--output", str(folder))
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout.splitlines()[-1])
-    document = json.loads((folder / f"{suite}.json").read_text())
+    name = f"{suite}-bert-tiny"
+    document = json.loads((folder / f"{name}.json").read_text())
     assert document["benchmark"] == suite and document["command"].startswith("fastbert")
     assert {key: document[key] for key in printed if key in document and key != "command"}.items() <= printed.items()
-    names = {f"{suite}-{name}.png" for name in ("ratios", "roofline", "memory", "profile")}
-    assert {path.name for path in folder.iterdir()} == {f"{suite}.json", f"{suite}.md", *names}
-    text = (folder / f"{suite}.md").read_text()
+    names = {f"{name}-{plot}.png" for plot in ("ratios", "roofline", "memory", "profile")}
+    assert {path.name for path in folder.iterdir()} == {f"{name}.json", f"{name}.md", *names}
+    text = (folder / f"{name}.md").read_text()
     assert text.startswith(f"# {suite}, bert-tiny\n") and "| **fastbert** | float32 |" in text and "## Where the time goes" in text
-    for name, picture in pictures.pictures(document, suite).items():
-        assert f"]({name})" in text and pictures.digest_in(folder / name) == picture.digest
-        assert f"written to {folder / name}" in result.stderr
+    for file, picture in pictures.pictures(document, name).items():
+        assert f"]({file})" in text and pictures.digest_in(folder / file) == picture.digest
+        assert f"written to {folder / file}" in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--output", "--save"])
 @pytest.mark.parametrize("path", ["file", "file/below"])
-def test_a_file_in_the_way_is_an_error_before_anything_is_measured(path, monkeypatch, tmp_path):
+def test_a_file_in_the_way_is_an_error_before_anything_is_measured(path, option, monkeypatch, tmp_path):
     monkeypatch.setattr(suites, "run", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
     (tmp_path / "file").write_text("mine")
-    result = invoke(*TOY, "--output", str(tmp_path / path))
+    result = invoke(*TOY, option, str(tmp_path / path) if option == "--output" else path)
     assert result.exit_code == 2
     error = json.loads(result.stdout.splitlines()[-1])["error"]
-    assert error.startswith(f"--output {tmp_path / path}: expected a folder, or a path where one can be made: ")
+    assert error.startswith(f"{option} {tmp_path / path}: expected a folder, or a path where one can be made: ")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -76,11 +79,11 @@ def test_wrong_usage_makes_no_folder(tmp_path):
 
 
 def test_a_report_replaces_the_earlier_one_of_its_suite(tmp_path):
-    report.write(toys.finetune(), tmp_path)
-    report.write(toys.inference(toys.EQUAL), tmp_path)
+    report.write(toys.finetune(), tmp_path, "finetune")
+    report.write(toys.inference(toys.EQUAL), tmp_path, "inference")
     (tmp_path / "notes.png").write_text("mine")
     assert (tmp_path / "inference-by-length.png").exists()
-    written = report.write(toys.inference(), tmp_path)
+    written = report.write(toys.inference(), tmp_path, "inference")
     names = {path.name for path in tmp_path.iterdir()}
     assert {path.name for path in written} == {name for name in names if name.startswith("inference")}
     assert "inference-by-length.png" not in names and {"notes.png", "finetune.json", "finetune-ratios.png"} <= names
@@ -88,14 +91,14 @@ def test_a_report_replaces_the_earlier_one_of_its_suite(tmp_path):
 
 
 def test_what_a_report_says(tmp_path):
-    report.write(toys.inference(), tmp_path)
+    report.write(toys.inference(), tmp_path, "inference")
     text = (tmp_path / "inference.md").read_text()
     versions = "fastbert 0.1.0 at commit abc1234; torch 2.13, transformers 5.23.0, python 3.11."
     assert f"\nAbacus, 2 cores, 2 threads. {versions}\n" in text
     assert "Made by `fastbert bench --suite inference`." in text and "Energy: not measured: no counters." in text
     assert "## 4 x 8: 4 sequences, 32 tokens" in text and "- transformers int8: not in int8 on cpu" in text
     assert "| fastbert | fastbert 0.1.0 | fastbert.BertModel |" in text and "| linear | 75.0 | 75.0 | 50.0 | 1.50 |" in text
-    report.write(toys.ops(), tmp_path)
+    report.write(toys.ops(), tmp_path, "ops")
     text = (tmp_path / "ops.md").read_text()
     assert text.startswith("# ops\n") and "torch eager" in text
     assert "- not asked for: torch-compile" in text and not list(tmp_path.glob("ops-*.png"))
@@ -103,7 +106,7 @@ def test_what_a_report_says(tmp_path):
 
 def test_without_matplotlib_a_report_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(pictures, "why_not", lambda: pictures.NEEDED)
-    report.write(toys.inference(), tmp_path)
+    report.write(toys.inference(), tmp_path, "inference")
     assert {path.name for path in tmp_path.iterdir()} == {"inference.json", "inference.md"}
     assert (tmp_path / "inference.md").read_text().endswith(f"Without pictures: {pictures.NEEDED}\n")
 

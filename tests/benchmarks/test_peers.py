@@ -16,7 +16,7 @@ from transformers.models.bert import modeling_bert
 from typer.testing import CliRunner
 
 import fastbert
-from benchmarks import finetune, inference, op_contenders, peers, pretrain, training
+from benchmarks import finetune, inference, memory, op_contenders, peers, pretrain, training
 from benchmarks.peers import engines, steps, with_torch
 from benchmarks.peers.peer import NotAvailable, Package, Peer
 from benchmarks.workloads import Workload, config_for, padded_batch
@@ -137,6 +137,24 @@ def test_a_mistake_of_fastberts_is_an_error(monkeypatch, subject):
         contenders(monkeypatch, subject, {}, dtypes=("float32",))
 
 
+def test_what_fastbert_makes_of_a_subject_is_not_written_into_it(subject):
+    with_torch.fastbert_model(subject, "int8")
+    assert getattr(subject.config, "quantization_config", None) is None
+    transformers.BertModel.from_pretrained(subject.checkpoint)
+
+
+def test_weights_that_openvino_packs_on_its_first_call_are_no_memory_of_the_calls(tmp_path):
+    """The mini model's layers have 12.6 MB of weights in float32; a call on 8 tokens needs nothing like it."""
+    pytest.importorskip("openvino")
+    subject = peers.Subject(config_for("mini"), "cpu", tmp_path, "mini")
+    batch = padded_batch(Workload("1 x 8", (8,), 8))
+    with torch.inference_mode():
+        run = engines.openvino(subject, "float32")
+        before = memory.resident_bytes()
+        run(batch)
+        assert memory.resident_bytes() - before < 3e6
+
+
 def test_what_a_document_says_of_them():
     described = inference.peers_described(("openvino", "transformers"))
     assert list(described) == ["fastbert", "transformers", "openvino"]
@@ -191,7 +209,7 @@ def test_measured_memory_is_the_same_for_engines_that_keep_theirs_and_those_that
 
 def test_a_packed_batch_comes_back_padded(subject, monkeypatch):
     """fastbert's model stands in for transformers' under flash-attention, which alone takes such rows."""
-    model = fastbert.BertModel(subject.config).eval()
+    model = fastbert.BertModel(subject.config, add_pooling_layer=False).eval()
     model.load_state_dict(subject.model.state_dict())
     monkeypatch.setattr(subject, "with_attention", lambda implementation, dtype: model)
     batch = padded_batch(BATCH)

@@ -285,11 +285,12 @@ def test_a_batch_of_fixed_shape_has_the_same_loss_and_gradients(
         assert torch.equal(fixed.position_ids, torch.arange(tokens) - starts)
         assert (fixed.input_ids[batch.num_tokens :] == tokenizer.pad_token_id).all()
         loss, gradients = loss_and_gradients(batch)
-        fixed_loss, fixed_gradients = loss_and_gradients(fixed)
-        torch.testing.assert_close(fixed_loss, loss, rtol=1e-6, atol=0)
-        assert len(gradients) == len(fixed_gradients) > 30
-        for gradient, expected in zip(fixed_gradients, gradients):
-            assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-9
+        for same_shape in (fixed, batches.filled(batch)):
+            fixed_loss, fixed_gradients = loss_and_gradients(same_shape)
+            torch.testing.assert_close(fixed_loss, loss, rtol=1e-6, atol=0)
+            assert len(gradients) == len(fixed_gradients) > 30
+            for gradient, expected in zip(fixed_gradients, gradients):
+                assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-9
 
 
 @pytest.mark.parametrize("masking", ["token", "whole-word", "span"])

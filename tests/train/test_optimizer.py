@@ -45,3 +45,16 @@ def test_state_goes_to_tensors_and_back(model, build):
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     with pytest.raises(ValueError, match="stranger"):
         load_optimizer_tensors(model, other, {**tensors, "stranger.exp_avg": torch.zeros(1)})
+
+
+def test_a_state_with_parts_missing_is_refused(model):
+    optimizer = build_optimizer(model, 1e-3, 0.01)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    tensors = optimizer_tensors(model, optimizer)
+    name = next(iter(dict(model.named_parameters())))
+    with pytest.raises(ValueError, match=f"state of {name} lacks exp_avg_sq"):
+        load_optimizer_tensors(model, optimizer, {key: t for key, t in tensors.items() if key != f"{name}.exp_avg_sq"})
+    with pytest.raises(ValueError, match="has no tensors"):
+        load_optimizer_tensors(model, optimizer, {})
