@@ -73,9 +73,7 @@ class RowSelection:
 
     def is_worth_it(self, trained: bool) -> bool:
         """trained: whether the last layer has gradients or dropout in this call."""
-        rows = self.rows.numel()
-        enough = trained or self.total - rows >= _FEWEST_LEFT_OUT
-        return enough and 0 < rows <= _LARGEST_SHARE * self.total
+        return few_are_worth_it(self.rows.numel(), self.total, trained)
 
     def labelled_of(self, x: Tensor) -> Tensor:
         """(len(rows), ...) -> (len(labelled), ...): what was computed for the rows of ``labels``."""
@@ -108,6 +106,12 @@ class RowSelection:
         order = torch.cat([self.rows, others])
         places[others] = torch.arange(self.rows.numel(), order.numel(), device=order.device)
         return order, places
+
+
+def few_are_worth_it(rows: int, total: int, trained: bool) -> bool:
+    """Whether a last layer, ``trained`` or not, should compute so few rows of ``total``."""
+    enough = trained or total - rows >= _FEWEST_LEFT_OUT
+    return enough and 0 < rows <= _LARGEST_SHARE * total
 
 
 class SelectedRows:

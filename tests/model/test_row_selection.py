@@ -378,6 +378,9 @@ def test_few_rows_left_out_without_gradients(monkeypatch, rows_computed):
     with torch.no_grad():
         ours(**batch)
     assert BATCH not in rows_computed
+    monkeypatch.setattr(encoder_module, "all_rows_reasons", lambda *_: pytest.fail("what is not worth it is looked into"))
+    with torch.no_grad():
+        ours(**batch)
 
 
 def test_sequences_without_a_first_token():
