@@ -21,7 +21,7 @@ from .outputs import PooledEncoderOutput
 from .packed_layer import is_trained, packed_stack
 from .packing import Packing
 from .plain import is_watched
-from .row_selection import RowSelection, SelectedRows, all_rows_reasons, reads_first_rows
+from .row_selection import RowSelection, SelectedRows, all_rows_reasons, few_are_worth_it, reads_first_rows
 from .swap import is_of_fast_class, use_fast_classes
 
 
@@ -117,6 +117,8 @@ class PackedEncoder:
         recorded.add(hidden_states)
         selection, total, has_pooler = None, hidden_states.shape[0], getattr(self, "pooler", None) is not None
         known = (labels is not None or (first_only and has_pooler)) and total > 0 and not torch.compiler.is_compiling()
+        if known and labels is None:  # first, because a short request is a fifth Python
+            known = few_are_worth_it(packing.num_sequences, total, self.training or torch.is_grad_enabled())
         if known and not all_rows_reasons(self, recorded.states is not None):
             selection = RowSelection(packing, total, labels, first=has_pooler, labelled_rows=labelled_rows)
         layers = list(self.encoder.layer)

@@ -73,9 +73,7 @@ class RowSelection:
 
     def is_worth_it(self, trained: bool) -> bool:
         """trained: whether the last layer has gradients or dropout in this call."""
-        rows = self.rows.numel()
-        enough = trained or self.total - rows >= _FEWEST_LEFT_OUT
-        return enough and 0 < rows <= _LARGEST_SHARE * self.total
+        return few_are_worth_it(self.rows.numel(), self.total, trained)
 
     def labelled_of(self, x: Tensor) -> Tensor:
         """(len(rows), ...) -> (len(labelled), ...): what was computed for the rows of ``labels``."""
@@ -100,11 +98,20 @@ class RowSelection:
         labelled = torch.arange(self.labelled.numel(), device=self.rows.device) if self._places is None else self._places
         # Filler may be any row without a label: a row that is in ``rows`` once more has its other place.
         places[self.labelled] = labelled
-        places[self._first] = self._places_of_first
+        first, places_of_first = self._first, self._places_of_first
+        if self._exists is not None:  # an empty sequence stands for a row of its neighbour, whose own place counts
+            first, places_of_first = first[self._exists], places_of_first[self._exists]
+        places[first] = places_of_first
         others = (places < 0).nonzero().squeeze(1)
         order = torch.cat([self.rows, others])
         places[others] = torch.arange(self.rows.numel(), order.numel(), device=order.device)
         return order, places
+
+
+def few_are_worth_it(rows: int, total: int, trained: bool) -> bool:
+    """Whether a last layer, ``trained`` or not, should compute so few rows of ``total``."""
+    enough = trained or total - rows >= _FEWEST_LEFT_OUT
+    return enough and 0 < rows <= _LARGEST_SHARE * total
 
 
 class SelectedRows:

@@ -312,6 +312,17 @@ def test_a_first_row_with_a_label_is_one_row():
     assert places.tolist() == [3, 0, 5, 1, 6, 2, 7]
 
 
+@pytest.mark.parametrize("labels", [None, torch.tensor([[-100, 4, -100, -100]])])
+def test_an_empty_sequence_takes_no_row_from_its_neighbour(labels):
+    """A last sequence of one token, and an empty one behind it: what the pooler reads is what all rows have."""
+    packing = Packing(torch.tensor([0, 3, 4, 4], dtype=torch.int32), 3, (1, 4))
+    selection = RowSelection(packing, 4, labels, first=True)
+    order, places = selection.all_rows()
+    assert order[places].tolist() == [0, 1, 2, 3]
+    read = selection.first_positions(1 + torch.arange(selection.rows.numel()).unsqueeze(1)).flatten()
+    assert read.tolist() == [*(1 + places[[0, 3]]).tolist(), 0]
+
+
 FIRST_ROW_HEADS = ("BertForSequenceClassification", "BertForNextSentencePrediction", "BertForMultipleChoice")
 
 
@@ -367,6 +378,9 @@ def test_few_rows_left_out_without_gradients(monkeypatch, rows_computed):
     with torch.no_grad():
         ours(**batch)
     assert BATCH not in rows_computed
+    monkeypatch.setattr(encoder_module, "all_rows_reasons", lambda *_: pytest.fail("what is not worth it is looked into"))
+    with torch.no_grad():
+        ours(**batch)
 
 
 def test_sequences_without_a_first_token():
