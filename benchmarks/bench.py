@@ -113,6 +113,8 @@ class Options:
             raise WorkloadError(f"--data: none of the batches {', '.join(names)} has lengths that are counted there")
         if self.tokenizer is None and self.model in SIZES:
             raise WorkloadError(f"--data needs --tokenizer (folder or Hub name), since --model {self.model} has none")
+        if not self.data.is_dir():
+            raise WorkloadError(f"--data {self.data}: no such folder")
         tokenizer = load_tokenizer(self.tokenizer or self.model)
         return workloads(names, {**lengths.embedded(), **lengths.counted(self.data, tokenizer, counted)})
 

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastbert.whole_file import whole_file
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -185,6 +187,5 @@ def save_results(name: str, document: dict[str, Any], folder: str | None) -> Non
 def write_json(path: Path, document: Any) -> None:
     """Whoever reads the file finds the old document or the new one, never a part of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

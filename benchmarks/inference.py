@@ -260,7 +260,7 @@ def difference(contender: Contender, batch: Batch, expected: Tensor, real: Tenso
 def show(workload: Workload, result: Mapping[str, Any], say: Say) -> None:
     heading = f"{workload.name}, {workload.tokens:,} tokens"
     say(
-        f"\n{heading:<44}{'ms':>10}{'tokens/s':>10}{'vs their float32':>20}{'GEMMs alone':>13}{'memory':>10}{'error':>9}"
+        f"\n{heading:<44}{'ms':>10}{'tokens/s':>10}{'vs their float32':>24}{'GEMMs alone':>13}{'memory':>10}{'error':>9}"
         f"{'MFU':>7}{'of limit':>10}"
     )
     for key, figures in result["contenders"].items():
@@ -269,7 +269,7 @@ def show(workload: Workload, result: Mapping[str, Any], say: Say) -> None:
         memory = "" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / 1e6:,.0f} MB"
         joules = "" if figures["joules"] is None else f"{figures['joules']:>9.2f} J"
         say(
-            f"  {key:<42}{figures['median_s'] * 1e3:>10,.1f}{figures['tokens_per_s']:>10,.0f}{times:>20}"
+            f"  {key:<42}{figures['median_s'] * 1e3:>10,.1f}{figures['tokens_per_s']:>10,.0f}{times:>24}"
             f"{figures['gemms_alone_share']:>13.0%}{memory:>10}{figures['largest_difference']:>9.0e}"
             f"{figures['share_of_matmul_rate']:>7.0%}{figures['share_of_limit']:>10.0%}{joules}"
         )

@@ -110,7 +110,7 @@ def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
     title = f"{task.name}, {model_title(options.model)}, {options.dtype}"
     say(f"\n{title}; matmul {limits['matmul_flops'] / 1e9:,.0f} GFLOP/s, copies {limits['copy_bytes'] / 1e9:,.0f} GB/s in this run")
     say(
-        f"{'batch':<30}{'contender':<46}{'ms':>9}{'real tokens/s':>14}{'vs transformers':>20}{'memory':>10}{'MFU':>7}"
+        f"{'batch':<30}{'contender':<46}{'ms':>9}{'real tokens/s':>14}{'vs transformers':>24}{'memory':>10}{'MFU':>7}"
         f"{'of limit':>10}"
     )
     results = {}
@@ -259,8 +259,8 @@ class TrainingStep:
 
 
 def loss_difference(contenders: Mapping[str, tuple[TrainingStep, Parts]], dtype: torch.dtype) -> tuple[float, dict[str, str]]:
-    """The largest of those that compute the same, relative to transformers'; and by contender, why the others of transformers'
-    failed. Raises RuntimeError where fastbert does not compute the same."""
+    """The largest of those that compute the same, relative to transformers', which must compute at all; and by contender, why the
+    others failed."""
     losses, differences, failed = {}, {}, {}
     for key, (step, parts) in contenders.items():
         try:
@@ -271,7 +271,7 @@ def loss_difference(contenders: Mapping[str, tuple[TrainingStep, Parts]], dtype:
                     f"losses differ by {differences.pop(key):.1e}, more than {LOSS_TOLERANCE[dtype]:.0e}: not timed: {losses}"
                 )
         except Exception as error:
-            if key == THEIRS or key.startswith(OURS):
+            if key == THEIRS:
                 raise
             failed[key] = first_line(error)
     return max(differences.values()), failed
@@ -335,6 +335,6 @@ def show(name: str, measured: Mapping[str, Any], say: Say) -> None:
             times = f"{ratio['median']:.2f}x ({ratio['q25']:.2f}-{ratio['q75']:.2f})" if ratio else ""
             joules = f"{figures['joules']:>9.1f} J" if figures["joules"] is not None else ""
             say(
-                f"{name:<30}{key:<46}{figures['median_s'] * 1e3:>9,.1f}{figures['tokens_per_s']:>14,.0f}{times:>20}{memory:>10}"
+                f"{name:<30}{key:<46}{figures['median_s'] * 1e3:>9,.1f}{figures['tokens_per_s']:>14,.0f}{times:>24}{memory:>10}"
                 f"{figures['share_of_matmul_rate']:>7.0%}{figures['share_of_limit']:>10.0%}{joules}"
             )

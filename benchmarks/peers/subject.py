@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from ..harness import quiet
 from ..workloads import SIZES
 
 Batch = dict[str, Tensor]
@@ -30,7 +31,8 @@ class Subject:
             model = transformers.BertModel(config, add_pooling_layer=False)
         else:
             options = {"config": config, "dtype": torch.float32, "add_pooling_layer": False}
-            model = transformers.BertModel.from_pretrained(weights, **options)
+            with quiet():  # its report of the pooler that it leaves out
+                model = transformers.BertModel.from_pretrained(weights, **options)
         self.model = model.eval().to(device)
 
     def with_attention(self, implementation: str, dtype: str) -> torch.nn.Module:

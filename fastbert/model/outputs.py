@@ -7,10 +7,13 @@ key, index, iteration, tuple, pickling and pytrees all give the same tensors.
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -60,9 +63,20 @@ class Deferred:
                 modes.enter_context(torch.autocast(device_type, dtype, enabled))
             return self.compute()
 
+    def as_float32(self) -> Deferred:
+        """The same tensor in float32, computed as this one would be."""
+        converted = copy.copy(self)
+        converted.compute = lambda: self.compute().float()
+        return converted
+
 
 class LazyOutput:
-    """Mixin for a ModelOutput: fields set with :meth:`defer` hold their place and are computed when read."""
+    """Mixin for a ModelOutput: fields set with :meth:`defer` hold their place and are computed when read.
+
+    Two callers go through the outputs of every training step without reading them: accelerate's mixed precision (and with it
+    Trainer's), which makes half precision float32, and DistributedDataParallel with ``find_unused_parameters``, Trainer's default,
+    which looks for tensors. They alone get nothing computed.
+    """
 
     def defer(self, name: str, deferred: Deferred) -> None:
         """Makes ``deferred`` the value of field ``name``; fields come out in the order in which they were set."""
@@ -94,10 +108,17 @@ class LazyOutput:
         return self[key] if key in self else default  # noqa: SIM401 (this is get)
 
     def items(self):
+        caller = sys._getframe(1)
+        if _is(caller, *_CONVERSION) and getattr(caller.f_locals.get("func"), "__name__", None) == _CONVERTS:
+            waiting = ((name, OrderedDict.__getitem__(self, name)) for name in OrderedDict.keys(self))
+            return [(name, value.as_float32() if isinstance(value, Deferred) else value) for name, value in waiting]
         self._compute_all()
         return super().items()
 
     def values(self):
+        if _is(sys._getframe(1), *_SEARCH):
+            found = (OrderedDict.__getitem__(self, name) for name in OrderedDict.keys(self))
+            return [value for value in found if not isinstance(value, Deferred)]
         self._compute_all()
         return super().values()
 
@@ -108,6 +129,15 @@ class LazyOutput:
     def __reduce__(self):
         self._compute_all()
         return super().__reduce__()
+
+
+# Module and function of the two callers that :class:`LazyOutput` speaks of; what the first one then applies to tensors.
+_CONVERSION, _CONVERTS = ("accelerate.utils.operations", "recursively_apply"), "_convert_to_fp32"
+_SEARCH = ("torch.nn.parallel.distributed", "_find_tensors")
+
+
+def _is(frame: FrameType, module: str, function: str) -> bool:
+    return frame.f_code.co_name == function and frame.f_globals.get("__name__") == module
 
 
 class EncoderOutput(LazyOutput):

@@ -34,6 +34,37 @@ def test_the_loss_does_not_compute_logits(output):
     assert is_waiting(output)
 
 
+def test_mixed_precision_of_accelerate_does_not_compute_logits():
+    """It goes through all outputs of a step, to make them float32."""
+    accelerate = pytest.importorskip("accelerate")
+    theirs, ours = (model.train() for model in pair("BertForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    batch = inputs_for("BertForMaskedLM")
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        expected, output = accelerator.prepare(theirs)(**batch), accelerator.prepare(ours)(**batch)
+        assert is_waiting(output)
+        output.loss.backward()
+        assert is_waiting(output)
+        assert output.loss.dtype == output.logits.dtype == expected.logits.dtype == torch.float32
+        real = batch["attention_mask"].bool()
+        torch.testing.assert_close(output.logits[real], expected.logits[real], rtol=0.1, atol=0.05)
+        assert not is_waiting(output) and output.logits.requires_grad
+        # What gathers outputs in an evaluation reads them.
+        assert accelerate.utils.gather(ours(**batch)).logits.shape == expected.logits.shape
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_what_ddp_looks_for_is_not_computed(output):
+    from torch.nn.parallel.distributed import _find_tensors
+
+    found = list(_find_tensors(output))
+    assert len(found) == 1 and found[0] is output.loss
+    assert is_waiting(output)
+    output.logits  # noqa: B018 (computes them)
+    assert len(list(_find_tensors(output))) == 2
+
+
 @pytest.mark.parametrize(
     "read",
     [
