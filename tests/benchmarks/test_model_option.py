@@ -7,23 +7,22 @@ import json
 import pytest
 import torch
 import transformers
-from typer.testing import CliRunner
 
 import fastbert
 from benchmarks import finetune, inference, peers, pretrain, training
 from benchmarks.workloads import config_for
-from fastbert.cli.main import app
+
+from . import toy_runs
+from .toy_runs import use_toy_limits
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, one_thread):
-    limits = {"matmul_flops": 1e12, "matmul_flops_by_library": {"oneDNN": 1e12}, "copy_bytes": 1e10}
-    for module in (inference, training):
-        monkeypatch.setattr(module, "ceilings", lambda device, dtype: limits)
+    use_toy_limits(monkeypatch)
 
 
 def invoke(*arguments: str):
-    result = CliRunner().invoke(app, ["bench", "--rounds", "1", "--dtype", "float32", *arguments, "--json"])
+    result = toy_runs.invoke("--rounds", "1", "--dtype", "float32", *arguments)
     return result.exit_code, json.loads(result.stdout.splitlines()[-1])
 
 

@@ -12,18 +12,17 @@ import types
 import pytest
 import torch
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 import fastbert.ops
 from benchmarks import attention_cases, harness, matmul_cases, op_cases, op_contenders, ops, test_ops, work
 from benchmarks.harness import interleaved_kernels
 from benchmarks.op_cases import OPS, SCALES, Case, Contender, cases
-from fastbert.cli.main import app
 from fastbert.ops import backends
 
 from ..conftest import REPOSITORY
+from . import toy_runs
+from .toy_runs import LIMITS
 
-LIMITS = {"matmul_flops": 1e12, "matmul_flops_by_library": {"oneDNN": 1e12}, "copy_bytes": 1e10}
 PEERS = [peer for peer in op_contenders.PEERS if peer != "torch-compile"]
 
 
@@ -34,7 +33,7 @@ def toy_sizes(monkeypatch, one_thread):
 
 
 def invoke(*arguments: str):
-    return CliRunner().invoke(app, ["bench", "--suite", "ops", *arguments, "--json"])
+    return toy_runs.invoke("--suite", "ops", *arguments)
 
 
 def document_of(result) -> dict:

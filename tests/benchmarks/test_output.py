@@ -7,30 +7,19 @@ import os
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
 from benchmarks import bench as suites
-from benchmarks import harness, inference, training
+from benchmarks import harness
 from benchmarks.reports import __main__ as remake
 from benchmarks.reports import pictures, report
-from fastbert.cli.main import app
 
 from . import toy_documents as toys
-
-TOY = ["--model", "tiny", "--rounds", "1", "--threads", "1", "--peers", "transformers", "--dtype", "float32"]
+from .toy_runs import TOY, invoke, use_toy_sizes
 
 
 @pytest.fixture
 def toy_sizes(monkeypatch):
-    """Real batches and ceilings take seconds even for a tiny model."""
-    limits = {"matmul_flops": 1e12, "matmul_flops_by_library": {"oneDNN": 1e12}, "copy_bytes": 1e10}
-    for module in (inference, training):
-        monkeypatch.setattr(module, "ceilings", lambda device, dtype: limits)
-    monkeypatch.setattr(suites, "_BATCHES", {"inference": ("3xsst2", "1x32"), "finetune": ("8xsst2",), "pretrain": ("2x32",)})
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(app, ["bench", *arguments, "--json"])
+    use_toy_sizes(monkeypatch)
 
 
 @pytest.mark.parametrize("suite", ["inference", "pretrain"])

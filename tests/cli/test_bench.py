@@ -6,28 +6,17 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from benchmarks import bench as suites
 from benchmarks import harness, inference, peers, profile, training
 from fastbert.cli import bench
 from fastbert.cli.command import CommandFailure
-from fastbert.cli.main import app
 
-TOY = ["--model", "tiny", "--rounds", "1", "--threads", "1", "--peers", "transformers", "--dtype", "float32"]
+from ..benchmarks.toy_runs import TOY, invoke, use_toy_sizes
 
 
 @pytest.fixture(autouse=True)
 def toy_sizes(monkeypatch):
-    """Real batches and ceilings take seconds even for a tiny model."""
-    limits = {"matmul_flops": 1e12, "matmul_flops_by_library": {"oneDNN": 1e12}, "copy_bytes": 1e10}
-    for module in (inference, training):
-        monkeypatch.setattr(module, "ceilings", lambda device, dtype: limits)
-    monkeypatch.setattr(suites, "_BATCHES", {"inference": ("3xsst2", "1x32"), "finetune": ("8xsst2",), "pretrain": ("2x32",)})
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(app, ["bench", *arguments, "--json"])
+    use_toy_sizes(monkeypatch)
 
 
 def document_of(result) -> dict:
