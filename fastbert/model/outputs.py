@@ -63,10 +63,15 @@ class Deferred:
                 modes.enter_context(torch.autocast(device_type, dtype, enabled))
             return self.compute()
 
-    def as_float32(self) -> Deferred:
-        """The same tensor in float32, computed as this one would be."""
+    def without_half_precision(self) -> Deferred:
+        """The same tensor, computed as this one would be, and in float32 where that is of half precision."""
+
+        def compute() -> Tensor:
+            value = self.compute()
+            return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
         converted = copy.copy(self)
-        converted.compute = lambda: self.compute().float()
+        converted.compute = compute
         return converted
 
 
@@ -111,7 +116,7 @@ class LazyOutput:
         caller = sys._getframe(1)
         if _is(caller, *_CONVERSION) and getattr(caller.f_locals.get("func"), "__name__", None) == _CONVERTS:
             waiting = ((name, OrderedDict.__getitem__(self, name)) for name in OrderedDict.keys(self))
-            return [(name, value.as_float32() if isinstance(value, Deferred) else value) for name, value in waiting]
+            return [(name, value.without_half_precision() if isinstance(value, Deferred) else value) for name, value in waiting]
         self._compute_all()
         return super().items()
 

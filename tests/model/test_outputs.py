@@ -55,6 +55,15 @@ def test_mixed_precision_of_accelerate_does_not_compute_logits():
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_only_half_precision_becomes_float32(dtype, expected):
+    operations = pytest.importorskip("accelerate.utils.operations")
+    _, ours = pair("BertForMaskedLM")
+    output = operations.convert_to_fp32(ours.to(dtype)(**inputs_for("BertForMaskedLM")))
+    assert is_waiting(output)
+    assert output.logits.dtype == expected
+
+
 def test_what_ddp_looks_for_is_not_computed(output):
     from torch.nn.parallel.distributed import _find_tensors
 
