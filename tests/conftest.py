@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pkgutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(20181011)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> None:
+    """Each test finds accelerate's process-wide state as in a new process, whatever ran before it in this one.
+
+    An Accelerator or a Trainer leaves its mixed precision behind, and the next Accelerator may not ask for another.
+    """
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture

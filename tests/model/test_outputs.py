@@ -40,19 +40,16 @@ def test_mixed_precision_of_accelerate_does_not_compute_logits():
     theirs, ours = (model.train() for model in pair("BertForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     batch = inputs_for("BertForMaskedLM")
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
-    try:
-        expected, output = accelerator.prepare(theirs)(**batch), accelerator.prepare(ours)(**batch)
-        assert is_waiting(output)
-        output.loss.backward()
-        assert is_waiting(output)
-        assert output.loss.dtype == output.logits.dtype == expected.logits.dtype == torch.float32
-        real = batch["attention_mask"].bool()
-        torch.testing.assert_close(output.logits[real], expected.logits[real], rtol=0.1, atol=0.05)
-        assert not is_waiting(output) and output.logits.requires_grad
-        # What gathers outputs in an evaluation reads them.
-        assert accelerate.utils.gather(ours(**batch)).logits.shape == expected.logits.shape
-    finally:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    expected, output = accelerator.prepare(theirs)(**batch), accelerator.prepare(ours)(**batch)
+    assert is_waiting(output)
+    output.loss.backward()
+    assert is_waiting(output)
+    assert output.loss.dtype == output.logits.dtype == expected.logits.dtype == torch.float32
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(output.logits[real], expected.logits[real], rtol=0.1, atol=0.05)
+    assert not is_waiting(output) and output.logits.requires_grad
+    # What gathers outputs in an evaluation reads them.
+    assert accelerate.utils.gather(ours(**batch)).logits.shape == expected.logits.shape
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])

@@ -47,7 +47,7 @@ def test_flops_are_those_of_the_matmuls():
 
 def test_a_step_counts_its_own_sequences(toy_settings):
     """Of several batches, each with lengths of its own: attention is within a sequence."""
-    steps = iter([StepBatches([batch((3, 6), masked=2), batch((4,), masked=1)], Position())])
+    steps = (step for step in [StepBatches([batch((3, 6), masked=2), batch((4,), masked=1)], Position())])
     step = next(device_steps(steps, torch.device("cpu")))
     flops = Telemetry(toy_settings(), CONFIG, None).flops(step)
     assert flops == training_flops(CONFIG, tokens=13, pairs=9 + 36 + 16, labelled=3)
