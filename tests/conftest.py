@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 
+from . import cuda_on_host  # noqa: E402
 from .toys import entity_folder, sentiment_folder, toy_model, toy_tokenizer  # noqa: E402, F401 (fixtures)
 
 if not torch.cuda.is_available():
@@ -26,6 +27,8 @@ if not torch.cuda.is_available():
 
         for module in pkgutil.iter_modules(fastbert_kernels.__path__, "fastbert_kernels."):
             importlib.import_module(module.name)
+    if cuda_on_host.compiler():
+        sys.modules["fastbert._cuda"] = cuda_on_host.load()
 
 # Which matmul is the fastest here is no business of a test, and a file in the home of whoever runs them even less.
 os.environ["FASTBERT_CALIBRATION"] = "off"

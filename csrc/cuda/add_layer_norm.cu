@@ -101,21 +101,17 @@ void add_layer_norm_forward(const AddLayerNormForwardParams& p, void* stream) {
   for_shape(p.dtype, p.hidden, [&]<typename T, int kThreads>() {
     const int64_t per_block = Group<T, kThreads>::kGroups;
     const auto blocks = static_cast<unsigned>((p.rows + per_block - 1) / per_block);
-    forward_kernel<T, kThreads><<<blocks, kBlock, 0, static_cast<cudaStream_t>(stream)>>>(p);
+    launch("add_layer_norm forward", forward_kernel<T, kThreads>, blocks, kBlock, 0, stream, p);
   });
-  check_launch("add_layer_norm forward");
 }
 
 void add_layer_norm_backward(const AddLayerNormBackwardParams& p, void* stream) {
   const int64_t groups = row_groups(p.rows, p.hidden);
   for_shape(p.dtype, p.hidden, [&]<typename T, int kThreads>() {
     const auto blocks = static_cast<unsigned>(groups / Group<T, kThreads>::kGroups);
-    backward_kernel<T, kThreads><<<blocks, kBlock, 0, static_cast<cudaStream_t>(stream)>>>(p);
+    launch("add_layer_norm backward", backward_kernel<T, kThreads>, blocks, kBlock, 0, stream, p);
   });
-  const dim3 grid(static_cast<unsigned>((p.hidden + 127) / 128), 3);
-  sum_groups<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(p.partials, groups, p.hidden, p.dweight, p.dln_bias,
-                                                                  p.dbias);
-  check_launch("add_layer_norm backward");
+  sum_groups("add_layer_norm backward", p.partials, groups, p.hidden, p.dweight, p.dln_bias, p.dbias, stream);
 }
 
 }  // namespace fastbert::cuda

@@ -1,4 +1,4 @@
-// fastbert._cuda: Python integers become a Params struct and go to the launcher; fastbert/ops/cuda.py is the other side.
+// fastbert._cuda: Python integers become a Params struct and go to the launcher; fastbert/ops/cuda is the other side.
 
 #include <pybind11/pybind11.h>
 
@@ -31,6 +31,7 @@ PYBIND11_MODULE(_cuda, m) {
       .value("bfloat16", DType::bfloat16)
       .value("float16", DType::float16);
 
+  m.attr("DEVICE_TYPE") = cuda::device_type();
   m.attr("MAX_HIDDEN") = cuda::kMaxHidden;
   m.def("row_groups", &cuda::row_groups);
 

@@ -7,6 +7,9 @@
 
 namespace fastbert::cuda {
 
+// Where the kernels run: "cuda", or "cpu" where a C++ compiler made them for tests.
+const char* device_type();
+
 // hidden is a multiple of 8 up to this.
 constexpr int64_t kMaxHidden = 4096;
 

@@ -6,11 +6,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "cuda/arithmetic.h"
 #include "cuda/launch.h"
+#include "cuda/launcher.cuh"
 
 namespace fastbert::cuda {
 
@@ -167,12 +165,10 @@ struct Group {
   }
 };
 
-// Second stage of the parameters' gradients: sums (sums, hidden) of partials (groups, sums, hidden), in the groups' order,
-// hence the same bits in every run.
-__global__ void sum_groups(const float* partials, int64_t groups, int64_t hidden, float* dweight, float* dln_bias,
-                           float* dbias);
-
-void check_launch(const char* kernel);
+// Second stage of the parameters' gradients: sums (sums, hidden) of partials (groups, 3, hidden), in the groups' order,
+// hence the same bits in every run. A sum that is null is not wanted.
+void sum_groups(const char* op, const float* partials, int64_t groups, int64_t hidden, float* first, float* second,
+                float* third, void* stream);
 
 // Calls body.template operator()<T, kThreads>() for the dtype and the smallest group that holds a row.
 template <typename Body>

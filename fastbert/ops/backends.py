@@ -2,7 +2,7 @@
 
 Four backends share the function names and signatures of ``reference.py``: ``reference`` (plain torch, any device), ``native``
 (C++ for CPUs, ``native.py``), ``triton`` (GPUs, the folder ``kernels/``; CPUs under ``TRITON_INTERPRET=1``) and ``cuda`` (CUDA
-C++, ``cuda.py``; on request until measured results say where it wins). ``"auto"`` takes the first of the device's list that
+C++, the folder ``cuda/``; on request until measured results say where it wins). ``"auto"`` takes the first of the device's list that
 can do the work; a backend asked for by name is used or refused with its reasons, never replaced.
 """
 
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from . import cuda
+
 OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "linear_gelu", "gelu_layer_norm", "mlm_loss")
 INFERENCE_OPS = ("int8_linear",)  # without a derivative
 BACKENDS = ("reference", "native", "triton", "cuda")
@@ -29,11 +31,11 @@ _DTYPES = {
     "triton": _FLOATS,
     "cuda": _FLOATS,
 }
-_DEVICES = {"native": ("cpu",), "cuda": ("cuda",)}
+_DEVICES = {"native": "cpu", "cuda": cuda.DEVICE_TYPE}
 _OPS_OF = {
     "reference": (*OPS, *INFERENCE_OPS),
     "native": (*OPS, *INFERENCE_OPS),
-    "cuda": ("add_layer_norm", "gelu_layer_norm"),
+    "cuda": cuda.OPS,
 }
 MAX_HEAD_DIM, TRITON_MAX_FLOAT32_HEAD_DIM = 256, 128
 
@@ -60,8 +62,8 @@ def not_supported_reasons(backend: str, op: str, device_type: str, dtype: torch.
         reasons.append(f"it has no kernel for {op}")
     elif (backend, op, reason) == ("native", "int8_linear", None):
         reasons += implementation(op, backend).int8_unavailable_reasons()
-    if device_type not in _DEVICES.get(backend, (device_type,)):
-        reasons.append(f"it runs on {_DEVICES[backend][0]} tensors, these are on {device_type}")
+    if device_type != _DEVICES.get(backend, device_type):
+        reasons.append(f"it runs on {_DEVICES[backend]} tensors, these are on {device_type}")
     if backend == "triton" and device_type == "cpu" and not _triton_interprets():
         reasons.append("Triton compiles for GPUs only (TRITON_INTERPRET=1 interprets its kernels on a CPU, for tests)")
     if dtype not in _DTYPES[backend]:

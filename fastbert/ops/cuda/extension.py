@@ -1,0 +1,78 @@
+"""The extension module ``fastbert._cuda``, and what all its callers need."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from ...build_report import why_not_built
+from .. import reference
+
+_HIDDEN_MULTIPLE = 8
+
+
+def _import_extension():
+    """The extension module and None, or None and the reason why there is none."""
+    try:
+        from fastbert import _cuda
+    except ImportError as error:
+        return None, why_not_built("_cuda") or f"fastbert._cuda was built but does not load: {error}"
+    return _cuda, None
+
+
+extension, _import_error = _import_extension()
+# "cuda", or "cpu" where tests have put the kernels as a C++ compiler makes them in the module's place.
+DEVICE_TYPE: str = "cuda" if extension is None else extension.DEVICE_TYPE
+if extension is not None:
+    DTYPES = {
+        torch.float32: extension.DType.float32,
+        torch.bfloat16: extension.DType.bfloat16,
+        torch.float16: extension.DType.float16,
+    }
+
+
+def unavailable_reason() -> str | None:
+    """Why these kernels cannot be used in this installation, or None where they can."""
+    if _import_error is None and DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return _import_error
+
+
+def check_hidden(hidden: int) -> None:
+    """RuntimeError where rows of this width do not suit accesses of 16 bytes, or a group of threads' registers."""
+    if hidden % _HIDDEN_MULTIPLE or hidden > extension.MAX_HIDDEN:
+        raise RuntimeError(
+            f"backend 'cuda' takes rows of a multiple of {_HIDDEN_MULTIPLE} elements up to {extension.MAX_HIDDEN}, not {hidden}"
+        )
+
+
+def pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def as_float32(tensor: Tensor | None) -> Tensor | None:
+    """Parameters and their gradients are float32 in the kernels; the tensor must stay alive until the kernel is queued."""
+    return None if tensor is None else tensor.float()
+
+
+def float32_like(tensor: Tensor, *shape: int) -> Tensor:
+    """A tensor of float32 of this shape on ``tensor``'s device, with whatever is in its memory."""
+    return torch.empty(shape, dtype=torch.float32, device=tensor.device)
+
+
+def dropout(dropout_p: float, seed: Tensor | None, stream: int):
+    if dropout_p == 0.0:
+        return extension.Dropout(0, 1.0, 0, 0)
+    return extension.Dropout(reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p), seed.data_ptr(), stream)
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager:
+    """Makes ``tensor``'s GPU the current one."""
+    return torch.cuda.device_of(tensor)
+
+
+def current_stream(tensor: Tensor) -> int:
+    """torch's current stream of ``tensor``'s device, as an integer."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
