@@ -21,4 +21,11 @@ void add_layer_norm_backward(const AddLayerNormBackwardParams& params, void* str
 void gelu_layer_norm_forward(const GeluLayerNormForwardParams& params, void* stream);
 void gelu_layer_norm_backward(const GeluLayerNormBackwardParams& params, void* stream);
 
+// head_dim is a multiple of 8 up to this, softmax_scale positive, dtype bfloat16 or float16.
+constexpr int64_t kMaxHeadDim = 128;
+
+// max_seqlen: the length of the longest sequence, or more. delta: a workspace of (num_heads, total).
+void attention_forward(const AttentionForwardParams& params, int64_t max_seqlen, void* stream);
+void attention_backward(const AttentionBackwardParams& params, float* delta, int64_t max_seqlen, void* stream);
+
 }  // namespace fastbert::cuda
