@@ -68,8 +68,11 @@ INSTRUCTION_SETS = {
     "aarch64": {"baseline": []},
 }
 
-CUDA_OPS = ("add_layer_norm", "gelu_layer_norm")
-CUDA_COMMON = ("csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu")
+CUDA_OPS = ("attention", "add_layer_norm", "gelu_layer_norm")
+CUDA_COMMON = (
+    "csrc/cuda/bindings.cpp",
+    *(f"csrc/cuda/{name}.cu" for name in ("rows", "attention_streaming", "attention_streaming_backward")),
+)
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = ("80", "90a", "100")
 

@@ -37,6 +37,16 @@ struct Head {
   }
 };
 
+// The two numbers in one register.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t both) {
+  if constexpr (kIsBfloat16<T>) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&both));
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&both));
+  }
+}
+
 // Over the four lanes that hold a row.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));

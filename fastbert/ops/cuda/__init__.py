@@ -4,16 +4,19 @@ Inputs are contiguous CUDA tensors of float32, bfloat16 or float16. Work is queu
 device. Statistics and sums are float32 and the same in every run.
 """
 
+from .attention import attention_backward, attention_forward
 from .extension import DEVICE_TYPE, unavailable_reason
 from .layer_norms import add_layer_norm_backward, add_layer_norm_forward, gelu_layer_norm_backward, gelu_layer_norm_forward
 
-OPS = ("add_layer_norm", "gelu_layer_norm")
+OPS = ("attention", "add_layer_norm", "gelu_layer_norm")
 
 __all__ = [
     "DEVICE_TYPE",
     "OPS",
     "add_layer_norm_backward",
     "add_layer_norm_forward",
+    "attention_backward",
+    "attention_forward",
     "gelu_layer_norm_backward",
     "gelu_layer_norm_forward",
     "unavailable_reason",
