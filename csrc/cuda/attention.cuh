@@ -119,6 +119,9 @@ struct HeadDropout {
   }
 };
 
+// The mask of the columns from columns on.
+__device__ __forceinline__ uint32_t kept_from(uint32_t kept, int columns) { return kept >> 4 * columns; }
+
 // Of what HeadDropout drew.
 __device__ __forceinline__ bool is_kept(uint32_t kept, int columns, int element) {
   return kept >> (4 * columns + element) & 1;
