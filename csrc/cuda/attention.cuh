@@ -78,12 +78,14 @@ __device__ __forceinline__ uint32_t transpose_bits(uint32_t word) {
 struct HeadDropout {
   uint64_t seed;
   uint32_t threshold, head, stream;
+  float scale;  // of what is kept, 1 without dropout
 
   __device__ __forceinline__ HeadDropout(const Dropout& dropout, int head)
       : seed(dropout.threshold == 0 ? 0 : static_cast<uint64_t>(*dropout.seed)),
         threshold(dropout.threshold),
         head(static_cast<uint32_t>(head)),
-        stream(dropout.stream) {}
+        stream(dropout.stream),
+        scale(dropout.threshold == 0 ? 1.0f : dropout.scale) {}
 
   __device__ __forceinline__ bool drops() const { return threshold != 0; }
 

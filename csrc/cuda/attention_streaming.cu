@@ -18,11 +18,10 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 4 : 2) forward_kernel
   const int first_query = grid.first_row();
   if (first_query >= head.length) return;
 
-  const int head_dim = static_cast<int>(p.head_dim);
-  const int64_t hidden = p.num_heads * p.head_dim;
-  const Rows<const T> q{static_cast<const T*>(p.qkv) + head.start * 3 * hidden + head.head * head_dim, 3 * hidden,
-                        head.length, head_dim};
-  const Rows<const T> k{q.data + hidden, q.stride, q.length, head_dim}, v{k.data + hidden, q.stride, q.length, head_dim};
+  const int head_dim = static_cast<int>(p.head_dim), hidden = static_cast<int>(p.num_heads) * head_dim;
+  const T* const qkv = static_cast<const T*>(p.qkv) + 3 * head.start * hidden + head.head * head_dim;
+  const Rows<const T> q{qkv, 3 * hidden, head.length, head_dim}, k{qkv + hidden, 3 * hidden, head.length, head_dim},
+      v{qkv + 2 * hidden, 3 * hidden, head.length, head_dim};
 
   unsigned char* const shared = aligned_shared_memory();
   const auto keys = [&](int buffer) { return Tile{shared + 2 * buffer * Tile::kBytes}; };
@@ -52,15 +51,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 4 : 2) forward_kernel
 
     float p_tile[kTileRows / 8][4];
     multiply_by_rows(p_tile, queries, keys(buffer), 0);
-    if (first_key + kTileRows > head.length) {
-#pragma unroll
-      for (int j = 0; j < kTileRows / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (first_key + 8 * j + 2 * place() + i % 2 >= head.length) p_tile[j][i] = -INFINITY;
-        }
-      }
-    }
+    if (first_key + kTileRows > head.length) mask_columns(p_tile, head.length - first_key);
     float correction[2], shift[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -83,12 +74,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 4 : 2) forward_kernel
       }
     }
     if (dropout.drops()) {
-      const uint32_t kept = dropout.kept(static_cast<uint32_t>(head.start + first_query + 16 * warp()), first_key);
-#pragma unroll
-      for (int j = 0; j < kTileRows / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) p_tile[j][i] = is_kept(kept, j, i) ? p_tile[j][i] : 0.0f;
-      }
+      drop(p_tile, dropout.kept(static_cast<uint32_t>(head.start + first_query + 16 * warp()), first_key), 0);
     }
 #pragma unroll
     for (int j = 0; j < kWidth / 8; ++j) {
@@ -98,12 +84,11 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 4 : 2) forward_kernel
     add_weighted_rows(out, p_tile, values(buffer), 0);
   }
 
-  const float kept_scale = dropout.drops() ? p.dropout.scale : 1.0f;
   float factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(row_sum[r]);
-    factor[r] = kept_scale / sum;
+    factor[r] = dropout.scale / sum;
     const int query = first_query + 16 * warp() + quad() + 8 * r;
     if (p.lse != nullptr && place() == 0 && query < head.length) {
       p.lse[head.head * p.total + head.start + query] = fmaf(row_max[r], p.softmax_scale, logf(sum));

@@ -20,11 +20,17 @@ __device__ __forceinline__ int place() { return lane() % 4; }
 template <typename T>
 struct Rows {
   T* data;
-  int64_t stride;  // elements
-  int length, head_dim;
+  int stride, length, head_dim;  // stride: elements from row to row
 
-  __device__ __forceinline__ T* at(int row, int column) const { return data + row * stride + column; }
+  __device__ __forceinline__ T* at(int row, int column) const { return data + static_cast<int64_t>(row) * stride + column; }
   __device__ __forceinline__ bool has(int row, int column) const { return row < length && column < head_dim; }
+
+  // Of these rows of `from`, the same of `to`, which has its shape, columns further on. A kernel that works out its results'
+  // address at its end in this way keeps no register for it.
+  template <typename U>
+  __device__ __forceinline__ Rows<U> of(U* to, const T* from, int columns) const {
+    return {to + (data - from) + columns, stride, length, head_dim};
+  }
 };
 
 // kTileRows rows of kWidth elements, head_dim of them and zeros. Of 16 bytes each, chunk c of row r is at c ^ (r % 8), so
@@ -140,6 +146,28 @@ __device__ __forceinline__ void add_weighted_rows(float (&d)[kWidth / 8][4], con
       multiply_add<T>(d[2 * k], a_j, m[0], m[1]);
       multiply_add<T>(d[2 * k + 1], a_j, m[2], m[3]);
     }
+  }
+}
+
+// Columns past these become minus infinity, the logarithm of a probability of 0.
+template <int kCount>
+__device__ __forceinline__ void mask_columns(float (&d)[kCount][4], int columns) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (8 * j + 2 * place() + i % 2 >= columns) d[j][i] = -INFINITY;
+    }
+  }
+}
+
+// What HeadDropout does not keep of its eights of columns from first on becomes 0.
+template <int kCount>
+__device__ __forceinline__ void drop(float (&d)[kCount][4], uint32_t kept, int first) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[j][i] = is_kept(kept, first + j, i) ? d[j][i] : 0.0f;
   }
 }
 
