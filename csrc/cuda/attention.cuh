@@ -13,8 +13,9 @@
 
 namespace fastbert::cuda {
 
-// The kernels of attention.cu's launchers: for a GPU of compute capability 9.0, head_dim 64 and at most 512 tokens, and for
-// everything else. delta: a workspace of (num_heads, total).
+// The kernels of attention.cu's launchers: for a GPU of compute capability 9.0, this head_dim and at most so many tokens,
+// and for everything else. delta: a workspace of (num_heads, total).
+constexpr int kHopperHeadDim = 64, kHopperMaxSeqlen = 512;
 void attention_forward_hopper(const AttentionForwardParams& params, int64_t max_seqlen, void* stream);
 void attention_backward_hopper(const AttentionBackwardParams& params, int64_t max_seqlen, void* stream);
 void attention_forward_streaming(const AttentionForwardParams& params, int64_t max_seqlen, void* stream);
@@ -64,8 +65,8 @@ __device__ __forceinline__ float quad_sum(float x) {
 // different ones, keep one bit of each element, and exchange these. The mask of a warp's 16 x 64 elements, 32 of them per
 // lane, costs four calls per lane and two or three shuffles.
 
-// Of all lanes' words, what is at bit kShift of the index of a bit and what is at bit kLanes of the lane's number change places.
-// kLow: the bits whose index has no kShift.
+// Of all lanes' words, what is at bit kShift of the index of a bit and what is at bit kLanes of the lane's number change
+// places. kLow: the bits whose index has no kShift.
 template <int kLanes, int kShift, uint32_t kLow>
 __device__ __forceinline__ uint32_t transpose_bits(uint32_t word) {
   const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, word, kLanes);
@@ -114,7 +115,8 @@ struct HeadDropout {
   }
 
  private:
-  // Of the c-th call, word w's columns become bits 4 c + w and 16 + 4 c + w: those of earlier calls move down as new ones come.
+  // Of the c-th call, word w's columns become bits 4 c + w and 16 + 4 c + w: those of earlier calls move down as new ones
+  // come.
   __device__ __forceinline__ void add(uint32_t& bits, uint32_t query, uint32_t eight_keys) const {
     constexpr uint32_t kTops = 0x80008000;
     const Words words = philox(eight_keys, query, head, stream, seed);

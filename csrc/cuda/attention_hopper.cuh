@@ -9,8 +9,8 @@
 
 namespace fastbert::cuda {
 
-constexpr int kHeadDim = 64, kTileRows = 64, kTileBytes = kTileRows * kHeadDim * 2, kWarpgroup = 128;
-constexpr int kMaxTiles = 8;  // of a sequence: 512 tokens
+constexpr int kHeadDim = kHopperHeadDim, kTileRows = 64, kTileBytes = kTileRows * kHeadDim * 2, kWarpgroup = 128;
+constexpr int kMaxTiles = kHopperMaxSeqlen / kTileRows;  // of a sequence
 
 __host__ __device__ constexpr int num_tiles(int64_t length) {
   return static_cast<int>((length + kTileRows - 1) / kTileRows);
