@@ -72,7 +72,8 @@ INSTRUCTION_SETS = {
 CUDA_OPS = ("attention", "add_layer_norm", "gelu_layer_norm")
 CUDA_COMMON = (
     "csrc/cuda/bindings.cpp",
-    *(f"csrc/cuda/{name}.cu" for name in ("rows", "attention_streaming", "attention_streaming_backward")),
+    "csrc/cuda/rows.cu",
+    *(f"csrc/cuda/attention_{name}.cu" for name in ("streaming", "streaming_backward", "hopper", "hopper_backward")),
 )
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = ("80", "90a", "100")
