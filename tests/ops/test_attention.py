@@ -212,9 +212,8 @@ def test_dropout_of_everything_and_of_nothing(backend, dtype, dropout_p):
     qkv, cu_seqlens, longest = packed([5], 1, head_dim)
 
     def ours(x):
-        return attention(
-            x, cu_seqlens.to(device), longest, dropout_p=dropout_p, seed=new_seed().to(device), backend=backend
-        )  # fmt: skip
+        seed = new_seed().to(device)
+        return attention(x, cu_seqlens.to(device), longest, dropout_p=dropout_p, seed=seed, backend=backend)
 
     for result in gradients(ours, [qkv], torch.ones(5, 1, head_dim), dtype, device):
         assert result.isfinite().all()
