@@ -33,7 +33,7 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.attr("DEVICE_TYPE") = cuda::device_type();
   m.attr("MAX_HIDDEN") = cuda::kMaxHidden;
-  m.def("row_groups", &cuda::row_groups);
+  m.def("row_lines", &cuda::row_lines);
 
   using Release = py::call_guard<py::gil_scoped_release>;
 
@@ -42,8 +42,8 @@ PYBIND11_MODULE(_cuda, m) {
       [](Address x, Address bias, Address residual, Address weight, Address ln_bias, Address y, Address z, Address mean,
          Address rstd, int64_t rows, int64_t hidden, float eps, const Dropout& dropout, DType dtype, Address stream) {
         cuda::add_layer_norm_forward(
-            {pointer<const void>(x), pointer<const float>(bias), pointer<const void>(residual), pointer<const float>(weight),
-             pointer<const float>(ln_bias), pointer<void>(y), pointer<void>(z), pointer<float>(mean), pointer<float>(rstd),
+            {pointer<const void>(x), pointer<const void>(bias), pointer<const void>(residual), pointer<const void>(weight),
+             pointer<const void>(ln_bias), pointer<void>(y), pointer<void>(z), pointer<float>(mean), pointer<float>(rstd),
              rows, hidden, eps, dropout, dtype},
             pointer<void>(stream));
       },
@@ -56,8 +56,8 @@ PYBIND11_MODULE(_cuda, m) {
          DType dtype, Address stream) {
         cuda::add_layer_norm_backward(
             {pointer<const void>(dy), pointer<const void>(z), pointer<const float>(mean), pointer<const float>(rstd),
-             pointer<const float>(weight), pointer<void>(dx), pointer<void>(dresidual), pointer<float>(dweight),
-             pointer<float>(dln_bias), pointer<float>(dbias), pointer<float>(partials), rows, hidden, dropout, dtype},
+             pointer<const void>(weight), pointer<void>(dx), pointer<void>(dresidual), pointer<void>(dweight),
+             pointer<void>(dln_bias), pointer<void>(dbias), pointer<float>(partials), rows, hidden, dropout, dtype},
             pointer<void>(stream));
       },
       Release());
@@ -67,7 +67,7 @@ PYBIND11_MODULE(_cuda, m) {
       [](Address x, Address bias, Address weight, Address ln_bias, Address y, Address mean, Address rstd, int64_t rows,
          int64_t hidden, float eps, DType dtype, Address stream) {
         cuda::gelu_layer_norm_forward(
-            {pointer<const void>(x), pointer<const float>(bias), pointer<const float>(weight), pointer<const float>(ln_bias),
+            {pointer<const void>(x), pointer<const void>(bias), pointer<const void>(weight), pointer<const void>(ln_bias),
              pointer<void>(y), pointer<float>(mean), pointer<float>(rstd), rows, hidden, eps, dtype},
             pointer<void>(stream));
       },
@@ -78,9 +78,9 @@ PYBIND11_MODULE(_cuda, m) {
       [](Address dy, Address x, Address bias, Address weight, Address mean, Address rstd, Address dx, Address dweight,
          Address dln_bias, Address dbias, Address partials, int64_t rows, int64_t hidden, DType dtype, Address stream) {
         cuda::gelu_layer_norm_backward(
-            {pointer<const void>(dy), pointer<const void>(x), pointer<const float>(bias), pointer<const float>(weight),
-             pointer<const float>(mean), pointer<const float>(rstd), pointer<void>(dx), pointer<float>(dweight),
-             pointer<float>(dln_bias), pointer<float>(dbias), pointer<float>(partials), rows, hidden, dtype},
+            {pointer<const void>(dy), pointer<const void>(x), pointer<const void>(bias), pointer<const void>(weight),
+             pointer<const float>(mean), pointer<const float>(rstd), pointer<void>(dx), pointer<void>(dweight),
+             pointer<void>(dln_bias), pointer<void>(dbias), pointer<float>(partials), rows, hidden, dtype},
             pointer<void>(stream));
       },
       Release());
