@@ -9,43 +9,15 @@ namespace {
 // A group walks over at least so many rows: fewer, and the second stage reads more than the first.
 constexpr int64_t kMinRowsPerGroup = 4;
 
-constexpr int kLanes = 16;  // threads that share a column's lines
-constexpr int kAtOnce = 8;  // independent loads of a thread
-
-// A warp reads 32 neighbouring columns of a line; a block has 128 lines on their way, so that the few hundred lines of a
-// backward take three or four times the latency of the second-level cache, where they still are.
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kLanes) sum_lines_kernel(LineSums p) {
-  __shared__ float lane_sums[kLanes][kWarp];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
   T* const sums = static_cast<T*>(blockIdx.y == 0 ? p.sums[0] : blockIdx.y == 1 ? p.sums[1] : p.sums[2]);
   if (sums == nullptr) return;
   const float* partials = p.partials + blockIdx.y * p.width + column;
-  float totals[kAtOnce] = {};
-  for (int64_t first = threadIdx.y; first < p.lines; first += kLanes * kAtOnce) {
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int64_t line = first + i * kLanes;
-      if (line < p.lines && column < p.width) totals[i] += partials[line * p.num_sums * p.width];
-    }
-  }
-#pragma unroll
-  for (int half = kAtOnce / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) totals[i] += totals[i + half];
-  }
-  lane_sums[threadIdx.y][threadIdx.x] = totals[0];
-  __syncthreads();
-  if (threadIdx.y != 0 || column >= p.width) return;
-  float lanes[kLanes];
-#pragma unroll
-  for (int i = 0; i < kLanes; ++i) lanes[i] = lane_sums[i][threadIdx.x];
-#pragma unroll
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  sums[column] = from_float<T>(lanes[0]);
+  const float total =
+      sum_in_lanes(column < p.width ? p.lines : 0, [&](int64_t line) { return partials[line * p.num_sums * p.width]; });
+  if (threadIdx.y == 0 && column < p.width) sums[column] = from_float<T>(total);
 }
 
 }  // namespace

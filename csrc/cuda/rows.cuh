@@ -232,8 +232,44 @@ unsigned forward_blocks(int64_t rows) {
   return static_cast<unsigned>((rows + G::kGroups - 1) / G::kGroups);
 }
 
-// Second stage of the parameters' gradients: sums[i] (width,) = the sum over lines of partials (lines, num_sums, width), in
-// the same order in every run; a sum that is null is not wanted.
+// The sum of load(i) for i below count, by a block of (32, kLanes) threads: a warp loads from neighbouring addresses, its
+// threads' sums are theirs alone. The result is that of threads with threadIdx.y == 0; the order depends on count alone.
+// 128 loads per column are on their way at once: a few hundred sums that other blocks have just written take three or four
+// times the latency of the second-level cache.
+constexpr int kLanes = 16;
+
+template <typename Load>
+__device__ __forceinline__ float sum_in_lanes(int64_t count, const Load& load) {
+  constexpr int kAtOnce = 8;
+  __shared__ float lane_sums[kLanes][kWarp];
+  float totals[kAtOnce] = {};
+  for (int64_t first = threadIdx.y; first < count; first += kLanes * kAtOnce) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kLanes < count) totals[i] += load(first + i * kLanes);
+    }
+  }
+#pragma unroll
+  for (int half = kAtOnce / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) totals[i] += totals[i + half];
+  }
+  lane_sums[threadIdx.y][threadIdx.x] = totals[0];
+  __syncthreads();
+  if (threadIdx.y != 0) return 0.0f;
+  float lanes[kLanes];
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) lanes[i] = lane_sums[i][threadIdx.x];
+#pragma unroll
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// Second stage of the parameters' gradients: sums[i] (width,) = the sum over lines of partials (lines, num_sums, width); a
+// sum that is null is not wanted.
 struct LineSums {
   const float* partials;
   int64_t lines, num_sums, width;

@@ -1,4 +1,4 @@
-"""``add_layer_norm`` and ``gelu_layer_norm`` by CUDA C++ (csrc/cuda). Parameters and their gradients have the dtype of activations."""
+"""``add_layer_norm`` and ``gelu_layer_norm`` by CUDA C++ (csrc/cuda). Parameters and their gradients have the dtype of x."""
 
 from __future__ import annotations
 
