@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -41,6 +42,37 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   }
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(name, cudaGetLastError());
+}
+
+// A matrix in device memory and the box of it that one bulk copy moves (ptx.cuh); a kernel takes it as
+// `const __grid_constant__ TensorMap`.
+using TensorMap = CUtensorMap;
+
+// data: (rows, columns) of 16-bit elements, a multiple of 16 bytes, as are its rows of row_bytes. The box is 64 columns,
+// 128 bytes, times box_rows, at most 256.
+inline TensorMap make_tensor_map(const void* data, bool is_bfloat16, int64_t rows, int64_t columns, int64_t row_bytes,
+                                 int box_rows) {
+  // The driver's function through the runtime: a module that is linked with libcuda could not be imported without a GPU.
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    check("cuTensorMapEncodeTiled",
+          cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  TensorMap map;
+  const CUresult result =
+      encode(&map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+             const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
+  }
+  return map;
 }
 
 }  // namespace fastbert::cuda

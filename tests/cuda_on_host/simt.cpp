@@ -202,7 +202,8 @@ const unsigned char* Meeting::exchange(int thread, const void* bytes, size_t siz
   const std::string call = std::string(what) + " at " + where.file_name() + ":" + std::to_string(where.line());
   if (turn.arrived == threads_) turn.arrived = 0;  // all have left the meeting before the last one
   if (turn.arrived == 0) turn.what = call;
-  if (turn.what != call) throw std::logic_error("threads that must meet are in different calls: " + turn.what + " and " + call);
+  if (turn.what != call)
+    throw std::logic_error("threads that must meet are in different calls: " + turn.what + " and " + call);
   if (size > 0) std::memcpy(turn.bytes.data() + thread * size, bytes, size);
   if (++turn.arrived == threads_) happened();
   // The next user of this turn is the meeting after the next, which nobody reaches before all have been at the next.
@@ -214,7 +215,8 @@ Meeting& warp() { return block->warps[block->current / kWarp]; }
 
 uint64_t arrive(int name, int threads) {
   if (name < 0 || name >= kBarriers) throw std::logic_error("there are 16 barriers, this is " + std::to_string(name));
-  if (threads % kWarp != 0) throw std::logic_error("a barrier is of whole warps, not of " + std::to_string(threads) + " threads");
+  if (threads % kWarp != 0)
+    throw std::logic_error("a barrier is of whole warps, not of " + std::to_string(threads) + " threads");
   Block::Barrier& barrier = block->barriers[name];
   if (barrier.arrived == 0) barrier.threads = threads;
   if (barrier.threads != threads) throw std::logic_error("a barrier is used with two numbers of threads");

@@ -17,4 +17,19 @@ void launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, s
   simt::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
 
+struct TensorMap {
+  const unsigned char* data;
+  int64_t rows, columns, row_bytes;
+  int box_rows;
+};
+
+inline TensorMap make_tensor_map(const void* data, bool, int64_t rows, int64_t columns, int64_t row_bytes, int box_rows) {
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  if (address % 16 != 0 || row_bytes % 16 != 0 || row_bytes < columns * 2 || box_rows < 1 || box_rows > 256 || rows < 1 ||
+      columns < 1) {
+    throw std::runtime_error("cuTensorMapEncodeTiled: error 1");
+  }
+  return {static_cast<const unsigned char*>(data), rows, columns, row_bytes, box_rows};
+}
+
 }  // namespace fastbert::cuda
