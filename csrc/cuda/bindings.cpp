@@ -33,7 +33,7 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.attr("DEVICE_TYPE") = cuda::device_type();
   m.attr("MAX_HIDDEN") = cuda::kMaxHidden;
-  m.def("row_groups", &cuda::row_groups);
+  m.def("row_lines", &cuda::row_lines);
 
   using Release = py::call_guard<py::gil_scoped_release>;
 
@@ -42,8 +42,8 @@ PYBIND11_MODULE(_cuda, m) {
       [](Address x, Address bias, Address residual, Address weight, Address ln_bias, Address y, Address z, Address mean,
          Address rstd, int64_t rows, int64_t hidden, float eps, const Dropout& dropout, DType dtype, Address stream) {
         cuda::add_layer_norm_forward(
-            {pointer<const void>(x), pointer<const float>(bias), pointer<const void>(residual), pointer<const float>(weight),
-             pointer<const float>(ln_bias), pointer<void>(y), pointer<void>(z), pointer<float>(mean), pointer<float>(rstd),
+            {pointer<const void>(x), pointer<const void>(bias), pointer<const void>(residual), pointer<const void>(weight),
+             pointer<const void>(ln_bias), pointer<void>(y), pointer<void>(z), pointer<float>(mean), pointer<float>(rstd),
              rows, hidden, eps, dropout, dtype},
             pointer<void>(stream));
       },
@@ -56,8 +56,8 @@ PYBIND11_MODULE(_cuda, m) {
          DType dtype, Address stream) {
         cuda::add_layer_norm_backward(
             {pointer<const void>(dy), pointer<const void>(z), pointer<const float>(mean), pointer<const float>(rstd),
-             pointer<const float>(weight), pointer<void>(dx), pointer<void>(dresidual), pointer<float>(dweight),
-             pointer<float>(dln_bias), pointer<float>(dbias), pointer<float>(partials), rows, hidden, dropout, dtype},
+             pointer<const void>(weight), pointer<void>(dx), pointer<void>(dresidual), pointer<void>(dweight),
+             pointer<void>(dln_bias), pointer<void>(dbias), pointer<float>(partials), rows, hidden, dropout, dtype},
             pointer<void>(stream));
       },
       Release());
@@ -67,7 +67,7 @@ PYBIND11_MODULE(_cuda, m) {
       [](Address x, Address bias, Address weight, Address ln_bias, Address y, Address mean, Address rstd, int64_t rows,
          int64_t hidden, float eps, DType dtype, Address stream) {
         cuda::gelu_layer_norm_forward(
-            {pointer<const void>(x), pointer<const float>(bias), pointer<const float>(weight), pointer<const float>(ln_bias),
+            {pointer<const void>(x), pointer<const void>(bias), pointer<const void>(weight), pointer<const void>(ln_bias),
              pointer<void>(y), pointer<float>(mean), pointer<float>(rstd), rows, hidden, eps, dtype},
             pointer<void>(stream));
       },
@@ -78,9 +78,76 @@ PYBIND11_MODULE(_cuda, m) {
       [](Address dy, Address x, Address bias, Address weight, Address mean, Address rstd, Address dx, Address dweight,
          Address dln_bias, Address dbias, Address partials, int64_t rows, int64_t hidden, DType dtype, Address stream) {
         cuda::gelu_layer_norm_backward(
-            {pointer<const void>(dy), pointer<const void>(x), pointer<const float>(bias), pointer<const float>(weight),
-             pointer<const float>(mean), pointer<const float>(rstd), pointer<void>(dx), pointer<float>(dweight),
-             pointer<float>(dln_bias), pointer<float>(dbias), pointer<float>(partials), rows, hidden, dtype},
+            {pointer<const void>(dy), pointer<const void>(x), pointer<const void>(bias), pointer<const void>(weight),
+             pointer<const float>(mean), pointer<const float>(rstd), pointer<void>(dx), pointer<void>(dweight),
+             pointer<void>(dln_bias), pointer<void>(dbias), pointer<float>(partials), rows, hidden, dtype},
+            pointer<void>(stream));
+      },
+      Release());
+
+  m.def(
+      "embedding_layer_norm_forward",
+      [](Address input_ids, Address token_type_ids, Address position_ids, Address word, Address position, Address token_type,
+         Address weight, Address ln_bias, Address y, Address mean, Address rstd, int64_t rows, int64_t hidden, int64_t words,
+         int64_t positions, int64_t token_types, float eps, const Dropout& dropout, DType dtype, Address stream) {
+        cuda::embedding_layer_norm_forward(
+            {pointer<const int64_t>(input_ids), pointer<const int64_t>(token_type_ids), pointer<const int64_t>(position_ids),
+             pointer<const void>(word), pointer<const void>(position), pointer<const void>(token_type),
+             pointer<const void>(weight), pointer<const void>(ln_bias), pointer<void>(y), pointer<float>(mean),
+             pointer<float>(rstd), rows, hidden, eps, dropout, dtype},
+            {words, positions, token_types}, pointer<void>(stream));
+      },
+      Release());
+
+  m.def(
+      "embedding_layer_norm_backward",
+      [](Address dy, Address input_ids, Address token_type_ids, Address position_ids, Address word, Address position,
+         Address token_type, Address mean, Address rstd, Address weight, Address dz, Address dweight, Address dln_bias,
+         Address partials, int64_t rows, int64_t hidden, const Dropout& dropout, DType dtype, Address stream) {
+        cuda::embedding_layer_norm_backward(
+            {pointer<const void>(dy), pointer<const int64_t>(input_ids), pointer<const int64_t>(token_type_ids),
+             pointer<const int64_t>(position_ids), pointer<const void>(word), pointer<const void>(position),
+             pointer<const void>(token_type), pointer<const float>(mean), pointer<const float>(rstd),
+             pointer<const void>(weight), pointer<void>(dz), pointer<void>(dweight), pointer<void>(dln_bias),
+             pointer<float>(partials), rows, hidden, dropout, dtype},
+            pointer<void>(stream));
+      },
+      Release());
+
+  m.def("table_gradient_pieces", &cuda::table_gradient_pieces);
+  m.def(
+      "table_gradient",
+      [](Address dz, Address ids, Address order, Address starts, Address out, Address pieces, int64_t rows, int64_t num_ids,
+         int64_t hidden, int64_t padding_idx, DType dtype, DType out_dtype, Address stream) {
+        cuda::table_gradient(
+            {pointer<const void>(dz), pointer<const int64_t>(ids), pointer<int64_t>(order), pointer<int64_t>(starts),
+             pointer<void>(out), pointer<float>(pieces), rows, num_ids, hidden, padding_idx, dtype, out_dtype},
+            pointer<void>(stream));
+      },
+      Release());
+
+  m.def(
+      "mlm_loss_forward",
+      [](Address logits, Address bias, Address labels, Address row_max, Address row_sum, Address label_logit,
+         Address logit_sum, int64_t rows, int64_t block, int64_t row_stride, int64_t first_class, DType dtype,
+         Address stream) {
+        cuda::mlm_loss_forward({pointer<const void>(logits), pointer<const void>(bias), pointer<const int64_t>(labels),
+                                pointer<float>(row_max), pointer<float>(row_sum), pointer<float>(label_logit),
+                                pointer<float>(logit_sum), rows, block, row_stride, first_class, dtype},
+                               pointer<void>(stream));
+      },
+      Release());
+
+  m.def("mlm_loss_lines", &cuda::mlm_loss_lines);
+  m.def(
+      "mlm_loss_backward",
+      [](Address logits, Address bias, Address labels, Address row_max, Address row_sum, Address dloss, Address dbias,
+         Address partials, int64_t rows, int64_t block, int64_t row_stride, int64_t first_class, int64_t num_classes,
+         float label_smoothing, DType dtype, Address stream) {
+        cuda::mlm_loss_backward(
+            {pointer<void>(logits), pointer<const void>(bias), pointer<const int64_t>(labels), pointer<const float>(row_max),
+             pointer<const float>(row_sum), pointer<const float>(dloss), pointer<void>(dbias), pointer<float>(partials),
+             rows, block, row_stride, first_class, num_classes, label_smoothing, dtype},
             pointer<void>(stream));
       },
       Release());

@@ -13,12 +13,29 @@ const char* device_type();
 // hidden is a multiple of 8 up to this.
 constexpr int64_t kMaxHidden = 4096;
 
-// The workspace of a backward, partials, is (row_groups(rows, hidden), 3, hidden) float32.
-int64_t row_groups(int64_t rows, int64_t hidden);
+// The workspace of a LayerNorm's backward, partials, is (row_lines(rows, hidden), 3, hidden) float32.
+int64_t row_lines(int64_t rows, int64_t hidden);
 
 void add_layer_norm_forward(const AddLayerNormForwardParams& params, void* stream);
 void add_layer_norm_backward(const AddLayerNormBackwardParams& params, void* stream);
 void gelu_layer_norm_forward(const GeluLayerNormForwardParams& params, void* stream);
 void gelu_layer_norm_backward(const GeluLayerNormBackwardParams& params, void* stream);
+
+// An id outside of its table ends the kernel in an assertion.
+struct TableSizes {
+  int64_t words, positions, token_types;
+};
+void embedding_layer_norm_forward(const EmbeddingLayerNormForwardParams& params, const TableSizes& sizes, void* stream);
+void embedding_layer_norm_backward(const EmbeddingLayerNormBackwardParams& params, void* stream);
+
+// How many rows of hidden float32 the workspace of a table's gradient has.
+int64_t table_gradient_pieces(int64_t rows);
+void table_gradient(const TableGradientParams& params, void* stream);
+
+// The workspace of mlm_loss_backward, partials, is (mlm_loss_lines(rows, block, dtype), block) float32. Logits and biases
+// may start anywhere; where all rows start at multiples of 16 bytes, they are read and written 16 bytes at a time.
+int64_t mlm_loss_lines(int64_t rows, int64_t block, DType dtype);
+void mlm_loss_forward(const MlmLossForwardParams& params, void* stream);
+void mlm_loss_backward(const MlmLossBackwardParams& params, void* stream);
 
 }  // namespace fastbert::cuda

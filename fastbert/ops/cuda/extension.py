@@ -52,9 +52,12 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def as_float32(tensor: Tensor | None) -> Tensor | None:
-    """Parameters and their gradients are float32 in the kernels; the tensor must stay alive until the kernel is queued."""
-    return None if tensor is None else tensor.float()
+def aligned(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, where accesses of 16 bytes do not fit one (a slice of a flat parameter) its copy.
+
+    The results must stay alive until the kernel is queued.
+    """
+    return tuple(t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in tensors)
 
 
 def float32_like(tensor: Tensor, *shape: int) -> Tensor:
