@@ -18,6 +18,7 @@ DEFAULT_HELD_OUT_FRACTION = 0.05
 HEAD_SIZE = 64
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "lamb")
+OPTIMIZER_BACKENDS = ("torch", "cuda")
 SCHEDULES = ("linear", "polynomial", "one-cycle")
 OBJECTIVES = ("mlm-nsp", "mlm")
 MASKINGS = ("token", "whole-word", "span")
@@ -104,6 +105,7 @@ class PretrainSettings(CommandSettings):
     mlm_probability: float = 0.15
     static_pairs: bool = False
     optimizer: str = "adamw"
+    optimizer_backend: str = "torch"
     schedule: str = "linear"
     learning_rate: float = 5e-4
     warmup_steps: int | None = None
@@ -147,7 +149,8 @@ class PretrainSettings(CommandSettings):
         self.check_positive("learning_rate", "second_phase_learning_rate", "max_grad_norm")
         self.check_not_negative("weight_decay")
         for name, allowed in (
-            ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("objective", OBJECTIVES), ("masking", MASKINGS),
+            ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("optimizer_backend", OPTIMIZER_BACKENDS), ("schedule", SCHEDULES),
+            ("objective", OBJECTIVES), ("masking", MASKINGS),
         ):  # fmt: skip
             self.check_one_of(name, allowed)
         if unknown := sorted(set(self.report_to) - set(TRACKERS)):
