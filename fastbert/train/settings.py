@@ -77,8 +77,9 @@ class PretrainSettings(CommandSettings):
     peak of their own where ``second_phase_learning_rate`` is given. ``warmup_steps``: None for a tenth of ``steps``.
     ``dropout``: None for 0.1, or for 0 with ``compare``. ``held_out_fraction``: None for 0.05, or for what a prepared corpus
     has. ``loss_spike``: a step whose loss is above this many times the running mean is left out, as one that is not finite
-    is; ``max_skipped_steps`` of them end the run. ``cuda_graph``: record the step, where it can be, and say why where it
-    cannot. ``compare_steps``: None compares every step.
+    is; ``max_skipped_steps`` of them end the run. ``optimizer_backend``: whose kernels take the optimizer's steps, torch's or the
+    ones in CUDA C++. ``cuda_graph``: record the step, where it can be, and say why where it cannot. ``compare_steps``: None
+    compares every step.
 
     Raises :class:`SettingsError`, naming the setting, for a value or a combination that cannot work.
     """
