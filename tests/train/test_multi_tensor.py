@@ -256,6 +256,16 @@ def test_clipping_is_for_one_step_and_leaves_the_gradients():
     assert all(map(torch.equal, clipped, plain))
 
 
+def test_the_end_of_a_tensor_without_epsilon():
+    """What is loaded beyond the last element, 0 over 0, is in no sum."""
+    start, gradients = random_values([(7,)]), random_values([(7,)])
+    mine, other = parameters_of(start), parameters_of(start)
+    for parameters, build in ((mine, MultiTensorLAMB), (other, LAMB)):
+        give(parameters, gradients)
+        build(parameters, **{**OPTIONS, "eps": 0.0}).step()
+    torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+
+
 def test_no_gradient_at_all():
     parameters = parameters_of(random_values())
     before = copy.deepcopy(parameters)
@@ -320,6 +330,19 @@ def test_state_goes_to_torchs_and_back(ours, theirs, to_torch):
             torch.testing.assert_close(
                 optimizer.state[parameter][name].cpu(), reference.state[its][name].cpu(), rtol=2e-5, atol=1e-7
             )
+
+
+def test_a_step_count_from_elsewhere_is_taken():
+    """torch counts on the host, and in float64 where that is the default dtype."""
+    (parameter,) = parameters_of(random_values([(3,)]))
+    optimizer = MultiTensorAdamW([parameter], **OPTIONS)
+    give([parameter], random_values([(3,)]))
+    optimizer.step()
+    optimizer.state[parameter]["step"] = torch.tensor(7.0, dtype=torch.float64)
+    give([parameter], random_values([(3,)]))
+    optimizer.step()
+    step = optimizer.state[parameter]["step"]
+    assert step == 8 and step.dtype == torch.float32 and step.device == parameter.device
 
 
 def test_options_that_it_lacks_are_refused():
@@ -420,26 +443,26 @@ def test_a_recorded_step_repeats(ours, theirs, recording):
         optimizer.step()
         return norm
 
-    fixed = parameters_of(start)
     graph, graph_norm = None, None
+    graphs, others = ([p.detach() for p in parameters_of(start)] for _ in range(2))
     for step in range(7):
+        unrecorded = step in (0, 3, 5)
         gradients = random_values(shapes)
         for rate, skip in zip(rates, skips, strict=True):
             rate.fill_(RATE / (step + 1))
             skip.fill_(float(step == 4))
         give(plain, gradients)
         norm = take(optimizers[0])
-        if step in (0, 3):
-            give(recorded, gradients)
+        for place, parameter, gradient in zip(others if unrecorded else graphs, recorded, gradients, strict=True):
+            parameter.grad = place.copy_(gradient)
+        if unrecorded:
             found = take(optimizers[1])
         else:
-            with torch.no_grad():
-                for place, parameter, gradient in zip(fixed, recorded, gradients, strict=True):
-                    place.copy_(gradient)
-                    parameter.grad = place.detach()
             if graph is None:
                 before = tensors_of(recorded, optimizers[1])
                 graph, graph_norm = recording(lambda: take(optimizers[1]))
+                again, _ = recording(lambda: take(optimizers[1]))
+                assert len(again.calls) == len(graph.calls)  # a table of its own, as graphs go one by one
                 assert all(map(torch.equal, tensors_of(recorded, optimizers[1]), before))
             graph.repeat()
             found = graph_norm
