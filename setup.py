@@ -32,6 +32,7 @@ OUTPUT_TAIL_LINES = 40
 
 OPS = (
     "embedding_layer_norm",
+    "table_gradient",
     "attention",
     "add_layer_norm",
     "gelu_layer_norm",

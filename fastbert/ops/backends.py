@@ -2,8 +2,8 @@
 
 Four backends share the function names and signatures of ``reference.py``: ``reference`` (plain torch, any device), ``native``
 (C++ for CPUs, ``native.py``), ``triton`` (GPUs, the folder ``kernels/``; CPUs under ``TRITON_INTERPRET=1``) and ``cuda`` (CUDA
-C++, the folder ``cuda/``; on request until measured results say where it wins). ``"auto"`` takes the first of the device's list that
-can do the work; a backend asked for by name is used or refused with its reasons, never replaced.
+C++, the folder ``cuda/``; on request until measured results say where it wins). ``"auto"`` takes the first of the device's list
+that can do the work; a backend asked for by name is used or refused with its reasons, never replaced.
 """
 
 from __future__ import annotations
