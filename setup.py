@@ -70,7 +70,7 @@ INSTRUCTION_SETS = {
 }
 
 CUDA_OPS = ("embedding_layer_norm", "add_layer_norm", "gelu_layer_norm", "mlm_loss")
-CUDA_COMMON = ("csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu", "csrc/cuda/table_gradient.cu")
+CUDA_COMMON = ("csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu", "csrc/cuda/table_gradient.cu", "csrc/cuda/multi_tensor.cu")
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = ("80", "90a", "100")
 

@@ -263,6 +263,50 @@ struct EncoderLayerParams {
   int64_t* nanoseconds;  // (3,): what the threads spent in linear layers, attention and the rest is added
 };
 
+// A parameter that has a gradient, with its optimizer's state: float32 at any address, numel of each, and one step count.
+// Python writes the table of them; every member is a word of 8 bytes.
+struct OptimizerTensor {
+  float* parameter;
+  float* average;  // of the gradients
+  float* square;   // the average of the gradients' squares
+  float* step;     // the steps so far
+  int64_t numel;
+  int64_t first_chunk;  // the chunks of all tensors are numbered one after the other
+  int64_t group;
+};
+
+// What a group of parameters has in common; of the rates, the one on the device counts where there is one.
+struct OptimizerGroup {
+  const float* device_rate;
+  double rate, beta1, beta2, eps, weight_decay;
+  bool trust_ratio;
+};
+
+constexpr int64_t kMaxOptimizerGroups = 64;  // they are a kernel's parameter
+
+// What a tensor's elements need to know of its group and its step.
+struct OptimizerCoefficients {
+  float beta1, new1, beta2, new2;  // the averages' shares that stay, and those of what is new
+  float first, second;             // the corrections of the average, and of the square's root
+  float eps, weight_decay, rate;
+  float trust_ratio;  // 1 or 0
+};
+
+// All tensors of an optimizer's step. A chunk has kOptimizerChunk elements of one tensor, the last one of a tensor perhaps
+// fewer.
+struct OptimizerParams {
+  const OptimizerTensor* tensors;       // (num_tensors,)
+  const float* const* gradients;        // (num_tensors,)
+  const int32_t* chunk_tensors;         // (num_chunks,): which tensor a chunk is of
+  OptimizerCoefficients* coefficients;  // (num_tensors,), workspace
+  double* partials;                     // (2, num_chunks), workspace: sums over a chunk
+  const float* clip;                    // a factor for all gradients, or null
+  const float* found_inf;               // not 0 where the step is left out, or null
+  int64_t num_tensors, num_chunks;
+};
+
+constexpr int64_t kOptimizerChunk = 16384;
+
 namespace cpu {
 
 // Whether the instruction set in use has instructions for an encoder layer with weights of this dtype.
