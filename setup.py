@@ -295,6 +295,7 @@ def headers(*folders: str) -> list[str]:
 setup(
     packages=[*find_packages(include=["fastbert", "fastbert.*"]), "fastbert_kernels"],
     package_dir={"fastbert_kernels": "kernels"},
+    package_data={"fastbert.ops": ["measured_backends.json"]},
     ext_modules=[
         Extension(
             "fastbert._cpu",

@@ -186,7 +186,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     for op, devices in report["ops"]["ops"].items():
         for device_type, choice in devices.items():
             lines += _op_lines(op, device_type, choice)
-    return lines
+    lines += ["Measured on GPUs to be faster than these, and so picked", *(f"  {entry}" for entry in report["ops"]["measured"])]
+    return lines if report["ops"]["measured"] else [*lines, "  nothing yet"]
 
 
 def _openmp_lines(runtimes: list[str] | None) -> list[str]:

@@ -47,6 +47,7 @@ def test_reasons_are_shown():
                     }
                 }
             },
+            "measured": ["attention forward on sm_90: cuda"],
         },
         "versions": {"fastbert": "1.0", "triton": None},
         "cpu": {"model": "A", "features": [], "torch_capability": "DEFAULT", "cores": 2, "torch_threads": 2},
@@ -82,6 +83,7 @@ def test_reasons_are_shown():
         "kept in /cache/matmul.json",
         "3.0 GB/s into a new tensor of 64 MB, 20.0 GB/s",
         "with A=1",
+        "  attention forward on sm_90: cuda",
     ):
         assert expected in text
 
