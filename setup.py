@@ -200,6 +200,7 @@ def build_cuda(temp: Path, target: str) -> dict[str, object]:
     kernels = [kernel for source, text in zip(units, printed) for kernel in ptxas_kernels(Path(source).stem, text)]
     return {
         "compiler": version,
+        "requested_archs": os.environ.get("FASTBERT_CUDA_ARCHS") or None,
         "kernels": with_readable_names(kernels),
         "warnings": [line for text in printed for line in text.splitlines() if COMPLAINT.search(line)],
     }

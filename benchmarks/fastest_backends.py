@@ -76,7 +76,7 @@ def table(documents: Mapping[str, Mapping[str, Any]], margin: float = MARGIN) ->
             used.append(file)
             for kind, point, times_faster in comparisons(result["results"]):
                 architecture = "sm_{}{}".format(*machine["compute_capability"])
-                points[architecture, *kind][point].append((times_faster, file, machine["commit"]))
+                points[(architecture, *kind)][point].append((times_faster, file, machine["commit"]))
     entries = [entry for kind in sorted(points) for entry in _entries(kind, points[kind], 1 + margin)]
     return {"margin": margin, "results": sorted(set(used)), "entries": entries}
 

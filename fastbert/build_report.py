@@ -15,10 +15,10 @@ class ModuleBuild:
     """The build of one native module.
 
     name: ``_cpu`` or ``_cuda``; built: whether there is one; reason: why not, or None; compiler: its version line where it was
-    asked; output: the last lines that a failing command printed; seconds: how long the build took. Of ``_cuda``: kernels, what
-    ptxas says of each for each architecture (``source``, ``kernel``, ``symbol``, ``architecture``, ``registers`` per thread and
-    the bytes of its ``stack_bytes``, ``spill_store_bytes``, ``spill_load_bytes`` and, static and per block, ``shared_bytes``);
-    warnings, the lines in which nvcc and ptxas complain.
+    asked; output: the last lines that a failing command printed; seconds: how long the build took. Of ``_cuda``: requested_archs,
+    what FASTBERT_CUDA_ARCHS was, None where nvcc decided; kernels, what ptxas says of each for each architecture (``source``,
+    ``kernel``, ``symbol``, ``architecture``, ``registers`` per thread and the bytes of its ``stack_bytes``, ``spill_store_bytes``,
+    ``spill_load_bytes`` and, static and per block, ``shared_bytes``); warnings, the lines in which nvcc and ptxas complain.
     """
 
     name: str
@@ -27,6 +27,7 @@ class ModuleBuild:
     compiler: str | None
     output: str
     seconds: float
+    requested_archs: str | None = None
     kernels: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

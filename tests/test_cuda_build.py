@@ -1,6 +1,7 @@
 """What nvcc made of csrc/cuda in this installation: a kernel for every architecture, no spills, room on the chip, wgmma on Hopper.
 
-Nothing is compiled here: the build report and the machine code of the module that was installed are looked at.
+The installation compiled it: here its build report and the machine code of its module are looked at. (The time that takes is in the
+report; three minutes on two cores are the limit, which no test watches, since it would measure the machine.)
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def rows(build, tmp_path_factory, worker_id) -> list[dict[str, Any]]:
 
 
 def test_every_source_is_built_for_every_architecture(build):
-    if os.environ.get("FASTBERT_CUDA_ARCHS"):
-        pytest.skip("FASTBERT_CUDA_ARCHS names others")
+    if build.requested_archs:
+        pytest.skip(f"it was built with FASTBERT_CUDA_ARCHS={build.requested_archs}")
     known = subprocess.run([find_cuda_tool("nvcc"), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     wanted = {architecture for architecture in ARCHITECTURES if architecture.rstrip("a") in known}
     sources = {path.stem for path in SOURCES.glob("*.cu") if "__global__" in path.read_text(encoding="utf-8")}

@@ -205,7 +205,7 @@ def _build_lines(build: dict[str, Any]) -> list[str]:
     lines = []
     for name, module in build["modules"].items():
         state = "built" if module["built"] else f"not built: {module['reason']}"
-        compiler = f" ({module['compiler']})" if module["compiler"] else ""
+        compiler = f" ({module['compiler']}, {module['seconds']:.0f} s)" if module["compiler"] else ""
         lines.append(f"  {name:<12}{state}{compiler}")
         if module["kernels"]:
             lines += [f"  {'':<12}{line}" for line in _kernel_lines(module["kernels"])]

@@ -32,7 +32,9 @@ def test_reasons_are_shown():
         {**kernel, "architecture": "sm_80", "registers": 40},
         {**kernel, "architecture": "sm_90a", "registers": 32, "stack_bytes": 8, "spill_store_bytes": 16, "spill_load_bytes": 4},
     ]
-    build = ModuleBuild("_cuda", True, None, "nvcc", "", 9.0, of_two, ["ptxas info : (C7510) Potential Performance Loss: toy"])
+    build = ModuleBuild(
+        "_cuda", True, None, "nvcc", "", 9.0, None, of_two, ["ptxas info : (C7510) Potential Performance Loss: toy"]
+    )
     report = {
         "ops": {
             "backends": {

@@ -87,7 +87,7 @@ def test_compiled_code_chooses_when_it_runs(measured, calls):
 
 
 @needs_kernels
-def test_a_measurement_holds_for_what_it_names_alone(measured):
+def test_a_measurement_holds_for_what_it_names_alone(measured, monkeypatch):
     default = chosen(rows=4, hidden=768)
     assert default != "cuda"
     measured(FORWARD)
@@ -99,6 +99,9 @@ def test_a_measurement_holds_for_what_it_names_alone(measured):
     assert chosen(dtype=torch.bfloat16, rows=4, hidden=768) == backends.select("add_layer_norm", "auto", DEVICE, torch.bfloat16)
     assert chosen("gelu_layer_norm", rows=4, hidden=768) == backends.select("gelu_layer_norm", "auto", DEVICE, torch.float32)
     measured(dataclasses.replace(FORWARD, architecture="sm_80"))
+    assert chosen(rows=4, hidden=768) == default
+    measured(FORWARD)
+    monkeypatch.setattr(measured_backends, "architecture", lambda device: "sm_80")
     assert chosen(rows=4, hidden=768) == default
 
 
