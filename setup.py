@@ -30,6 +30,11 @@ from setuptools.command.build_ext import build_ext
 
 REPORT_NAME = "_build_report.json"
 OUTPUT_TAIL_LINES = 40
+PTXAS_FLAGS = ["-Xptxas", "-v"]
+PTXAS_KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'\n(.*?)(?=Compiling entry function|\Z)", re.DOTALL)
+PTXAS_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+# Of nvcc and ptxas; the loss is what ptxas calls wgmma instructions that it has to wait for one by one.
+COMPLAINT = re.compile(r"\bwarning\b|Performance Loss", re.IGNORECASE)
 
 OPS = (
     "embedding_layer_norm",
@@ -71,12 +76,8 @@ INSTRUCTION_SETS = {
 
 CUDA_OPS = ("add_layer_norm", "gelu_layer_norm")
 CUDA_COMMON = ("csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu")
-CUDA_FLAGS = ["-std=c++20", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = ("80", "90a", "100")
-PTXAS_KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'\n(.*?)(?=Compiling entry function|\Z)", re.DOTALL)
-PTXAS_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-# Of nvcc and ptxas; the loss is what ptxas calls wgmma instructions that it has to wait for one by one.
-COMPLAINT = re.compile(r"\bwarning\b|Performance Loss", re.IGNORECASE)
 
 
 class NativeBuildError(Exception):
@@ -192,7 +193,7 @@ def build_cuda(temp: Path, target: str) -> dict[str, object]:
     nvcc = find_nvcc()
     version = run_command([nvcc, "--version"]).strip().splitlines()[-1]
     archs = cuda_arch_flags(nvcc)
-    flags = [*CUDA_FLAGS, *include_flags()]
+    flags = [*CUDA_FLAGS, *PTXAS_FLAGS, *include_flags()]
     units = [*sources("cuda", ".cu", CUDA_OPS), *CUDA_COMMON]
     objects = [str(temp / f"{Path(source).stem}.cuda.o") for source in units]
     printed = run_parallel([[nvcc, *flags, *archs, "-c", source, "-o", obj] for source, obj in zip(units, objects)])

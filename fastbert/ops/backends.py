@@ -106,7 +106,7 @@ def measured_choice(
 def _can(backend: str, op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int]) -> bool:
     if _reasons(backend, op, device_type, dtype, sizes.get("head_dim")):
         return False
-    return backend != "cuda" or "hidden" not in sizes or cuda.takes_hidden(sizes["hidden"])
+    return backend != "cuda" or "hidden" not in sizes or cuda.extension.takes_hidden(sizes["hidden"])
 
 
 _reasons = functools.cache(not_supported_reasons)

@@ -4,7 +4,7 @@ Inputs are contiguous CUDA tensors of float32, bfloat16 or float16. Work is queu
 device. Statistics and sums are float32 and the same in every run.
 """
 
-from .extension import DEVICE_TYPE, takes_hidden, unavailable_reason
+from .extension import DEVICE_TYPE, unavailable_reason
 from .layer_norms import add_layer_norm_backward, add_layer_norm_forward, gelu_layer_norm_backward, gelu_layer_norm_forward
 
 OPS = ("add_layer_norm", "gelu_layer_norm")
@@ -16,6 +16,5 @@ __all__ = [
     "add_layer_norm_forward",
     "gelu_layer_norm_backward",
     "gelu_layer_norm_forward",
-    "takes_hidden",
     "unavailable_reason",
 ]
