@@ -38,6 +38,7 @@ COMPLAINT = re.compile(r"\bwarning\b|Performance Loss", re.IGNORECASE)
 
 OPS = (
     "embedding_layer_norm",
+    "table_gradient",
     "attention",
     "add_layer_norm",
     "gelu_layer_norm",

@@ -87,6 +87,18 @@ struct EmbeddingLayerNormBackwardParams {
   DType dtype;  // of dy and the tables
 };
 
+// The gradient of one of the embeddings' tables: row i is the sum of the rows of dz whose id is i.
+struct TableGradientParams {
+  const float* dz;     // (rows, hidden)
+  const int64_t* ids;  // (rows,), from 0 to num_ids - 1
+  int64_t* order;      // workspace (rows,): the rows of dz, sorted by their ids
+  int64_t* starts;     // workspace (num_ids + 1,): where each id's rows begin in order
+  void* dtable;        // (num_ids, hidden)
+  int64_t rows, num_ids, hidden;
+  int64_t padding_idx;  // the row of dtable that is 0 whatever dz says, or -1
+  DType dtype;          // of dtable
+};
+
 // z = dropout(x + bias) + residual; y = LayerNorm(z) * weight + ln_bias
 struct AddLayerNormForwardParams {
   const void* x;         // (rows, hidden)
@@ -263,6 +275,7 @@ int64_t row_chunks(int64_t rows);
 // other than float32 and bfloat16.
 void embedding_layer_norm_forward(const EmbeddingLayerNormForwardParams& params, int num_threads);
 void embedding_layer_norm_backward(const EmbeddingLayerNormBackwardParams& params, int num_threads);
+void table_gradient(const TableGradientParams& params, int num_threads);
 void attention_forward(const AttentionForwardParams& params, int num_threads);
 void attention_backward(const AttentionBackwardParams& params, int num_threads);
 void add_layer_norm_forward(const AddLayerNormForwardParams& params, int num_threads);

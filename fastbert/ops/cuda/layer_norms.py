@@ -1,4 +1,4 @@
-"""``add_layer_norm`` and ``gelu_layer_norm`` by CUDA C++ (csrc/cuda). Parameters' gradients are summed in the same order in every run."""
+"""``add_layer_norm`` and ``gelu_layer_norm`` by CUDA C++ (csrc/cuda); gradients of parameters have the same bits in every run."""
 
 from __future__ import annotations
 
