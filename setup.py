@@ -211,11 +211,11 @@ def build_cuda(temp: Path, target: str) -> dict[str, object]:
 def ptxas_kernels(source: str, printed: str) -> list[dict[str, object]]:
     """What ``-Xptxas -v`` says of each kernel for each architecture.
 
-    A description begins with the kernel's name, and the kernel's own lines come before those of the functions it calls.
+    A description goes to the next kernel's; spills may be those of a function that is called.
     """
     kernels = []
     for symbol, architecture, description in PTXAS_KERNEL.findall(printed):
-        stack, stores, loads = map(int, PTXAS_SPILLS.search(description).groups())
+        stack, stores, loads = (max(map(int, bytes_)) for bytes_ in zip(*PTXAS_SPILLS.findall(description)))
         shared = re.search(r"(\d+) bytes smem", description)
         kernels.append(
             {
@@ -241,7 +241,7 @@ def with_readable_names(kernels: list[dict[str, object]]) -> list[dict[str, obje
     except NativeBuildError:
         return kernels
     for kernel, name in zip(kernels, names):
-        kernel["kernel"] = re.sub(r"^void |\w+::|\(anonymous namespace\)::|\([^()]*\)$", "", name)
+        kernel["kernel"] = re.sub(r"\([^()]*\)$", "", re.sub(r"^void |\w+::|\(anonymous namespace\)::", "", name))
     return kernels
 
 

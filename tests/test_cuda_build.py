@@ -42,7 +42,7 @@ def build() -> ModuleBuild:
 
 
 @pytest.fixture(scope="module")
-def rows(build, tmp_path_factory, worker_id) -> list[dict[str, Any]]:
+def rows(build, tmp_path_factory) -> list[dict[str, Any]]:
     """A row per kernel and architecture, as ``python -m benchmarks.aot`` shows them; made once for all of xdist's workers."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("cuobjdump comes with triton, which is not installed")
@@ -51,7 +51,7 @@ def rows(build, tmp_path_factory, worker_id) -> list[dict[str, Any]]:
     from benchmarks.aot import cuda_rows
 
     base = tmp_path_factory.getbasetemp()
-    file = (base if worker_id == "master" else base.parent) / "cuda_rows.json"
+    file = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_rows.json"
     with FileLock(f"{file}.lock"):
         if not file.exists():
             file.write_text(json.dumps(cuda_rows()), encoding="utf-8")
