@@ -26,7 +26,7 @@ int main() {
     }
   for (int i = -2000; i <= 2000; ++i) {
     const float u = i * 0.01f;
-    std::printf("%.9g %.9g\n", gelu(u), gelu_derivative(u));
+    std::printf("%.9g %.9g\n", gelu(u), gelu_derivative(u, normal_cdf(u)));
   }
 }
 """
