@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +122,12 @@ def test_report_and_machine_code_agree(build, rows):
     assert sorted((row["kernel"], row["target"], row["registers"]) for row in rows) == of_report
 
 
+def with_headers(path: Path) -> str:
+    """The text of a source and of the headers that it shares with others, ptx.cuh apart."""
+    text = path.read_text(encoding="utf-8")
+    return text + "".join(with_headers(SOURCES / name) for name in re.findall(r'"cuda/(\w+\.cuh)"', text) if name != "ptx.cuh")
+
+
 @pytest.mark.parametrize(
     ("function", "target", "instruction"), [("products_wait", "sm_90", "HGMMA"), ("multiply_add", "sm_80", "HMMA")]
 )
@@ -128,7 +135,7 @@ def test_attention_is_made_of_matrix_instructions(rows, function, target, instru
     """In the sources that call this function of ptx.cuh (wgmma, mma.sync): in each of them, in both directions, and no others."""
     called = re.compile(rf"\b{function}[<(]")
     assert function in (SOURCES / "ptx.cuh").read_text(encoding="utf-8")
-    sources = {path.stem for path in SOURCES.glob("*.cu") if called.search(path.read_text(encoding="utf-8"))}
+    sources = {path.stem for path in SOURCES.glob("*.cu") if called.search(with_headers(path))}
     if not sources:
         pytest.skip(f"no source calls {function}")
     kernels = [row for row in rows if row["target"] == target and row["kernel"].partition(".")[0] in sources]

@@ -120,7 +120,8 @@ def test_lengths(backend, dtype, lengths, dropout_p):
 @pytest.mark.parametrize("head_dim", [1, 8, 24, 40, 64, 80, 96, 128])
 @pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
 def test_head_dims(backend, dtype, head_dim):
-    check(backend, dtype, [19, 3], heads=3, head_dim=head_dim, dropout_p=0.1)
+    lengths = [70, 3] if backend == "cuda" else [19, 3]  # its tiles of wide heads are others, too
+    check(backend, dtype, lengths, heads=3, head_dim=head_dim, dropout_p=0.1)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
