@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(MlmLossForwardPara
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     const SoftmaxSums other{__shfl_xor_sync(0xFFFFFFFF, sums.max, offset), __shfl_xor_sync(0xFFFFFFFF, sums.sum, offset)};
     sums = merge(sums, other);
-    logit_sum += __shfl_xor_sync(0xFFFFFFFF, logit_sum, offset);
+    if (p.logit_sum != nullptr) logit_sum += __shfl_xor_sync(0xFFFFFFFF, logit_sum, offset);
   }
   if (threadIdx.x % kWarp == 0) {
     warp_sums[threadIdx.x / kWarp] = sums;

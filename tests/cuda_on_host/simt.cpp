@@ -1,11 +1,15 @@
 // The fibers behind simt.h.
 
+// longjmp from fiber to fiber is what it is used for here, and what a checking one takes for an error.
+#undef _FORTIFY_SOURCE
+
 #include "simt.h"
 
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <csetjmp>
 #include <deque>
 #include <exception>
 #include <map>
@@ -26,8 +30,23 @@ struct Work {
   std::deque<std::vector<std::function<void()>>> groups;
 };
 
-struct Thread {
+// Where a fiber, or the scheduler, goes on. A context is for a fiber's first turn alone: it takes two system calls to
+// switch, a jump takes none.
+struct Place {
   ucontext_t context;
+  jmp_buf jump;
+  bool has_run = false;
+};
+
+void go_on(Place& from, Place& to) {
+  if (_setjmp(from.jump) != 0) return;
+  from.has_run = true;
+  if (to.has_run) _longjmp(to.jump, 1);
+  setcontext(&to.context);
+}
+
+struct Thread {
+  Place place;
   uint3 index;
   bool finished = false;
   const char* waits_for = nullptr;
@@ -50,7 +69,7 @@ struct Block {
   std::exception_ptr error;
   uint64_t events = 0;
   int current = 0;
-  ucontext_t scheduler;
+  Place scheduler;
 };
 
 thread_local Block* block = nullptr;
@@ -79,7 +98,7 @@ void main_of_thread() {
   }
   self.finished = true;
   ++block->events;
-  swapcontext(&self.context, &block->scheduler);
+  go_on(self.place, block->scheduler);
 }
 
 void make_fiber(ucontext_t& context, unsigned char* stack) {
@@ -90,16 +109,17 @@ void make_fiber(ucontext_t& context, unsigned char* stack) {
   makecontext(&context, main_of_thread, 0);
 }
 
+std::string place(const char* what, const Location& where) {
+  return std::string(what) + " at " + where.file_name() + ":" + std::to_string(where.line());
+}
+
 [[noreturn]] void throw_deadlock() {
   std::string text = "deadlock: no thread of the block can go on;";
   std::map<std::string, int> places;
   for (const auto& thread : block->threads) {
-    const std::string place = thread->finished ? std::string("have returned")
-                                               : std::string("wait for ") + thread->waits_for + " at " +
-                                                     thread->where.file_name() + ":" + std::to_string(thread->where.line());
-    ++places[place];
+    ++places[thread->finished ? "have returned" : "wait for " + place(thread->waits_for, thread->where)];
   }
-  for (const auto& [place, count] : places) text += " " + std::to_string(count) + " threads " + place + ";";
+  for (const auto& [what, count] : places) text += " " + std::to_string(count) + " threads " + what + ";";
   throw std::logic_error(text);
 }
 
@@ -118,7 +138,7 @@ void take_turns() {
       block->current = index;
       Thread& thread = current();
       if (thread.finished) continue;
-      swapcontext(&block->scheduler, &thread.context);
+      go_on(block->scheduler, thread.place);
       if (block->error) std::rethrow_exception(block->error);
       left += thread.finished ? 0 : 1;
     }
@@ -142,7 +162,7 @@ void run_block(const std::function<void()>& kernel, dim3 grid, dim3 size, uint3 
     auto thread = std::make_unique<Thread>();
     const unsigned flat = static_cast<unsigned>(i);
     thread->index = {flat % size.x, flat / size.x % size.y, flat / (size.x * size.y)};
-    make_fiber(thread->context, stack(i));
+    make_fiber(thread->place.context, stack(i));
     running.threads.push_back(std::move(thread));
   }
   block = &running;
@@ -189,7 +209,7 @@ void wait_until(const std::function<bool()>& ready, const char* what, const Loca
   Thread& self = current();
   self.waits_for = what;
   self.where = where;
-  while (!ready()) swapcontext(&self.context, &block->scheduler);
+  while (!ready()) go_on(self.place, block->scheduler);
 }
 
 Meeting::Meeting(int threads, size_t bytes) : threads_(threads), bytes_(bytes), arrivals_(threads, 0) {
@@ -199,11 +219,15 @@ Meeting::Meeting(int threads, size_t bytes) : threads_(threads), bytes_(bytes), 
 const unsigned char* Meeting::exchange(int thread, const void* bytes, size_t size, const char* what, const Location& where) {
   const uint64_t number = arrivals_[thread]++;
   Turn& turn = turns_[number % 2];
-  const std::string call = std::string(what) + " at " + where.file_name() + ":" + std::to_string(where.line());
   if (turn.arrived == threads_) turn.arrived = 0;  // all have left the meeting before the last one
-  if (turn.arrived == 0) turn.what = call;
-  if (turn.what != call)
-    throw std::logic_error("threads that must meet are in different calls: " + turn.what + " and " + call);
+  if (turn.arrived == 0) {
+    turn.what = what;
+    turn.where = where;
+  }
+  if (std::strcmp(turn.what, what) != 0 || turn.where.line() != where.line()) {
+    throw std::logic_error("threads that must meet are in different calls: " + place(turn.what, turn.where) + " and " +
+                           place(what, where));
+  }
   if (size > 0) std::memcpy(turn.bytes.data() + thread * size, bytes, size);
   if (++turn.arrived == threads_) happened();
   // The next user of this turn is the meeting after the next, which nobody reaches before all have been at the next.

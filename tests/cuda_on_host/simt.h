@@ -72,7 +72,8 @@ class Meeting {
   std::vector<uint64_t> arrivals_;
   struct Turn {
     int arrived = 0;
-    std::string what;
+    const char* what = nullptr;
+    Location where;
     std::vector<unsigned char> bytes;
   };
   Turn turns_[2];
