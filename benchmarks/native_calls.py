@@ -136,6 +136,11 @@ def without_dropout(cpu: Any, memory: Memory, dtype: str) -> Iterator[tuple[str,
     yield "bias_gelu_forward", elements, (x, bias, out, ROWS, HIDDEN, *end)
     yield "bias_gelu_backward", elements, (dy, x, bias, out, second, sums[0], partials, ROWS, HIDDEN, *end)
 
+    # Every id occurs: the C library's memset, which clears the others' rows, has other instructions on every machine.
+    dz, ids = memory.values("float32", ROWS, HIDDEN), memory.integers([row * 7 % ROWS for row in range(ROWS)])
+    sorting = (memory.integers([0] * ROWS), memory.integers([0] * (ROWS + 1)))
+    yield "table_gradient", elements, (dz, ids, *sorting, memory.empty(ROWS, HIDDEN), ROWS, ROWS, HIDDEN, -1, *end)
+
     logits, bias = memory.values(dtype, ROWS, CLASSES), memory.values("float32", CLASSES)
     labels = memory.integers([row * 11 % CLASSES for row in range(ROWS)])
     statistics = [memory.floats(value, ROWS) for value in (-math.inf, 0.0, 0.0)]

@@ -73,6 +73,17 @@ PYBIND11_MODULE(_cpu, m) {
       Release());
 
   m.def(
+      "table_gradient",
+      [](Address dz, Address ids, Address order, Address starts, Address out, int64_t rows, int64_t num_ids, int64_t hidden,
+         int64_t padding_idx, DType out_dtype, int num_threads) {
+        cpu::table_gradient(
+            {pointer<const void>(dz), pointer<const int64_t>(ids), pointer<int64_t>(order), pointer<int64_t>(starts),
+             pointer<void>(out), nullptr, rows, num_ids, hidden, padding_idx, DType::float32, out_dtype},
+            num_threads);
+      },
+      Release());
+
+  m.def(
       "attention_forward",
       [](Address qkv, Address cu_seqlens, Address out, Address lse, int64_t total, int64_t batch, int64_t num_heads,
          int64_t head_dim, float softmax_scale, const Dropout& dropout, DType dtype, int num_threads) {

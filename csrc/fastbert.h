@@ -88,18 +88,18 @@ struct EmbeddingLayerNormBackwardParams {
   DType dtype;  // of dy and the tables
 };
 
-// out[id] = the sum of the rows of dz whose id that is, 0 for ids that do not occur: on GPUs alone.
+// The gradient of one of the embeddings' tables: row i is the sum of the rows of dz whose id is i, 0 where there is none.
 struct TableGradientParams {
-  const void* dz;         // (rows, hidden)
-  const int64_t* ids;     // (rows,)
-  const int64_t* order;   // (rows,) the rows in the order of their ids, those of one id in their own
-  const int64_t* starts;  // (num_ids + 1,) where in order an id's rows start; rows at the end
-  void* out;              // (num_ids, hidden)
-  float* pieces;          // table_gradient_pieces(rows) x hidden: the sums of pieces of long runs
+  const void* dz;      // (rows, hidden)
+  const int64_t* ids;  // (rows,), from 0 to num_ids - 1
+  int64_t* order;   // (rows,) the rows in the order of their ids, those of one id in their own; the CPU's kernel writes it
+  int64_t* starts;  // (num_ids + 1,) where in order an id's rows start; rows at the end; the CPU's kernel writes it
+  void* out;        // (num_ids, hidden)
+  float* pieces;    // on GPUs table_gradient_pieces(rows) x hidden: the sums of pieces of long runs
   int64_t rows, num_ids, hidden;
-  int64_t padding_idx;  // the row of out that is 0 in any case, -1 for none
-  DType dtype;          // of dz
-  DType out_dtype;      // dtype or float32
+  int64_t padding_idx;  // the row of out that is 0 whatever dz says, or -1
+  DType dtype;          // of dz: float32 on CPUs
+  DType out_dtype;      // on GPUs dtype or float32
 };
 
 // z = dropout(x + bias) + residual; y = LayerNorm(z) * weight + ln_bias
@@ -263,6 +263,50 @@ struct EncoderLayerParams {
   int64_t* nanoseconds;  // (3,): what the threads spent in linear layers, attention and the rest is added
 };
 
+// A parameter that has a gradient, with its optimizer's state: float32 at any address, numel of each, and one step count.
+// Python writes the table of them; every member is a word of 8 bytes.
+struct OptimizerTensor {
+  float* parameter;
+  float* average;  // of the gradients
+  float* square;   // the average of the gradients' squares
+  float* step;     // the steps so far
+  int64_t numel;
+  int64_t first_chunk;  // the chunks of all tensors are numbered one after the other
+  int64_t group;
+};
+
+// What a group of parameters has in common; of the rates, the one on the device counts where there is one.
+struct OptimizerGroup {
+  const float* device_rate;
+  double rate, beta1, beta2, eps, weight_decay;
+  bool trust_ratio;
+};
+
+constexpr int64_t kMaxOptimizerGroups = 64;  // they are a kernel's parameter
+
+// What a tensor's elements need to know of its group and its step.
+struct OptimizerCoefficients {
+  float beta1, new1, beta2, new2;  // the averages' shares that stay, and those of what is new
+  float first, second;             // the corrections of the average, and of the square's root
+  float eps, weight_decay, rate;
+  float trust_ratio;  // 1 or 0
+};
+
+// All tensors of an optimizer's step. A chunk has kOptimizerChunk elements of one tensor, the last one of a tensor perhaps
+// fewer.
+struct OptimizerParams {
+  const OptimizerTensor* tensors;       // (num_tensors,)
+  const float* const* gradients;        // (num_tensors,)
+  const int32_t* chunk_tensors;         // (num_chunks,): which tensor a chunk is of
+  OptimizerCoefficients* coefficients;  // (num_tensors,), workspace
+  double* partials;                     // (2, num_chunks), workspace: sums over a chunk
+  const float* clip;                    // a factor for all gradients, or null
+  const float* found_inf;               // not 0 where the step is left out, or null
+  int64_t num_tensors, num_chunks;
+};
+
+constexpr int64_t kOptimizerChunk = 16384;
+
 namespace cpu {
 
 // Whether the instruction set in use has instructions for an encoder layer with weights of this dtype.
@@ -278,6 +322,7 @@ int64_t row_chunks(int64_t rows);
 // other than float32 and bfloat16.
 void embedding_layer_norm_forward(const EmbeddingLayerNormForwardParams& params, int num_threads);
 void embedding_layer_norm_backward(const EmbeddingLayerNormBackwardParams& params, int num_threads);
+void table_gradient(const TableGradientParams& params, int num_threads);
 void attention_forward(const AttentionForwardParams& params, int num_threads);
 void attention_backward(const AttentionBackwardParams& params, int num_threads);
 void add_layer_norm_forward(const AddLayerNormForwardParams& params, int num_threads);

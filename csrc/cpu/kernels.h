@@ -8,6 +8,7 @@
 #define FASTBERT_FOR_EACH_KERNEL(X)                                  \
   X(embedding_layer_norm_forward, EmbeddingLayerNormForwardParams)   \
   X(embedding_layer_norm_backward, EmbeddingLayerNormBackwardParams) \
+  X(table_gradient, TableGradientParams)                             \
   X(attention_forward, AttentionForwardParams)                       \
   X(attention_backward, AttentionBackwardParams)                     \
   X(add_layer_norm_forward, AddLayerNormForwardParams)               \

@@ -1,6 +1,7 @@
 // fastbert._cuda: Python integers become a Params struct and go to the launcher; fastbert/ops/cuda is the other side.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cuda/launch.h"
 
@@ -119,10 +120,10 @@ PYBIND11_MODULE(_cuda, m) {
       "table_gradient",
       [](Address dz, Address ids, Address order, Address starts, Address out, Address pieces, int64_t rows, int64_t num_ids,
          int64_t hidden, int64_t padding_idx, DType dtype, DType out_dtype, Address stream) {
-        cuda::table_gradient({pointer<const void>(dz), pointer<const int64_t>(ids), pointer<const int64_t>(order),
-                              pointer<const int64_t>(starts), pointer<void>(out), pointer<float>(pieces), rows, num_ids,
-                              hidden, padding_idx, dtype, out_dtype},
-                             pointer<void>(stream));
+        cuda::table_gradient(
+            {pointer<const void>(dz), pointer<const int64_t>(ids), pointer<int64_t>(order), pointer<int64_t>(starts),
+             pointer<void>(out), pointer<float>(pieces), rows, num_ids, hidden, padding_idx, dtype, out_dtype},
+            pointer<void>(stream));
       },
       Release());
 
@@ -149,6 +150,54 @@ PYBIND11_MODULE(_cuda, m) {
              pointer<const float>(row_sum), pointer<const float>(dloss), pointer<void>(dbias), pointer<float>(partials),
              rows, block, row_stride, first_class, num_classes, label_smoothing, dtype},
             pointer<void>(stream));
+      },
+      Release());
+
+  py::class_<OptimizerGroup>(m, "OptimizerGroup", py::module_local())
+      .def(py::init([](Address device_rate, double rate, double beta1, double beta2, double eps, double weight_decay,
+                       bool trust_ratio) {
+        return OptimizerGroup{pointer<const float>(device_rate), rate, beta1, beta2, eps, weight_decay, trust_ratio};
+      }));
+  py::class_<OptimizerParams>(m, "OptimizerParams", py::module_local())
+      .def(py::init([](Address tensors, Address gradients, Address chunk_tensors, Address coefficients, Address partials,
+                       Address clip, Address found_inf, int64_t num_tensors, int64_t num_chunks) {
+        return OptimizerParams{pointer<const OptimizerTensor>(tensors),
+                               pointer<const float* const>(gradients),
+                               pointer<const int32_t>(chunk_tensors),
+                               pointer<OptimizerCoefficients>(coefficients),
+                               pointer<double>(partials),
+                               pointer<const float>(clip),
+                               pointer<const float>(found_inf),
+                               num_tensors,
+                               num_chunks};
+      }));
+  m.attr("MAX_OPTIMIZER_GROUPS") = kMaxOptimizerGroups;
+  m.attr("OPTIMIZER_CHUNK") = kOptimizerChunk;
+  m.attr("OPTIMIZER_COEFFICIENTS") = sizeof(OptimizerCoefficients) / sizeof(float);
+
+  m.def("write_words", [](Address target, const std::vector<uint64_t>& words, Address stream) {
+    cuda::write_words(pointer<uint64_t>(target), words.data(), static_cast<int64_t>(words.size()), pointer<void>(stream));
+  });
+  m.def("assign_chunks", [](Address tensors, int64_t num_tensors, Address chunk_tensors, Address stream) {
+    cuda::assign_chunks(pointer<const OptimizerTensor>(tensors), num_tensors, pointer<int32_t>(chunk_tensors),
+                        pointer<void>(stream));
+  });
+  m.def(
+      "gradient_norm",
+      [](const OptimizerParams& params, float max_norm, Address norm, Address clip, Address stream) {
+        cuda::gradient_norm(params, max_norm, pointer<float>(norm), pointer<float>(clip), pointer<void>(stream));
+      },
+      Release());
+  m.def(
+      "adamw",
+      [](const OptimizerParams& params, const std::vector<OptimizerGroup>& groups, Address stream) {
+        cuda::adamw(params, groups.data(), static_cast<int64_t>(groups.size()), pointer<void>(stream));
+      },
+      Release());
+  m.def(
+      "lamb",
+      [](const OptimizerParams& params, const std::vector<OptimizerGroup>& groups, Address stream) {
+        cuda::lamb(params, groups.data(), static_cast<int64_t>(groups.size()), pointer<void>(stream));
       },
       Release());
 }

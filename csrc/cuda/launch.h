@@ -38,5 +38,16 @@ void table_gradient(const TableGradientParams& params, void* stream);
 int64_t mlm_loss_lines(int64_t rows, int64_t block, DType dtype);
 void mlm_loss_forward(const MlmLossForwardParams& params, void* stream);
 void mlm_loss_backward(const MlmLossBackwardParams& params, void* stream);
+// The optimizers' tables, written by kernels: as a kernel's parameters they are part of a recorded CUDA graph, and nothing
+// of them has to stay in the host's memory.
+void write_words(uint64_t* target, const uint64_t* words, int64_t count, void* stream);
+void assign_chunks(const OptimizerTensor* tensors, int64_t num_tensors, int32_t* chunk_tensors, void* stream);
+
+// The norm of all gradients together, and the factor that clips it to max_norm as torch.nn.utils.clip_grad_norm_ does.
+void gradient_norm(const OptimizerParams& params, float max_norm, float* norm, float* clip, void* stream);
+
+// A step of AdamW, or of LAMB; groups are in the host's memory, kMaxOptimizerGroups at most.
+void adamw(const OptimizerParams& params, const OptimizerGroup* groups, int64_t num_groups, void* stream);
+void lamb(const OptimizerParams& params, const OptimizerGroup* groups, int64_t num_groups, void* stream);
 
 }  // namespace fastbert::cuda

@@ -167,7 +167,7 @@ def embedding_layer_norm_backward(
     seed: Tensor | None = None,
     stream: int = 0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """See :func:`reference.embedding_layer_norm_backward`, whose scatter into the tables this is."""
+    """See :func:`reference.embedding_layer_norm_backward`."""
     rows, hidden = dy.shape
     dtype, weight = weight.dtype, _float32(weight)
     dz = _empty(rows, hidden) if any(needs) else None
@@ -179,10 +179,22 @@ def embedding_layer_norm_backward(
         _pointer(dz), dweight.data_ptr(), dln_bias.data_ptr(), partials.data_ptr(),
         rows, hidden, _dropout(dropout_p, seed, stream), DTYPES[dy.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    tables = reference.embedding_table_gradients(
-        dz, input_ids, token_type_ids, position_ids, word, position, token_type, padding_idx, needs
-    )
-    return *tables, dweight.to(dtype), dln_bias.to(dtype)
+    tables = ((input_ids, word, padding_idx), (position_ids, position, -1), (token_type_ids, token_type, -1))
+    dtables = (_table_gradient(dz, *arguments) if needed else None for arguments, needed in zip(tables, needs, strict=True))
+    return *dtables, dweight.to(dtype), dln_bias.to(dtype)
+
+
+def _table_gradient(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int) -> Tensor:
+    """See :func:`reference.embedding_table_gradients`."""
+    num_ids, (rows, hidden) = table.shape[0], dz.shape
+    gradient = torch.empty_like(table)
+    workspace = torch.empty(rows + num_ids + 1, dtype=torch.int64)
+    order, starts = workspace[:rows], workspace[rows:]
+    _cpu.table_gradient(
+        dz.data_ptr(), ids.data_ptr(), order.data_ptr(), starts.data_ptr(), gradient.data_ptr(),
+        rows, num_ids, hidden, padding_idx, DTYPES[table.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return gradient
 
 
 def attention_forward(

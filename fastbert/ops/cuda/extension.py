@@ -40,9 +40,14 @@ def unavailable_reason() -> str | None:
     return _import_error
 
 
+def takes_hidden(hidden: int) -> bool:
+    """Whether rows of this width suit accesses of 16 bytes, and a group of threads' registers."""
+    return hidden % _HIDDEN_MULTIPLE == 0 and hidden <= extension.MAX_HIDDEN
+
+
 def check_hidden(hidden: int) -> None:
-    """RuntimeError where rows of this width do not suit accesses of 16 bytes, or a group of threads' registers."""
-    if hidden % _HIDDEN_MULTIPLE or hidden > extension.MAX_HIDDEN:
+    """RuntimeError where there are no kernels for rows of this width."""
+    if not takes_hidden(hidden):
         raise RuntimeError(
             f"backend 'cuda' takes rows of a multiple of {_HIDDEN_MULTIPLE} elements up to {extension.MAX_HIDDEN}, not {hidden}"
         )
