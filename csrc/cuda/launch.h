@@ -38,6 +38,7 @@ void table_gradient(const TableGradientParams& params, void* stream);
 int64_t mlm_loss_lines(int64_t rows, int64_t block, DType dtype);
 void mlm_loss_forward(const MlmLossForwardParams& params, void* stream);
 void mlm_loss_backward(const MlmLossBackwardParams& params, void* stream);
+
 // The optimizers' tables, written by kernels: as a kernel's parameters they are part of a recorded CUDA graph, and nothing
 // of them has to stay in the host's memory.
 void write_words(uint64_t* target, const uint64_t* words, int64_t count, void* stream);
