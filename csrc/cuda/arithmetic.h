@@ -70,27 +70,22 @@ struct SoftmaxSums {
   float max, sum;
 };
 
-// exp2: the function of that name, or one that suffices.
-template <typename Exp2>
-FASTBERT_HOST_DEVICE float exp_by(const Exp2& exp2, float x) {
-  return exp2(x * 1.4426950408889634f);
-}
-
 // The number that scores are reduced by: scores of -infinity alone have no maximum that could be subtracted from them.
 FASTBERT_HOST_DEVICE float softmax_base(float max) { return max == -INFINITY ? 0.0f : max; }
 
-template <typename Exp2>
-FASTBERT_HOST_DEVICE SoftmaxSums merge(const Exp2& exp2, const SoftmaxSums& a, const SoftmaxSums& b) {
+// exp: the function of that name, or one that suffices.
+template <typename Exp>
+FASTBERT_HOST_DEVICE SoftmaxSums merge(const Exp& exp, const SoftmaxSums& a, const SoftmaxSums& b) {
   const float max = fmaxf(a.max, b.max), base = softmax_base(max);
-  return {max, a.sum * exp_by(exp2, a.max - base) + b.sum * exp_by(exp2, b.max - base)};
+  return {max, a.sum * exp(a.max - base) + b.sum * exp(b.max - base)};
 }
 
 // The gradient of a row's loss, times dloss, by one of its scores; normalizer: 1 / sum; target: what label smoothing makes
 // of 0 and 1. A dloss of 0 gives 0 whatever the score is.
-template <typename Exp2>
-FASTBERT_HOST_DEVICE float softmax_gradient(const Exp2& exp2, float score, float max, float normalizer, float target,
+template <typename Exp>
+FASTBERT_HOST_DEVICE float softmax_gradient(const Exp& exp, float score, float max, float normalizer, float target,
                                             float dloss) {
-  return dloss == 0.0f ? 0.0f : (exp_by(exp2, score - max) * normalizer - target) * dloss;
+  return dloss == 0.0f ? 0.0f : (exp(score - max) * normalizer - target) * dloss;
 }
 
 }  // namespace fastbert::cuda

@@ -19,7 +19,7 @@ PROGRAM = r"""
 #include <cstdio>
 #include "cuda/arithmetic.h"
 using namespace fastbert::cuda;
-float exp2_of(float x) { return exp2f(x); }
+float exp_of(float x) { return expf(x); }
 float score(int i) { return i % 10 == 0 ? -INFINITY : static_cast<float>(i % 17) * 3.0f - 20.0f; }
 int main() {
   for (uint32_t row = 0; row < 7; ++row)
@@ -32,11 +32,11 @@ int main() {
     std::printf("%.9g %.9g\n", gelu(u), gelu_derivative(u, normal_cdf(u)));
   }
   SoftmaxSums sums{-INFINITY, 0.0f};
-  for (int i = 0; i < SCORES; ++i) sums = merge(exp2_of, sums, {score(i), score(i) == -INFINITY ? 0.0f : 1.0f});
+  for (int i = 0; i < SCORES; ++i) sums = merge(exp_of, sums, {score(i), score(i) == -INFINITY ? 0.0f : 1.0f});
   std::printf("%.9g %.9g\n", sums.max, sums.sum);
   for (int i = 0; i < SCORES; ++i) {
-    std::printf("%.9g %.9g\n", softmax_gradient(exp2_of, score(i), sums.max, 1.0f / sums.sum, i == 7 ? 0.9f : 0.1f, 2.0f),
-                softmax_gradient(exp2_of, i == 7 ? NAN : score(i), sums.max, 1.0f / sums.sum, 0.1f, 0.0f));
+    std::printf("%.9g %.9g\n", softmax_gradient(exp_of, score(i), sums.max, 1.0f / sums.sum, i == 7 ? 0.9f : 0.1f, 2.0f),
+                softmax_gradient(exp_of, i == 7 ? NAN : score(i), sums.max, 1.0f / sums.sum, 0.1f, 0.0f));
   }
 }
 """
