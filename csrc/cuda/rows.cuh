@@ -235,7 +235,7 @@ unsigned forward_blocks(int64_t rows) {
 // The sum of load(i) for i below count, by a block of (32, kLanes) threads: a warp loads from neighbouring addresses, its
 // threads' sums are theirs alone. The result is that of threads with threadIdx.y == 0; the order depends on count alone.
 // 128 loads per column are on their way at once: a few hundred sums that other blocks have just written take three or four
-// times the latency of the second-level cache.
+// times the latency of the second-level cache. A kernel calls it once: its shared memory is not free for a second time.
 constexpr int kLanes = 16;
 
 template <typename Load>

@@ -160,11 +160,8 @@ def test_a_block_of_logits_anywhere_in_memory(backend, dtype, block, offset):
         dbias = torch.empty(block + offset, dtype=dtype, device=device)[offset:]
         module.mlm_loss_backward(logits, block_bias, own_labels, first, classes, row_max, row_sum, dloss.to(**float32), 0.1, dbias)
         outside = torch.cat([mine[:, :offset], mine[:, offset + block :]], dim=1)
-        return (
-            outside,
-            logits,
-            [*(t[counts.to(device)] for t in (row_max, row_max + row_sum.log(), label_logit, logit_sum, logits)), dbias],
-        )
+        per_row = (row_max, row_max + row_sum.log(), label_logit, logit_sum, logits)
+        return outside, logits, [*(t[counts.to(device)] for t in per_row), dbias]
 
     outside, gradient, got = run(backends.implementation("mlm_loss", backend), dtype, device_of(backend))
     assert torch.equal(outside.cpu().double(), torch.cat([memory[:, :offset], memory[:, offset + block :]], dim=1))
