@@ -77,20 +77,22 @@ struct SoftmaxSums {
   float max, sum;
 };
 
-FASTBERT_HOST_DEVICE float exp_of(float x) { return exp2f(x * 1.4426950408889634f); }
-
 // The number that scores are reduced by: scores of -infinity alone have no maximum that could be subtracted from them.
 FASTBERT_HOST_DEVICE float softmax_base(float max) { return max == -INFINITY ? 0.0f : max; }
 
-FASTBERT_HOST_DEVICE SoftmaxSums merge(const SoftmaxSums& a, const SoftmaxSums& b) {
+// exp: the function of that name, or one that suffices.
+template <typename Exp>
+FASTBERT_HOST_DEVICE SoftmaxSums merge(const Exp& exp, const SoftmaxSums& a, const SoftmaxSums& b) {
   const float max = fmaxf(a.max, b.max), base = softmax_base(max);
-  return {max, a.sum * exp_of(a.max - base) + b.sum * exp_of(b.max - base)};
+  return {max, a.sum * exp(a.max - base) + b.sum * exp(b.max - base)};
 }
 
 // The gradient of a row's loss, times dloss, by one of its scores; normalizer: 1 / sum; target: what label smoothing makes
 // of 0 and 1. A dloss of 0 gives 0 whatever the score is.
-FASTBERT_HOST_DEVICE float softmax_gradient(float score, float max, float normalizer, float target, float dloss) {
-  return dloss == 0.0f ? 0.0f : (exp_of(score - max) * normalizer - target) * dloss;
+template <typename Exp>
+FASTBERT_HOST_DEVICE float softmax_gradient(const Exp& exp, float score, float max, float normalizer, float target,
+                                            float dloss) {
+  return dloss == 0.0f ? 0.0f : (exp(score - max) * normalizer - target) * dloss;
 }
 
 }  // namespace fastbert::cuda
