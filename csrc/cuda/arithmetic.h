@@ -50,11 +50,13 @@ FASTBERT_HOST_DEVICE bool keeps(const Words& words, uint32_t column, uint32_t th
   return ((word >> (16 * (lane % 2))) & 0xFFFF) >= threshold;
 }
 
-// The same of all eight columns of a call: bit c is set where column c keeps its element.
-FASTBERT_HOST_DEVICE uint32_t kept_columns(const Words& words, uint32_t threshold) {
-  uint32_t kept = 0;
-  for (uint32_t column = 0; column < 8; ++column) kept |= keeps(words, column, threshold) ? 1u << column : 0;
-  return kept;
+// The same of two columns at once, by a word of that call: the top bits of its halves are set where they keep their elements,
+// the other bits are anything. Where threshold is 65536 all is kept, to be scaled by 0.
+FASTBERT_HOST_DEVICE uint32_t kept_halves(uint32_t word, uint32_t threshold) {
+  const uint32_t top = threshold & 0x8000 ? 0xFFFFFFFF : 0;
+  // Without their top bits, word's halves are at least threshold's.
+  const uint32_t rest = (word | 0x80008000) - (threshold & 0x7FFF) * 0x10001;
+  return (word & rest) | ((word | rest) & ~top);
 }
 
 // Phi(u) through erfc of the smaller tail, which keeps its digits where 1 + erf loses them.
