@@ -129,6 +129,9 @@ __device__ __forceinline__ bool is_kept(uint32_t kept, int columns, int element)
   return kept >> (16 * (element % 2) + 2 * columns + element / 2) & 1;
 }
 
+// What is_kept tells of the columns from these on.
+__device__ __forceinline__ uint32_t kept_from(uint32_t kept, int columns) { return kept >> 2 * columns; }
+
 // Of elements 2 * r and 2 * r + 1 of columns j, packed into a register: all bits of those that are kept.
 __device__ __forceinline__ uint32_t kept_pair(uint32_t kept, int columns, int r) {
   const int bit = 2 * columns + r;

@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
     shift[r] = inside ? -p.lse[statistics + query] * kLog2E : 0.0f;
   }
 
+  const bool works = first_query + 16 * warp() < head.length;
   float dq[kWidth / 8][4] = {};
   int buffer = 0;
   for (int first_key = 0; first_key < head.length; first_key += kTileRows, buffer ^= 1) {
@@ -91,18 +92,19 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
     __syncthreads();  // the tile is there, and nobody is at the last one any more
     if (first_key + kTileRows < head.length) copy_keys(first_key + kTileRows, buffer ^ 1);
 
+    const int keys_here = works ? head.length - first_key : 0;
     uint32_t kept = 0;
-    if (dropout.drops()) {
+    if (dropout.drops() && works) {
       kept = dropout.kept(static_cast<uint32_t>(head.start + first_query + 16 * warp()), first_key);
     }
 #pragma unroll 1
-    for (int step = 0; step < kTileRows; step += kKeysAtOnce) {
+    for (int step = 0; step < kTileRows && step < keys_here; step += kKeysAtOnce) {
       float ds[kKeysAtOnce / 8][4], dp[kKeysAtOnce / 8][4];
       multiply_by_rows(ds, q, keys(buffer), step);
       multiply_by_rows(dp, dout, values(buffer), step);
-      if (dropout.drops()) drop(dp, kept, step / 8);
+      if (dropout.drops()) drop(dp, kept_from(kept, step / 8));
       // Where there is no key exp(-lse) may be infinite.
-      if (first_key + kTileRows > head.length) mask_columns(ds, head.length - first_key - step);
+      if (step + kKeysAtOnce > keys_here) mask_columns(ds, keys_here - step);
 #pragma unroll
       for (int j = 0; j < kKeysAtOnce / 8; ++j) {
 #pragma unroll
@@ -162,6 +164,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
 
   const HeadDropout dropout(p.dropout, head.head);
   const float scale_log2 = p.softmax_scale * kLog2E;
+  const bool works = first_key + 16 * warp() < head.length;
   float dk[kWidth / 8][4] = {}, dv[kWidth / 8][4] = {};
   int buffer = 0;
   for (int first_query = 0; first_query < head.length; first_query += kTileRows, buffer ^= 1) {
@@ -174,16 +177,17 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
       statistic = read_statistic(first_query + kTileRows);
     }
 
+    const int queries_here = works ? head.length - first_query : 0;
     uint32_t kept = 0;
-    if (dropout.drops()) {
+    if (dropout.drops() && works) {
       kept = dropout.kept_transposed(first_key + 16 * warp(), static_cast<uint32_t>(head.start + first_query));
     }
 #pragma unroll 1
-    for (int step = 0; step < kTileRows; step += kQueriesAtOnce) {
+    for (int step = 0; step < kTileRows && step < queries_here; step += kQueriesAtOnce) {
       float probability[kQueriesAtOnce / 8][4], ds[kQueriesAtOnce / 8][4];
       multiply_by_rows(probability, k, queries(buffer), step);
       multiply_by_rows(ds, v, douts(buffer), step);
-      if (dropout.drops()) drop(ds, kept, step / 8);
+      if (dropout.drops()) drop(ds, kept_from(kept, step / 8));
 #pragma unroll
       for (int j = 0; j < kQueriesAtOnce / 8; ++j) {
         const int query = step + 8 * j + 2 * place();
@@ -195,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
           ds[j][i] = probability[j][i] * (ds[j][i] - (i % 2 == 0 ? delta.x : delta.y));
         }
       }
-      if (dropout.drops()) drop(probability, kept, step / 8);
+      if (dropout.drops()) drop(probability, kept_from(kept, step / 8));
       add_weighted_rows(dv, probability, douts(buffer), step);
       add_weighted_rows(dk, ds, queries(buffer), step);
     }

@@ -161,10 +161,9 @@ __device__ __forceinline__ void mask_columns(float (&d)[kCount][4], int columns)
   }
 }
 
-// What HeadDropout does not keep of its eights of columns from first on becomes 0.
+// What HeadDropout does not keep becomes 0.
 template <int kCount>
-__device__ __forceinline__ void drop(float (&d)[kCount][4], uint32_t kept, int first) {
-  kept >>= 2 * first;  // is_kept of the columns from first on, once for all
+__device__ __forceinline__ void drop(float (&d)[kCount][4], uint32_t kept) {
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
 #pragma unroll
