@@ -10,10 +10,8 @@ import dataclasses
 import importlib.util
 import json
 import os
-import re
 import runpy
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,32 +120,17 @@ def test_report_and_machine_code_agree(build, rows):
     assert sorted((row["kernel"], row["target"], row["registers"]) for row in rows) == of_report
 
 
-def with_headers(path: Path) -> str:
-    """The text of a source and of the headers that it shares with others, ptx.cuh apart."""
-    text = path.read_text(encoding="utf-8")
-    return text + "".join(with_headers(SOURCES / name) for name in re.findall(r'"cuda/(\w+\.cuh)"', text) if name != "ptx.cuh")
-
-
 @pytest.mark.parametrize(
-    ("function", "target", "instruction"), [("products_wait", "sm_90", "HGMMA"), ("multiply_add", "sm_80", "HMMA")]
+    ("files", "target", "instruction"), [("attention_hopper*.cu", "sm_90", "HGMMA"), ("attention_streaming*.cu", "sm_80", "HMMA")]
 )
-def test_attention_is_made_of_matrix_instructions(rows, function, target, instruction):
-    """In the sources that call this function of ptx.cuh (wgmma, mma.sync): in each of them, in both directions, and no others."""
-    called = re.compile(rf"\b{function}[<(]")
-    assert function in (SOURCES / "ptx.cuh").read_text(encoding="utf-8")
-    sources = {path.stem for path in SOURCES.glob("*.cu") if called.search(with_headers(path))}
+def test_attention_is_made_of_matrix_instructions(rows, files, target, instruction):
+    """wgmma on Hopper, mma.sync elsewhere: in each source, in both directions, and no others."""
+    sources = {path.stem for path in SOURCES.glob(files) if "__global__" in path.read_text(encoding="utf-8")}
     if not sources:
-        pytest.skip(f"no source calls {function}")
+        pytest.skip(f"there is no {files}")
     kernels = [row for row in rows if row["target"] == target and row["kernel"].partition(".")[0] in sources]
     multiplying = [row for row in kernels if row["matrix_instructions"]]
     assert {row["kernel"].partition(".")[0] for row in multiplying} == sources
     assert [row for row in multiplying if set(row["matrix_instructions"]) != {instruction}] == []
     for direction in ("forward", "backward"):
         assert any(direction in row["kernel"] for row in multiplying), direction
-
-
-def test_the_hopper_attention_uses_wgmma():
-    source = SOURCES / "attention_hopper.cu"
-    if not source.exists():
-        pytest.skip("there is no attention_hopper.cu")
-    assert "products_wait" in source.read_text(encoding="utf-8")

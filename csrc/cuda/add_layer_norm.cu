@@ -113,7 +113,7 @@ void add_layer_norm_forward(const AddLayerNormForwardParams& p, void* stream) {
 }
 
 void add_layer_norm_backward(const AddLayerNormBackwardParams& p, void* stream) {
-  const int64_t lines = row_lines(p.rows, p.hidden);
+  const int64_t lines = row_lines(p.rows, p.hidden, p.dtype);
   for_shape(p.dtype, p.hidden, [&]<typename T, int kThreads>() {
     launch("add_layer_norm backward", backward_kernel<T, kThreads>, static_cast<unsigned>(lines), Group<T, kThreads>::kBlock,
            0, stream, p);

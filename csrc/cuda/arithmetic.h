@@ -50,13 +50,10 @@ FASTBERT_HOST_DEVICE bool keeps(const Words& words, uint32_t column, uint32_t th
   return ((word >> (16 * (lane % 2))) & 0xFFFF) >= threshold;
 }
 
-// The same of two columns at once, by a word of that call: the top bits of its halves are set where they keep their elements,
-// the other bits are anything. Where threshold is 65536 all is kept, to be scaled by 0.
+// The same of two columns, by a word of that call, as bits 15 and 31. A threshold of 65536 keeps all: it is scaled by 0.
 FASTBERT_HOST_DEVICE uint32_t kept_halves(uint32_t word, uint32_t threshold) {
-  const uint32_t top = threshold & 0x8000 ? 0xFFFFFFFF : 0;
-  // Without their top bits, word's halves are at least threshold's.
-  const uint32_t rest = (word | 0x80008000) - (threshold & 0x7FFF) * 0x10001;
-  return (word & rest) | ((word | rest) & ~top);
+  const uint32_t shifted = threshold << 16;  // the lower half does not decide
+  return (word >= shifted ? 0x80000000 : 0) | (word << 16 >= shifted ? 0x8000 : 0);
 }
 
 // Phi(u) through erfc of the smaller tail, which keeps its digits where 1 + erf loses them.
@@ -79,20 +76,22 @@ struct SoftmaxSums {
   float max, sum;
 };
 
-FASTBERT_HOST_DEVICE float exp_of(float x) { return exp2f(x * 1.4426950408889634f); }
-
 // The number that scores are reduced by: scores of -infinity alone have no maximum that could be subtracted from them.
 FASTBERT_HOST_DEVICE float softmax_base(float max) { return max == -INFINITY ? 0.0f : max; }
 
-FASTBERT_HOST_DEVICE SoftmaxSums merge(const SoftmaxSums& a, const SoftmaxSums& b) {
+// exp: the function of that name, or one that suffices.
+template <typename Exp>
+FASTBERT_HOST_DEVICE SoftmaxSums merge(const Exp& exp, const SoftmaxSums& a, const SoftmaxSums& b) {
   const float max = fmaxf(a.max, b.max), base = softmax_base(max);
-  return {max, a.sum * exp_of(a.max - base) + b.sum * exp_of(b.max - base)};
+  return {max, a.sum * exp(a.max - base) + b.sum * exp(b.max - base)};
 }
 
 // The gradient of a row's loss, times dloss, by one of its scores; normalizer: 1 / sum; target: what label smoothing makes
 // of 0 and 1. A dloss of 0 gives 0 whatever the score is.
-FASTBERT_HOST_DEVICE float softmax_gradient(float score, float max, float normalizer, float target, float dloss) {
-  return dloss == 0.0f ? 0.0f : (exp_of(score - max) * normalizer - target) * dloss;
+template <typename Exp>
+FASTBERT_HOST_DEVICE float softmax_gradient(const Exp& exp, float score, float max, float normalizer, float target,
+                                            float dloss) {
+  return dloss == 0.0f ? 0.0f : (exp(score - max) * normalizer - target) * dloss;
 }
 
 }  // namespace fastbert::cuda

@@ -119,10 +119,9 @@ struct HeadDropout {
   // Of the c-th call, word w's columns become bits 4 c + w and 16 + 4 c + w: those of earlier calls move down as new ones
   // come.
   __device__ __forceinline__ void add(uint32_t& bits, uint32_t query, uint32_t eight_keys) const {
-    constexpr uint32_t kTops = 0x80008000;
     const Words words = philox(eight_keys, query, head, stream, seed);
 #pragma unroll
-    for (int w = 0; w < 4; ++w) bits = (bits >> 1 & ~kTops) | (kept_halves(words.w[w], threshold) & kTops);
+    for (int w = 0; w < 4; ++w) bits = (bits >> 1 & 0x7FFF7FFF) | kept_halves(words.w[w], threshold);
   }
 };
 

@@ -5,34 +5,13 @@ namespace fastbert::cuda {
 namespace {
 
 constexpr int kMaxWarpgroups = 4;
-// Of a lane's 16 probabilities of a row, where 1 is the largest one of the first tile: beyond it the maximum is raised.
-constexpr float kLargestSum = 4096.0f;
-
-// The maximum of the rows rises to that of these scores, if that is larger, and what was summed up until now is scaled to
-// it.
-__device__ __forceinline__ void raise_maximum(const float (&scores)[32], float scale_log2, float (&maximum)[2],
-                                              float (&sum)[2], float (&out)[32]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float largest = scores[2 * r];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
-    largest = fmaxf(maximum[r], quad_max(largest) * scale_log2);
-    const float correction = exp2_approximate(maximum[r] - largest);
-    maximum[r] = largest;
-    sum[r] *= correction;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      out[4 * j + 2 * r] *= correction;
-      out[4 * j + 2 * r + 1] *= correction;
-    }
-  }
-}
 
 template <typename T, bool kDropout>
 __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
     forward_kernel(AttentionForwardParams p, const __grid_constant__ TensorMap qkv) {
 #if FASTBERT_HOPPER
+  // Of a lane's 16 probabilities of a row, where 1 is the largest one of the first tile: beyond it the maximum is raised.
+  constexpr float kLargestSum = 4096.0f;
   const Head head(p.cu_seqlens, p.num_heads, static_cast<int>(blockIdx.x));
   const int tiles = num_tiles(head.length), warpgroups = blockDim.x / kWarpgroup;
   const int first_block = blockIdx.y * warpgroups;  // of 64 queries

@@ -119,4 +119,25 @@ __device__ __forceinline__ void add_weighted_rows(float (&d)[32], const uint32_t
   for (int k = 0; k < 4; ++k) product<T, Along::width>(d, a[k], matrix_at(b, 2048 * k), true);
 }
 
+// The maximum of the rows rises to that of these scores, if that is larger, and what was summed up until now is scaled to
+// it.
+__device__ __forceinline__ void raise_maximum(const float (&scores)[32], float scale_log2, float (&maximum)[2],
+                                              float (&sum)[2], float (&out)[32]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float largest = scores[2 * r];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
+    largest = fmaxf(maximum[r], quad_max(largest) * scale_log2);
+    const float correction = exp2_approximate(maximum[r] - largest);
+    maximum[r] = largest;
+    sum[r] *= correction;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      out[4 * j + 2 * r] *= correction;
+      out[4 * j + 2 * r + 1] *= correction;
+    }
+  }
+}
+
 }  // namespace fastbert::cuda

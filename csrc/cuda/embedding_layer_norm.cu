@@ -128,7 +128,7 @@ void embedding_layer_norm_forward(const EmbeddingLayerNormForwardParams& p, cons
 }
 
 void embedding_layer_norm_backward(const EmbeddingLayerNormBackwardParams& p, void* stream) {
-  const int64_t lines = row_lines(p.rows, p.hidden);
+  const int64_t lines = row_lines(p.rows, p.hidden, p.dtype);
   for_shape(p.dtype, p.hidden, [&]<typename T, int kThreads>() {
     launch("embedding_layer_norm backward", backward_kernel<T, kThreads>, static_cast<unsigned>(lines),
            Group<T, kThreads>::kBlock, 0, stream, p);

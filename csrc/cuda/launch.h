@@ -13,8 +13,9 @@ const char* device_type();
 // hidden is a multiple of 8 up to this.
 constexpr int64_t kMaxHidden = 4096;
 
-// The workspace of a LayerNorm's backward, partials, is (row_lines(rows, hidden), 3, hidden) float32.
-int64_t row_lines(int64_t rows, int64_t hidden);
+// The workspace of a LayerNorm's backward, partials, is (row_lines(rows, hidden, dtype), sums, hidden) float32: 3 sums,
+// those of embedding_layer_norm 2.
+int64_t row_lines(int64_t rows, int64_t hidden, DType dtype);
 
 void add_layer_norm_forward(const AddLayerNormForwardParams& params, void* stream);
 void add_layer_norm_backward(const AddLayerNormBackwardParams& params, void* stream);
@@ -37,6 +38,7 @@ void table_gradient(const TableGradientParams& params, void* stream);
 int64_t mlm_loss_lines(int64_t rows, int64_t block, DType dtype);
 void mlm_loss_forward(const MlmLossForwardParams& params, void* stream);
 void mlm_loss_backward(const MlmLossBackwardParams& params, void* stream);
+
 // The optimizers' tables, written by kernels: as a kernel's parameters they are part of a recorded CUDA graph, and nothing
 // of them has to stay in the host's memory.
 void write_words(uint64_t* target, const uint64_t* words, int64_t count, void* stream);

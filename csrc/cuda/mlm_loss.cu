@@ -6,6 +6,7 @@
 // looked at once per 16 bytes, not per logit. The bias comes from the caches, in the forward with every row (a
 // multiprocessor's four blocks read the same at about the same time), in the backward once for all of a thread's rows.
 
+#include "cuda/ptx.cuh"
 #include "cuda/rows.cuh"
 
 namespace fastbert::cuda {
@@ -13,9 +14,18 @@ namespace fastbert::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectorsAtOnce = 4;  // a thread's loads in flight in the forward
-constexpr int kRowsAtOnce = 4;     // and in the backward
-constexpr int64_t kBackwardBlocksPerProcessor = 4;
+constexpr int kVectorsAtOnce = 4;   // a thread's loads in flight in the forward
+constexpr int kRowsAtOnce = 4;      // and in the backward
+constexpr int kBackwardBlocks = 2;  // of the backward on a multiprocessor: 32 KB in flight
+
+// The instruction's two last bits are beyond what 16-bit logits know; float32 logits leave time for all digits.
+template <typename T>
+struct Exp {
+  __device__ __forceinline__ float operator()(float x) const {
+    if constexpr (sizeof(T) == 4) return expf(x);
+    return exp2_approximate(x * 1.4426950408889634f);
+  }
+};
 
 // Whether all rows start at a multiple of 16 bytes.
 template <typename T>
@@ -55,30 +65,27 @@ __device__ __forceinline__ void load_bias(const void* bias, int64_t column, int6
   unpack_vector<T>(fetch(static_cast<const T*>(bias), column, bias == nullptr ? 0 : block, aligned), values);
 }
 
-// Adds the scores of count columns to sums.
-template <int kWidth>
-__device__ __forceinline__ void add_scores(SoftmaxSums& sums, const float (&scores)[kWidth], int64_t count) {
+template <typename T>
+__device__ __forceinline__ void add_scores(SoftmaxSums& sums, const float (&scores)[kWidthOf<T>]) {
+  constexpr int kWidth = kWidthOf<T>;
+  const Exp<T> exp;
   float max = sums.max;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    if (i < count) max = fmaxf(max, scores[i]);
-  }
+  for (int i = 0; i < kWidth; ++i) max = fmaxf(max, scores[i]);
   const float base = softmax_base(max);
-  sums.sum *= exp_of(sums.max - base);
+  sums.sum *= exp(sums.max - base);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    if (i < count) sums.sum += exp_of(scores[i] - base);
-  }
+  for (int i = 0; i < kWidth; ++i) sums.sum += exp(scores[i] - base);
   sums.max = max;
 }
 
-// A block of threads per row. Threads fold what they read into statistics of their own, which are merged in the end.
+// A block of threads per row. Threads fold what they read into statistics of their own, which become one in the end.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) forward_kernel(MlmLossForwardParams p) {
   constexpr int kWidth = kWidthOf<T>, kWarps = kThreads / kWarp;
   constexpr int64_t kStep = kThreads * kWidth;
-  __shared__ SoftmaxSums warp_sums[kWarps];
-  __shared__ float warp_logit_sums[kWarps];
+  __shared__ float warp_maxima[kWarps];
+  __shared__ float2 warp_sums[kWarps];  // of the exponentials and of the logits
   const int64_t row = blockIdx.x;
   const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
   const bool aligned = are_aligned<T>(p.logits, p.row_stride), bias_aligned = are_aligned<T>(p.bias, 0);
@@ -97,31 +104,44 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(MlmLossForwardPara
       unpack_vector<T>(packed[v], scores);
       load_bias<T>(p.bias, column, p.block, bias_aligned, bias);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        scores[i] += bias[i];
-        logit_sum += scores[i];  // outside of the row both are 0
+      for (int i = 0; i < kWidth; ++i) scores[i] += bias[i];
+      if (p.logit_sum != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) logit_sum += scores[i];  // 0 outside of the row
       }
-      add_scores(sums, scores, p.block - column);
+      if (column + kWidth > p.block) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) scores[i] = column + i < p.block ? scores[i] : -INFINITY;
+      }
+      add_scores<T>(sums, scores);
     }
   }
 
+  // The block's maximum first, so that a score's exponential is brought to another maximum once.
+  const int warp = threadIdx.x / kWarp;
+  float max = sums.max;
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFF, max, offset));
+  if (threadIdx.x % kWarp == 0) warp_maxima[warp] = max;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) max = fmaxf(max, warp_maxima[i]);
+  const Exp<T> exp;
+  float sum = sums.sum * exp(sums.max - softmax_base(max));
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const SoftmaxSums other{__shfl_xor_sync(0xFFFFFFFF, sums.max, offset), __shfl_xor_sync(0xFFFFFFFF, sums.sum, offset)};
-    sums = merge(sums, other);
-    logit_sum += __shfl_xor_sync(0xFFFFFFFF, logit_sum, offset);
+    sum += __shfl_xor_sync(0xFFFFFFFF, sum, offset);
+    if (p.logit_sum != nullptr) logit_sum += __shfl_xor_sync(0xFFFFFFFF, logit_sum, offset);
   }
-  if (threadIdx.x % kWarp == 0) {
-    warp_sums[threadIdx.x / kWarp] = sums;
-    warp_logit_sums[threadIdx.x / kWarp] = logit_sum;
-  }
+  if (threadIdx.x % kWarp == 0) warp_sums[warp] = make_float2(sum, logit_sum);
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int warp = 1; warp < kWarps; ++warp) {
-    sums = merge(sums, warp_sums[warp]);
-    logit_sum += warp_logit_sums[warp];
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) {
+    sum += warp_sums[i].x;
+    logit_sum += warp_sums[i].y;
   }
-  const SoftmaxSums merged = merge({p.row_max[row], p.row_sum[row]}, sums);
+  const SoftmaxSums merged = merge(exp, {p.row_max[row], p.row_sum[row]}, {max, sum});
   p.row_max[row] = merged.max;
   p.row_sum[row] = merged.sum;
   if (p.logit_sum != nullptr) p.logit_sum[row] += logit_sum;
@@ -134,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(MlmLossForwardPara
 
 // A block of threads owns a tile of columns and walks down the rows in strides, adding up the bias's gradient on the way.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) backward_kernel(MlmLossBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(MlmLossBackwardParams p) {
   constexpr int kWidth = kWidthOf<T>;
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWidth;
   if (column >= p.block) return;
@@ -162,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(MlmLossBackwardPa
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         const float target = label == i ? smoothing + (1.0f - p.label_smoothing) : smoothing;
-        values[i] = softmax_gradient(values[i] + bias[i], max, normalizer, target, dloss);
+        values[i] = softmax_gradient(Exp<T>(), values[i] + bias[i], max, normalizer, target, dloss);
         dbias[i] += values[i];
       }
       store(static_cast<T*>(p.logits) + row * p.row_stride, column, p.block, aligned, values);
@@ -185,7 +205,7 @@ int64_t num_tiles(int64_t block, DType dtype) {
 }  // namespace
 
 int64_t mlm_loss_lines(int64_t rows, int64_t block, DType dtype) {
-  const int64_t tiles = num_tiles(block, dtype), wanted = num_processors() * kBackwardBlocksPerProcessor;
+  const int64_t tiles = num_tiles(block, dtype), wanted = num_processors() * kBackwardBlocks;
   const int64_t filling = (wanted + tiles - 1) / tiles, most = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
   return most < 1 ? 1 : filling < most ? filling : most;
 }

@@ -24,9 +24,9 @@ __global__ void __launch_bounds__(kWarp* kLanes) sum_lines_kernel(LineSums p) {
 
 const char* device_type() { return kDeviceType; }
 
-int64_t row_lines(int64_t rows, int64_t hidden) {
+int64_t row_lines(int64_t rows, int64_t hidden, DType dtype) {
   int64_t lines = 1;
-  for_shape(DType::float32, hidden, [&]<typename T, int kThreads>() {
+  for_shape(dtype, hidden, [&]<typename T, int kThreads>() {
     using G = Group<T, kThreads>;
     const int64_t rows_of_block = kMinRowsPerGroup * G::kGroups, blocks = (rows + rows_of_block - 1) / rows_of_block;
     const int64_t resident = static_cast<int64_t>(num_processors()) * G::kResidentBlocks;

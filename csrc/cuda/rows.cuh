@@ -5,9 +5,9 @@
 // at 0.7 us of latency 25 KB must be on their way to it at any time. The forward kernels get that from many resident blocks
 // (64 registers: 1,024 threads, each with two operands of 32 bytes in flight). The backward kernels keep sums over all their
 // rows in registers, three per column, which leaves 384 threads; there the loads of the next row are in flight during the
-// work on this one (2 operands x 32 bytes x 384 threads: 24 KB). 16 bits of 768 columns leave 300 cycles for a row of the
-// forward, 1,200 instructions of a warp: a group must not be wider than its row needs, or idle lanes take the time that
-// Philox needs.
+// work on this one (2 operands x 32 bytes x 384 threads: 24 KB; in float32 twice the bytes of 256 threads). 16 bits of 768
+// columns leave 300 cycles for a row of the forward, 1,200 instructions of a warp: a group must not be wider than its row
+// needs, or idle lanes take the time that Philox needs.
 
 #pragma once
 
@@ -73,8 +73,8 @@ struct Group {
   static constexpr int kGroups = kBlock / kThreads;
   // The blocks of a forward that a multiprocessor holds at least, with 64 or 80 registers per thread.
   static constexpr int kForwardBlocks = (sizeof(T) == 4 ? 768 : 1024) / kBlock;
-  // The blocks of a backward that a multiprocessor holds, with up to 168 registers per thread.
-  static constexpr int kResidentBlocks = kThreads > 128 ? 1 : 3;
+  // The blocks of a backward that a multiprocessor holds, with up to 168 registers per thread, or 255 in float32.
+  static constexpr int kResidentBlocks = kThreads > 128 ? 1 : sizeof(T) == 4 ? 2 : 3;
 
   // Elements as they are in memory: half the registers of those in use, for 16-bit dtypes.
   struct Packed {
@@ -235,7 +235,7 @@ unsigned forward_blocks(int64_t rows) {
 // The sum of load(i) for i below count, by a block of (32, kLanes) threads: a warp loads from neighbouring addresses, its
 // threads' sums are theirs alone. The result is that of threads with threadIdx.y == 0; the order depends on count alone.
 // 128 loads per column are on their way at once: a few hundred sums that other blocks have just written take three or four
-// times the latency of the second-level cache.
+// times the latency of the second-level cache. A kernel calls it once: its shared memory is not free for a second time.
 constexpr int kLanes = 16;
 
 template <typename Load>

@@ -104,6 +104,29 @@ def test_long_sums_keep_their_digits(backend, dtype):
     assert_within_budget(got, [t.to(dtype) for t in summed_in_float32], truth, NAMES)
 
 
+@pytest.mark.parametrize("padding", [-1, 0, 5])
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
+def test_runs_of_all_lengths(backend, dtype, padding):
+    """An id on one row, and on as many as make kernels cut its rows in two or more pieces, which begin and end anywhere."""
+    device, hidden = device_of(backend), 40
+    words = torch.arange(WORDS).repeat_interleave(torch.tensor([1, 63, 64, 65, 0, 200, 2, 128, 127, 1, 66]))
+    ids = [i[torch.randperm(len(words))] for i in (words, torch.arange(len(words)) % 2, torch.arange(len(words)) % 3)]
+    inputs = rounded(*draw_parameters(hidden), dtype=dtype)
+    dy = torch.randn(len(words), hidden, dtype=torch.float64).to(dtype).double()
+
+    def fused(*leaves):
+        return embedding_layer_norm(*(i.to(device) for i in ids), *leaves, EPS, padding_idx=padding, backend=backend)
+
+    def spelled_out(word, position, token_type, weight, ln_bias):
+        z = F.embedding(ids[0], word, None if padding < 0 else padding)
+        z = z + F.embedding(ids[1], token_type) + F.embedding(ids[2], position)
+        return F.layer_norm(z, (hidden,), weight, ln_bias, EPS)
+
+    got = gradients(fused, inputs, dy, dtype, device)
+    in_dtype = gradients(spelled_out, inputs, dy, dtype)
+    assert_within_budget(got, in_dtype, gradients(spelled_out, inputs, dy, torch.float64), NAMES)
+
+
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
 def test_no_rows(backend, dtype):
     device = device_of(backend)

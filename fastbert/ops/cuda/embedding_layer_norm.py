@@ -65,7 +65,7 @@ def embedding_layer_norm_backward(
     dz = torch.empty_like(dy) if any(needs) else None
     dweight, dln_bias = torch.empty_like(weight), torch.empty_like(weight)
     with device_guard(dy):
-        partials = float32_like(dy, extension.row_lines(rows, hidden), 2, hidden)
+        partials = float32_like(dy, extension.row_lines(rows, hidden, DTYPES[dy.dtype]), 2, hidden)
         extension.embedding_layer_norm_backward(
             dy.data_ptr(), input_ids.data_ptr(), token_type_ids.data_ptr(), position_ids.data_ptr(),
             word.data_ptr(), position.data_ptr(), token_type.data_ptr(), mean.data_ptr(), rstd.data_ptr(), weight.data_ptr(),

@@ -53,7 +53,7 @@ def add_layer_norm_backward(
     dweight, dln_bias = torch.empty_like(weight), torch.empty_like(weight)
     dbias = torch.empty_like(weight) if has_bias else None
     with device_guard(dy):
-        partials = float32_like(dy, extension.row_lines(rows, hidden), 3, hidden)
+        partials = float32_like(dy, extension.row_lines(rows, hidden, DTYPES[dy.dtype]), 3, hidden)
         extension.add_layer_norm_backward(
             dy.data_ptr(), z.data_ptr(), mean.data_ptr(), rstd.data_ptr(), weight.data_ptr(), pointer(dx),
             dresidual.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), pointer(dbias), partials.data_ptr(),
@@ -88,7 +88,7 @@ def gelu_layer_norm_backward(
     dweight, dln_bias = torch.empty_like(weight), torch.empty_like(weight)
     dbias = None if bias is None else torch.empty_like(bias)
     with device_guard(dy):
-        partials = float32_like(dy, extension.row_lines(rows, hidden), 3, hidden)
+        partials = float32_like(dy, extension.row_lines(rows, hidden, DTYPES[dy.dtype]), 3, hidden)
         extension.gelu_layer_norm_backward(
             dy.data_ptr(), x.data_ptr(), pointer(bias), weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
             dx.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), pointer(dbias), partials.data_ptr(),
