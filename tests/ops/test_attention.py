@@ -251,22 +251,6 @@ def test_a_sequence_of_nan_leaves_its_neighbours_alone(backend, dtype):
         assert torch.equal(with_nan[23:], without[23:])
 
 
-@pytest.mark.parametrize("capability", [90, 80], indirect=True)
-def test_the_order_of_threads_does_not_matter():
-    """A missing barrier shows in some order of the model's threads."""
-    skip_unless_supported("cuda", "cpu", torch.bfloat16, 64)
-    qkv, cu_seqlens, longest = packed([140, 3], 1, 64)
-    dout, seed, runs = torch.randn(qkv.shape[0], 1, 64), new_seed(), []
-
-    def ours(x):
-        return attention(x, cu_seqlens, longest, dropout_p=0.2, seed=seed, backend="cuda")
-
-    for order in (0, 1, 2):
-        with cuda_on_host.threads_in_order(order):
-            runs.append(gradients(ours, [qkv], dout, torch.bfloat16))
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*runs, strict=True))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
