@@ -75,8 +75,7 @@ INSTRUCTION_SETS = {
     "aarch64": {"baseline": []},
 }
 
-CUDA_OPS = ("embedding_layer_norm", "add_layer_norm", "gelu_layer_norm", "mlm_loss")
-CUDA_COMMON = ("csrc/cuda/bindings.cpp", "csrc/cuda/rows.cu", "csrc/cuda/table_gradient.cu", "csrc/cuda/multi_tensor.cu")
+CUDA_SOURCES = ("csrc/cuda/bindings.cpp", *(path.as_posix() for path in sorted(Path("csrc/cuda").glob("*.cu"))))
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = ("80", "90a", "100")
 
@@ -195,7 +194,7 @@ def build_cuda(temp: Path, target: str) -> dict[str, object]:
     version = run_command([nvcc, "--version"]).strip().splitlines()[-1]
     archs = cuda_arch_flags(nvcc)
     flags = [*CUDA_FLAGS, *PTXAS_FLAGS, *include_flags()]
-    units = [*sources("cuda", ".cu", CUDA_OPS), *CUDA_COMMON]
+    units = CUDA_SOURCES
     objects = [str(temp / f"{Path(source).stem}.cuda.o") for source in units]
     printed = run_parallel([[nvcc, *flags, *archs, "-c", source, "-o", obj] for source, obj in zip(units, objects)])
     run_command([nvcc, "-shared", "-cudart=static", *archs, *objects, "-o", target])
@@ -308,7 +307,7 @@ setup(
         ),
         Extension(
             "fastbert._cuda",
-            [*CUDA_COMMON, *sources("cuda", ".cu", CUDA_OPS)],
+            [*CUDA_SOURCES],
             depends=headers("csrc", "csrc/cuda"),
             optional=True,
         ),

@@ -50,6 +50,13 @@ FASTBERT_HOST_DEVICE bool keeps(const Words& words, uint32_t column, uint32_t th
   return ((word >> (16 * (lane % 2))) & 0xFFFF) >= threshold;
 }
 
+// The same of all eight columns of a call: bit c is set where column c keeps its element.
+FASTBERT_HOST_DEVICE uint32_t kept_columns(const Words& words, uint32_t threshold) {
+  uint32_t kept = 0;
+  for (uint32_t column = 0; column < 8; ++column) kept |= keeps(words, column, threshold) ? 1u << column : 0;
+  return kept;
+}
+
 // Phi(u) through erfc of the smaller tail, which keeps its digits where 1 + erf loses them.
 FASTBERT_HOST_DEVICE float normal_cdf(float u) { return 0.5f * erfcf(-0.70710678118654752f * u); }
 

@@ -153,6 +153,28 @@ PYBIND11_MODULE(_cuda, m) {
       },
       Release());
 
+  m.def(
+      "attention_forward",
+      [](Address qkv, Address cu_seqlens, Address out, Address lse, int64_t total, int64_t batch, int64_t num_heads,
+         int64_t head_dim, int64_t max_seqlen, float softmax_scale, const Dropout& dropout, DType dtype, Address stream) {
+        cuda::attention_forward({pointer<const void>(qkv), pointer<const int32_t>(cu_seqlens), pointer<void>(out),
+                                 pointer<float>(lse), total, batch, num_heads, head_dim, softmax_scale, dropout, dtype},
+                                max_seqlen, pointer<void>(stream));
+      },
+      Release());
+
+  m.def(
+      "attention_backward",
+      [](Address dout, Address qkv, Address out, Address lse, Address cu_seqlens, Address dqkv, Address delta, int64_t total,
+         int64_t batch, int64_t num_heads, int64_t head_dim, int64_t max_seqlen, float softmax_scale, const Dropout& dropout,
+         DType dtype, Address stream) {
+        cuda::attention_backward({pointer<const void>(dout), pointer<const void>(qkv), pointer<const void>(out),
+                                  pointer<const float>(lse), pointer<const int32_t>(cu_seqlens), pointer<void>(dqkv), total,
+                                  batch, num_heads, head_dim, softmax_scale, dropout, dtype},
+                                 pointer<float>(delta), max_seqlen, pointer<void>(stream));
+      },
+      Release());
+
   py::class_<OptimizerGroup>(m, "OptimizerGroup", py::module_local())
       .def(py::init([](Address device_rate, double rate, double beta1, double beta2, double eps, double weight_decay,
                        bool trust_ratio) {

@@ -50,5 +50,11 @@ void gradient_norm(const OptimizerParams& params, float max_norm, float* norm, f
 // A step of AdamW, or of LAMB; groups are in the host's memory, kMaxOptimizerGroups at most.
 void adamw(const OptimizerParams& params, const OptimizerGroup* groups, int64_t num_groups, void* stream);
 void lamb(const OptimizerParams& params, const OptimizerGroup* groups, int64_t num_groups, void* stream);
+// head_dim is a multiple of 8 up to this, softmax_scale positive, dtype bfloat16 or float16.
+constexpr int64_t kMaxHeadDim = 128;
+
+// max_seqlen: the length of the longest sequence, or more. delta: a workspace of (num_heads, total).
+void attention_forward(const AttentionForwardParams& params, int64_t max_seqlen, void* stream);
+void attention_backward(const AttentionBackwardParams& params, float* delta, int64_t max_seqlen, void* stream);
 
 }  // namespace fastbert::cuda

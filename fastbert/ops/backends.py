@@ -38,7 +38,9 @@ _OPS_OF = {
     "native": (*OPS, *INFERENCE_OPS),
     "cuda": cuda.OPS,
 }
+_CUDA_ATTENTION_DTYPES = (torch.bfloat16, torch.float16)  # what its matrix instructions multiply
 MAX_HEAD_DIM, TRITON_MAX_FLOAT32_HEAD_DIM = 256, 128
+CUDA_MAX_HEAD_DIM, CUDA_HEAD_DIM_MULTIPLE = 128, 8
 
 
 def _triton_interprets() -> bool:
@@ -67,12 +69,24 @@ def not_supported_reasons(backend: str, op: str, device_type: str, dtype: torch.
         reasons.append(f"it runs on {_DEVICES[backend]} tensors, these are on {device_type}")
     if backend == "triton" and device_type == "cpu" and not _triton_interprets():
         reasons.append("Triton compiles for GPUs only (TRITON_INTERPRET=1 interprets its kernels on a CPU, for tests)")
-    if dtype not in _DTYPES[backend]:
+    dtypes = _CUDA_ATTENTION_DTYPES if (backend, op) == ("cuda", "attention") else _DTYPES[backend]
+    if dtype not in dtypes:
         reasons.append(f"it has no kernels for {str(dtype).removeprefix('torch.')}")
-    limit = TRITON_MAX_FLOAT32_HEAD_DIM if (backend, dtype) == ("triton", torch.float32) else MAX_HEAD_DIM
-    if head_dim is not None and head_dim > limit and backend != "reference":
-        reasons.append(f"head_dim is {head_dim}, its kernels go up to {limit} in {str(dtype).removeprefix('torch.')}")
+    if head_dim is not None and (reason := _head_dim_reason(backend, dtype, head_dim)):
+        reasons.append(reason)
     return reasons
+
+
+def _head_dim_reason(backend: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if backend == "reference":
+        return None
+    if backend == "cuda":
+        suits = head_dim <= CUDA_MAX_HEAD_DIM and head_dim % CUDA_HEAD_DIM_MULTIPLE == 0
+        kernels = f"take multiples of {CUDA_HEAD_DIM_MULTIPLE} up to {CUDA_MAX_HEAD_DIM}"
+    else:
+        limit = TRITON_MAX_FLOAT32_HEAD_DIM if (backend, dtype) == ("triton", torch.float32) else MAX_HEAD_DIM
+        suits, kernels = head_dim <= limit, f"go up to {limit} in {str(dtype).removeprefix('torch.')}"
+    return None if suits else f"head_dim is {head_dim}, its kernels {kernels}"
 
 
 @functools.cache

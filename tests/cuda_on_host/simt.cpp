@@ -130,19 +130,32 @@ void take_turns() {
   std::iota(order.begin(), order.end(), 0);
   if (thread_order == 1) std::reverse(order.begin(), order.end());
   std::mt19937_64 random(thread_order + 7919 * block->index.x);
+  // In a shuffled order one warp runs ahead of the others, until it waits for them or, some time, is relieved.
+  const int warps = static_cast<int>(block->warps.size());
+  const bool in_warps = thread_order > 1;
+  int ahead = in_warps ? static_cast<int>(random() % warps) : 0;
+  int waiting = 0;  // warps, one after the other, without anything that happened
   for (size_t left = order.size(); left > 0;) {
-    if (thread_order > 1) std::shuffle(order.begin(), order.end(), random);
+    if (in_warps) std::shuffle(order.begin(), order.end(), random);
     const uint64_t events_before = block->events;
     left = 0;
     for (const int index : order) {
-      block->current = index;
-      Thread& thread = current();
-      if (thread.finished) continue;
-      go_on(block->scheduler, thread.place);
-      if (block->error) std::rethrow_exception(block->error);
+      Thread& thread = *block->threads[index];
+      if (!thread.finished && (!in_warps || index / kWarp == ahead)) {
+        block->current = index;
+        go_on(block->scheduler, thread.place);
+        if (block->error) std::rethrow_exception(block->error);
+      }
       left += thread.finished ? 0 : 1;
     }
-    if (left > 0 && block->events == events_before) throw_deadlock();
+    const bool happened = block->events != events_before;
+    waiting = happened ? 0 : waiting + 1;
+    if (left > 0 && waiting == (in_warps ? warps : 1)) throw_deadlock();
+    if (!happened) {
+      ahead = (ahead + 1) % warps;
+    } else if (random() % 512 == 0) {
+      ahead = static_cast<int>(random() % warps);
+    }
   }
 }
 

@@ -38,7 +38,7 @@ using Location = std::source_location;
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 // In which order the threads of a block take turns from the next launch on: 0 ascending, 1 descending, others shuffled anew
-// in every turn, with this seed.
+// in every turn, with this seed, and one warp far ahead of the others.
 void set_order(uint64_t order);
 
 // What the kernels are told of the GPU: its compute capability, 90 for 9.0.

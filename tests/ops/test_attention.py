@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from fastbert.ops import attention, backends, reference
+from fastbert.ops import attention, backends, cuda, reference
 
+from .. import cuda_on_host
 from .helpers import DEVICE, SMALLEST, assert_within_budget, backend_cases, device_of, gradients, new_seed, rounded
 
 LENGTHS = {
@@ -28,6 +30,33 @@ def few_processors(monkeypatch):
     """Triton's on-chip backward is for batches that fill the GPU: here for all."""
     if importlib.util.find_spec("triton"):
         monkeypatch.setattr("fastbert_kernels.attention.num_processors", lambda x: 1)
+
+
+def every_kernel() -> pytest.MarkDecorator:
+    """All backends and dtypes, and the CUDA kernels for both architectures where the model of a GPU runs them."""
+    cases = []
+    for case in backend_cases("attention"):
+        backend, _ = case.values
+        for value in (90, 80) if backend == "cuda" and DEVICE == "cpu" else (None,):
+            name = case.id if value is None else f"{case.id}-sm{value}"
+            cases.append(pytest.param(*case.values, value, id=name, marks=case.marks))
+    return pytest.mark.parametrize(("backend", "dtype", "capability"), cases, indirect=["capability"])
+
+
+@pytest.fixture(autouse=True)
+def capability(request) -> Iterator[None]:
+    """The model's GPU is of this compute capability."""
+    value = getattr(request, "param", None)
+    if value is None or DEVICE == "cuda" or cuda_on_host.compiler() is None:
+        yield
+        return
+    with cuda_on_host.capability(value):
+        yield
+
+
+def usual_head_dim(backend: str, others: int) -> int:
+    """Hopper's CUDA kernels are for 64 alone; less costs less in Triton's interpreter."""
+    return 64 if backend == "cuda" else others
 
 
 def packed(lengths: list[int], heads: int, head_dim: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -50,8 +79,14 @@ def plain(qkv, cu_seqlens, softmax_scale, dropout_p=0.0, seed=None, stream=0):
     return torch.cat(outs) if outs else qkv[:, 0]
 
 
+def skip_unless_supported(backend, device, dtype, head_dim) -> None:
+    if reasons := backends.not_supported_reasons(backend, "attention", device, dtype, head_dim):
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+
+
 def check(backend, dtype, lengths, heads, head_dim, dropout_p=0.0, scale=1.0, max_seqlen=None) -> None:
     device, seed = device_of(backend), new_seed()
+    skip_unless_supported(backend, device, dtype, head_dim)
     qkv, cu_seqlens, longest = packed(lengths, heads, head_dim, scale)
     (qkv,) = rounded(qkv, dtype=dtype)
     softmax_scale = head_dim**-0.5
@@ -76,10 +111,10 @@ def check(backend, dtype, lengths, heads, head_dim, dropout_p=0.0, scale=1.0, ma
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
+@every_kernel()
 def test_lengths(backend, dtype, lengths, dropout_p):
     heads = 1 if sum(lengths) > 300 else 2  # Triton's interpreter takes seconds for a long sequence
-    check(backend, dtype, lengths, heads=heads, head_dim=32, dropout_p=dropout_p)
+    check(backend, dtype, lengths, heads=heads, head_dim=usual_head_dim(backend, 32), dropout_p=dropout_p)
 
 
 @pytest.mark.parametrize("head_dim", [1, 8, 24, 40, 64, 80, 96, 128])
@@ -95,31 +130,34 @@ def test_max_seqlen_is_a_bound(backend, dtype, dropout_p):
     check(backend, dtype, [70, 0, 3], heads=2, head_dim=24, dropout_p=dropout_p, max_seqlen=600)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
+@every_kernel()
 def test_large_scores_do_not_overflow(backend, dtype):
-    check(backend, dtype, [20, 5], heads=2, head_dim=16, scale=8.0)
+    check(backend, dtype, [20, 5], heads=2, head_dim=usual_head_dim(backend, 16), scale=8.0)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
+@every_kernel()
 def test_scores_far_below_every_bound_on_them(backend, dtype):
     """All keys alike and the query opposite: scores of -40, where |query| |key| allows for 40. Their softmax is uniform."""
-    device = device_of(backend)
-    qkv, cu_seqlens, longest = packed([5, 70], 1, 16)
+    device, head_dim = device_of(backend), usual_head_dim(backend, 16)
+    qkv, cu_seqlens, longest = packed([5, 70], 1, head_dim)
     qkv[:, 0], qkv[:, 1] = 3.0, -3.0
     (qkv,) = rounded(qkv, dtype=dtype)
-    scale = 40 / (16 * 9)
+    scale = 40 / (head_dim * 9)
     out = attention(qkv.to(device, dtype), cu_seqlens.to(device), longest, softmax_scale=scale, backend=backend)
     means = [values.mean(0, keepdim=True).expand_as(values) for values in qkv[:, 2].split([5, 70])]
     torch.testing.assert_close(out.cpu().double(), torch.cat(means), rtol=0, atol=2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(("dtype", "lse"), [(torch.bfloat16, -100.0), (torch.float16, -20.0)])
-@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "capability"),
+    [("reference", None), ("native", None), ("triton", None), ("cuda", 90), ("cuda", 80)],
+    indirect=["capability"],
+)
 def test_gradients_where_all_scores_are_far_below_zero(backend, dtype, lse, length=20):
     """exp(-lse) of keys that are not there, padding of a tile, overflows the dtype."""
     device = device_of(backend)
-    if reasons := backends.not_supported_reasons(backend, "attention", device, dtype):
-        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+    skip_unless_supported(backend, device, dtype, 64)
     qkv, cu_seqlens, longest = packed([length], 2, 64)
     qkv[:, 0], qkv[:, 1] = 2.0, -2.0
     (qkv,) = rounded(qkv + 0.01 * torch.randn_like(qkv), dtype=dtype)
@@ -148,7 +186,7 @@ def test_float16_in_the_interpreter(scale):
     check("triton", torch.float16, [70, 9], heads=2, head_dim=32, dropout_p=0.1, scale=scale)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
+@every_kernel()
 def test_dropout_mask_is_the_references_bit_for_bit(backend, dtype):
     """Equal keys make uniform probabilities; one-hot values then show which of them survived."""
     device, lengths, heads = device_of(backend), [40, 9, 64], 2
@@ -174,16 +212,50 @@ def test_dropout_of_everything_and_of_nothing(dropout_p):
     assert (out == 0).all() == (dropout_p == 1.0)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
+@every_kernel()
 def test_two_runs_give_the_same_bits(backend, dtype):
-    device = device_of(backend)
-    qkv, cu_seqlens, longest = packed([70, 40, 3], 2, 32)
-    dout = torch.randn(qkv.shape[0], 2, 32)
+    device, head_dim = device_of(backend), usual_head_dim(backend, 32)
+    qkv, cu_seqlens, longest = packed([70, 40, 3], 2, head_dim)
+    dout = torch.randn(qkv.shape[0], 2, head_dim)
     runs = [
         gradients(lambda x: attention(x, cu_seqlens.to(device), longest, backend=backend), [qkv], dout, dtype, device)
         for _ in range(2)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@every_kernel()
+def test_a_sequence_of_nan_leaves_its_neighbours_alone(backend, dtype):
+    """Tiles reach beyond a sequence's end, where a probability of 0 times NaN would be NaN."""
+    device, head_dim, lengths = device_of(backend), usual_head_dim(backend, 32), [20, 3, 30]
+    qkv, cu_seqlens, longest = packed(lengths, 1, head_dim)
+    dout = torch.randn(sum(lengths), 1, head_dim, dtype=torch.float64)
+
+    def ours(x):
+        return attention(x, cu_seqlens.to(device), longest, backend=backend)
+
+    clean = gradients(ours, [qkv], dout, dtype, device)
+    qkv[20:23] = dout[20:23] = float("nan")
+    for with_nan, without in zip(gradients(ours, [qkv], dout, dtype, device), clean, strict=True):
+        assert with_nan[20:23].isnan().all()
+        assert torch.equal(with_nan[:20], without[:20])
+        assert torch.equal(with_nan[23:], without[23:])
+
+
+@pytest.mark.parametrize("capability", [90, 80], indirect=True)
+def test_the_order_of_threads_does_not_matter():
+    """A missing barrier shows in some order of the model's threads."""
+    skip_unless_supported("cuda", "cpu", torch.bfloat16, 64)
+    qkv, cu_seqlens, longest = packed([140, 3], 1, 64)
+    dout, seed, runs = torch.randn(qkv.shape[0], 1, 64), new_seed(), []
+
+    def ours(x):
+        return attention(x, cu_seqlens, longest, dropout_p=0.2, seed=seed, backend="cuda")
+
+    for order in (0, 1, 2):
+        with cuda_on_host.threads_in_order(order):
+            runs.append(gradients(ours, [qkv], dout, torch.bfloat16))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -206,5 +278,11 @@ def test_bad_input_is_named(change, message):
 
 
 def test_an_explicit_backend_is_never_replaced():
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run attention: .*it has no kernel for attention"):
-        attention(torch.zeros(1, 3, 1, 8), torch.tensor([0, 1], dtype=torch.int32), 1, backend="cuda")
+    refused = "backend 'cuda' cannot run attention: .*head_dim is 12, its kernels take multiples of 8 up to 128"
+    with pytest.raises(RuntimeError, match=refused):
+        attention(torch.zeros(1, 3, 1, 12), torch.tensor([0, 1], dtype=torch.int32), 1, backend="cuda")
+
+
+def test_the_cuda_backend_refuses_a_scale_that_turns_scores_around():
+    with pytest.raises(ValueError, match="positive softmax_scale"):
+        cuda.attention_forward(torch.zeros(1, 3, 1, 8), torch.tensor([0, 1], dtype=torch.int32), 1, softmax_scale=-1.0)

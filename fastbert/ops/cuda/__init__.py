@@ -4,18 +4,21 @@ Inputs are contiguous CUDA tensors of float32, bfloat16 or float16. Work is queu
 device. Statistics and sums are float32 and the same in every run.
 """
 
+from .attention import attention_backward, attention_forward
 from .embedding_layer_norm import embedding_layer_norm_backward, embedding_layer_norm_forward
 from .extension import DEVICE_TYPE, unavailable_reason
 from .layer_norms import add_layer_norm_backward, add_layer_norm_forward, gelu_layer_norm_backward, gelu_layer_norm_forward
 from .mlm_loss import mlm_loss_backward, mlm_loss_forward
 
-OPS = ("embedding_layer_norm", "add_layer_norm", "gelu_layer_norm", "mlm_loss")
+OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "gelu_layer_norm", "mlm_loss")
 
 __all__ = [
     "DEVICE_TYPE",
     "OPS",
     "add_layer_norm_backward",
     "add_layer_norm_forward",
+    "attention_backward",
+    "attention_forward",
     "embedding_layer_norm_backward",
     "embedding_layer_norm_forward",
     "gelu_layer_norm_backward",

@@ -110,14 +110,16 @@ inline void load_matrices_transposed(uint32_t (&registers)[4], const void* row, 
 template <typename T>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Location where = Location::current()) {
   struct Share {
-    uint32_t a[4], b[2];
+    float a[8], b[4];
   };
-  const Share* shares = simt::exchange(Share{{a[0], a[1], a[2], a[3]}, {b0, b1}}, "multiply_add", where);
-  const auto half = [](uint32_t word, int i) { return unpack(kIsBfloat16<T>, word >> (16 * (i % 2))); };
+  Share mine;
+  for (int i = 0; i < 8; ++i) mine.a[i] = unpack(kIsBfloat16<T>, a[i / 2] >> (16 * (i % 2)));
+  for (int i = 0; i < 4; ++i) mine.b[i] = unpack(kIsBfloat16<T>, (i < 2 ? b0 : b1) >> (16 * (i % 2)));
+  const Share* shares = simt::exchange(mine, "multiply_add", where);
   const auto element_of_a = [&](int row, int k) {
-    return half(shares[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)], k);
+    return shares[row % 8 * 4 + k % 8 / 2].a[2 * (row / 8 + 2 * (k / 8)) + k % 2];
   };
-  const auto element_of_b = [&](int k, int column) { return half(shares[column * 4 + k % 8 / 2].b[k / 8], k); };
+  const auto element_of_b = [&](int k, int column) { return shares[column * 4 + k % 8 / 2].b[2 * (k / 8) + k % 2]; };
   const int quad = simt::lane() / 4, place = simt::lane() % 4;
   for (int i = 0; i < 4; ++i) {
     double sum = d[i];

@@ -1,0 +1,127 @@
+// What the attention kernels share: which head of which sequence a block works on, reductions over the rows of a warp's
+// product, and dropout of it.
+//
+// mma.sync and wgmma give a warp 16 rows of a product in the same way (ptx.cuh): a lane holds rows quad and quad + 8, and of
+// each eight columns j columns 8 j + 2 * place + (0, 1), as elements i = 0, 1 and 2, 3; quad is lane / 4, place lane % 4.
+
+#pragma once
+
+#include "cuda/arithmetic.h"
+#include "cuda/launch.h"
+#include "cuda/launcher.cuh"
+#include "cuda/ptx.cuh"
+
+namespace fastbert::cuda {
+
+// The kernels of attention.cu's launchers: for a GPU of compute capability 9.0, head_dim 64 and at most 512 tokens, and for
+// everything else. delta: a workspace of (num_heads, total).
+void attention_forward_hopper(const AttentionForwardParams& params, int64_t max_seqlen, void* stream);
+void attention_backward_hopper(const AttentionBackwardParams& params, float* delta, int64_t max_seqlen, void* stream);
+void attention_forward_streaming(const AttentionForwardParams& params, int64_t max_seqlen, void* stream);
+void attention_backward_streaming(const AttentionBackwardParams& params, float* delta, int64_t max_seqlen, void* stream);
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// One head of one sequence, which is rows start to start + length of the packed batch. Rows past its end belong to the next
+// sequence: they are neither read nor written.
+struct Head {
+  int64_t start;
+  int length, head;
+
+  // index counts heads within sequences.
+  __device__ __forceinline__ Head(const int32_t* cu_seqlens, int64_t num_heads, int index)
+      : head(index % static_cast<int>(num_heads)) {
+    const int sequence = index / static_cast<int>(num_heads);
+    start = cu_seqlens[sequence];
+    length = cu_seqlens[sequence + 1] - cu_seqlens[sequence];
+  }
+};
+
+// The two numbers in one register.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t both) {
+  if constexpr (kIsBfloat16<T>) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&both));
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&both));
+  }
+}
+
+// Over the four lanes that hold a row.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xFFFFFFFF, x, 1);
+  return x + __shfl_xor_sync(0xFFFFFFFF, x, 2);
+}
+
+// --- dropout
+// ---------------------------------------------------------------------------------------------------------------
+
+// A Philox call draws eight keys of one query, of which a lane holds one or two: so the lanes that share calls draw
+// different ones, keep one bit of each element, and exchange these. The mask of a warp's 16 x 64 elements, 32 of them per
+// lane, costs four calls per lane and two or three shuffles.
+
+// Within each byte of all lanes' words: what is at bit kShift of the index of a bit and what is at bit kLanes of the lane's
+// number change places. kLow: the bits whose index has no kShift.
+template <int kLanes, int kShift, uint32_t kLow>
+__device__ __forceinline__ uint32_t transpose_bits(uint32_t word) {
+  const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, word, kLanes);
+  return threadIdx.x & kLanes ? (word & ~kLow) | (other >> kShift & kLow) : (word & kLow) | (other & kLow) << kShift;
+}
+
+// Dropout of one head's probabilities. Blocks are of one dimension, whole warps.
+struct HeadDropout {
+  uint64_t seed;
+  uint32_t threshold, head, stream;
+  float scale;  // of what is kept, 1 without dropout
+
+  __device__ __forceinline__ HeadDropout(const Dropout& dropout, int head)
+      : seed(dropout.threshold == 0 ? 0 : static_cast<uint64_t>(*dropout.seed)),
+        threshold(dropout.threshold),
+        head(static_cast<uint32_t>(head)),
+        stream(dropout.stream),
+        scale(dropout.threshold == 0 ? 1.0f : dropout.scale) {}
+
+  __device__ __forceinline__ bool drops() const { return threshold != 0; }
+
+  // Bit 4 j + i is set where element i of columns j is kept. Rows are 16 queries from this one of the batch, columns 64 keys
+  // from this one of the sequence, a multiple of 8.
+  __device__ __forceinline__ uint32_t kept(uint32_t query, uint32_t key) const {
+    const uint32_t quad = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
+    uint32_t bits = 0;
+#pragma unroll
+    for (uint32_t c = 0; c < 4; ++c) {
+      bits |= draw(query + quad + 8 * (place & 1), key / 8 + 2 * c + (place >> 1)) << 8 * c;
+    }
+    bits = transpose_bits<1, 2, 0x33333333>(bits);
+    return transpose_bits<2, 4, 0x0F0F0F0F>(bits);
+  }
+
+  // The same of a transposed product: rows are 16 keys, columns 64 queries.
+  __device__ __forceinline__ uint32_t kept_transposed(uint32_t key, uint32_t query) const {
+    const uint32_t quad = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
+    uint32_t bits = 0;
+#pragma unroll
+    for (uint32_t c = 0; c < 4; ++c) {
+      bits |= draw(query + 8 * (2 * c + (quad >> 2)) + 2 * place + (quad & 1), key / 8 + (quad >> 1 & 1)) << 8 * c;
+    }
+    bits = transpose_bits<4, 1, 0x55555555>(bits);
+    bits = transpose_bits<8, 2, 0x33333333>(bits);
+    return transpose_bits<16, 4, 0x0F0F0F0F>(bits);
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t draw(uint32_t query, uint32_t eight_keys) const {
+    return kept_columns(philox(eight_keys, query, head, stream, seed), threshold);
+  }
+};
+
+// Of what HeadDropout drew.
+__device__ __forceinline__ bool is_kept(uint32_t kept, int columns, int element) {
+  return kept >> (4 * columns + element) & 1;
+}
+
+}  // namespace fastbert::cuda
