@@ -1,4 +1,4 @@
-"""Every op of one backend, once forward and backward on few rows: what compute-sanitizer watches.
+"""Every op of one backend, once forward and backward on few rows, and CUDA's optimizers: what compute-sanitizer watches.
 
 compute-sanitizer --tool racecheck python3 -m benchmarks.sanitized --backend cuda
 
@@ -14,6 +14,7 @@ import sys
 import torch
 
 from fastbert.ops import backends, cuda
+from fastbert.train.multi_tensor import MultiTensorAdamW, MultiTensorLAMB, MultiTensorOptimizer
 
 from .op_cases import SCALES, Contender, cases
 from .ops import forward_and_backward
@@ -43,7 +44,22 @@ def run(backend: str, scale: str) -> dict[str, object]:
             for case in cases(op, SCALES[scale], device, dtype):
                 forward_and_backward(Contender(case.ours(backend), case.leaves, case.dout))
         ran.append(op)
+    if backend == "cuda" and not not_run:
+        for optimizer in (MultiTensorAdamW, MultiTensorLAMB):
+            train(optimizer, device)
+            ran.append(optimizer.__name__)
     return {"benchmark": "sanitized", "backend": backend, "ops": ran, "not_run": not_run}
+
+
+def train(optimizer_class: type[MultiTensorOptimizer], device: str) -> None:
+    """Two clipped steps on one element, on less than a chunk and on several, not all of them whole vectors."""
+    parameters = [torch.randn(size, device=device).requires_grad_() for size in (1, 1000, 70001)]
+    optimizer = optimizer_class(parameters, lr=1e-3)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.clip_grad_norm(1.0)
+        optimizer.step()
 
 
 if __name__ == "__main__":

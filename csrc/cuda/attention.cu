@@ -4,14 +4,26 @@
 
 namespace fastbert::cuda {
 
+namespace {
+
+bool is_for_hopper(int64_t head_dim, int64_t max_seqlen) {
+  return capability() == 90 && head_dim == kHopperHeadDim && max_seqlen <= kHopperMaxSeqlen;
+}
+
+}  // namespace
+
 void attention_forward(const AttentionForwardParams& p, int64_t max_seqlen, void* stream) {
   if (p.total == 0) return;
-  attention_forward_streaming(p, max_seqlen, stream);
+  (is_for_hopper(p.head_dim, max_seqlen) ? attention_forward_hopper : attention_forward_streaming)(p, max_seqlen, stream);
 }
 
 void attention_backward(const AttentionBackwardParams& p, float* delta, int64_t max_seqlen, void* stream) {
   if (p.total == 0) return;
-  attention_backward_streaming(p, delta, max_seqlen, stream);
+  if (is_for_hopper(p.head_dim, max_seqlen)) {
+    attention_backward_hopper(p, max_seqlen, stream);
+  } else {
+    attention_backward_streaming(p, delta, max_seqlen, stream);
+  }
 }
 
 }  // namespace fastbert::cuda

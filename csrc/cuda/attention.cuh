@@ -13,10 +13,11 @@
 
 namespace fastbert::cuda {
 
-// The kernels of attention.cu's launchers: for a GPU of compute capability 9.0, head_dim 64 and at most 512 tokens, and for
-// everything else. delta: a workspace of (num_heads, total).
+// The kernels of attention.cu's launchers: for a GPU of compute capability 9.0, this head_dim and at most so many tokens,
+// and for everything else. delta: a workspace of (num_heads, total).
+constexpr int kHopperHeadDim = 64, kHopperMaxSeqlen = 512;
 void attention_forward_hopper(const AttentionForwardParams& params, int64_t max_seqlen, void* stream);
-void attention_backward_hopper(const AttentionBackwardParams& params, float* delta, int64_t max_seqlen, void* stream);
+void attention_backward_hopper(const AttentionBackwardParams& params, int64_t max_seqlen, void* stream);
 void attention_forward_streaming(const AttentionForwardParams& params, int64_t max_seqlen, void* stream);
 void attention_backward_streaming(const AttentionBackwardParams& params, float* delta, int64_t max_seqlen, void* stream);
 
@@ -64,40 +65,41 @@ __device__ __forceinline__ float quad_sum(float x) {
 // different ones, keep one bit of each element, and exchange these. The mask of a warp's 16 x 64 elements, 32 of them per
 // lane, costs four calls per lane and two or three shuffles.
 
-// Within each byte of all lanes' words: what is at bit kShift of the index of a bit and what is at bit kLanes of the lane's
-// number change places. kLow: the bits whose index has no kShift.
+// Of all lanes' words, what is at bit kShift of the index of a bit and what is at bit kLanes of the lane's number change
+// places. kLow: the bits whose index has no kShift.
 template <int kLanes, int kShift, uint32_t kLow>
 __device__ __forceinline__ uint32_t transpose_bits(uint32_t word) {
   const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, word, kLanes);
-  return threadIdx.x & kLanes ? (word & ~kLow) | (other >> kShift & kLow) : (word & kLow) | (other & kLow) << kShift;
+  const bool upper = threadIdx.x & kLanes;
+  const uint32_t stays = upper ? ~kLow : kLow, turn = upper ? 32 - kShift : kShift;
+  return (word & stays) | ((other << turn | other >> (32 - turn)) & ~stays);
 }
+
+// Of what is kept.
+__device__ __forceinline__ float kept_scale(const Dropout& dropout) { return dropout.threshold == 0 ? 1.0f : dropout.scale; }
 
 // Dropout of one head's probabilities. Blocks are of one dimension, whole warps.
 struct HeadDropout {
   uint64_t seed;
   uint32_t threshold, head, stream;
-  float scale;  // of what is kept, 1 without dropout
 
   __device__ __forceinline__ HeadDropout(const Dropout& dropout, int head)
       : seed(dropout.threshold == 0 ? 0 : static_cast<uint64_t>(*dropout.seed)),
         threshold(dropout.threshold),
         head(static_cast<uint32_t>(head)),
-        stream(dropout.stream),
-        scale(dropout.threshold == 0 ? 1.0f : dropout.scale) {}
+        stream(dropout.stream) {}
 
   __device__ __forceinline__ bool drops() const { return threshold != 0; }
 
-  // Bit 4 j + i is set where element i of columns j is kept. Rows are 16 queries from this one of the batch, columns 64 keys
-  // from this one of the sequence, a multiple of 8.
+  // What is_kept tells of each element. Rows are 16 queries from this one of the batch, columns 64 keys from this one of the
+  // sequence, a multiple of 8.
   __device__ __forceinline__ uint32_t kept(uint32_t query, uint32_t key) const {
     const uint32_t quad = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
     uint32_t bits = 0;
 #pragma unroll
-    for (uint32_t c = 0; c < 4; ++c) {
-      bits |= draw(query + quad + 8 * (place & 1), key / 8 + 2 * c + (place >> 1)) << 8 * c;
-    }
-    bits = transpose_bits<1, 2, 0x33333333>(bits);
-    return transpose_bits<2, 4, 0x0F0F0F0F>(bits);
+    for (uint32_t c = 0; c < 4; ++c) add(bits, query + quad + 8 * (place & 1), key / 8 + 2 * c + (place >> 1));
+    bits = transpose_bits<1, 1, 0x55555555>(bits);
+    return transpose_bits<2, 2, 0x33333333>(bits);
   }
 
   // The same of a transposed product: rows are 16 keys, columns 64 queries.
@@ -106,22 +108,35 @@ struct HeadDropout {
     uint32_t bits = 0;
 #pragma unroll
     for (uint32_t c = 0; c < 4; ++c) {
-      bits |= draw(query + 8 * (2 * c + (quad >> 2)) + 2 * place + (quad & 1), key / 8 + (quad >> 1 & 1)) << 8 * c;
+      add(bits, query + 8 * (2 * c + (quad >> 2)) + 2 * place + (quad & 1), key / 8 + (quad >> 1 & 1));
     }
-    bits = transpose_bits<4, 1, 0x55555555>(bits);
-    bits = transpose_bits<8, 2, 0x33333333>(bits);
-    return transpose_bits<16, 4, 0x0F0F0F0F>(bits);
+    bits = transpose_bits<4, 16, 0x0000FFFF>(bits);
+    bits = transpose_bits<8, 1, 0x55555555>(bits);
+    return transpose_bits<16, 2, 0x33333333>(bits);
   }
 
  private:
-  __device__ __forceinline__ uint32_t draw(uint32_t query, uint32_t eight_keys) const {
-    return kept_columns(philox(eight_keys, query, head, stream, seed), threshold);
+  // Of the c-th call, word w's columns become bits 4 c + w and 16 + 4 c + w: those of earlier calls move down as new ones
+  // come.
+  __device__ __forceinline__ void add(uint32_t& bits, uint32_t query, uint32_t eight_keys) const {
+    const Words words = philox(eight_keys, query, head, stream, seed);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) bits = (bits >> 1 & 0x7FFF7FFF) | kept_halves(words.w[w], threshold);
   }
 };
 
-// Of what HeadDropout drew.
+// Of what HeadDropout drew: bit 16 h + 2 j + r is set where element i = 2 r + h of columns j is kept.
 __device__ __forceinline__ bool is_kept(uint32_t kept, int columns, int element) {
-  return kept >> (4 * columns + element) & 1;
+  return kept >> (16 * (element % 2) + 2 * columns + element / 2) & 1;
+}
+
+// What is_kept tells of the columns from these on.
+__device__ __forceinline__ uint32_t kept_from(uint32_t kept, int columns) { return kept >> 2 * columns; }
+
+// Of elements 2 * r and 2 * r + 1 of columns j, packed into a register: all bits of those that are kept.
+__device__ __forceinline__ uint32_t kept_pair(uint32_t kept, int columns, int r) {
+  const int bit = 2 * columns + r;
+  return spread_top_bits(kept << (7 - bit % 8), bit < 8 ? 0x2200 : 0x3311);
 }
 
 }  // namespace fastbert::cuda

@@ -11,6 +11,9 @@ namespace fastbert::cuda {
 
 namespace {
 
+// Of a tile, by a warp.
+constexpr int kKeysAtOnce = 32;
+
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 4 : 2) forward_kernel(AttentionForwardParams p, Grid grid) {
   using Tile = Tile<T, kWidth>;
@@ -41,6 +44,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 4 : 2) forward_kernel
 
   const HeadDropout dropout(p.dropout, head.head);
   const float scale_log2 = p.softmax_scale * kLog2E;
+  const bool works = first_query + 16 * warp() < head.length;
   float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};  // of rows quad and quad + 8; sums of this lane's columns
   float out[kWidth / 8][4] = {};
   int buffer = 0;
@@ -49,46 +53,59 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 4 : 2) forward_kernel
     __syncthreads();  // the tile is there, and nobody is at the last one any more
     if (first_key + kTileRows < head.length) copy_keys(first_key + kTileRows, buffer ^ 1);
 
-    float p_tile[kTileRows / 8][4];
-    multiply_by_rows(p_tile, queries, keys(buffer), 0);
-    if (first_key + kTileRows > head.length) mask_columns(p_tile, head.length - first_key);
-    float correction[2], shift[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      // Every tile has a key, so the maximum is finite and no row becomes NaN.
-      float largest = row_max[r];
-#pragma unroll
-      for (int j = 0; j < kTileRows / 8; ++j) largest = fmaxf(largest, fmaxf(p_tile[j][2 * r], p_tile[j][2 * r + 1]));
-      largest = quad_max(largest);
-      correction[r] = exp2_approximate((row_max[r] - largest) * scale_log2);
-      shift[r] = -largest * scale_log2;
-      row_max[r] = largest;
-      row_sum[r] *= correction[r];
+    const int keys_here = works ? head.length - first_key : 0;
+    uint32_t kept = 0;
+    if (dropout.drops() && works) {
+      kept = dropout.kept(static_cast<uint32_t>(head.start + first_query + 16 * warp()), first_key);
     }
+#pragma unroll 1
+    for (int step = 0; step < kTileRows && step < keys_here; step += kKeysAtOnce) {
+      float probability[kKeysAtOnce / 8][4];
+      multiply_by_rows(probability, queries, keys(buffer), step);
+      if (step + kKeysAtOnce > keys_here) mask_columns(probability, keys_here - step);
+      float largest[2];
 #pragma unroll
-    for (int j = 0; j < kTileRows / 8; ++j) {
+      for (int r = 0; r < 2; ++r) {
+        // There is a key at least, so the maximum is finite and no row becomes NaN.
+        largest[r] = row_max[r];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        p_tile[j][i] = exp2_approximate(fmaf(p_tile[j][i], scale_log2, shift[i / 2]));
-        row_sum[i / 2] += p_tile[j][i];
+        for (int j = 0; j < kKeysAtOnce / 8; ++j) {
+          largest[r] = fmaxf(largest[r], fmaxf(probability[j][2 * r], probability[j][2 * r + 1]));
+        }
+        largest[r] = quad_max(largest[r]);
       }
-    }
-    if (dropout.drops()) {
-      drop(p_tile, dropout.kept(static_cast<uint32_t>(head.start + first_query + 16 * warp()), first_key), 0);
-    }
+      // Most maxima are among the first keys.
+      if (__any_sync(0xFFFFFFFF, largest[0] != row_max[0] || largest[1] != row_max[1])) {
 #pragma unroll
-    for (int j = 0; j < kWidth / 8; ++j) {
+        for (int r = 0; r < 2; ++r) {
+          const float correction = exp2_approximate((row_max[r] - largest[r]) * scale_log2);
+          row_max[r] = largest[r];
+          row_sum[r] *= correction;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[j][i] *= correction[i / 2];
+          for (int j = 0; j < kWidth / 8; ++j) {
+            out[j][2 * r] *= correction;
+            out[j][2 * r + 1] *= correction;
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kKeysAtOnce / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          probability[j][i] = exp2_approximate(fmaf(probability[j][i], scale_log2, -row_max[i / 2] * scale_log2));
+          row_sum[i / 2] += probability[j][i];
+        }
+      }
+      if (dropout.drops()) drop(probability, kept_from(kept, step / 8));
+      add_weighted_rows(out, probability, values(buffer), step);
     }
-    add_weighted_rows(out, p_tile, values(buffer), 0);
   }
 
   float factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(row_sum[r]);
-    factor[r] = dropout.scale / sum;
+    factor[r] = kept_scale(p.dropout) / sum;
     const int query = first_query + 16 * warp() + quad() + 8 * r;
     if (p.lse != nullptr && place() == 0 && query < head.length) {
       p.lse[head.head * p.total + head.start + query] = fmaf(row_max[r], p.softmax_scale, logf(sum));

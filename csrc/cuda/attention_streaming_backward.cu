@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
   const float scale_log2 = p.softmax_scale * kLog2E;
   const Rows<const T> out = rows_of<T>(p.out, 1, p, head);
   const int64_t statistics = head.head * p.total + head.start;  // of the sequence's first row in lse and delta
-  const float inverse_scale = dropout.scale == 0.0f ? 0.0f : 1.0f / dropout.scale;
+  const float scale = kept_scale(p.dropout), dq_scale = p.softmax_scale * scale;
+  const float delta_scale = scale == 0.0f ? 0.0f : 1.0f / scale;
   float shift[2], delta[2] = {};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -78,12 +79,13 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
         }
       }
     }
-    delta[r] = quad_sum(delta[r]) * inverse_scale;
+    delta[r] = quad_sum(delta[r]) * delta_scale;
     const bool inside = query < head.length;
     if (inside && place() == 0) all_delta[statistics + query] = delta[r];
     shift[r] = inside ? -p.lse[statistics + query] * kLog2E : 0.0f;
   }
 
+  const bool works = first_query + 16 * warp() < head.length;
   float dq[kWidth / 8][4] = {};
   int buffer = 0;
   for (int first_key = 0; first_key < head.length; first_key += kTileRows, buffer ^= 1) {
@@ -91,18 +93,19 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
     __syncthreads();  // the tile is there, and nobody is at the last one any more
     if (first_key + kTileRows < head.length) copy_keys(first_key + kTileRows, buffer ^ 1);
 
+    const int keys_here = works ? head.length - first_key : 0;
     uint32_t kept = 0;
-    if (dropout.drops()) {
+    if (dropout.drops() && works) {
       kept = dropout.kept(static_cast<uint32_t>(head.start + first_query + 16 * warp()), first_key);
     }
 #pragma unroll 1
-    for (int step = 0; step < kTileRows; step += kKeysAtOnce) {
+    for (int step = 0; step < kTileRows && step < keys_here; step += kKeysAtOnce) {
       float ds[kKeysAtOnce / 8][4], dp[kKeysAtOnce / 8][4];
       multiply_by_rows(ds, q, keys(buffer), step);
       multiply_by_rows(dp, dout, values(buffer), step);
-      if (dropout.drops()) drop(dp, kept, step / 8);
+      if (dropout.drops()) drop(dp, kept_from(kept, step / 8));
       // Where there is no key exp(-lse) may be infinite.
-      if (first_key + kTileRows > head.length) mask_columns(ds, head.length - first_key - step);
+      if (step + kKeysAtOnce > keys_here) mask_columns(ds, keys_here - step);
 #pragma unroll
       for (int j = 0; j < kKeysAtOnce / 8; ++j) {
 #pragma unroll
@@ -113,8 +116,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
       add_weighted_rows(dq, ds, keys(buffer), step);
     }
   }
-  const float factor = p.softmax_scale * dropout.scale;
-  keys(buffer).store(k.of(static_cast<T*>(p.dqkv), qkv, -k.stride / 3), first_query, dq, factor, factor);
+  keys(buffer).store(k.of(static_cast<T*>(p.dqkv), qkv, -k.stride / 3), first_query, dq, dq_scale, dq_scale);
 }
 
 template <typename T, int kWidth>
@@ -162,6 +164,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
 
   const HeadDropout dropout(p.dropout, head.head);
   const float scale_log2 = p.softmax_scale * kLog2E;
+  const bool works = first_key + 16 * warp() < head.length;
   float dk[kWidth / 8][4] = {}, dv[kWidth / 8][4] = {};
   int buffer = 0;
   for (int first_query = 0; first_query < head.length; first_query += kTileRows, buffer ^= 1) {
@@ -174,16 +177,17 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
       statistic = read_statistic(first_query + kTileRows);
     }
 
+    const int queries_here = works ? head.length - first_query : 0;
     uint32_t kept = 0;
-    if (dropout.drops()) {
+    if (dropout.drops() && works) {
       kept = dropout.kept_transposed(first_key + 16 * warp(), static_cast<uint32_t>(head.start + first_query));
     }
 #pragma unroll 1
-    for (int step = 0; step < kTileRows; step += kQueriesAtOnce) {
+    for (int step = 0; step < kTileRows && step < queries_here; step += kQueriesAtOnce) {
       float probability[kQueriesAtOnce / 8][4], ds[kQueriesAtOnce / 8][4];
       multiply_by_rows(probability, k, queries(buffer), step);
       multiply_by_rows(ds, v, douts(buffer), step);
-      if (dropout.drops()) drop(ds, kept, step / 8);
+      if (dropout.drops()) drop(ds, kept_from(kept, step / 8));
 #pragma unroll
       for (int j = 0; j < kQueriesAtOnce / 8; ++j) {
         const int query = step + 8 * j + 2 * place();
@@ -195,15 +199,15 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
           ds[j][i] = probability[j][i] * (ds[j][i] - (i % 2 == 0 ? delta.x : delta.y));
         }
       }
-      if (dropout.drops()) drop(probability, kept, step / 8);
+      if (dropout.drops()) drop(probability, kept_from(kept, step / 8));
       add_weighted_rows(dv, probability, douts(buffer), step);
       add_weighted_rows(dk, ds, queries(buffer), step);
     }
     if (more) write_statistic(statistic, buffer ^ 1);
   }
-  const float factor = p.softmax_scale * dropout.scale;
-  queries(buffer).store(q.of(static_cast<T*>(p.dqkv), qkv, dout.stride), first_key, dk, factor, factor);
-  douts(buffer).store(q.of(static_cast<T*>(p.dqkv), qkv, 2 * dout.stride), first_key, dv, dropout.scale, dropout.scale);
+  const float scale = kept_scale(p.dropout), dk_scale = p.softmax_scale * scale;
+  queries(buffer).store(q.of(static_cast<T*>(p.dqkv), qkv, dout.stride), first_key, dk, dk_scale, dk_scale);
+  douts(buffer).store(q.of(static_cast<T*>(p.dqkv), qkv, 2 * dout.stride), first_key, dv, scale, scale);
 }
 
 }  // namespace

@@ -161,13 +161,13 @@ __device__ __forceinline__ void mask_columns(float (&d)[kCount][4], int columns)
   }
 }
 
-// What HeadDropout does not keep of its eights of columns from first on becomes 0.
+// What HeadDropout does not keep becomes 0.
 template <int kCount>
-__device__ __forceinline__ void drop(float (&d)[kCount][4], uint32_t kept, int first) {
+__device__ __forceinline__ void drop(float (&d)[kCount][4], uint32_t kept) {
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) d[j][i] = is_kept(kept, first + j, i) ? d[j][i] : 0.0f;
+    for (int i = 0; i < 4; ++i) d[j][i] = is_kept(kept, j, i) ? d[j][i] : 0.0f;
   }
 }
 

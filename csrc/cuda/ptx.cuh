@@ -54,6 +54,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
+// Byte i of the result is 0xFF where the byte of word that hexadecimal digit i of bytes names, 0 to 3, has its top bit set, else 0.
+__device__ __forceinline__ uint32_t spread_top_bits(uint32_t word, uint32_t bytes) {
+  uint32_t spread;
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(spread) : "r"(word), "r"(bytes | 0x8888));
+  return spread;
+}
+
 // --- barriers of some of a block's warps ---------------------------------------------------------------------------------
 
 // name: 1 to 15 (0 is __syncthreads'); threads: all that arrive or wait, whole warps.
@@ -216,7 +223,10 @@ __device__ __forceinline__ uint64_t matrix(const void* tile) {
   constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = 1;
   return address | uint64_t{1} << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }
-__device__ __forceinline__ uint64_t matrix_at(uint64_t matrix, int bytes) { return matrix + (bytes >> 4); }
+__device__ __forceinline__ uint64_t matrix_at(uint64_t matrix, int bytes) {
+  // In the low word alone, which is where an address is: the sum never carries.
+  return (matrix & 0xFFFFFFFF00000000) | (static_cast<uint32_t>(matrix) + static_cast<uint32_t>(bytes >> 4));
+}
 
 // Before the first product of a group: what threads wrote to the registers that it reads or adds to is there.
 __device__ __forceinline__ void products_fence() {

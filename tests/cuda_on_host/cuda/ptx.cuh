@@ -55,6 +55,14 @@ uint32_t pack(float low, float high) {
   return bits;
 }
 
+inline uint32_t spread_top_bits(uint32_t word, uint32_t bytes) {
+  uint32_t spread = 0;
+  for (int i = 0; i < 4; ++i) {
+    if (word >> (8 * (bytes >> 4 * i & 3)) & 0x80) spread |= 0xFFu << 8 * i;
+  }
+  return spread;
+}
+
 inline void barrier_sync(int name, int threads, Location where = Location::current()) { simt::sync(name, threads, where); }
 inline void barrier_arrive(int name, int threads) { simt::arrive(name, threads); }
 
