@@ -48,11 +48,11 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
                                   head.length};
   const HeadRows<T> results{static_cast<T*>(p.out) + head.start * hidden + head.head * kHeadDim, hidden, head.length};
   const float scale_log2 = p.softmax_scale * kLog2E;
-  for (int block = first_block + warpgroup(); block < tiles; block += gridDim.y * warpgroups) {
+  const int my_first_block = first_block + warpgroup(), step = gridDim.y * warpgroups;
+  uint32_t q[4][4];
+  load_rows(q, queries, my_first_block * kTileRows);
+  for (int block = my_first_block; block < tiles; block += step) {
     const int first_query = block * kTileRows, warp_query = first_query + 16 * warp_of_warpgroup();
-    uint32_t q[4][4];
-    load_rows(q, queries, first_query);
-
     float out[32] = {};
     float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};  // of rows quad and quad + 8; in powers of 2, and of this lane
     for (int slot = 0; slot < tiles; ++slot) {
@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
       products_wait<0>();  // for the last tile's values, too
       pin(scores);
       pin(out);
+      if (slot == tiles - 1) load_rows(q, queries, (block + step) * kTileRows);  // the next ones are on their way
 
       uint32_t probabilities[4][4];
       float tile_sum[2];

@@ -9,7 +9,7 @@ constexpr int kStages = 2;
 // Where a block has what, in shared memory.
 template <int kWarpgroups>
 struct Layout {
-  static constexpr int kQueries = 0, kDout = kTileBytes, kStageBytes = 2 * kTileBytes;  // within a stage
+  static constexpr int kStageBytes = 2 * kTileBytes;  // q, then dout
   static constexpr int kKeys = kStages * kStageBytes, kDs = kKeys + kWarpgroups * kTileBytes;
   static constexpr int kDsBytes = kWarpgroups * kTileBytes;                                   // of one of two
   static constexpr int kLse = kDs + 2 * kDsBytes, kDelta = kLse + kMaxTiles * kTileRows * 4;  // float32 of each query
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
     unsigned char* const stage = shared + step % kStages * Layout::kStageBytes;
     const int row = static_cast<int>(head.start) + step % tiles * kTileRows;
     mbarrier_arrive_expecting(arrived, Layout::kStageBytes);
-    copy_box(stage + Layout::kQueries, qkv_map, arrived, head.head * kHeadDim, row);
-    copy_box(stage + Layout::kDout, dout_map, arrived, head.head * kHeadDim, row);
+    copy_box(stage, qkv_map, arrived, head.head * kHeadDim, row);
+    copy_box(stage + kTileBytes, dout_map, arrived, head.head * kHeadDim, row);
   };
   if (threadIdx.x == 0) {
     mbarrier_init(&keys_arrived, 1);
@@ -150,6 +150,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
     if (key_block == key_blocks - 1) store_rows(dq_rows, tile * kTileRows, totals, ds_scale, ds_scale);
   };
 
+  uint32_t v[4][4];
+  load_rows(v, values, my_warpgroup * kTileRows);
   for (int key_block = 0, step = 0; key_block < key_blocks; ++key_block) {
     const int first_tile = key_block * kWarpgroups, key_tiles = min(kWarpgroups, tiles - first_tile);
     const int first_key = (first_tile + my_warpgroup) * kTileRows, warp_key = first_key + 16 * warp_of_warpgroup();
@@ -157,8 +159,6 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
       __syncthreads();  // nobody reads the last block's keys any more
       if (threadIdx.x == 0) copy_keys(key_block);
     }
-    uint32_t v[4][4];
-    load_rows(v, values, first_key);
     float dk[32] = {}, dv[32] = {};
     mbarrier_wait(&keys_arrived, key_block % 2);
     if (key_block == key_blocks - 1 && last_rows < kTileRows) {
@@ -170,11 +170,11 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
       unsigned char* const stage = shared + step % kStages * Layout::kStageBytes;
       mbarrier_wait(&stage_arrived[step % kStages], step / kStages % 2);
       if (tile == tiles - 1 && last_rows < kTileRows) {
-        zero_rows(stage + Layout::kQueries, last_rows);
-        zero_rows(stage + Layout::kDout, last_rows);
+        zero_rows(stage, last_rows);
+        zero_rows(stage + kTileBytes, last_rows);
         __syncthreads();
       }
-      const uint64_t q = matrix(stage + Layout::kQueries), dout_tile = matrix(stage + Layout::kDout);
+      const uint64_t q = matrix(stage), dout_tile = matrix(stage + kTileBytes);
       // Transposed: rows are keys, columns queries. So probabilities and dS are, as they are, operands of dV and dK.
       float scores[32], dp[32];
       products_fence();
@@ -253,6 +253,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
     products_wait<0>();
     pin(dk);
     pin(dv);
+    load_rows(v, values, first_key + kWarpgroups * kTileRows);  // the next ones are on their way
     next_step(step);
     const bool has_last_dq = has_dq(tiles - 1);
     if (has_last_dq) begin_dq(step - 1, key_tiles);
