@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
     float dk[32] = {}, dv[32] = {};
     mbarrier_wait(&keys_arrived, key_block % 2);
     if (key_block == key_blocks - 1 && last_rows < kTileRows) {
+      // For dQ, which comes after next_step's barrier. Scores of keys that are not there may be anything.
       zero_rows(shared + Layout::kKeys + (key_tiles - 1) * kTileBytes, last_rows);
-      __syncthreads();
     }
 
     for (int tile = 0; tile < tiles; ++tile, ++step) {

@@ -252,9 +252,10 @@ def test_a_sequence_of_nan_leaves_its_neighbours_alone(backend, dtype):
 def test_the_order_of_threads_does_not_matter():
     """A missing barrier shows in some order of the model's threads."""
     skip_unless_supported("cuda", "cpu", torch.bfloat16, 64)
-    qkv, cu_seqlens, longest = packed([140, 3, 20], 1, 64)
+    qkv, cu_seqlens, longest = packed([140, 3, 20, 3], 1, 64)
     dout, seed, runs = torch.randn(qkv.shape[0], 1, 64), new_seed(), []
-    qkv[140:143] = dout[140:143] = float("nan")  # behind the first one's end, to be kept away from it
+    for start in (140, 163):  # behind the ends of others, to be kept away from them
+        qkv[start : start + 3] = dout[start : start + 3] = float("nan")
     others = ~dout[:, 0, 0].isnan()
 
     def ours(x):
