@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,6 +30,11 @@ from setuptools.command.build_ext import build_ext
 
 REPORT_NAME = "_build_report.json"
 OUTPUT_TAIL_LINES = 40
+PTXAS_FLAGS = ["-Xptxas", "-v"]
+PTXAS_KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'\n(.*?)(?=Compiling entry function|\Z)", re.DOTALL)
+PTXAS_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+# Of nvcc and ptxas; the loss is what ptxas calls wgmma instructions that it has to wait for one by one.
+COMPLAINT = re.compile(r"\bwarning\b|Performance Loss", re.IGNORECASE)
 
 OPS = (
     "embedding_layer_norm",
@@ -69,12 +75,7 @@ INSTRUCTION_SETS = {
     "aarch64": {"baseline": []},
 }
 
-CUDA_OPS = ("attention", "add_layer_norm", "gelu_layer_norm")
-CUDA_COMMON = (
-    "csrc/cuda/bindings.cpp",
-    "csrc/cuda/rows.cu",
-    *(f"csrc/cuda/attention_{name}.cu" for name in ("streaming", "streaming_backward", "hopper", "hopper_backward")),
-)
+CUDA_SOURCES = ("csrc/cuda/bindings.cpp", *(path.as_posix() for path in sorted(Path("csrc/cuda").glob("*.cu"))))
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = ("80", "90a", "100")
 
@@ -102,13 +103,13 @@ def run_command(command: list[str]) -> str:
     return result.stdout
 
 
-def run_parallel(commands: list[list[str]]) -> None:
+def run_parallel(commands: list[list[str]]) -> list[str]:
+    """Runs the compilers, MAX_JOBS at a time; returns what each printed."""
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(max(jobs, 1)) as pool:
         futures = [pool.submit(run_command, command) for command in commands]
         try:
-            for future in futures:
-                future.result()
+            return [future.result() for future in futures]
         except NativeBuildError:
             for future in futures:
                 future.cancel()
@@ -161,8 +162,8 @@ def cuda_arch_flags(nvcc: str) -> list[str]:
     return [f"-gencode=arch=compute_{archs[0]},code=[sm_{archs[0]},compute_{archs[0]}]", *flags[1:]]
 
 
-def build_cpu(temp: Path, target: str) -> str:
-    """Compiles csrc/cpu once per instruction set and links everything into one module; returns the compiler's version.
+def build_cpu(temp: Path, target: str) -> dict[str, object]:
+    """Compiles csrc/cpu once per instruction set and links everything into one module; returns what the report says of it.
 
     No OpenMP runtime is linked: the module's one undefined symbol of OpenMP resolves, when it is imported, to the runtime that
     torch has loaded (fastbert/ops/native.py sees to that).
@@ -184,20 +185,63 @@ def build_cpu(temp: Path, target: str) -> str:
     # The slowest to compile are those of the widest vectors, which come last: start with them.
     run_parallel([[*cxx, *flags, *extra, "-c", source, "-o", obj] for (source, _, extra), obj in zip(units, objects)][::-1])
     run_command([*cxx, "-shared", *objects, "-o", target])
-    return f"{version}; it knows no flags for {', '.join(unknown)}" if unknown else version
+    return {"compiler": f"{version}; it knows no flags for {', '.join(unknown)}" if unknown else version}
 
 
-def build_cuda(temp: Path, target: str) -> str:
-    """Compiles csrc/cuda with nvcc, with the CUDA runtime linked statically; returns nvcc's version."""
+def build_cuda(temp: Path, target: str) -> dict[str, object]:
+    """Compiles csrc/cuda with nvcc, with the CUDA runtime linked statically; returns what the report says of it."""
     nvcc = find_nvcc()
     version = run_command([nvcc, "--version"]).strip().splitlines()[-1]
     archs = cuda_arch_flags(nvcc)
-    flags = [*CUDA_FLAGS, *include_flags()]
-    units = [*sources("cuda", ".cu", CUDA_OPS), *CUDA_COMMON]
+    flags = [*CUDA_FLAGS, *PTXAS_FLAGS, *include_flags()]
+    units = CUDA_SOURCES
     objects = [str(temp / f"{Path(source).stem}.cuda.o") for source in units]
-    run_parallel([[nvcc, *flags, *archs, "-c", source, "-o", obj] for source, obj in zip(units, objects)])
+    printed = run_parallel([[nvcc, *flags, *archs, "-c", source, "-o", obj] for source, obj in zip(units, objects)])
     run_command([nvcc, "-shared", "-cudart=static", *archs, *objects, "-o", target])
-    return version
+    kernels = [kernel for source, text in zip(units, printed) for kernel in ptxas_kernels(Path(source).stem, text)]
+    return {
+        "compiler": version,
+        "requested_archs": os.environ.get("FASTBERT_CUDA_ARCHS") or None,
+        "kernels": with_readable_names(kernels),
+        "warnings": [line for text in printed for line in text.splitlines() if COMPLAINT.search(line)],
+    }
+
+
+def ptxas_kernels(source: str, printed: str) -> list[dict[str, object]]:
+    """What ``-Xptxas -v`` says of each kernel for each architecture.
+
+    A description goes to the next kernel's; spills may be those of a function that is called.
+    """
+    kernels = []
+    for symbol, architecture, description in PTXAS_KERNEL.findall(printed):
+        stack, stores, loads = (max(map(int, bytes_)) for bytes_ in zip(*PTXAS_SPILLS.findall(description)))
+        shared = re.search(r"(\d+) bytes smem", description)
+        kernels.append(
+            {
+                "source": source,
+                "kernel": symbol,
+                "symbol": symbol,
+                "architecture": architecture,
+                "registers": int(re.search(r"Used (\d+) registers", description).group(1)),
+                "stack_bytes": stack,
+                "spill_store_bytes": stores,
+                "spill_load_bytes": loads,
+                "shared_bytes": int(shared.group(1)) if shared else 0,
+            }
+        )
+    return kernels
+
+
+def with_readable_names(kernels: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The kernels named as C++ writes them, without namespaces and parameters, where binutils' c++filt is there to do it."""
+    symbols = [str(kernel["symbol"]) for kernel in kernels]
+    try:
+        names = run_command(["c++filt", *symbols]).splitlines() if symbols else []
+    except NativeBuildError:
+        return kernels
+    for kernel, name in zip(kernels, names):
+        kernel["kernel"] = re.sub(r"\([^()]*\)$", "", re.sub(r"^void |\w+::|\(anonymous namespace\)::", "", name))
+    return kernels
 
 
 class BuildNative(build_ext):
@@ -228,7 +272,7 @@ class BuildNative(build_ext):
         try:
             if name == "_cuda" and cuda_mode == "0":
                 raise NativeBuildError("skipped: FASTBERT_CUDA=0")
-            entry["compiler"] = (build_cuda if name == "_cuda" else build_cpu)(temp, str(target))
+            entry.update((build_cuda if name == "_cuda" else build_cpu)(temp, str(target)))
         except NativeBuildError as error:
             if name == "_cuda" and cuda_mode == "1":
                 raise SystemExit(f"FASTBERT_CUDA=1, and {ext.name} cannot be built: {error}\n{error.output}") from error
@@ -253,6 +297,7 @@ def headers(*folders: str) -> list[str]:
 setup(
     packages=[*find_packages(include=["fastbert", "fastbert.*"]), "fastbert_kernels"],
     package_dir={"fastbert_kernels": "kernels"},
+    package_data={"fastbert.ops": ["measured_backends.json"]},
     ext_modules=[
         Extension(
             "fastbert._cpu",
@@ -262,7 +307,7 @@ setup(
         ),
         Extension(
             "fastbert._cuda",
-            [*CUDA_COMMON, *sources("cuda", ".cu", CUDA_OPS)],
+            [*CUDA_SOURCES],
             depends=headers("csrc", "csrc/cuda"),
             optional=True,
         ),

@@ -1,11 +1,12 @@
-"""Compiles every Triton kernel for GPUs that need not be there, and shows what the compiler made of it.
+"""Compiles every Triton kernel for GPUs that need not be there, and shows what the compiler made of it, and of those in CUDA C++.
 
-    python -m benchmarks.aot [--targets sm_80 sm_90 sm_100 gfx942] [--quick] [--jobs N]
+    python -m benchmarks.aot [--targets sm_80 sm_90 sm_100 gfx942] [--backends triton cuda] [--quick] [--jobs N]
 
-All ops that have a kernel, forward and backward, over dtypes, widths, dropout and sequence lengths; a kernel that several of
-these share stands there once, for the first. Per kernel: registers and spilled bytes per thread, shared memory per block, blocks
+Triton: all ops that have a kernel, forward and backward, over dtypes, widths, dropout and sequence lengths; a kernel that several
+of these share stands there once, for the first. Per kernel: registers and spilled bytes per thread, shared memory per block, blocks
 that a multiprocessor holds and the share of its warps that they fill (``compiled.py``), matrix instructions in the machine code;
-and the least FLOPs and bytes of the whole op on a batch of 16,384 tokens (``work.py``). Exits with 1 where a kernel spills, needs
+and the least FLOPs and bytes of the whole op on a batch of 16,384 tokens (``work.py``). CUDA: the kernels of the installed module,
+as its build report and its machine code show them; dynamic shared memory is not in it. Exits with 1 where a kernel spills, needs
 more shared memory than a block may have, or does not compile. The last line of stdout is one JSON document.
 """
 
@@ -15,22 +16,25 @@ import argparse
 import json
 import os
 import sys
+import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import triton
 from tqdm import tqdm
 
+from fastbert.build_report import REPORT_PATH, read_build_report
 from fastbert.cli.warmup import available_cores
-from fastbert.gpus import GPUS
+from fastbert.gpus import GPU, GPUS
 from fastbert.ops.launches import DIRECTIONS, DTYPES, Case, has_kernel
 from fastbert.ops.offline import Kernel, compile_kernel, compiler_processes, in_parallel, kernels_of, target_name, target_of
 
-from .compiled import occupancy, resources
+from .compiled import module_resources, occupancy, resources
 from .work import Work, work
 
+BACKENDS = ("triton", "cuda")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEAD_DIMS = (32, 64, 80, 96, 128)
 NUM_HEADS = 12
@@ -110,14 +114,46 @@ def _row(kernel: Kernel) -> dict[str, Any]:
         binary, _ = compile_kernel(kernel)
     except Exception as error:  # a compiler fails in many ways; the rest of the table is still wanted
         return {**row, "failures": [f"does not compile: {type(error).__name__}: {error}"]}
-    facts = resources(binary)
-    gpu, failures = GPUS[target], []
+    return {**row, **_fit(resources(binary), GPUS[target])}
+
+
+def _fit(facts: dict[str, Any], gpu: GPU) -> dict[str, Any]:
+    """The facts with how many blocks a multiprocessor holds, and what is wrong with the kernel."""
+    failures = []
     blocks, share = occupancy(gpu, *(facts[name] for name in ("registers", "shared_memory", "warps", "tensor_memory")))
     if facts["spilled_bytes"]:
         failures.append(f"spills {facts['spilled_bytes']} bytes ({facts['spill_instructions']} instructions)")
     if facts["shared_memory"] > gpu.shared_per_block:
         failures.append(f"needs {facts['shared_memory']} bytes of shared memory, a block may have {gpu.shared_per_block}")
-    return {**row, **facts, "blocks_per_multiprocessor": blocks, "share_of_warps": round(share, 4), "failures": failures}
+    elif blocks < 1:
+        failures.append(
+            f"a multiprocessor cannot hold a block of {facts['warps']} warps with {facts['registers']} registers a thread"
+        )
+    return {**facts, "blocks_per_multiprocessor": blocks, "share_of_warps": round(share, 4), "failures": failures}
+
+
+def cuda_rows(targets: Sequence[str] = tuple(GPUS)) -> list[dict[str, Any]]:
+    """A row per kernel and architecture of the CUDA module in this installation; RuntimeError, with the reason, where it has none.
+
+    It needs what the build report has of the very same build: names, and the spills that ptxas counted.
+    """
+    report = read_build_report()
+    build = report.modules.get("_cuda") if report else None
+    if build is None or not build.built:
+        raise RuntimeError(build.reason if build else "fastbert._cuda was never built: install the package (pip install -e .)")
+    module = REPORT_PATH.with_name(f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
+    found, rows = module_resources(module), []
+    if found.keys() != {(kernel["symbol"], kernel["architecture"]) for kernel in build.kernels}:
+        raise RuntimeError(f"{REPORT_PATH} and {module} are not of the same build: install the package anew (pip install -e .)")
+    for kernel in build.kernels:
+        target = kernel["architecture"].rstrip("af")
+        if target in targets:
+            facts = found[kernel["symbol"], kernel["architecture"]]
+            facts["spilled_bytes"] = max(facts["spilled_bytes"], kernel["spill_store_bytes"], kernel["spill_load_bytes"])
+            facts["shared_memory"] = kernel["shared_bytes"]
+            names = {"target": target, "kernel": f"{kernel['source']}.{kernel['kernel']}", "case": f"cuda {kernel['source']}"}
+            rows.append({**names, **_fit(facts, GPUS[target])})
+    return sorted(rows, key=lambda row: targets.index(row["target"]))
 
 
 def compile_all(targets: list[str], quick: bool, jobs: int) -> list[dict[str, Any]]:
@@ -148,8 +184,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             row["blocks_per_multiprocessor"],
             f"{row['share_of_warps']:.0%}",
             " ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items()),
-            f"{row['op_flops'] / 1e9:.1f}",
-            f"{row['op_bytes'] / 1e6:.0f}",
+            f"{row['op_flops'] / 1e9:.1f}" if "op_flops" in row else "",
+            f"{row['op_bytes'] / 1e6:.0f}" if "op_bytes" in row else "",
         )
         print(start + "".join(f"{fact:>{width}}" for fact, (_, width) in zip(facts, columns, strict=True)))
 
@@ -157,14 +193,20 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=GPUS, default=list(TARGETS))
-    parser.add_argument("--quick", action="store_true", help="bfloat16 and BERT-base's shapes only")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--quick", action="store_true", help="Triton's kernels for bfloat16 and BERT-base's shapes only")
     parser.add_argument("--jobs", type=int, default=available_cores(), help="processes that compile (default: one per core)")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
 
     begin = time.perf_counter()
-    rows = compile_all(arguments.targets, arguments.quick, arguments.jobs)
+    rows = compile_all(arguments.targets, arguments.quick, arguments.jobs) if "triton" in arguments.backends else []
+    if "cuda" in arguments.backends:
+        try:
+            rows += cuda_rows(arguments.targets)
+        except RuntimeError as error:
+            print(f"CUDA C++: {error}", file=sys.stderr)
     seconds = time.perf_counter() - begin
     print_table(rows)
     failures = [f"{row['target']} {row['kernel']}: {row['case']}: {failure}" for row in rows for failure in row["failures"]]

@@ -1,10 +1,15 @@
-"""What the compiler made of one kernel: registers, spills, matrix instructions, and how many blocks a multiprocessor holds."""
+"""What the compilers made of the kernels: registers, spills, matrix instructions, and how many blocks a multiprocessor holds.
+
+Triton's one by one, those of CUDA C++ out of the module that nvcc built; both in machine code, by Triton's own cuobjdump.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 PTX_MATRIX = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
 SASS_MATRIX = re.compile(r"\b(HGMMA|UTC[A-Z]*MMA|[A-Z]MMA)\b")
 SASS_LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
+SASS_PLACE = re.compile(r"\barch = (\w+)|\bFunction : (\S+)")
+# Of a block in a kernel without launch bounds.
+MOST_THREADS = 1024
 AMD_MATRIX = re.compile(r"\bv_mfma")
 AMD_LOCAL_MEMORY = re.compile(r"\bscratch_(?:load|store)")
 
@@ -58,7 +66,63 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+        return _dump(Path(file.name), option)
+
+
+def _dump(path: Path, option: str) -> str:
+    return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def module_resources(module: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """(symbol, architecture) -> what :func:`resources` says of a Triton kernel, of all kernels in a module that nvcc built.
+
+    Without ``shared_memory``, which cuobjdump gives with what the system reserves of it. ``warps``: of the largest block that the
+    kernel's launch bounds allow. The module keeps no PTX of most architectures: ``matrix_instructions_ptx`` is None.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for architecture, usage in _by_architecture(_dump(module, "--dump-resource-usage")):
+        for symbol, *figures in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage):
+            registers, frame, local = map(int, figures)
+            found[symbol, architecture] = {
+                "registers": registers,
+                "spilled_bytes": frame + local,
+                "spill_instructions": 0,
+                "tensor_memory": 0,
+                "warps": MOST_THREADS // 32,
+                "matrix_instructions": {},
+                "matrix_instructions_ptx": None,
+            }
+    for architecture, elf in _by_architecture(_dump(module, "--dump-elf")):
+        for symbol, attributes in re.findall(r"^\.nv\.info\.(\S+)\n(.*?)(?=^\.|\Z)", elf, re.DOTALL | re.MULTILINE):
+            bounds = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+(0x\w+) (0x\w+) (0x\w+)", attributes)
+            if bounds:
+                found[symbol, architecture]["warps"] = math.prod(int(size, 16) for size in bounds.groups()) // 32
+    for symbol, architecture, instruction in _instructions(module):
+        facts = found[symbol, architecture]
+        if SASS_LOCAL_MEMORY.fullmatch(instruction):
+            facts["spill_instructions"] += 1
+        else:
+            facts["matrix_instructions"][instruction] = facts["matrix_instructions"].get(instruction, 0) + 1
+    return found
+
+
+def _by_architecture(dump: str) -> Iterator[tuple[str, str]]:
+    _, *parts = re.split(r"^arch = (\w+)$", dump, flags=re.MULTILINE)
+    yield from zip(parts[::2], parts[1::2])
+
+
+def _instructions(module: Path) -> Iterator[tuple[str, str, str]]:
+    """(symbol, architecture, name) of each instruction of matrix units and of local memory; the text of all would fill a memory."""
+    wanted = re.compile(f"{SASS_MATRIX.pattern}|{SASS_LOCAL_MEMORY.pattern}")
+    symbol = architecture = ""
+    with subprocess.Popen([CUOBJDUMP, "--dump-sass", module], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if place := SASS_PLACE.search(line):
+                architecture, symbol = place.group(1) or architecture, place.group(2) or symbol
+            elif ("MMA" in line or "LDL" in line or "STL" in line) and (instruction := wanted.search(line)):
+                yield symbol, architecture, instruction.group()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
 def occupancy(gpu: GPU, registers: int, shared_memory: int, warps: int, tensor_memory: int = 0) -> tuple[int, float]:

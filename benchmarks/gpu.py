@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from fastbert.ops import backends
+from fastbert.ops import backends, cuda
 
 from . import goals, gpu_goals
 from .harness import RESULTS, write_json
@@ -161,11 +161,18 @@ def gpu_steps(scratch: Path) -> list[Step]:
         options = ("--model", model, *bfloat16, "--packed", *rounds)
         steps.append(Step(f"pretrain {model}", benchmark("pretrain", "--batches", *batches_of(tokens), *options), 80))
         steps.append(Step(f"finetune {model}", benchmark("finetune", *options), 50))
+    steps += [backends_step(scale, 50) for scale in ("many", "few")]
     for model, tokens in MODEL_TOKENS.items():  # last: torch.compile takes a minute for each
         peers = ("--peers", "transformers", "transformers-compiled")
         options = ("--model", model, *bfloat16, "--batches", f"{tokens // 512}x512", *rounds, *peers)
         steps.append(Step(f"compile {model}", benchmark("pretrain", *options), 120))
     return steps
+
+
+def backends_step(scale: str, limit_s: float, *options: str) -> Step:
+    """Fastbert's own backends beside each other, for every op of which CUDA C++ has kernels: ``fastest_backends.py`` reads it."""
+    command = benchmark("ops", "--op", *cuda.OPS, "--scale", scale, "--peers", "--limit", "{seconds}", *options)
+    return Step(f"backends {scale}", command, limit_s)
 
 
 def batches_of(tokens: int) -> tuple[str, ...]:
@@ -188,6 +195,7 @@ def rehearsal_steps(scratch: Path) -> list[Step]:
         Step("sanitized", benchmark("sanitized", "--backend", "native", "--scale", "toy"), 60),
         Step("compute-sanitizer memcheck", [], 60, absent="there is no GPU to watch"),
         Step("ops", benchmark("ops", "--scale", "toy", *cpu, "--rounds", "1", "--limit", "{seconds}"), 200, interpreted),
+        backends_step("toy", 60, *cpu, "--rounds", "1"),
         Step("pretrain", benchmark("pretrain", *tiny, *cpu, "--batches", "1x128"), 100),
         Step("finetune", benchmark("finetune", *tiny, *cpu, "--batches", "mnli", "--packed", "--peers", *peers), 100, interpreted),
     ]

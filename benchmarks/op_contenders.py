@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbert.ops import backends
+from fastbert.ops import backends, measured_backends
 
 from .lengths import MLPERF, embedded
 from .work import DIRECTIONS
@@ -49,10 +49,17 @@ class Scale:
     unlabelled_rows: bool = True
 
 
+# Where the backends for GPUs are compared with each other alone, at many rows and at few (``fastest_backends.py``).
+_FOR_BACKENDS = Scale(
+    65536, (768, 1024, 256), 64, VOCABULARY, (128, 512, 256, 64), embedded()["mnli"].quantiles(32), "MNLI's lengths", 4096
+)
 SCALES = {
     "full": Scale(65536, (768, 1024), 64, VOCABULARY, (128, 512), embedded()[MLPERF].quantiles(32), "Wikipedia's lengths"),
+    "many": _FOR_BACKENDS,
+    "few": replace(_FOR_BACKENDS, tokens=4096),
     "cpu": Scale(4096, (768,), 64, VOCABULARY, (128, 512), embedded()["mnli"].quantiles(32), "MNLI's lengths", 512, False),
-    "small": Scale(200, (64, 1024), 64, 320, (40,), (7, 33)),
+    # What compute-sanitizer watches: rows in the registers of 32, 128 and 256 threads, and sequences of one tile and of several.
+    "small": Scale(200, (64, 1024, 4096), 64, 320, (40,), (1, 33, 129, 512)),
     "toy": Scale(12, (64,), 64, 20, (), (3, 9)),
 }
 
@@ -106,11 +113,19 @@ class Case:
     def dtype(self) -> str:
         return dtype_name(self.leaves[0].dtype)
 
-    def picked(self, device: str) -> str:
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the choice of a backend depends on (``fastbert.ops.measured_backends``)."""
+        lengths = self.shape.get("lengths", (0,))
+        known = {**self.shape, "rows": self.shape.get("rows", sum(lengths)), "max_seqlen": max(lengths)}
+        return {name: known[name] for name in measured_backends.SIZES.get(self.op, ())}
+
+    def picked(self, device: str, direction: str = DIRECTIONS[0]) -> str:
         """The contender of fastbert's that a user gets."""
         if not self.chooses:
             return "fastbert"
-        return f"fastbert {backends.select(self.op, 'auto', device, self.leaves[0].dtype, self.head_dim)}"
+        dtype, sizes = self.leaves[0].dtype, {"head_dim": self.head_dim, **self.sizes}
+        return f"fastbert {backends.choose(self.op, 'auto', torch.device(device), dtype, direction, **sizes)}"
 
     def contenders(self, device: str) -> Iterator[tuple[str, Offer]]:
         """(name, offer), fastbert's first; the reference only where "auto" picks it."""

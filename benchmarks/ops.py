@@ -31,7 +31,7 @@ from .harness import first_line, interleaved_kernels, paired_ratio, summary, syn
 from .machine import machine
 from .op_cases import OPS, SCALES, Case, Contender, Scale, cases
 from .op_contenders import PEERS, Offer
-from .work import Work, floor_seconds, work
+from .work import DIRECTIONS, Work, floor_seconds, work
 
 DTYPES = ("float32", "bfloat16")
 DEFAULT_SCALES = {"cpu": "cpu", "cuda": "full"}
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--scale", choices=SCALES, help="default: full on a GPU, cpu on a CPU")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
-    parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: all, on a CPU without torch.compile")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all, on a CPU without torch.compile; none may be named")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=float, default=Options.limit_s, metavar="SECONDS", help="begin nothing new after this time")
     parser.add_argument("--rounds", type=int, default=Options.rounds)
@@ -92,9 +92,10 @@ def main() -> None:
     parser.add_argument("--save", metavar="FOLDER")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    peers = None if given.peers is None else tuple(given.peers)
     options = Options(
-        ops=tuple(given.op), dtypes=tuple(given.dtype), peers=tuple(given.peers) if given.peers else None, device=given.device,
-        scale=given.scale, rounds=given.rounds, limit_s=given.limit,
+        ops=tuple(given.op), dtypes=tuple(given.dtype), peers=peers, device=given.device, scale=given.scale,
+        rounds=given.rounds, limit_s=given.limit,
     )  # fmt: skip
     document = run(options, print)
     write_results("ops", document, given.save)
@@ -188,6 +189,7 @@ def measure(
     why there is none. ``fastbert_ratio``: how many times as fast fastbert's own choice was in the same rounds. smaller: the case
     that contenders of these names are checked on."""
     described = {"op": case.op, "case": case.name, "hidden": case.hidden, "dropout_p": case.dropout_p, "dtype": case.dtype}
+    described["sizes"] = case.sizes
     entrants = {name: Entrant({**described, "contender": name}) for name in offers}
     smaller_offers = dict(smaller.contenders(device)) if smaller is not None else {}
     truth = None
@@ -209,7 +211,6 @@ def measure(
                 if device == "cuda":
                     torch.cuda.empty_cache()
     race([entrant for entrant in entrants.values() if entrant.contender is not None], device, rounds, smaller is not None)
-    picked = entrants.get(case.picked(device))
     records = []
     for entrant in entrants.values():
         if entrant.contender is None or "failed" in entrant.record:
@@ -218,11 +219,18 @@ def measure(
         for direction, seconds in entrant.seconds.items():
             figures = rated(case, direction, summary(seconds), limits)
             record = {**entrant.record, "direction": direction, **figures}
+            picked = entrants.get(picked_in(case, device, direction))
             if picked not in (None, entrant) and "failed" not in picked.record and direction in picked.seconds:
                 ratio = paired_ratio(seconds, picked.seconds[direction])
                 record["fastbert_ratio"] = {"of": picked.record["contender"], **ratio}
             records.append(record)
     return records
+
+
+def picked_in(case: Case, device: str, direction: str) -> str | None:
+    """The contender that a user gets in this direction, None for both where each has its own."""
+    names = {case.picked(device, one) for one in (DIRECTIONS if direction == BOTH else (direction,))}
+    return names.pop() if len(names) == 1 else None
 
 
 def check(make: Callable[[], Contender], dtype: str, truth: list[Tensor], record: dict[str, Any]) -> Contender | None:

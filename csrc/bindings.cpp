@@ -74,11 +74,12 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "table_gradient",
-      [](Address dz, Address ids, Address order, Address starts, Address dtable, int64_t rows, int64_t num_ids,
-         int64_t hidden, int64_t padding_idx, DType dtype, int num_threads) {
-        cpu::table_gradient({pointer<const float>(dz), pointer<const int64_t>(ids), pointer<int64_t>(order),
-                             pointer<int64_t>(starts), pointer<void>(dtable), rows, num_ids, hidden, padding_idx, dtype},
-                            num_threads);
+      [](Address dz, Address ids, Address order, Address starts, Address out, int64_t rows, int64_t num_ids, int64_t hidden,
+         int64_t padding_idx, DType out_dtype, int num_threads) {
+        cpu::table_gradient(
+            {pointer<const void>(dz), pointer<const int64_t>(ids), pointer<int64_t>(order), pointer<int64_t>(starts),
+             pointer<void>(out), nullptr, rows, num_ids, hidden, padding_idx, DType::float32, out_dtype},
+            num_threads);
       },
       Release());
 

@@ -2,8 +2,9 @@
 //
 // Nothing here knows torch: Python allocates every output and workspace, checks shapes, dtypes and contiguity, and hands
 // over raw pointers. fastbert/ops/reference.py is the specification of each op. All tensors are row-major and contiguous
-// except where a row stride is given; parameters of the model and all statistics are float32, whatever the dtype of the
-// activations.
+// except where a row stride is given; all statistics are float32, whatever the dtype of the activations. Parameters of the
+// model and their gradients, where they are void*, are float32 on the CPU and of the activations' dtype on a GPU: there it
+// would take a launch for each to convert them, which costs as much as the op itself on a few thousand rows.
 
 #pragma once
 
@@ -56,8 +57,8 @@ struct EmbeddingLayerNormForwardParams {
   const void* word;               // (ids, hidden)
   const void* position;           // (ids, hidden)
   const void* token_type;         // (ids, hidden)
-  const float* weight;            // (hidden,)
-  const float* ln_bias;           // (hidden,)
+  const void* weight;             // (hidden,)
+  const void* ln_bias;            // (hidden,)
   void* y;                        // (rows, hidden)
   float* mean;                    // (rows,)
   float* rstd;                    // (rows,)
@@ -77,35 +78,37 @@ struct EmbeddingLayerNormBackwardParams {
   const void* token_type;         // (ids, hidden)
   const float* mean;              // (rows,)
   const float* rstd;              // (rows,)
-  const float* weight;            // (hidden,)
-  float* dz;                      // (rows, hidden), null where no table's gradient is wanted
-  float* dweight;                 // (hidden,)
-  float* dln_bias;                // (hidden,)
+  const void* weight;             // (hidden,)
+  void* dz;                       // (rows, hidden), null where no table's gradient is wanted; of the parameters' dtype
+  void* dweight;                  // (hidden,)
+  void* dln_bias;                 // (hidden,)
   float* partials;                // (row_chunks(rows), 3, hidden): sums over a chunk of rows, the third unused
   int64_t rows, hidden;
   Dropout dropout;
   DType dtype;  // of dy and the tables
 };
 
-// The gradient of one of the embeddings' tables: row i is the sum of the rows of dz whose id is i.
+// The gradient of one of the embeddings' tables: row i is the sum of the rows of dz whose id is i, 0 where there is none.
 struct TableGradientParams {
-  const float* dz;     // (rows, hidden)
+  const void* dz;      // (rows, hidden)
   const int64_t* ids;  // (rows,), from 0 to num_ids - 1
-  int64_t* order;      // workspace (rows,): the rows of dz, sorted by their ids
-  int64_t* starts;     // workspace (num_ids + 1,): where each id's rows begin in order
-  void* dtable;        // (num_ids, hidden)
+  int64_t* order;   // (rows,) the rows in the order of their ids, those of one id in their own; the CPU's kernel writes it
+  int64_t* starts;  // (num_ids + 1,) where in order an id's rows start; rows at the end; the CPU's kernel writes it
+  void* out;        // (num_ids, hidden)
+  float* pieces;    // on GPUs table_gradient_pieces(rows) x hidden: the sums of pieces of long runs
   int64_t rows, num_ids, hidden;
-  int64_t padding_idx;  // the row of dtable that is 0 whatever dz says, or -1
-  DType dtype;          // of dtable
+  int64_t padding_idx;  // the row of out that is 0 whatever dz says, or -1
+  DType dtype;          // of dz: float32 on CPUs
+  DType out_dtype;      // on GPUs dtype or float32
 };
 
 // z = dropout(x + bias) + residual; y = LayerNorm(z) * weight + ln_bias
 struct AddLayerNormForwardParams {
   const void* x;         // (rows, hidden)
-  const float* bias;     // (hidden,) or null
+  const void* bias;      // (hidden,) or null
   const void* residual;  // (rows, hidden)
-  const float* weight;   // (hidden,)
-  const float* ln_bias;  // (hidden,)
+  const void* weight;    // (hidden,)
+  const void* ln_bias;   // (hidden,)
   void* y;               // (rows, hidden)
   void* z;               // (rows, hidden)
   float* mean;           // (rows,)
@@ -117,17 +120,17 @@ struct AddLayerNormForwardParams {
 };
 
 struct AddLayerNormBackwardParams {
-  const void* dy;       // (rows, hidden)
-  const void* z;        // (rows, hidden)
-  const float* mean;    // (rows,)
-  const float* rstd;    // (rows,)
-  const float* weight;  // (hidden,)
-  void* dx;             // (rows, hidden), null without dropout: it equals dresidual
-  void* dresidual;      // (rows, hidden)
-  float* dweight;       // (hidden,)
-  float* dln_bias;      // (hidden,)
-  float* dbias;         // (hidden,) or null
-  float* partials;      // (row_chunks(rows), 3, hidden): sums over a chunk of rows, for dweight, dln_bias and dbias
+  const void* dy;      // (rows, hidden)
+  const void* z;       // (rows, hidden)
+  const float* mean;   // (rows,)
+  const float* rstd;   // (rows,)
+  const void* weight;  // (hidden,)
+  void* dx;            // (rows, hidden), null without dropout: it equals dresidual
+  void* dresidual;     // (rows, hidden)
+  void* dweight;       // (hidden,)
+  void* dln_bias;      // (hidden,)
+  void* dbias;         // (hidden,) or null
+  float* partials;     // (row_chunks(rows), 3, hidden): sums over a chunk of rows, for dweight, dln_bias and dbias
   int64_t rows, hidden;
   Dropout dropout;
   DType dtype;  // of dy, z, dx and dresidual
@@ -135,30 +138,30 @@ struct AddLayerNormBackwardParams {
 
 // y = LayerNorm(gelu(x + bias)) * weight + ln_bias
 struct GeluLayerNormForwardParams {
-  const void* x;         // (rows, hidden)
-  const float* bias;     // (hidden,) or null
-  const float* weight;   // (hidden,)
-  const float* ln_bias;  // (hidden,)
-  void* y;               // (rows, hidden)
-  float* mean;           // (rows,)
-  float* rstd;           // (rows,)
+  const void* x;        // (rows, hidden)
+  const void* bias;     // (hidden,) or null
+  const void* weight;   // (hidden,)
+  const void* ln_bias;  // (hidden,)
+  void* y;              // (rows, hidden)
+  float* mean;          // (rows,)
+  float* rstd;          // (rows,)
   int64_t rows, hidden;
   float eps;
   DType dtype;  // of x and y
 };
 
 struct GeluLayerNormBackwardParams {
-  const void* dy;       // (rows, hidden)
-  const void* x;        // (rows, hidden)
-  const float* bias;    // (hidden,) or null
-  const float* weight;  // (hidden,)
-  const float* mean;    // (rows,)
-  const float* rstd;    // (rows,)
-  void* dx;             // (rows, hidden)
-  float* dweight;       // (hidden,)
-  float* dln_bias;      // (hidden,)
-  float* dbias;         // (hidden,) or null
-  float* partials;      // (row_chunks(rows), 3, hidden): sums over a chunk of rows, for dweight, dln_bias and dbias
+  const void* dy;      // (rows, hidden)
+  const void* x;       // (rows, hidden)
+  const void* bias;    // (hidden,) or null
+  const void* weight;  // (hidden,)
+  const float* mean;   // (rows,)
+  const float* rstd;   // (rows,)
+  void* dx;            // (rows, hidden)
+  void* dweight;       // (hidden,)
+  void* dln_bias;      // (hidden,)
+  void* dbias;         // (hidden,) or null
+  float* partials;     // (row_chunks(rows), 3, hidden): sums over a chunk of rows, for dweight, dln_bias and dbias
   int64_t rows, hidden;
   DType dtype;  // of dy, x and dx
 };
@@ -201,7 +204,7 @@ struct MatmulParams {
 // Folds a block of logits into each row's running softmax statistics.
 struct MlmLossForwardParams {
   const void* logits;     // (rows, block), rows row_stride elements apart
-  const float* bias;      // (block,) or null
+  const void* bias;       // (block,) or null
   const int64_t* labels;  // (rows,)
   float* row_max;         // (rows,)
   float* row_sum;         // (rows,)
@@ -214,12 +217,12 @@ struct MlmLossForwardParams {
 // Overwrites a block of logits with its gradient.
 struct MlmLossBackwardParams {
   void* logits;           // (rows, block), rows row_stride elements apart
-  const float* bias;      // (block,) or null
+  const void* bias;       // (block,) or null
   const int64_t* labels;  // (rows,)
   const float* row_max;   // (rows,), final
   const float* row_sum;   // (rows,), final
   const float* dloss;     // (rows,), 0 on ignored rows
-  float* dbias;           // (block,) or null
+  void* dbias;            // (block,) or null
   float* partials;        // (row_chunks(rows), block): sums over a chunk of rows, or null without dbias
   int64_t rows, block, row_stride, first_class, num_classes;
   float label_smoothing;
@@ -259,6 +262,50 @@ struct EncoderLayerParams {
   DType weight_dtype;    // of all four weights: dtype, or a narrower one that rows are converted to
   int64_t* nanoseconds;  // (3,): what the threads spent in linear layers, attention and the rest is added
 };
+
+// A parameter that has a gradient, with its optimizer's state: float32 at any address, numel of each, and one step count.
+// Python writes the table of them; every member is a word of 8 bytes.
+struct OptimizerTensor {
+  float* parameter;
+  float* average;  // of the gradients
+  float* square;   // the average of the gradients' squares
+  float* step;     // the steps so far
+  int64_t numel;
+  int64_t first_chunk;  // the chunks of all tensors are numbered one after the other
+  int64_t group;
+};
+
+// What a group of parameters has in common; of the rates, the one on the device counts where there is one.
+struct OptimizerGroup {
+  const float* device_rate;
+  double rate, beta1, beta2, eps, weight_decay;
+  bool trust_ratio;
+};
+
+constexpr int64_t kMaxOptimizerGroups = 64;  // they are a kernel's parameter
+
+// What a tensor's elements need to know of its group and its step.
+struct OptimizerCoefficients {
+  float beta1, new1, beta2, new2;  // the averages' shares that stay, and those of what is new
+  float first, second;             // the corrections of the average, and of the square's root
+  float eps, weight_decay, rate;
+  float trust_ratio;  // 1 or 0
+};
+
+// All tensors of an optimizer's step. A chunk has kOptimizerChunk elements of one tensor, the last one of a tensor perhaps
+// fewer.
+struct OptimizerParams {
+  const OptimizerTensor* tensors;       // (num_tensors,)
+  const float* const* gradients;        // (num_tensors,)
+  const int32_t* chunk_tensors;         // (num_chunks,): which tensor a chunk is of
+  OptimizerCoefficients* coefficients;  // (num_tensors,), workspace
+  double* partials;                     // (2, num_chunks), workspace: sums over a chunk
+  const float* clip;                    // a factor for all gradients, or null
+  const float* found_inf;               // not 0 where the step is left out, or null
+  int64_t num_tensors, num_chunks;
+};
+
+constexpr int64_t kOptimizerChunk = 16384;
 
 namespace cpu {
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 REPORT_PATH = Path(__file__).with_name("_build_report.json")
 
@@ -14,7 +15,10 @@ class ModuleBuild:
     """The build of one native module.
 
     name: ``_cpu`` or ``_cuda``; built: whether there is one; reason: why not, or None; compiler: its version line where it was
-    asked; output: the last lines that a failing command printed; seconds: how long the build took.
+    asked; output: the last lines that a failing command printed; seconds: how long the build took. Of ``_cuda``: requested_archs,
+    what FASTBERT_CUDA_ARCHS was, None where nvcc decided; kernels, what ptxas says of each for each architecture (``source``,
+    ``kernel``, ``symbol``, ``architecture``, ``registers`` per thread and the bytes of its ``stack_bytes``, ``spill_store_bytes``,
+    ``spill_load_bytes`` and, static and per block, ``shared_bytes``); warnings, the lines in which nvcc and ptxas complain.
     """
 
     name: str
@@ -23,6 +27,14 @@ class ModuleBuild:
     compiler: str | None
     output: str
     seconds: float
+    requested_archs: str | None = None
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def spilling(self) -> list[dict[str, Any]]:
+        """The kernels that keep something in memory for want of registers, or have a stack there."""
+        return [k for k in self.kernels if k["stack_bytes"] or k["spill_store_bytes"] or k["spill_load_bytes"]]
 
 
 @dataclass(frozen=True)

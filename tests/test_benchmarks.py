@@ -13,9 +13,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import goals, gpu, gpu_goals, model_work, op_cases, work
+from benchmarks import goals, gpu, gpu_goals, model_work, op_cases, sanitized, work
 from benchmarks.workloads import config_for, workload, workloads
-from fastbert.ops import backends
+from fastbert.ops import backends, cuda
 
 from .conftest import REPOSITORY
 
@@ -120,7 +120,10 @@ def test_rehearsal_of_make_gpu(rehearsal):
     assert rehearsal["machine"]["triton"]
     assert rehearsal["ceilings"]["matmul_flops"] > 0
     assert rehearsal["steps"]["tests"]["result"]["passed"] > 0
-    assert rehearsal["steps"]["sanitized"]["result"]["ops"]
+    assert rehearsal["steps"]["sanitized"]["result"]["ops"] == list(backends.OPS)
+    measured = rehearsal["steps"]["backends toy"]["result"]["results"]
+    assert {record["op"] for record in measured} == set(cuda.OPS)
+    assert {record["contender"].split()[0] for record in measured} == {"fastbert"}
     assert len(rehearsal["goals"]) == len(gpu_goals.GOALS)
 
 
@@ -140,8 +143,17 @@ def test_steps_on_a_gpu_are_those_that_the_goals_need(monkeypatch, tmp_path):
     steps = {step.name: step for step in gpu.gpu_steps(tmp_path)}
     assert documents(1.0).keys() <= steps.keys()
     assert steps["build"].environment["FASTBERT_CUDA_ARCHS"] == "90a"
+    for scale in ("many", "few"):
+        assert set(cuda.OPS) <= set(steps[f"backends {scale}"].command)
     first_benchmark = next(i for i, name in enumerate(steps) if name.startswith("ops "))
     assert sum(step.limit_s for step in list(steps.values())[:first_benchmark]) < gpu.BUDGET_S - 200
+
+
+def test_compute_sanitizer_watches_every_cuda_kernel():
+    if cuda.unavailable_reason():
+        pytest.skip(cuda.unavailable_reason())
+    document = sanitized.run("cuda", "toy")
+    assert (document["ops"], document["not_run"]) == ([*cuda.OPS, "MultiTensorAdamW", "MultiTensorLAMB"], {})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

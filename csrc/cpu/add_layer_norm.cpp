@@ -25,7 +25,7 @@ void forward(const AddLayerNormForwardParams& p, int num_threads) {
     Vec sums{};
     for_columns(p.hidden, [&](int64_t column, auto extent) {
       Vec v = load(x + column, extent);
-      if (p.bias != nullptr) v += load(p.bias + column, extent);
+      if (p.bias != nullptr) v += load(float32(p.bias) + column, extent);
       if constexpr (kDropout) v = drop(v * p.dropout.scale, bits + column, p.dropout.threshold, extent);
       v += load(residual + column, extent);
       sums += v;
@@ -35,7 +35,7 @@ void forward(const AddLayerNormForwardParams& p, int num_threads) {
     const Moments moments = row_moments(z_row, p.hidden, sums, p.eps);
     p.mean[row] = moments.mean;
     p.rstd[row] = moments.rstd;
-    normalise_row(z_row, p.hidden, moments, p.weight, p.ln_bias, static_cast<T*>(p.y) + offset);
+    normalise_row(z_row, p.hidden, moments, float32(p.weight), float32(p.ln_bias), static_cast<T*>(p.y) + offset);
   });
 }
 
@@ -53,9 +53,9 @@ void backward(const AddLayerNormBackwardParams& p, int num_threads) {
       T* dresidual = static_cast<T*>(p.dresidual) + offset;
       T* dx = kDropout ? static_cast<T*>(p.dx) + offset : nullptr;
       const Moments moments{p.mean[row], p.rstd[row]};
-      const RowMeans means = row_means(dy, z, moments, p.weight, p.hidden);
+      const RowMeans means = row_means(dy, z, moments, float32(p.weight), p.hidden);
       for_columns(p.hidden, [&](int64_t column, auto extent) {
-        Vec gradient = layer_norm_gradient(dy, z, moments, means, p.weight, sums, column, extent);
+        Vec gradient = layer_norm_gradient(dy, z, moments, means, float32(p.weight), sums, column, extent);
         store(dresidual + column, gradient, extent);
         if constexpr (kDropout) {
           gradient = drop(gradient * p.dropout.scale, bits + column, p.dropout.threshold, extent);
@@ -65,7 +65,8 @@ void backward(const AddLayerNormBackwardParams& p, int num_threads) {
       });
     }
   });
-  sum_parameter_gradients(p.partials, p.rows, p.hidden, num_threads, p.dweight, p.dln_bias, p.dbias);
+  sum_parameter_gradients(p.partials, p.rows, p.hidden, num_threads, float32(p.dweight), float32(p.dln_bias),
+                          float32(p.dbias));
 }
 
 }  // namespace

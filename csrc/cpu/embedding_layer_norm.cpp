@@ -55,11 +55,12 @@ void forward(const EmbeddingLayerNormForwardParams& p, int num_threads) {
     T* y = static_cast<T*>(p.y) + row * p.hidden;
     if constexpr (kDropout) {
       dropout_bits(scratch.bits, p.hidden, row, 0, p.dropout);
-      normalise_row(scratch.z, p.hidden, moments, p.weight, p.ln_bias, y, [&](Vec v, int64_t column, auto extent) {
-        return drop(v * p.dropout.scale, scratch.bits + column, p.dropout.threshold, extent);
-      });
+      normalise_row(scratch.z, p.hidden, moments, float32(p.weight), float32(p.ln_bias), y,
+                    [&](Vec v, int64_t column, auto extent) {
+                      return drop(v * p.dropout.scale, scratch.bits + column, p.dropout.threshold, extent);
+                    });
     } else {
-      normalise_row(scratch.z, p.hidden, moments, p.weight, p.ln_bias, y);
+      normalise_row(scratch.z, p.hidden, moments, float32(p.weight), float32(p.ln_bias), y);
     }
   });
 }
@@ -83,14 +84,15 @@ void backward(const EmbeddingLayerNormBackwardParams& p, int num_threads) {
       });
       const Moments moments{p.mean[row], p.rstd[row]};
       RowMeans means{};
-      if (p.dz != nullptr) means = row_means(scratch.dy, scratch.z, moments, p.weight, p.hidden);
+      if (p.dz != nullptr) means = row_means(scratch.dy, scratch.z, moments, float32(p.weight), p.hidden);
       for_columns(p.hidden, [&](int64_t column, auto extent) {
-        const Vec gradient = layer_norm_gradient(scratch.dy, scratch.z, moments, means, p.weight, sums, column, extent);
-        if (p.dz != nullptr) store(p.dz + row * p.hidden + column, gradient, extent);
+        const Vec gradient =
+            layer_norm_gradient(scratch.dy, scratch.z, moments, means, float32(p.weight), sums, column, extent);
+        if (p.dz != nullptr) store(float32(p.dz) + row * p.hidden + column, gradient, extent);
       });
     }
   });
-  sum_parameter_gradients(p.partials, p.rows, p.hidden, num_threads, p.dweight, p.dln_bias, nullptr);
+  sum_parameter_gradients(p.partials, p.rows, p.hidden, num_threads, float32(p.dweight), float32(p.dln_bias), nullptr);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ void forward(const GeluLayerNormForwardParams& p, int num_threads) {
     Vec sums{};
     for_columns(p.hidden, [&](int64_t column, auto extent) {
       Vec u = load(x + column, extent);
-      if (p.bias != nullptr) u += load(p.bias + column, extent);
+      if (p.bias != nullptr) u += load(float32(p.bias) + column, extent);
       const Vec activation = gelu(u, normal_distribution(u));
       sums += activation;
       store(activations + column, activation, extent);
@@ -24,7 +24,7 @@ void forward(const GeluLayerNormForwardParams& p, int num_threads) {
     const Moments moments = row_moments(activations, p.hidden, sums, p.eps);
     p.mean[row] = moments.mean;
     p.rstd[row] = moments.rstd;
-    normalise_row(activations, p.hidden, moments, p.weight, p.ln_bias, static_cast<T*>(p.y) + offset);
+    normalise_row(activations, p.hidden, moments, float32(p.weight), float32(p.ln_bias), static_cast<T*>(p.y) + offset);
   });
 }
 
@@ -42,22 +42,23 @@ void backward(const GeluLayerNormBackwardParams& p, int num_threads) {
       T* dx = static_cast<T*>(p.dx) + offset;
       for_columns(p.hidden, [&](int64_t column, auto extent) {
         Vec u = load(x + column, extent);
-        if (p.bias != nullptr) u += load(p.bias + column, extent);
+        if (p.bias != nullptr) u += load(float32(p.bias) + column, extent);
         const Normal normal = normal_distribution(u);
         store(activations + column, gelu(u, normal), extent);
         store(derivatives + column, gelu_derivative(u, normal), extent);
       });
       const Moments moments{p.mean[row], p.rstd[row]};
-      const RowMeans means = row_means(dy, activations, moments, p.weight, p.hidden);
+      const RowMeans means = row_means(dy, activations, moments, float32(p.weight), p.hidden);
       for_columns(p.hidden, [&](int64_t column, auto extent) {
-        const Vec gradient = layer_norm_gradient(dy, activations, moments, means, p.weight, sums, column, extent) *
+        const Vec gradient = layer_norm_gradient(dy, activations, moments, means, float32(p.weight), sums, column, extent) *
                              load(derivatives + column, extent);
         store(dx + column, gradient, extent);
         if (p.dbias != nullptr) store(sums.dbias + column, load(sums.dbias + column, extent) + gradient, extent);
       });
     }
   });
-  sum_parameter_gradients(p.partials, p.rows, p.hidden, num_threads, p.dweight, p.dln_bias, p.dbias);
+  sum_parameter_gradients(p.partials, p.rows, p.hidden, num_threads, float32(p.dweight), float32(p.dln_bias),
+                          float32(p.dbias));
 }
 
 }  // namespace

@@ -7,6 +7,10 @@
 
 namespace fastbert::cpu::FASTBERT_ISA {
 
+// Parameters of the model and their gradients.
+inline const float* float32(const void* parameter) { return static_cast<const float*>(parameter); }
+inline float* float32(void* parameter) { return static_cast<float*>(parameter); }
+
 struct Moments {
   float mean, rstd;
 };

@@ -20,7 +20,7 @@ void forward(const MlmLossForwardParams& p, int num_threads) {
     Vec maxima[kSlots], logit_sums[kSlots]{};
     for (Vec& slot : maxima) slot = splat(-__builtin_inff());
     for_columns_in_slots(p.block, [&](int64_t column, auto extent, int slot) {
-      const Vec scores = load_scores(logits, p.bias, column, extent);
+      const Vec scores = load_scores(logits, float32(p.bias), column, extent);
       maxima[slot] = maximum(within(scores, -__builtin_inff(), extent), maxima[slot]);
       logit_sums[slot] += scores;
     });
@@ -28,7 +28,7 @@ void forward(const MlmLossForwardParams& p, int num_threads) {
     const float max = p.row_max[row] > block_max ? p.row_max[row] : block_max;
     Vec sums[kSlots]{};
     for_columns_in_slots(p.block, [&](int64_t column, auto extent, int slot) {
-      sums[slot] += within(exp(load_scores(logits, p.bias, column, extent) - max), 0.0f, extent);
+      sums[slot] += within(exp(load_scores(logits, float32(p.bias), column, extent) - max), 0.0f, extent);
     });
     const float rescale = exp(splat(p.row_max[row] - max))[0];
     p.row_sum[row] = p.row_sum[row] * rescale + sum_slots(sums);
@@ -36,7 +36,7 @@ void forward(const MlmLossForwardParams& p, int num_threads) {
     if (p.logit_sum != nullptr) p.logit_sum[row] += sum_slots(logit_sums);
     const int64_t column = p.labels[row] - p.first_class;
     if (column >= 0 && column < p.block) {
-      p.label_logit[row] = to_float(logits[column]) + (p.bias == nullptr ? 0.0f : p.bias[column]);
+      p.label_logit[row] = to_float(logits[column]) + (p.bias == nullptr ? 0.0f : float32(p.bias)[column]);
     }
   });
 }
@@ -53,7 +53,7 @@ void backward_row(const MlmLossBackwardParams& p, int64_t row, float* sums) {
   const float smoothing = p.label_smoothing / static_cast<float>(p.num_classes);
   const int64_t label = p.labels[row] - p.first_class;
   for_columns(p.block, [&](int64_t column, auto extent) {
-    Vec gradient = exp(load_scores(logits, p.bias, column, extent) - max) * normalizer - smoothing;
+    Vec gradient = exp(load_scores(logits, float32(p.bias), column, extent) - max) * normalizer - smoothing;
     if (label >= column && label < column + extent.count) gradient[label - column] -= 1.0f - p.label_smoothing;
     gradient *= dloss;
     store(logits + column, gradient, extent);
@@ -72,7 +72,7 @@ void backward(const MlmLossBackwardParams& p, int num_threads) {
     std::memset(sums, 0, p.block * sizeof(float));
     for (int64_t row = first; row < last; ++row) backward_row<T>(p, row, sums);
   });
-  sum_chunks(p.partials, row_chunks(p.rows), p.block, p.block, num_threads, p.dbias);
+  sum_chunks(p.partials, row_chunks(p.rows), p.block, p.block, num_threads, float32(p.dbias));
 }
 
 }  // namespace

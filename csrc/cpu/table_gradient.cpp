@@ -35,7 +35,7 @@ void sort_rows(const TableGradientParams& p) {
 template <typename T>
 void sum_run(const TableGradientParams& p, const int64_t* order, int64_t count, T* to, int64_t first, int64_t last) {
   for_columns(last - first, [&](int64_t column, auto extent) {
-    const float* const dz = p.dz + first + column;
+    const float* const dz = static_cast<const float*>(p.dz) + first + column;
     Vec total = load(dz + order[0] * p.hidden, extent);
     for (int64_t i = 1; i < count; ++i) total += load(dz + order[i] * p.hidden, extent);
     store(to + first + column, total, extent);
@@ -45,7 +45,7 @@ void sum_run(const TableGradientParams& p, const int64_t* order, int64_t count, 
 template <typename T>
 void gradient(const TableGradientParams& p, int num_threads) {
   sort_rows(p);
-  T* const table = static_cast<T*>(p.dtable);
+  T* const table = static_cast<T*>(p.out);
   const int64_t width = p.num_ids < kFewIds ? kColumnsOfFewIds : p.hidden;
   const int64_t parts = width < p.hidden ? (p.hidden + width - 1) / width : 1;
   const int64_t ids_per_item = parts > 1 || p.hidden >= kElementsPerItem ? 1 : kElementsPerItem / p.hidden;
@@ -71,7 +71,7 @@ void gradient(const TableGradientParams& p, int num_threads) {
 
 void table_gradient(const TableGradientParams& p, int num_threads) {
   if (p.hidden == 0) return;
-  p.dtype == DType::float32 ? gradient<float>(p, num_threads) : gradient<BFloat16>(p, num_threads);
+  p.out_dtype == DType::float32 ? gradient<float>(p, num_threads) : gradient<BFloat16>(p, num_threads);
 }
 
 }  // namespace fastbert::cpu::FASTBERT_ISA

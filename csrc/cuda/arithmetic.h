@@ -61,13 +61,37 @@ FASTBERT_HOST_DEVICE float normal_cdf(float u) { return 0.5f * erfcf(-0.70710678
 
 FASTBERT_HOST_DEVICE float gelu(float u) { return u * normal_cdf(u); }
 
-FASTBERT_HOST_DEVICE float gelu_derivative(float u) {
-  return normal_cdf(u) + u * (0.3989422804014327f * expf(-0.5f * u * u));
+// cdf: normal_cdf(u).
+FASTBERT_HOST_DEVICE float gelu_derivative(float u, float cdf) {
+  return cdf + u * (0.3989422804014327f * expf(-0.5f * u * u));
 }
 
 // The gradient of a LayerNorm's input; c1, c2: the row's means of dx_hat * x_hat and dx_hat, with dx_hat = dy * weight.
 FASTBERT_HOST_DEVICE float layer_norm_gradient(float dx_hat, float x_hat, float rstd, float c1, float c2) {
   return (dx_hat - x_hat * c1 - c2) * rstd;
+}
+
+// What a softmax knows of the scores so far: their maximum and the sum of exp(score - maximum).
+struct SoftmaxSums {
+  float max, sum;
+};
+
+// The number that scores are reduced by: scores of -infinity alone have no maximum that could be subtracted from them.
+FASTBERT_HOST_DEVICE float softmax_base(float max) { return max == -INFINITY ? 0.0f : max; }
+
+// exp: the function of that name, or one that suffices.
+template <typename Exp>
+FASTBERT_HOST_DEVICE SoftmaxSums merge(const Exp& exp, const SoftmaxSums& a, const SoftmaxSums& b) {
+  const float max = fmaxf(a.max, b.max), base = softmax_base(max);
+  return {max, a.sum * exp(a.max - base) + b.sum * exp(b.max - base)};
+}
+
+// The gradient of a row's loss, times dloss, by one of its scores; normalizer: 1 / sum; target: what label smoothing makes
+// of 0 and 1. A dloss of 0 gives 0 whatever the score is.
+template <typename Exp>
+FASTBERT_HOST_DEVICE float softmax_gradient(const Exp& exp, float score, float max, float normalizer, float target,
+                                            float dloss) {
+  return dloss == 0.0f ? 0.0f : (exp(score - max) * normalizer - target) * dloss;
 }
 
 }  // namespace fastbert::cuda

@@ -75,18 +75,19 @@ __device__ __forceinline__ uint32_t transpose_bits(uint32_t word) {
   return (word & stays) | ((other << turn | other >> (32 - turn)) & ~stays);
 }
 
+// Of what is kept.
+__device__ __forceinline__ float kept_scale(const Dropout& dropout) { return dropout.threshold == 0 ? 1.0f : dropout.scale; }
+
 // Dropout of one head's probabilities. Blocks are of one dimension, whole warps.
 struct HeadDropout {
   uint64_t seed;
   uint32_t threshold, head, stream;
-  float scale;  // of what is kept, 1 without dropout
 
   __device__ __forceinline__ HeadDropout(const Dropout& dropout, int head)
       : seed(dropout.threshold == 0 ? 0 : static_cast<uint64_t>(*dropout.seed)),
         threshold(dropout.threshold),
         head(static_cast<uint32_t>(head)),
-        stream(dropout.stream),
-        scale(dropout.threshold == 0 ? 1.0f : dropout.scale) {}
+        stream(dropout.stream) {}
 
   __device__ __forceinline__ bool drops() const { return threshold != 0; }
 

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 4 : 2) forward_kernel
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(row_sum[r]);
-    factor[r] = dropout.scale / sum;
+    factor[r] = kept_scale(p.dropout) / sum;
     const int query = first_query + 16 * warp() + quad() + 8 * r;
     if (p.lse != nullptr && place() == 0 && query < head.length) {
       p.lse[head.head * p.total + head.start + query] = fmaf(row_max[r], p.softmax_scale, logf(sum));

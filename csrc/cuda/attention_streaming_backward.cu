@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
   const float scale_log2 = p.softmax_scale * kLog2E;
   const Rows<const T> out = rows_of<T>(p.out, 1, p, head);
   const int64_t statistics = head.head * p.total + head.start;  // of the sequence's first row in lse and delta
-  const float inverse_scale = dropout.scale == 0.0f ? 0.0f : 1.0f / dropout.scale;
+  const float scale = kept_scale(p.dropout), dq_scale = p.softmax_scale * scale;
+  const float delta_scale = scale == 0.0f ? 0.0f : 1.0f / scale;
   float shift[2], delta[2] = {};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
         }
       }
     }
-    delta[r] = quad_sum(delta[r]) * inverse_scale;
+    delta[r] = quad_sum(delta[r]) * delta_scale;
     const bool inside = query < head.length;
     if (inside && place() == 0) all_delta[statistics + query] = delta[r];
     shift[r] = inside ? -p.lse[statistics + query] * kLog2E : 0.0f;
@@ -115,8 +116,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
       add_weighted_rows(dq, ds, keys(buffer), step);
     }
   }
-  const float factor = p.softmax_scale * dropout.scale;
-  keys(buffer).store(k.of(static_cast<T*>(p.dqkv), qkv, -k.stride / 3), first_query, dq, factor, factor);
+  keys(buffer).store(k.of(static_cast<T*>(p.dqkv), qkv, -k.stride / 3), first_query, dq, dq_scale, dq_scale);
 }
 
 template <typename T, int kWidth>
@@ -144,9 +144,8 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
   const float* const source = (reads_lse ? p.lse : all_delta) + head.head * p.total + head.start;
   const auto read_statistic = [&](int first) {
     const int query = first + threadIdx.x % kTileRows;
-    // An infinite log-sum-exp makes the probabilities of queries that are not there 0.
-    if (query >= head.length) return reads_lse ? -INFINITY : 0.0f;
-    return source[query] * (reads_lse ? -kLog2E : 1.0f);
+    // Queries that are not there have a probability of 1, times rows of dout and q that are 0.
+    return query < head.length ? source[query] * (reads_lse ? -kLog2E : 1.0f) : 0.0f;
   };
   const auto write_statistic = [&](float value, int buffer) {
     statistics[buffer][reads_lse ? 0 : 1][threadIdx.x % kTileRows] = value;
@@ -205,9 +204,9 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
     }
     if (more) write_statistic(statistic, buffer ^ 1);
   }
-  const float factor = p.softmax_scale * dropout.scale;
-  queries(buffer).store(q.of(static_cast<T*>(p.dqkv), qkv, dout.stride), first_key, dk, factor, factor);
-  douts(buffer).store(q.of(static_cast<T*>(p.dqkv), qkv, 2 * dout.stride), first_key, dv, dropout.scale, dropout.scale);
+  const float scale = kept_scale(p.dropout), dk_scale = p.softmax_scale * scale;
+  queries(buffer).store(q.of(static_cast<T*>(p.dqkv), qkv, dout.stride), first_key, dk, dk_scale, dk_scale);
+  douts(buffer).store(q.of(static_cast<T*>(p.dqkv), qkv, 2 * dout.stride), first_key, dv, scale, scale);
 }
 
 }  // namespace

@@ -10,81 +10,89 @@ namespace fastbert::cuda {
 namespace {
 
 template <typename T, int kThreads>
-__global__ void __launch_bounds__(kBlock) forward_kernel(GeluLayerNormForwardParams p) {
+__global__ void __launch_bounds__(Group<T, kThreads>::kBlock, Group<T, kThreads>::kForwardBlocks)
+    forward_kernel(GeluLayerNormForwardParams p) {
   using G = Group<T, kThreads>;
-  const G group;
+  G group;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * G::kGroups + group.group;
-  const bool inside = row < p.rows;  // groups past the end take part in the block's barriers, on the last row
-  const int64_t offset = (inside ? row : p.rows - 1) * p.hidden;
+  const int64_t offset = row * p.hidden, width = row < p.rows ? p.hidden : 0;
 
   float values[kElementsPerThread], other[kElementsPerThread];
-  group.load(static_cast<const T*>(p.x) + offset, p.hidden, values);
+  group.unpack(group.fetch(p.x, offset, width), values);
   group.load_parameter(p.bias, p.hidden, other);
 #pragma unroll
   for (int i = 0; i < kElementsPerThread; ++i) values[i] = gelu(values[i] + other[i]);
   const float2 moments = group.moments(values, p.hidden, p.eps);
-  if (!inside) return;
   float weight[kElementsPerThread];
   group.load_parameter(p.weight, p.hidden, weight);
   group.load_parameter(p.ln_bias, p.hidden, other);
 #pragma unroll
   for (int i = 0; i < kElementsPerThread; ++i) values[i] = (values[i] - moments.x) * moments.y * weight[i] + other[i];
-  group.store(static_cast<T*>(p.y) + offset, p.hidden, values);
-  if (group.thread == 0) {
+  group.store(p.y, offset, width, values);
+  if (group.thread == 0 && width > 0) {
     p.mean[row] = moments.x;
     p.rstd[row] = moments.y;
   }
 }
 
 template <typename T, int kThreads>
-__global__ void __launch_bounds__(kBlock, 1) backward_kernel(GeluLayerNormBackwardParams p) {
+__global__ void __launch_bounds__(Group<T, kThreads>::kBlock, Group<T, kThreads>::kResidentBlocks)
+    backward_kernel(GeluLayerNormBackwardParams p) {
   using G = Group<T, kThreads>;
-  const G group;
+  G group;
   const int64_t groups = static_cast<int64_t>(gridDim.x) * G::kGroups;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * G::kGroups + group.group;
   const float inverse_hidden = 1.0f / static_cast<float>(p.hidden);
 
   float dweight[kElementsPerThread] = {}, dln_bias[kElementsPerThread] = {}, dbias[kElementsPerThread] = {};
-  // Every group of a block takes as many turns: the sums over a row are barriers of the block.
-  for (int64_t first = 0; first < p.rows; first += groups) {
-    const int64_t row = first + index;
+  typename G::Packed next_dy, next_x;
+  float next_mean = 0.0f, next_rstd = 0.0f;
+  const auto fetch = [&](int64_t row) {
     const bool inside = row < p.rows;
-    const int64_t offset = (inside ? row : p.rows - 1) * p.hidden;
-    const float mean = p.mean[inside ? row : p.rows - 1], rstd = p.rstd[inside ? row : p.rows - 1];
-    float gradient[kElementsPerThread], u[kElementsPerThread], parameter[kElementsPerThread];
-    group.load(static_cast<const T*>(p.x) + offset, p.hidden, u);
+    next_dy = group.fetch(p.dy, row * p.hidden, inside ? p.hidden : 0);
+    next_x = group.fetch(p.x, row * p.hidden, inside ? p.hidden : 0);
+    next_mean = inside ? p.mean[row] : 0.0f;
+    next_rstd = inside ? p.rstd[row] : 0.0f;
+  };
+  // Every group of a block takes as many turns: the sums over a row are barriers of the block.
+  int64_t row = static_cast<int64_t>(blockIdx.x) * G::kGroups + group.group;
+  fetch(row);
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * G::kGroups; first < p.rows; first += groups, row += groups) {
+    float gradient[kElementsPerThread], x_hat[kElementsPerThread], derivative[kElementsPerThread],
+        parameter[kElementsPerThread];
+    group.unpack(next_x, x_hat);
+    group.unpack(next_dy, gradient);
+    const float mean = next_mean, rstd = next_rstd;
+    fetch(row + groups);
     group.load_parameter(p.bias, p.hidden, parameter);
 #pragma unroll
-    for (int i = 0; i < kElementsPerThread; ++i) u[i] += parameter[i];
-    group.load(static_cast<const T*>(p.dy) + offset, p.hidden, gradient);
+    for (int i = 0; i < kElementsPerThread; ++i) {
+      const float u = x_hat[i] + parameter[i], cdf = normal_cdf(u);
+      x_hat[i] = (u * cdf - mean) * rstd;
+      derivative[i] = gelu_derivative(u, cdf);
+    }
     group.load_parameter(p.weight, p.hidden, parameter);
     float products = 0.0f, sums = 0.0f;
 #pragma unroll
     for (int i = 0; i < kElementsPerThread; ++i) {
-      const float x_hat = group.holds(i, p.hidden) ? (gelu(u[i]) - mean) * rstd : 0.0f;
-      if (inside) {
-        dweight[i] += gradient[i] * x_hat;
-        dln_bias[i] += gradient[i];
-      }
+      dweight[i] += gradient[i] * x_hat[i];
+      dln_bias[i] += gradient[i];
       gradient[i] *= parameter[i];
-      products += gradient[i] * x_hat;
+      products += gradient[i] * x_hat[i];
       sums += gradient[i];
     }
     const float2 means = group.sum(products, sums);
-    if (!inside) continue;
 #pragma unroll
     for (int i = 0; i < kElementsPerThread; ++i) {
-      const float x_hat = (gelu(u[i]) - mean) * rstd;
-      gradient[i] = layer_norm_gradient(gradient[i], x_hat, rstd, means.x * inverse_hidden, means.y * inverse_hidden) *
-                    gelu_derivative(u[i]);
+      gradient[i] = layer_norm_gradient(gradient[i], x_hat[i], rstd, means.x * inverse_hidden, means.y * inverse_hidden) *
+                    derivative[i];
       dbias[i] += gradient[i];
     }
-    group.store(static_cast<T*>(p.dx) + offset, p.hidden, gradient);
+    group.store(p.dx, row * p.hidden, row < p.rows ? p.hidden : 0, gradient);
   }
-  float* partials = p.partials + index * 3 * p.hidden;
-  group.store_parameter(partials, p.hidden, dweight);
-  group.store_parameter(partials + p.hidden, p.hidden, dln_bias);
-  group.store_parameter(partials + 2 * p.hidden, p.hidden, dbias);
+  float* line = p.partials + static_cast<int64_t>(blockIdx.x) * 3 * p.hidden;
+  group.store_block_sum(line, p.hidden, dweight);
+  group.store_block_sum(line + p.hidden, p.hidden, dln_bias);
+  group.store_block_sum(p.dbias == nullptr ? nullptr : line + 2 * p.hidden, p.hidden, dbias);
 }
 
 }  // namespace
@@ -92,19 +100,18 @@ __global__ void __launch_bounds__(kBlock, 1) backward_kernel(GeluLayerNormBackwa
 void gelu_layer_norm_forward(const GeluLayerNormForwardParams& p, void* stream) {
   if (p.rows == 0) return;
   for_shape(p.dtype, p.hidden, [&]<typename T, int kThreads>() {
-    const int64_t per_block = Group<T, kThreads>::kGroups;
-    const auto blocks = static_cast<unsigned>((p.rows + per_block - 1) / per_block);
-    launch("gelu_layer_norm forward", forward_kernel<T, kThreads>, blocks, kBlock, 0, stream, p);
+    using G = Group<T, kThreads>;
+    launch("gelu_layer_norm forward", forward_kernel<T, kThreads>, forward_blocks<G>(p.rows), G::kBlock, 0, stream, p);
   });
 }
 
 void gelu_layer_norm_backward(const GeluLayerNormBackwardParams& p, void* stream) {
-  const int64_t groups = row_groups(p.rows, p.hidden);
+  const int64_t lines = row_lines(p.rows, p.hidden, p.dtype);
   for_shape(p.dtype, p.hidden, [&]<typename T, int kThreads>() {
-    const auto blocks = static_cast<unsigned>(groups / Group<T, kThreads>::kGroups);
-    launch("gelu_layer_norm backward", backward_kernel<T, kThreads>, blocks, kBlock, 0, stream, p);
+    launch("gelu_layer_norm backward", backward_kernel<T, kThreads>, static_cast<unsigned>(lines),
+           Group<T, kThreads>::kBlock, 0, stream, p);
   });
-  sum_groups("gelu_layer_norm backward", p.partials, groups, p.hidden, p.dweight, p.dln_bias, p.dbias, stream);
+  sum_lines("gelu_layer_norm backward", {p.partials, lines, 3, p.hidden, {p.dweight, p.dln_bias, p.dbias}, p.dtype}, stream);
 }
 
 }  // namespace fastbert::cuda

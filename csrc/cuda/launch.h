@@ -13,14 +13,43 @@ const char* device_type();
 // hidden is a multiple of 8 up to this.
 constexpr int64_t kMaxHidden = 4096;
 
-// The workspace of a backward, partials, is (row_groups(rows, hidden), 3, hidden) float32.
-int64_t row_groups(int64_t rows, int64_t hidden);
+// The workspace of a LayerNorm's backward, partials, is (row_lines(rows, hidden, dtype), sums, hidden) float32: 3 sums,
+// those of embedding_layer_norm 2.
+int64_t row_lines(int64_t rows, int64_t hidden, DType dtype);
 
 void add_layer_norm_forward(const AddLayerNormForwardParams& params, void* stream);
 void add_layer_norm_backward(const AddLayerNormBackwardParams& params, void* stream);
 void gelu_layer_norm_forward(const GeluLayerNormForwardParams& params, void* stream);
 void gelu_layer_norm_backward(const GeluLayerNormBackwardParams& params, void* stream);
 
+// An id outside of its table ends the kernel in an assertion.
+struct TableSizes {
+  int64_t words, positions, token_types;
+};
+void embedding_layer_norm_forward(const EmbeddingLayerNormForwardParams& params, const TableSizes& sizes, void* stream);
+void embedding_layer_norm_backward(const EmbeddingLayerNormBackwardParams& params, void* stream);
+
+// How many rows of hidden float32 the workspace of a table's gradient has.
+int64_t table_gradient_pieces(int64_t rows);
+void table_gradient(const TableGradientParams& params, void* stream);
+
+// The workspace of mlm_loss_backward, partials, is (mlm_loss_lines(rows, block, dtype), block) float32. Logits and biases
+// may start anywhere; where all rows start at multiples of 16 bytes, they are read and written 16 bytes at a time.
+int64_t mlm_loss_lines(int64_t rows, int64_t block, DType dtype);
+void mlm_loss_forward(const MlmLossForwardParams& params, void* stream);
+void mlm_loss_backward(const MlmLossBackwardParams& params, void* stream);
+
+// The optimizers' tables, written by kernels: as a kernel's parameters they are part of a recorded CUDA graph, and nothing
+// of them has to stay in the host's memory.
+void write_words(uint64_t* target, const uint64_t* words, int64_t count, void* stream);
+void assign_chunks(const OptimizerTensor* tensors, int64_t num_tensors, int32_t* chunk_tensors, void* stream);
+
+// The norm of all gradients together, and the factor that clips it to max_norm as torch.nn.utils.clip_grad_norm_ does.
+void gradient_norm(const OptimizerParams& params, float max_norm, float* norm, float* clip, void* stream);
+
+// A step of AdamW, or of LAMB; groups are in the host's memory, kMaxOptimizerGroups at most.
+void adamw(const OptimizerParams& params, const OptimizerGroup* groups, int64_t num_groups, void* stream);
+void lamb(const OptimizerParams& params, const OptimizerGroup* groups, int64_t num_groups, void* stream);
 // head_dim is a multiple of 8 up to this, softmax_scale positive, dtype bfloat16 or float16.
 constexpr int64_t kMaxHeadDim = 128;
 

@@ -1,4 +1,4 @@
-// The pieces of the row kernels that are not templates.
+// The pieces of the row kernels that are not templates of a row's width.
 
 #include "cuda/rows.cuh"
 
@@ -6,37 +6,40 @@ namespace fastbert::cuda {
 
 namespace {
 
-// Enough groups to fill the largest GPU several times over; more only lengthen the second stage.
-constexpr int64_t kMaxBlocks = 512;
+// A group walks over at least so many rows: fewer, and the second stage reads more than the first.
+constexpr int64_t kMinRowsPerGroup = 4;
 
-int64_t groups_per_block(int64_t hidden) {
-  if (hidden <= 32 * kElementsPerThread) return kBlock / 32;
-  return hidden <= 128 * kElementsPerThread ? kBlock / 128 : 1;
-}
-
-__global__ void sum_groups_kernel(const float* partials, int64_t groups, int64_t hidden, float* first, float* second,
-                                  float* third) {
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  float* const sums = blockIdx.y == 0 ? first : blockIdx.y == 1 ? second : third;
-  if (column >= hidden || sums == nullptr) return;
-  float total = 0.0f;
-  for (int64_t group = 0; group < groups; ++group) total += partials[(group * 3 + blockIdx.y) * hidden + column];
-  sums[column] = total;
+template <typename T>
+__global__ void __launch_bounds__(kWarp* kLanes) sum_lines_kernel(LineSums p) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
+  T* const sums = static_cast<T*>(blockIdx.y == 0 ? p.sums[0] : blockIdx.y == 1 ? p.sums[1] : p.sums[2]);
+  if (sums == nullptr) return;
+  const float* partials = p.partials + blockIdx.y * p.width + column;
+  const float total =
+      sum_in_lanes(column < p.width ? p.lines : 0, [&](int64_t line) { return partials[line * p.num_sums * p.width]; });
+  if (threadIdx.y == 0 && column < p.width) sums[column] = from_float<T>(total);
 }
 
 }  // namespace
 
 const char* device_type() { return kDeviceType; }
 
-int64_t row_groups(int64_t rows, int64_t hidden) {
-  const int64_t per_block = groups_per_block(hidden), blocks = (rows + per_block - 1) / per_block;
-  return (blocks < 1 ? 1 : blocks < kMaxBlocks ? blocks : kMaxBlocks) * per_block;
+int64_t row_lines(int64_t rows, int64_t hidden, DType dtype) {
+  int64_t lines = 1;
+  for_shape(dtype, hidden, [&]<typename T, int kThreads>() {
+    using G = Group<T, kThreads>;
+    const int64_t rows_of_block = kMinRowsPerGroup * G::kGroups, blocks = (rows + rows_of_block - 1) / rows_of_block;
+    const int64_t resident = static_cast<int64_t>(num_processors()) * G::kResidentBlocks;
+    lines = blocks < 1 ? 1 : blocks < resident ? blocks : resident;
+  });
+  return lines;
 }
 
-void sum_groups(const char* op, const float* partials, int64_t groups, int64_t hidden, float* first, float* second,
-                float* third, void* stream) {
-  const dim3 grid(static_cast<unsigned>((hidden + 127) / 128), 3);
-  launch(op, sum_groups_kernel, grid, 128, 0, stream, partials, groups, hidden, first, second, third);
+void sum_lines(const char* op, const LineSums& p, void* stream) {
+  for_dtype(p.dtype, [&]<typename T>() {
+    const dim3 grid(static_cast<unsigned>((p.width + kWarp - 1) / kWarp), static_cast<unsigned>(p.num_sums));
+    launch(op, sum_lines_kernel<T>, grid, dim3(kWarp, kLanes), 0, stream, p);
+  });
 }
 
 }  // namespace fastbert::cuda

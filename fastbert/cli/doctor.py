@@ -7,9 +7,12 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .command import CommandResult, Say
+
+if TYPE_CHECKING:
+    from fastbert.build_report import ModuleBuild
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton")
 OPENMP_LIBRARY = re.compile(r"lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
@@ -114,9 +117,29 @@ def _native_build() -> dict[str, Any]:
     if report is None:
         return {"reason": "never built: install the package (pip install -e .)", "modules": {}}
     modules = {
-        name: {"built": build.built, "reason": build.reason, "compiler": build.compiler} for name, build in report.modules.items()
+        name: {
+            "built": build.built,
+            "reason": build.reason,
+            "compiler": build.compiler,
+            "seconds": build.seconds,
+            "kernels": _kernels(build),
+        }
+        for name, build in report.modules.items()
     }
     return {"reason": None, "modules": modules}
+
+
+def _kernels(build: ModuleBuild) -> dict[str, Any] | None:
+    """What the build report says of the GPU kernels, in short; None of a module without."""
+    if not build.kernels:
+        return None
+    return {
+        "compiled": len(build.kernels),
+        "architectures": list(dict.fromkeys(kernel["architecture"] for kernel in build.kernels)),
+        "most_registers": max(build.kernels, key=lambda kernel: kernel["registers"]),
+        "spilling": build.spilling,
+        "warnings": build.warnings,
+    }
 
 
 def _matmul() -> dict[str, Any]:
@@ -163,7 +186,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     for op, devices in report["ops"]["ops"].items():
         for device_type, choice in devices.items():
             lines += _op_lines(op, device_type, choice)
-    return lines
+    lines += ["Measured on GPUs to be faster than these, and so picked", *(f"  {entry}" for entry in report["ops"]["measured"])]
+    return lines if report["ops"]["measured"] else [*lines, "  nothing yet"]
 
 
 def _openmp_lines(runtimes: list[str] | None) -> list[str]:
@@ -181,9 +205,24 @@ def _build_lines(build: dict[str, Any]) -> list[str]:
     lines = []
     for name, module in build["modules"].items():
         state = "built" if module["built"] else f"not built: {module['reason']}"
-        compiler = f" ({module['compiler']})" if module["compiler"] else ""
+        compiler = f" ({module['compiler']}, {module['seconds']:.0f} s)" if module["compiler"] else ""
         lines.append(f"  {name:<12}{state}{compiler}")
+        if module["kernels"]:
+            lines += [f"  {'':<12}{line}" for line in _kernel_lines(module["kernels"])]
     return lines
+
+
+def _kernel_lines(kernels: dict[str, Any]) -> list[str]:
+    def named(kernel: dict[str, Any]) -> str:
+        return f"{kernel['source']} {kernel['kernel']} for {kernel['architecture']}"
+
+    most, archs = kernels["most_registers"], ", ".join(kernels["architectures"])
+    lines = [
+        f"{kernels['compiled']} kernels for {archs}, {len(kernels['spilling'])} of them spill registers; "
+        f"most registers: {most['registers']}, {named(most)}"
+    ]
+    lines += [f"spills {max(k['stack_bytes'], k['spill_store_bytes'])} bytes: {named(k)}" for k in kernels["spilling"]]
+    return lines + kernels["warnings"]
 
 
 def _matmul_lines(matmul: dict[str, Any]) -> list[str]:

@@ -11,7 +11,17 @@ from fastbert.train.checkpoint import checkpoint_folders, latest_checkpoint
 from fastbert.train.errors import TrainingError, TrainingInterrupted
 from fastbert.train.launch import launch, only_main_speaks
 from fastbert.train.run_folder import check_output_folder, read_run, read_state
-from fastbert.train.settings import DTYPES, MASKINGS, MODEL_PRESETS, OBJECTIVES, OPTIMIZERS, SCHEDULES, TRACKERS, PretrainSettings
+from fastbert.train.settings import (
+    DTYPES,
+    MASKINGS,
+    MODEL_PRESETS,
+    OBJECTIVES,
+    OPTIMIZER_BACKENDS,
+    OPTIMIZERS,
+    SCHEDULES,
+    TRACKERS,
+    PretrainSettings,
+)
 
 from .app import app
 from .command import (
@@ -78,6 +88,10 @@ def pretrain(
         bool, typer.Option("--static-pairs", help="The same sentence pairs in every epoch, under new masks.")
     ] = False,
     optimizer: Annotated[str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.")] = S.optimizer,
+    optimizer_backend: Annotated[
+        str,
+        typer.Option(help=f"{' or '.join(OPTIMIZER_BACKENDS)}: whose kernels take its steps; cuda has not run on a GPU yet."),
+    ] = S.optimizer_backend,
     schedule: Annotated[str, typer.Option(help=f"Of the learning rate, after its warmup: {', '.join(SCHEDULES)}.")] = S.schedule,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = S.learning_rate,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of warmup.  [default: a tenth of --steps]")] = S.warmup_steps,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import Pipeline
 
-from ..ops import backends
+from ..ops import backends, measured_backends
 from .accelerate import encoder_classes, module_of
 from .attention_interface import NAME as ATTENTION
 from .embeddings import embedding_notes
@@ -31,8 +31,8 @@ class Explanation:
     index the Linears that multiply int8, where there are any. head: notes of the language-model head, None where the model has
     none. last_layer: why the last layer computes all rows instead of those that somebody reads, of a model with a masked-LM head
     in a call with labels, of one whose head reads the pooler's output alone in every call; None for others. ops: the backend that
-    ``"auto"`` picks for the device and dtype of the weights, with the reasons against the ones before it. others: the model's
-    other encoders.
+    ``"auto"`` picks for the device and dtype of the weights, with the reasons against the ones before it, and the sizes for which
+    it was measured that another is faster, which it then picks. others: the model's other encoders.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Explanation:
         for op, facts in self.ops.items():
             lines.append(f"{op:<20} {facts['backend']}")
             lines += [f"{'':<20} not {name}: {'; '.join(reasons)}" for name, reasons in facts["passed_over"].items()]
+            lines += [f"{'':<20} but {measured}" for measured in facts["measured"]]
         return "\n".join([*lines, *(str(other) for other in self.others)])
 
 
@@ -183,6 +184,12 @@ def _op_facts(op: str, weight: nn.Parameter, head_dim: int) -> dict[str, Any]:
     return {
         "backend": picked,
         "passed_over": {name: backends.not_supported_reasons(name, op, *kind) for name in passed_over},
+        "measured": [
+            str(entry)
+            for direction in measured_backends.DIRECTIONS
+            for entry in measured_backends.entries_for(measured_backends.architecture(weight.device), op, direction, weight.dtype)
+            if not backends.not_supported_reasons(entry.backend, op, *kind)
+        ],
     }
 
 

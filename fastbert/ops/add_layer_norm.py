@@ -56,7 +56,7 @@ def _forward(
     stream: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = implementation_for("add_layer_norm", backend, x)
+    module = implementation_for("add_layer_norm", backend, x, "forward", rows=len(x), hidden=x.shape[1])
     return module.add_layer_norm_forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, stream)
 
 
@@ -98,7 +98,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """An operator returns tensors only: what a backend leaves out (None) comes back empty."""
-    module = implementation_for("add_layer_norm", backend, z)
+    module = implementation_for("add_layer_norm", backend, z, "backward", rows=len(z), hidden=z.shape[1])
     dx, dresidual, dweight, dln_bias, dbias = module.add_layer_norm_backward(
         dy, z, mean, rstd, weight, has_bias, dropout_p, seed, stream
     )

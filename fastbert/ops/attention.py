@@ -59,7 +59,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens.device.type == "cpu":
         _check_sequences(cu_seqlens, max_seqlen, qkv.shape[0])
-    module = implementation_for("attention", backend, qkv, qkv.shape[-1])
+    module = implementation_for("attention", backend, qkv, "forward", rows=len(qkv), head_dim=qkv.shape[-1], max_seqlen=max_seqlen)
     return module.attention_forward(qkv, cu_seqlens, max_seqlen, softmax_scale, dropout_p, seed, stream)
 
 
@@ -114,7 +114,7 @@ def _backward(
     backend: str,
 ) -> Tensor:
     check_shape("dout", dout, tuple(out.shape), "the shape of attention's output")
-    module = implementation_for("attention", backend, qkv, qkv.shape[-1])
+    module = implementation_for("attention", backend, qkv, "backward", rows=len(qkv), head_dim=qkv.shape[-1], max_seqlen=max_seqlen)
     return module.attention_backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, softmax_scale, dropout_p, seed, stream)
 
 

@@ -2,8 +2,9 @@
 
 Four backends share the function names and signatures of ``reference.py``: ``reference`` (plain torch, any device), ``native``
 (C++ for CPUs, ``native.py``), ``triton`` (GPUs, the folder ``kernels/``; CPUs under ``TRITON_INTERPRET=1``) and ``cuda`` (CUDA
-C++, the folder ``cuda/``; on request until measured results say where it wins). ``"auto"`` takes the first of the device's list
-that can do the work; a backend asked for by name is used or refused with its reasons, never replaced.
+C++, the folder ``cuda/``). ``"auto"`` takes the first of the device's list that can do the work, or another one where committed
+measurements of the GPU's architecture, the op and its sizes say that it is faster (``measured_backends.py``); a backend asked for
+by name is used or refused with its reasons, never replaced.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import cuda
+from . import cuda, measured_backends
 
 OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "linear_gelu", "gelu_layer_norm", "mlm_loss")
 INFERENCE_OPS = ("int8_linear",)  # without a derivative
@@ -90,7 +91,8 @@ def _head_dim_reason(backend: str, dtype: torch.dtype, head_dim: int) -> str | N
 
 @functools.cache
 def select(op: str, backend: str, device_type: str, dtype: torch.dtype, head_dim: int | None = None) -> str:
-    """The backend that runs ``op``: ``backend`` itself, or the first able one of the device's order for ``"auto"``.
+    """The backend that runs ``op``: ``backend`` itself, or the first able one of the device's order for ``"auto"``, which it is
+    wherever :func:`choose` knows of no measurement.
 
     Raises ValueError for an unknown name and RuntimeError, with the reasons, where a backend asked for cannot do it.
     """
@@ -105,6 +107,37 @@ def select(op: str, backend: str, device_type: str, dtype: torch.dtype, head_dim
     return backend
 
 
+def measured_choice(
+    op: str, device: torch.device, dtype: torch.dtype, direction: str, sizes: dict[str, int]
+) -> measured_backends.Entry | None:
+    """The measurement that decides about a call, or None where the device's order does."""
+    for entry in measured_backends.entries_for(measured_backends.architecture(device), op, direction, dtype):
+        if entry.holds(sizes) and _can(entry.backend, op, device.type, dtype, sizes):
+            return entry
+    return None
+
+
+def _can(backend: str, op: str, device_type: str, dtype: torch.dtype, sizes: dict[str, int]) -> bool:
+    if _reasons(backend, op, device_type, dtype, sizes.get("head_dim")):
+        return False
+    return backend != "cuda" or "hidden" not in sizes or cuda.extension.takes_hidden(sizes["hidden"])
+
+
+_reasons = functools.cache(not_supported_reasons)
+
+
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype, direction: str, **sizes: int) -> str:
+    """:func:`select` for one call: ``"auto"`` heeds what was measured for its direction and sizes.
+
+    The sizes are those of ``measured_backends.SIZES``; they may change with every call, which costs a few comparisons.
+    """
+    if backend == "auto" and measured_backends.ENTRIES and op in measured_backends.SIZES:
+        measured = measured_choice(op, device, dtype, direction, sizes)
+        if measured is not None:
+            return measured.backend
+    return select(op, backend, device.type, dtype, sizes.get("head_dim"))
+
+
 @functools.cache
 def implementation(op: str, backend: str) -> ModuleType:
     """The module that holds ``<op>_forward`` and ``<op>_backward`` of ``backend``."""
@@ -112,13 +145,14 @@ def implementation(op: str, backend: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def implementation_for(op: str, backend: str, x: torch.Tensor, head_dim: int | None = None) -> ModuleType:
-    """:func:`select` and :func:`implementation` in one step, for the tensor that decides device and dtype."""
-    return implementation(op, select(op, backend, x.device.type, x.dtype, head_dim))
+def implementation_for(op: str, backend: str, x: torch.Tensor, direction: str, **sizes: int) -> ModuleType:
+    """:func:`choose` and :func:`implementation` in one step, for the tensor that decides device and dtype."""
+    return implementation(op, choose(op, backend, x.device, x.dtype, direction, **sizes))
 
 
 def report() -> dict[str, Any]:
-    """What ``fastbert doctor`` prints: backends with their state, and what ``"auto"`` picks per op, device and dtype."""
+    """What ``fastbert doctor`` prints: backends with their state, what ``"auto"`` picks per op, device and dtype, and where it has
+    measurements that say otherwise."""
     ops: dict[str, Any] = {}
     for op in (*OPS, *INFERENCE_OPS):
         ops[op] = {}
@@ -135,4 +169,4 @@ def report() -> dict[str, Any]:
             }
             ops[op][device_type] = {"auto": picked, "not_picked": others}
     backends = {name: {"available": unavailable_reason(name) is None, "reason": unavailable_reason(name)} for name in BACKENDS}
-    return {"ops": ops, "backends": backends}
+    return {"ops": ops, "backends": backends, "measured": [str(entry) for entry in measured_backends.ENTRIES]}

@@ -86,7 +86,7 @@ def _forward(
         check_ids("input_ids", input_ids, word.shape[0], "the number of word's rows")
         check_ids("token_type_ids", token_type_ids, token_type.shape[0], "the number of token_type's rows")
         check_ids("position_ids", position_ids, position.shape[0], "the number of position's rows")
-    module = implementation_for("embedding_layer_norm", backend, word)
+    module = implementation_for("embedding_layer_norm", backend, word, "forward", rows=len(input_ids), hidden=word.shape[1])
     return module.embedding_layer_norm_forward(
         input_ids, token_type_ids, position_ids, word, position, token_type, weight, ln_bias, eps, dropout_p, seed, stream
     )
@@ -140,7 +140,7 @@ def _backward(
 
     The two vectors cost nothing beside the pass that makes them: a backend computes them in any case.
     """
-    module = implementation_for("embedding_layer_norm", backend, word)
+    module = implementation_for("embedding_layer_norm", backend, word, "backward", rows=len(input_ids), hidden=word.shape[1])
     grads = module.embedding_layer_norm_backward(
         dy, input_ids, token_type_ids, position_ids, word, position, token_type, weight, mean, rstd, padding_idx,
         tuple(needs[:3]), dropout_p, seed, stream,

@@ -31,7 +31,8 @@ def gelu_layer_norm(
 def _forward(
     x: Tensor, bias: Tensor | None, weight: Tensor, ln_bias: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation_for("gelu_layer_norm", backend, x).gelu_layer_norm_forward(x, bias, weight, ln_bias, eps)
+    module = implementation_for("gelu_layer_norm", backend, x, "forward", rows=len(x), hidden=x.shape[1])
+    return module.gelu_layer_norm_forward(x, bias, weight, ln_bias, eps)
 
 
 def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +62,7 @@ def _backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """An operator returns tensors only: without a bias its gradient comes back empty."""
-    module = implementation_for("gelu_layer_norm", backend, x)
+    module = implementation_for("gelu_layer_norm", backend, x, "backward", rows=len(x), hidden=x.shape[1])
     dx, dbias, dweight, dln_bias = module.gelu_layer_norm_backward(dy, x, bias, weight, mean, rstd)
     return dx, weight.new_empty(0) if dbias is None else dbias, dweight, dln_bias
 

@@ -68,7 +68,7 @@ def int8_linear(
 
 
 def _forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, backend: str) -> Tensor:
-    module = implementation_for("int8_linear", backend, x)
+    module = implementation_for("int8_linear", backend, x, "forward")
     return module.int8_linear_forward(x, weight, weight_scale, bias, activation)
 
 

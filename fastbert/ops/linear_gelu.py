@@ -39,7 +39,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, recompute: bo
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep_preactivation: bool, backend: str) -> tuple[Tensor, Tensor]:
     """An operator returns tensors only: a pre-activation that is not kept comes back empty."""
-    module = implementation_for("linear_gelu", backend, x)
+    module = implementation_for("linear_gelu", backend, x, "forward")
     y, u = module.linear_gelu_forward(x, weight, bias, keep_preactivation)
     return y, x.new_empty(0) if u is None else u
 
@@ -69,7 +69,7 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Without a bias its gradient comes back empty."""
-    dx, dweight, dbias = implementation_for("linear_gelu", backend, x).linear_gelu_backward(dy, x, weight, bias, u)
+    dx, dweight, dbias = implementation_for("linear_gelu", backend, x, "backward").linear_gelu_backward(dy, x, weight, bias, u)
     return dx, dweight, weight.new_empty(0) if dbias is None else dbias
 
 

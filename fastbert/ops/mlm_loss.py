@@ -103,7 +103,7 @@ def _forward(
     if labels.device.type == "cpu" and not ((labels >= 0) & (labels < num_classes) | ~counts).all():
         wrong = labels[counts & ((labels < 0) | (labels >= num_classes))][0].item()
         raise ValueError(f"labels hold {wrong}, expected 0 to {num_classes - 1} or ignore_index = {ignore_index}")
-    module = implementation_for("mlm_loss", backend, hidden)
+    module = implementation_for("mlm_loss", backend, hidden, "forward", rows=len(hidden), vocabulary=len(weight))
     statistics = {"dtype": torch.float64 if hidden.dtype == torch.float64 else torch.float32, "device": hidden.device}
     row_max = torch.full((rows,), -torch.inf, **statistics)
     row_sum, label_logit = torch.zeros(rows, **statistics), torch.zeros(rows, **statistics)
@@ -161,7 +161,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight, dbias; those that ``needs`` does not ask for come back empty."""
     needs_hidden, needs_weight, needs_bias = needs
-    module = implementation_for("mlm_loss", backend, hidden)
+    module = implementation_for("mlm_loss", backend, hidden, "backward", rows=len(hidden), vocabulary=len(weight))
     dlosses = torch.where(labels == ignore_index, 0.0, dlosses.to(row_max.dtype)).contiguous()
     # Every block adds to dhidden: in the statistics' dtype, or bfloat16 would round once per block.
     dhidden = torch.zeros(hidden.shape if needs_hidden else 0, dtype=row_max.dtype, device=hidden.device)

@@ -26,6 +26,7 @@ from .distributed import ALONE, Processes
 from .errors import TrainingError
 from .guard import Guard
 from .metrics import MLM_LOSS, NSP_LOSS, batch_scores
+from .multi_tensor import MultiTensorOptimizer
 from .optimizer import build_lamb, build_optimizer, load_optimizer_tensors, optimizer_tensors
 from .run_folder import write_json
 from .schedules import Schedule
@@ -77,7 +78,7 @@ class Learner:
         self._module = processes.parallel(model)
         self.max_grad_norm = settings.max_grad_norm
         build = build_lamb if settings.optimizer == "lamb" else build_optimizer
-        self.optimizer = build(model, settings.learning_rate, settings.weight_decay)
+        self.optimizer = build(model, settings.learning_rate, settings.weight_decay, settings.optimizer_backend)
         self.schedule = Schedule(self.optimizer, settings, start_step)
         self.guard = Guard(settings.loss_spike, model.device)
         self._dtype = settings.dtype
@@ -114,7 +115,7 @@ class Learner:
         Returns what :meth:`step` does.
         """
         scores = self._processes.sum(scores)
-        grad_norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        grad_norm = self._clip_gradients()
         left_out, loss_limit = self.guard.check(scores[MLM_LOSS] + scores[NSP_LOSS], grad_norm)
         self._optimizer_step(left_out)
         self.optimizer.zero_grad(set_to_none=True)
@@ -136,6 +137,12 @@ class Learner:
         scores[MLM_LOSS] *= batch.mlm_share
         scores[NSP_LOSS] *= batch.nsp_share
         return scores
+
+    def _clip_gradients(self) -> Tensor:
+        """Returns their norm before."""
+        if isinstance(self.optimizer, MultiTensorOptimizer):  # its step clips them, and nobody reads them after that
+            return self.optimizer.clip_grad_norm(self.max_grad_norm)
+        return clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
 
     def _optimizer_step(self, left_out: Tensor) -> None:
         if self.optimizer.defaults.get("fused", True):  # LAMB, which has no such option, looks at found_inf as well

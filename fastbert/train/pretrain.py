@@ -32,6 +32,7 @@ from .learner import MODEL_NAME, Learner, save_model
 from .loop import TrainingLoop
 from .metrics import MetricsFile, read_metrics
 from .model_card import model_card
+from .optimizer import check_optimizer_backend
 from .plot import plot_losses
 from .prepare import PreparedData, Say, build_model, pick_device, prepare_data
 from .run_facts import device_name, versions
@@ -100,6 +101,7 @@ def _pretrain(settings: PretrainSettings, started: Launch | None, say: Say) -> P
     with joined(started) as processes:
         settings = PretrainSettings.from_dict(processes.of_main(lambda: _settings_to_run(settings, started).to_dict()))
         device = local_device(pick_device(settings.device), started)
+        check_optimizer_backend(settings.optimizer_backend, device)
         check_shares(settings.batches_per_step, processes.count)
         if settings.compare and processes.count > 1:
             raise SettingsError("--compare trains in one process: leave torchrun out")

@@ -18,6 +18,7 @@ DEFAULT_HELD_OUT_FRACTION = 0.05
 HEAD_SIZE = 64
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "lamb")
+OPTIMIZER_BACKENDS = ("torch", "cuda")
 SCHEDULES = ("linear", "polynomial", "one-cycle")
 OBJECTIVES = ("mlm-nsp", "mlm")
 MASKINGS = ("token", "whole-word", "span")
@@ -76,8 +77,9 @@ class PretrainSettings(CommandSettings):
     peak of their own where ``second_phase_learning_rate`` is given. ``warmup_steps``: None for a tenth of ``steps``.
     ``dropout``: None for 0.1, or for 0 with ``compare``. ``held_out_fraction``: None for 0.05, or for what a prepared corpus
     has. ``loss_spike``: a step whose loss is above this many times the running mean is left out, as one that is not finite
-    is; ``max_skipped_steps`` of them end the run. ``cuda_graph``: record the step, where it can be, and say why where it
-    cannot. ``compare_steps``: None compares every step.
+    is; ``max_skipped_steps`` of them end the run. ``optimizer_backend``: whose kernels take the optimizer's steps, torch's or the
+    ones in CUDA C++. ``cuda_graph``: record the step, where it can be, and say why where it cannot. ``compare_steps``: None
+    compares every step.
 
     Raises :class:`SettingsError`, naming the setting, for a value or a combination that cannot work.
     """
@@ -104,6 +106,7 @@ class PretrainSettings(CommandSettings):
     mlm_probability: float = 0.15
     static_pairs: bool = False
     optimizer: str = "adamw"
+    optimizer_backend: str = "torch"
     schedule: str = "linear"
     learning_rate: float = 5e-4
     warmup_steps: int | None = None
@@ -147,7 +150,8 @@ class PretrainSettings(CommandSettings):
         self.check_positive("learning_rate", "second_phase_learning_rate", "max_grad_norm")
         self.check_not_negative("weight_decay")
         for name, allowed in (
-            ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("objective", OBJECTIVES), ("masking", MASKINGS),
+            ("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("optimizer_backend", OPTIMIZER_BACKENDS), ("schedule", SCHEDULES),
+            ("objective", OBJECTIVES), ("masking", MASKINGS),
         ):  # fmt: skip
             self.check_one_of(name, allowed)
         if unknown := sorted(set(self.report_to) - set(TRACKERS)):

@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import fastbert
+from fastbert.build_report import ModuleBuild
 from fastbert.cli import doctor
 from fastbert.cli.main import app
 from fastbert.ops.backends import BACKENDS, INFERENCE_OPS, OPS
@@ -26,6 +27,14 @@ def test_json_and_text():
 
 
 def test_reasons_are_shown():
+    kernel = {"source": "rows", "kernel": "sum<float>", "stack_bytes": 0, "spill_store_bytes": 0, "spill_load_bytes": 0}
+    of_two = [
+        {**kernel, "architecture": "sm_80", "registers": 40},
+        {**kernel, "architecture": "sm_90a", "registers": 32, "stack_bytes": 8, "spill_store_bytes": 16, "spill_load_bytes": 4},
+    ]
+    build = ModuleBuild(
+        "_cuda", True, None, "nvcc", "", 9.0, None, of_two, ["ptxas info : (C7510) Potential Performance Loss: toy"]
+    )
     report = {
         "ops": {
             "backends": {
@@ -40,12 +49,19 @@ def test_reasons_are_shown():
                     }
                 }
             },
+            "measured": ["attention forward on sm_90: cuda"],
         },
         "versions": {"fastbert": "1.0", "triton": None},
         "cpu": {"model": "A", "features": [], "torch_capability": "DEFAULT", "cores": 2, "torch_threads": 2},
         "gpus": [{"name": "B", "compute_capability": "9.0", "memory_gib": 139.8}],
         "openmp_runtimes": ["/lib/libgomp.so.1", "/lib/libiomp5.so"],
-        "native_build": {"reason": None, "modules": {"_cpu": {"built": False, "reason": "no compiler", "compiler": None}}},
+        "native_build": {
+            "reason": None,
+            "modules": {
+                "_cpu": {"built": False, "reason": "no compiler", "compiler": None, "seconds": 0.0, "kernels": None},
+                "_cuda": {"built": True, "reason": None, "compiler": "nvcc", "seconds": 9.0, "kernels": doctor._kernels(build)},
+            },
+        },
         "matmul": {
             "not_measured": None,
             "file": "/cache/matmul.json",
@@ -58,6 +74,9 @@ def test_reasons_are_shown():
         "triton        not installed",
         "native      not available: no compiler",
         "_cpu        not built: no compiler",
+        "2 kernels for sm_80, sm_90a, 1 of them spill registers; most registers: 40, rows sum<float> for sm_80",
+        "spills 16 bytes: rows sum<float> for sm_90a",
+        "Potential Performance Loss: toy",
         "attention on cpu: reference (float32, bfloat16)",
         "not triton: it is for GPUs; it is not installed",
         "more than one",
@@ -66,6 +85,7 @@ def test_reasons_are_shown():
         "kept in /cache/matmul.json",
         "3.0 GB/s into a new tensor of 64 MB, 20.0 GB/s",
         "with A=1",
+        "  attention forward on sm_90: cuda",
     ):
         assert expected in text
 

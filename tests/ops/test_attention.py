@@ -121,7 +121,8 @@ def test_lengths(backend, dtype, lengths, dropout_p):
 @pytest.mark.parametrize("head_dim", [1, 8, 24, 40, 64, 80, 96, 128])
 @pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
 def test_head_dims(backend, dtype, head_dim):
-    check(backend, dtype, [19, 3], heads=3, head_dim=head_dim, dropout_p=0.1)
+    lengths = [70, 3] if backend == "cuda" else [19, 3]  # its tiles of wide heads are others, too
+    check(backend, dtype, lengths, heads=3, head_dim=head_dim, dropout_p=0.1)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -212,10 +213,18 @@ def test_dropout_mask_is_the_references_bit_for_bit(backend, dtype):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 1.0])
-def test_dropout_of_everything_and_of_nothing(dropout_p):
-    qkv, cu_seqlens, longest = packed([5], 1, 8)
-    out = attention(qkv.float(), cu_seqlens, longest, dropout_p=dropout_p, seed=new_seed())
-    assert (out == 0).all() == (dropout_p == 1.0)
+@every_kernel()
+def test_dropout_of_everything_and_of_nothing(backend, dtype, dropout_p):
+    device, head_dim = device_of(backend), usual_head_dim(backend, 8)
+    qkv, cu_seqlens, longest = packed([5], 1, head_dim)
+
+    def ours(x):
+        seed = new_seed().to(device)
+        return attention(x, cu_seqlens.to(device), longest, dropout_p=dropout_p, seed=seed, backend=backend)
+
+    for result in gradients(ours, [qkv], torch.ones(5, 1, head_dim), dtype, device):
+        assert result.isfinite().all()
+        assert (result == 0).all() == (dropout_p == 1.0)
 
 
 @every_kernel()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastbert.ops import mlm_loss
+from fastbert.ops import backends, mlm_loss, reference
 
 from .helpers import SMALLEST, assert_within_budget, backend_cases, device_of, gradients, merged, rounded
 
@@ -135,6 +135,39 @@ def test_no_rows(backend, dtype):
     loss.backward()
     assert loss == 0
     assert correct.shape == (0,)
+
+
+@pytest.mark.parametrize(("block", "offset"), [(37, 3), (704, 0), (2500, 1)])
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("mlm_loss"))
+def test_a_block_of_logits_anywhere_in_memory(backend, dtype, block, offset):
+    """What a backend supplies: blocks of any width, rows and a bias that start anywhere, rows of NaN that do not count."""
+    rows, first, classes = 40, 100, block + 300
+    memory = torch.randn(rows, block + 64, dtype=torch.float64).to(dtype).double()
+    bias = torch.randn(block + offset, dtype=torch.float64).to(dtype).double()
+    labels, dloss = torch.randint(classes, (rows,)), torch.randn(rows, dtype=torch.float64)
+    labels[0], labels[1], labels[3], labels[4] = first, first + block - 1, first - 1, first + block
+    counts = torch.arange(rows) % 5 != 2
+    dloss[~counts], labels[~counts], memory[~counts, offset : offset + block] = 0, IGNORED, torch.nan
+
+    def run(module, dtype, device):
+        mine = memory.to(device, dtype, copy=True)
+        logits, block_bias = mine[:, offset : offset + block], bias.to(device, dtype)[offset:]
+        own_labels = labels.to(device)
+        float32 = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
+        row_max = torch.full((rows,), -torch.inf, **float32)
+        row_sum, label_logit, logit_sum = (torch.zeros(rows, **float32) for _ in range(3))
+        module.mlm_loss_forward(logits, block_bias, own_labels, first, row_max, row_sum, label_logit, logit_sum)
+        dbias = torch.empty(block + offset, dtype=dtype, device=device)[offset:]
+        module.mlm_loss_backward(logits, block_bias, own_labels, first, classes, row_max, row_sum, dloss.to(**float32), 0.1, dbias)
+        outside = torch.cat([mine[:, :offset], mine[:, offset + block :]], dim=1)
+        per_row = (row_max, row_max + row_sum.log(), label_logit, logit_sum, logits)
+        return outside, logits, [*(t[counts.to(device)] for t in per_row), dbias]
+
+    outside, gradient, got = run(backends.implementation("mlm_loss", backend), dtype, device_of(backend))
+    assert torch.equal(outside.cpu().double(), torch.cat([memory[:, :offset], memory[:, offset + block :]], dim=1))
+    assert (gradient.cpu()[~counts].double().abs() < SMALLEST).all()
+    in_dtype, truth = (run(reference, d, "cpu")[2] for d in (dtype, torch.float64))
+    assert_within_budget(got, in_dtype, truth, ["row_max", "lse", "label_logit", "logit_sum", "gradient", "dbias"])
 
 
 @pytest.mark.parametrize(

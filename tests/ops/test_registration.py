@@ -33,7 +33,7 @@ def arguments_of(op: str, dropout_p: float, dtype: torch.dtype, device: str = "c
         return leaves, call, lambda backend: (*leaves, cu_seqlens, 5, 0.5, dropout_p, seed, 2, backend)
     if op == "embedding_layer_norm":
         ids = [torch.tensor(i, device=device) for i in ([1, 4, 4, 2, 0], [0, 1, 1, 0, 1], [0, 1, 2, 0, 1])]
-        leaves = [leaf(5, 7), leaf(3, 7), leaf(2, 7), leaf(7), leaf(7)]
+        leaves = [leaf(5, 8), leaf(3, 8), leaf(2, 8), leaf(8), leaf(8)]
         call = lambda *a, backend: embedding_layer_norm(  # noqa: E731
             *ids, *a, 1e-5, dropout_p=dropout_p, seed=seed, stream=2, backend=backend
         )

@@ -11,6 +11,7 @@ import torch
 
 from fastbert import BertConfig, BertForPreTraining
 from fastbert.data.batches import PackedBatch
+from fastbert.ops.cuda import unavailable_reason
 from fastbert.train.errors import TrainingInterrupted
 from fastbert.train.graphed import WARMUP_STEPS, CudaRecorder, GraphedStep
 from fastbert.train.learner import Learner, MicroBatch
@@ -24,6 +25,12 @@ from .test_learner import VOCABULARY, settings
 
 pytestmark = pytest.mark.cuda
 
+OURS = pytest.mark.skipif(unavailable_reason() is not None, reason=f"no CUDA kernels: {unavailable_reason()}")
+OPTIMIZERS = pytest.mark.parametrize(
+    ("optimizer", "backend"),
+    [("adamw", "torch"), ("lamb", "torch"), pytest.param("adamw", "cuda", marks=OURS), pytest.param("lamb", "cuda", marks=OURS)],
+)
+
 
 class Unrecorded:
     """A recorder whose record is the function itself."""
@@ -35,7 +42,7 @@ class Unrecorded:
         return function
 
 
-def learners(number: int, dtype: str, optimizer: str) -> list[Learner]:
+def learners(number: int, dtype: str, optimizer: str, backend: str) -> list[Learner]:
     torch.manual_seed(3)
     model = BertForPreTraining(
         BertConfig(
@@ -47,7 +54,8 @@ def learners(number: int, dtype: str, optimizer: str) -> list[Learner]:
             max_position_embeddings=64,
         )  # fmt: skip
     )
-    run = settings(learning_rate=2.0**-9, steps=16, max_grad_norm=1.0, dtype=dtype, optimizer=optimizer)
+    kernels = {"optimizer": optimizer, "optimizer_backend": backend}
+    run = settings(learning_rate=2.0**-9, steps=16, max_grad_norm=1.0, dtype=dtype, **kernels)
     return [Learner(copy.deepcopy(model).to("cuda").train(), run) for _ in range(number)]
 
 
@@ -60,10 +68,10 @@ def state_of(learner: Learner) -> list[torch.Tensor]:
     return [*learner.model.parameters(), *moments.values(), learner.guard._sum, learner.guard._steps]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@OPTIMIZERS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_repeated_step_is_the_step(dtype, optimizer):
-    plain, unrecorded, recorded = learners(3, dtype, optimizer)
+def test_a_repeated_step_is_the_step(dtype, optimizer, backend):
+    plain, unrecorded, recorded = learners(3, dtype, optimizer, backend)
     said: list[str] = []
     steps = (
         plain.step,
@@ -91,10 +99,10 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@OPTIMIZERS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nothing_waits_for_the_device(dtype, optimizer):
-    plain, recorded = learners(2, dtype, optimizer)
+def test_nothing_waits_for_the_device(dtype, optimizer, backend):
+    plain, recorded = learners(2, dtype, optimizer, backend)
     graphed = GraphedStep(recorded, CAP, CudaRecorder(torch.device("cuda"), quiet))
     for take, shape in ((plain.step, PackedBatch.with_labelled_rows), (plain.step, filled), (graphed.step, filled)):
         batches = [micro_batch(step, shape) for step in range(STEPS)]

@@ -5,10 +5,12 @@ device. Statistics and sums are float32 and the same in every run.
 """
 
 from .attention import attention_backward, attention_forward
+from .embedding_layer_norm import embedding_layer_norm_backward, embedding_layer_norm_forward
 from .extension import DEVICE_TYPE, unavailable_reason
 from .layer_norms import add_layer_norm_backward, add_layer_norm_forward, gelu_layer_norm_backward, gelu_layer_norm_forward
+from .mlm_loss import mlm_loss_backward, mlm_loss_forward
 
-OPS = ("attention", "add_layer_norm", "gelu_layer_norm")
+OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "gelu_layer_norm", "mlm_loss")
 
 __all__ = [
     "DEVICE_TYPE",
@@ -17,7 +19,11 @@ __all__ = [
     "add_layer_norm_forward",
     "attention_backward",
     "attention_forward",
+    "embedding_layer_norm_backward",
+    "embedding_layer_norm_forward",
     "gelu_layer_norm_backward",
     "gelu_layer_norm_forward",
+    "mlm_loss_backward",
+    "mlm_loss_forward",
     "unavailable_reason",
 ]

@@ -40,9 +40,14 @@ def unavailable_reason() -> str | None:
     return _import_error
 
 
+def takes_hidden(hidden: int) -> bool:
+    """Whether rows of this width suit accesses of 16 bytes, and a group of threads' registers."""
+    return hidden % _HIDDEN_MULTIPLE == 0 and hidden <= extension.MAX_HIDDEN
+
+
 def check_hidden(hidden: int) -> None:
-    """RuntimeError where rows of this width do not suit accesses of 16 bytes, or a group of threads' registers."""
-    if hidden % _HIDDEN_MULTIPLE or hidden > extension.MAX_HIDDEN:
+    """RuntimeError where there are no kernels for rows of this width."""
+    if not takes_hidden(hidden):
         raise RuntimeError(
             f"backend 'cuda' takes rows of a multiple of {_HIDDEN_MULTIPLE} elements up to {extension.MAX_HIDDEN}, not {hidden}"
         )
@@ -52,9 +57,12 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def as_float32(tensor: Tensor | None) -> Tensor | None:
-    """Parameters and their gradients are float32 in the kernels; the tensor must stay alive until the kernel is queued."""
-    return None if tensor is None else tensor.float()
+def aligned(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, where accesses of 16 bytes do not fit one (a slice of a flat parameter) its copy.
+
+    The results must stay alive until the kernel is queued.
+    """
+    return tuple(t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in tensors)
 
 
 def float32_like(tensor: Tensor, *shape: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""``add_layer_norm`` and ``gelu_layer_norm`` by CUDA C++ (csrc/cuda); gradients of parameters have the same bits in every run."""
+"""``add_layer_norm`` and ``gelu_layer_norm`` by CUDA C++ (csrc/cuda). Parameters and their gradients have the dtype of x."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .extension import DTYPES, as_float32, check_hidden, current_stream, device_guard, dropout, extension, float32_like, pointer
+from .extension import DTYPES, aligned, check_hidden, current_stream, device_guard, dropout, extension, float32_like, pointer
 
 
 def add_layer_norm_forward(
@@ -22,9 +22,9 @@ def add_layer_norm_forward(
     """See :func:`reference.add_layer_norm_forward`."""
     rows, hidden = x.shape
     check_hidden(hidden)
+    x, bias, residual, weight, ln_bias = aligned(x, bias, residual, weight, ln_bias)
     y, z = torch.empty_like(x), torch.empty_like(x)
     mean, rstd = float32_like(x, rows), float32_like(x, rows)
-    bias, weight, ln_bias = as_float32(bias), as_float32(weight), as_float32(ln_bias)
     with device_guard(x):
         extension.add_layer_norm_forward(
             x.data_ptr(), pointer(bias), residual.data_ptr(), weight.data_ptr(), ln_bias.data_ptr(),
@@ -47,20 +47,19 @@ def add_layer_norm_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
     """See :func:`reference.add_layer_norm_backward`."""
     rows, hidden = dy.shape
+    dy, z, weight = aligned(dy, z, weight)
     dresidual = torch.empty_like(dy)
     dx = torch.empty_like(dy) if dropout_p > 0.0 else None
-    dweight, dln_bias = float32_like(dy, hidden), float32_like(dy, hidden)
-    dbias = float32_like(dy, hidden) if has_bias else None
-    partials = float32_like(dy, extension.row_groups(rows, hidden), 3, hidden)
-    weight32 = weight.float()
+    dweight, dln_bias = torch.empty_like(weight), torch.empty_like(weight)
+    dbias = torch.empty_like(weight) if has_bias else None
     with device_guard(dy):
+        partials = float32_like(dy, extension.row_lines(rows, hidden, DTYPES[dy.dtype]), 3, hidden)
         extension.add_layer_norm_backward(
-            dy.data_ptr(), z.data_ptr(), mean.data_ptr(), rstd.data_ptr(), weight32.data_ptr(), pointer(dx),
+            dy.data_ptr(), z.data_ptr(), mean.data_ptr(), rstd.data_ptr(), weight.data_ptr(), pointer(dx),
             dresidual.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), pointer(dbias), partials.data_ptr(),
             rows, hidden, dropout(dropout_p, seed, stream), DTYPES[dy.dtype], current_stream(dy),
         )  # fmt: skip
-    dtype = weight.dtype
-    return dx, dresidual, dweight.to(dtype), dln_bias.to(dtype), None if dbias is None else dbias.to(dtype)
+    return dx, dresidual, dweight, dln_bias, dbias
 
 
 def gelu_layer_norm_forward(
@@ -69,8 +68,8 @@ def gelu_layer_norm_forward(
     """See :func:`reference.gelu_layer_norm_forward`."""
     rows, hidden = x.shape
     check_hidden(hidden)
+    x, bias, weight, ln_bias = aligned(x, bias, weight, ln_bias)
     y, mean, rstd = torch.empty_like(x), float32_like(x, rows), float32_like(x, rows)
-    bias, weight, ln_bias = as_float32(bias), as_float32(weight), as_float32(ln_bias)
     with device_guard(x):
         extension.gelu_layer_norm_forward(
             x.data_ptr(), pointer(bias), weight.data_ptr(), ln_bias.data_ptr(),
@@ -84,15 +83,15 @@ def gelu_layer_norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """See :func:`reference.gelu_layer_norm_backward`."""
     rows, hidden = x.shape
+    dy, x, bias, weight = aligned(dy, x, bias, weight)
     dx = torch.empty_like(dy)
-    dweight, dln_bias = float32_like(dy, hidden), float32_like(dy, hidden)
-    dbias = None if bias is None else float32_like(dy, hidden)
-    partials = float32_like(dy, extension.row_groups(rows, hidden), 3, hidden)
-    weight32, bias32 = weight.float(), as_float32(bias)
+    dweight, dln_bias = torch.empty_like(weight), torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
     with device_guard(dy):
+        partials = float32_like(dy, extension.row_lines(rows, hidden, DTYPES[dy.dtype]), 3, hidden)
         extension.gelu_layer_norm_backward(
-            dy.data_ptr(), x.data_ptr(), pointer(bias32), weight32.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+            dy.data_ptr(), x.data_ptr(), pointer(bias), weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
             dx.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), pointer(dbias), partials.data_ptr(),
             rows, hidden, DTYPES[x.dtype], current_stream(dy),
         )  # fmt: skip
-    return dx, None if dbias is None else dbias.to(bias.dtype), dweight.to(weight.dtype), dln_bias.to(weight.dtype)
+    return dx, dbias, dweight, dln_bias

@@ -11,9 +11,12 @@ inline constexpr const char* kDeviceType = "cpu";
 inline int capability() { return simt::capability(); }
 inline int num_processors() { return 2; }
 
+// Refuses more dynamic shared memory than a GPU of this compute capability has for one block.
 template <typename... Parameters, typename... Arguments>
-void launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
             const Arguments&... arguments) {
+  const size_t most = (simt::capability() < 90 ? 163 : 227) * 1024;
+  if (shared_bytes > most) throw std::runtime_error(std::string(name) + ": invalid argument");
   simt::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
 

@@ -25,8 +25,9 @@ constexpr bool kIsBfloat16 = std::is_same_v<T, __nv_bfloat16>;
 
 inline unsigned char* aligned_shared_memory() { return simt::dynamic_shared_memory(); }
 
-// As coarse as the instruction may be, so that kernels that need more digits show it.
+// As coarse as the instruction may be, so that kernels that need more digits show it; 2^0 is exact.
 inline float exp2_approximate(float x) {
+  if (x == 0.0f) return 1.0f;
   const float y = std::exp2(x) * (1.0f + 0x1p-22f);
   return y < 0x1p-126f ? 0.0f : y;
 }
