@@ -84,10 +84,11 @@ def skip_unless_supported(backend, device, dtype, head_dim) -> None:
         pytest.skip(f"{backend}: {'; '.join(reasons)}")
 
 
-def check(backend, dtype, lengths, heads, head_dim, dropout_p=0.0, scale=1.0, max_seqlen=None) -> None:
+def check(backend, dtype, lengths, heads, head_dim, dropout_p=0.0, scale=1.0, max_seqlen=None, large_keys=0) -> None:
     device, seed = device_of(backend), new_seed()
     skip_unless_supported(backend, device, dtype, head_dim)
     qkv, cu_seqlens, longest = packed(lengths, heads, head_dim, scale)
+    qkv[:large_keys, 1] *= 6.0
     (qkv,) = rounded(qkv, dtype=dtype)
     softmax_scale = head_dim**-0.5
     dout = torch.randn(qkv.shape[0], heads, head_dim, dtype=torch.float64).to(dtype).double()
@@ -134,6 +135,11 @@ def test_max_seqlen_is_a_bound(backend, dtype, dropout_p):
 @every_kernel()
 def test_large_scores_do_not_overflow(backend, dtype):
     check(backend, dtype, [20, 5], heads=2, head_dim=usual_head_dim(backend, 16), scale=8.0)
+
+
+@every_kernel()
+def test_maxima_that_differ_from_tile_to_tile(backend, dtype):
+    check(backend, dtype, [190], heads=1, head_dim=usual_head_dim(backend, 32), large_keys=50)
 
 
 @every_kernel()
