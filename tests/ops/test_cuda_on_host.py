@@ -51,7 +51,7 @@ def run_mlm_loss(classes: int) -> list[torch.Tensor]:
 
 
 def run_attention(head_dim: int) -> list[torch.Tensor]:
-    """Several tiles, by the kernels of both architectures; behind the ends of sequences NaN of others, to be kept away from them."""
+    """Several tiles, by the kernels of both architectures; behind the ends of sequences is the NaN of others."""
     qkv, cu_seqlens = leaf(166, 3, 1, head_dim), torch.tensor([0, 140, 143, 163, 166], dtype=torch.int32)
     others = torch.ones(166, dtype=torch.bool)
     others[140:143] = others[163:] = False
