@@ -9,6 +9,7 @@ namespace fastbert::cuda {
 inline constexpr const char* kDeviceType = "cpu";
 
 inline int capability() { return simt::capability(); }
+inline constexpr bool kBuiltForHopper = true;
 inline int num_processors() { return 2; }
 
 // Refuses more dynamic shared memory than a GPU of this compute capability has for one block.
