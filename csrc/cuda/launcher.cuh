@@ -14,7 +14,9 @@ namespace fastbert::cuda {
 inline constexpr const char* kDeviceType = "cuda";
 
 inline void check(const char* what, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch, which asks for it, would report this error as its own
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
