@@ -19,10 +19,15 @@ inline void check(const char* what, cudaError_t error) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
+inline int current_device() {
+  int device = 0;
   check("cudaGetDevice", cudaGetDevice(&device));
-  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, attribute, device));
+  return device;
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int value = 0;
+  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, attribute, current_device()));
   return value;
 }
 
@@ -70,6 +75,9 @@ inline TensorMap make_tensor_map(const void* data, bool is_bfloat16, int64_t row
     if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
+  // A thread that has launched nothing yet, as autograd's at the start of a backward pass, has a current device but no
+  // current context, which the driver asks for.
+  check("cudaSetDevice", cudaSetDevice(current_device()));
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
