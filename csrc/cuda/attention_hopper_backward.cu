@@ -258,12 +258,14 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
       }
       uint32_t ds[4][4];
       pack_rows<T>(ds, dp);
+      // Before the products of dK: what they read may not be read by others while they are under way. A key past the end is
+      // 0 and so is its part of dQ, but not where its probability, exp(-lse), has become infinite.
+      write_rows(shared + Layout::kDs + step % 2 * Layout::kDsBytes + my_warpgroup * kTileBytes, ds,
+                 head.length - first_key);
       products_fence();
       add_weighted_rows<T>(dk, ds, q);
       products_commit();
-      // A key past the end is 0 and so is its part of dQ, but not where its probability, exp(-lse), has become infinite.
-      write_rows(shared + Layout::kDs + step % 2 * Layout::kDsBytes + my_warpgroup * kTileBytes, ds,
-                 head.length - first_key);
+      fence_async_shared();
       if (has_last_dq) {
         pin(dq);
         finish_dq(tile - 1, key_block);
