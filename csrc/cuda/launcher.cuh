@@ -6,6 +6,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -45,15 +46,25 @@ inline constexpr bool kBuiltForHopper = false;
 
 inline int num_processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
+// Has the kernel's limit of dynamic shared memory be at least so many bytes. It only rises: it is one for all threads and
+// all recorded graphs, which may be about to launch the kernel with more.
+template <typename... Parameters>
+void allow_shared_memory(const char* name, void (*kernel)(Parameters...), size_t bytes) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaFuncAttributes attributes;
+  check(name, cudaFuncGetAttributes(&attributes, kernel));
+  if (static_cast<size_t>(attributes.maxDynamicSharedSizeBytes) >= bytes) return;
+  check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
 // Queues kernel(arguments...) on stream, a cudaStream_t; shared_bytes: of dynamic shared memory, up to what the GPU has.
 // Throws std::runtime_error that begins with name where that fails.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             const Arguments&... arguments) {
   constexpr size_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
-    check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  }
+  if (shared_bytes > kWithoutAsking) allow_shared_memory(name, kernel, shared_bytes);
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(name, cudaGetLastError());
 }
