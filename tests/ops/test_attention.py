@@ -259,27 +259,6 @@ def test_a_sequence_of_nan_leaves_its_neighbours_alone(backend, dtype):
         assert torch.equal(with_nan[23:], without[23:])
 
 
-@pytest.mark.parametrize("capability", [90, 80], indirect=True)
-def test_the_order_of_threads_does_not_matter():
-    """A missing barrier shows in some order of the model's threads."""
-    skip_unless_supported("cuda", "cpu", torch.bfloat16, 64)
-    qkv, cu_seqlens, longest = packed([140, 3, 20, 3], 1, 64)
-    dout, seed, runs = torch.randn(qkv.shape[0], 1, 64), new_seed(), []
-    for start in (140, 163):  # behind the ends of others, to be kept away from them
-        qkv[start : start + 3] = dout[start : start + 3] = float("nan")
-    others = ~dout[:, 0, 0].isnan()
-
-    def ours(x):
-        return attention(x, cu_seqlens, longest, dropout_p=0.2, seed=seed, backend="cuda")
-
-    for order in range(6):
-        with cuda_on_host.threads_in_order(order):
-            runs.append([result[others] for result in gradients(ours, [qkv], dout, torch.bfloat16)])
-    for first, *rest in zip(*runs, strict=True):
-        assert torch.isfinite(first).all()
-        assert all(torch.equal(first, other) for other in rest)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
