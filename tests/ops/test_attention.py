@@ -139,7 +139,9 @@ def test_large_scores_do_not_overflow(backend, dtype):
 
 @every_kernel()
 def test_maxima_that_differ_from_tile_to_tile(backend, dtype):
-    check(backend, dtype, [190], heads=1, head_dim=usual_head_dim(backend, 32), large_keys=50)
+    """With the longest sequence that Hopper's kernels take; Triton's interpreter takes a second for less."""
+    length = 512 if backend == "cuda" else 190
+    check(backend, dtype, [length], heads=1, head_dim=usual_head_dim(backend, 32), dropout_p=0.1, large_keys=50)
 
 
 @every_kernel()
