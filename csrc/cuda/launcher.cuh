@@ -81,8 +81,12 @@ inline TensorMap make_tensor_map(const void* data, bool is_bfloat16, int64_t row
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    check("cuTensorMapEncodeTiled",
-          cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+    constexpr const char* kName = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
+    check(kName, cudaGetDriverEntryPointByVersion(kName, &function, 12000, cudaEnableDefault, &found));
+#else
+    check(kName, cudaGetDriverEntryPoint(kName, &function, cudaEnableDefault, &found));
+#endif
     if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
