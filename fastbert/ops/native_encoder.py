@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import native
+from . import huge_pages, native
 from .backends import MAX_HEAD_DIM
 
 if TYPE_CHECKING:
@@ -79,18 +79,19 @@ class PackedEncoderLayer:
     def __init__(self, weights: EncoderLayerWeights, dtype: torch.dtype) -> None:
         self.instruction_set = native.instruction_set()
         self._kept: list[Tensor] = []
-        linears = [self._packed(linear) for _, linear in weights.linears()]
+        linears = [linear for _, linear in weights.linears()]
+        sizes = [_packed_bytes(linear) for linear in linears]
+        places = huge_pages.empty(sum(sizes)).split(sizes)
+        linears = [self._packed(linear, place) for linear, place in zip(linears, places, strict=True)]
         norms = [self._float32(t) for _, norm in weights.norms() for t in (norm.weight, norm.bias)]
         self.handle = native.EXTENSION.EncoderLayer(
             *linears, *norms, weights.attention_norm.eps, weights.output_norm.eps, weights.num_heads, weights.head_dim,
             weights.softmax_scale, native.DTYPES[dtype], native.WEIGHT_DTYPES[weights.dtype], _nanoseconds.data_ptr(),
         )  # fmt: skip
 
-    def _packed(self, linear: LinearWeights):
+    def _packed(self, linear: LinearWeights, packed: Tensor):
         out_features, in_features = linear.weight.shape
         weight = linear.weight.detach().contiguous()
-        padded = -(-out_features // _ROWS_OF_PANEL) * _ROWS_OF_PANEL
-        packed = torch.empty(padded, in_features, dtype=weight.dtype, device="cpu")
         native.EXTENSION.pack_weight(
             weight.data_ptr(), packed.data_ptr(), out_features, in_features,
             native.WEIGHT_DTYPES[weight.dtype], torch.get_num_threads(),
@@ -113,3 +114,9 @@ class PackedEncoderLayer:
         copy = tensor.detach().to(torch.float32, copy=True).contiguous()
         self._kept.append(copy)
         return copy.data_ptr()
+
+
+def _packed_bytes(linear: LinearWeights) -> int:
+    """A multiple of 64, since panels have so many rows."""
+    out_features, in_features = linear.weight.shape
+    return -(-out_features // _ROWS_OF_PANEL) * _ROWS_OF_PANEL * in_features * linear.weight.element_size()
