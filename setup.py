@@ -194,6 +194,8 @@ def build_cuda(temp: Path, target: str) -> dict[str, object]:
     version = run_command([nvcc, "--version"]).strip().splitlines()[-1]
     archs = cuda_arch_flags(nvcc)
     flags = [*CUDA_FLAGS, *PTXAS_FLAGS, *include_flags()]
+    if any("sm_90a" in arch for arch in archs):  # what Hopper alone has, code for sm_90 may not use
+        flags.append("-DFASTBERT_BUILT_FOR_HOPPER")
     units = CUDA_SOURCES
     objects = [str(temp / f"{Path(source).stem}.cuda.o") for source in units]
     printed = run_parallel([[nvcc, *flags, *archs, "-c", source, "-o", obj] for source, obj in zip(units, objects)])

@@ -7,7 +7,7 @@ namespace fastbert::cuda {
 namespace {
 
 bool is_for_hopper(int64_t head_dim, int64_t max_seqlen) {
-  return capability() == 90 && head_dim == kHopperHeadDim && max_seqlen <= kHopperMaxSeqlen;
+  return kBuiltForHopper && capability() == 90 && head_dim == kHopperHeadDim && max_seqlen <= kHopperMaxSeqlen;
 }
 
 }  // namespace

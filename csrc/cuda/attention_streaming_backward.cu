@@ -144,9 +144,8 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2)
   const float* const source = (reads_lse ? p.lse : all_delta) + head.head * p.total + head.start;
   const auto read_statistic = [&](int first) {
     const int query = first + threadIdx.x % kTileRows;
-    // An infinite log-sum-exp makes the probabilities of queries that are not there 0.
-    if (query >= head.length) return reads_lse ? -INFINITY : 0.0f;
-    return source[query] * (reads_lse ? -kLog2E : 1.0f);
+    // Queries that are not there have a probability of 1, times rows of dout and q that are 0.
+    return query < head.length ? source[query] * (reads_lse ? -kLog2E : 1.0f) : 0.0f;
   };
   const auto write_statistic = [&](float value, int buffer) {
     statistics[buffer][reads_lse ? 0 : 1][threadIdx.x % kTileRows] = value;

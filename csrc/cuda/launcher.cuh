@@ -29,6 +29,13 @@ inline int capability() {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
+// Whether a Hopper GPU gets code that was compiled with FASTBERT_HOPPER (ptx.cuh); setup.py knows the architectures.
+#if defined(FASTBERT_BUILT_FOR_HOPPER)
+inline constexpr bool kBuiltForHopper = true;
+#else
+inline constexpr bool kBuiltForHopper = false;
+#endif
+
 inline int num_processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // Queues kernel(arguments...) on stream, a cudaStream_t; shared_bytes: of dynamic shared memory, up to what the GPU has.

@@ -84,10 +84,11 @@ def skip_unless_supported(backend, device, dtype, head_dim) -> None:
         pytest.skip(f"{backend}: {'; '.join(reasons)}")
 
 
-def check(backend, dtype, lengths, heads, head_dim, dropout_p=0.0, scale=1.0, max_seqlen=None) -> None:
+def check(backend, dtype, lengths, heads, head_dim, dropout_p=0.0, scale=1.0, max_seqlen=None, large_keys=0) -> None:
     device, seed = device_of(backend), new_seed()
     skip_unless_supported(backend, device, dtype, head_dim)
     qkv, cu_seqlens, longest = packed(lengths, heads, head_dim, scale)
+    qkv[:large_keys, 1] *= 6.0
     (qkv,) = rounded(qkv, dtype=dtype)
     softmax_scale = head_dim**-0.5
     dout = torch.randn(qkv.shape[0], heads, head_dim, dtype=torch.float64).to(dtype).double()
@@ -120,7 +121,8 @@ def test_lengths(backend, dtype, lengths, dropout_p):
 @pytest.mark.parametrize("head_dim", [1, 8, 24, 40, 64, 80, 96, 128])
 @pytest.mark.parametrize(("backend", "dtype"), backend_cases("attention"))
 def test_head_dims(backend, dtype, head_dim):
-    check(backend, dtype, [19, 3], heads=3, head_dim=head_dim, dropout_p=0.1)
+    lengths = [70, 3] if backend == "cuda" else [19, 3]  # its tiles of wide heads are others, too
+    check(backend, dtype, lengths, heads=3, head_dim=head_dim, dropout_p=0.1)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -133,6 +135,13 @@ def test_max_seqlen_is_a_bound(backend, dtype, dropout_p):
 @every_kernel()
 def test_large_scores_do_not_overflow(backend, dtype):
     check(backend, dtype, [20, 5], heads=2, head_dim=usual_head_dim(backend, 16), scale=8.0)
+
+
+@every_kernel()
+def test_maxima_that_differ_from_tile_to_tile(backend, dtype):
+    """With the longest sequence that Hopper's kernels take; Triton's interpreter takes a second for less."""
+    length = 512 if backend == "cuda" else 190
+    check(backend, dtype, [length], heads=1, head_dim=usual_head_dim(backend, 32), dropout_p=0.1, large_keys=50)
 
 
 @every_kernel()
@@ -248,22 +257,6 @@ def test_a_sequence_of_nan_leaves_its_neighbours_alone(backend, dtype):
         assert with_nan[20:23].isnan().all()
         assert torch.equal(with_nan[:20], without[:20])
         assert torch.equal(with_nan[23:], without[23:])
-
-
-@pytest.mark.parametrize("capability", [90, 80], indirect=True)
-def test_the_order_of_threads_does_not_matter():
-    """A missing barrier shows in some order of the model's threads."""
-    skip_unless_supported("cuda", "cpu", torch.bfloat16, 64)
-    qkv, cu_seqlens, longest = packed([140, 3], 1, 64)
-    dout, seed, runs = torch.randn(qkv.shape[0], 1, 64), new_seed(), []
-
-    def ours(x):
-        return attention(x, cu_seqlens, longest, dropout_p=0.2, seed=seed, backend="cuda")
-
-    for order in (0, 1, 2):
-        with cuda_on_host.threads_in_order(order):
-            runs.append(gradients(ours, [qkv], dout, torch.bfloat16))
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize(

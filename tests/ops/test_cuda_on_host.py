@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 
-from fastbert.ops import add_layer_norm, cuda, embedding_layer_norm, gelu_layer_norm, mlm_loss
+from fastbert.ops import add_layer_norm, attention, cuda, embedding_layer_norm, gelu_layer_norm, mlm_loss
 
 from .. import cuda_on_host
 from .helpers import new_seed
@@ -50,27 +50,40 @@ def run_mlm_loss(classes: int) -> list[torch.Tensor]:
     return [correct, *with_gradients(losses, leaves)]
 
 
+def run_attention(head_dim: int) -> list[torch.Tensor]:
+    """Several tiles, by the kernels of both architectures; behind the ends of sequences is the NaN of others."""
+    qkv, cu_seqlens = leaf(166, 3, 1, head_dim), torch.tensor([0, 140, 143, 163, 166], dtype=torch.int32)
+    others = torch.ones(166, dtype=torch.bool)
+    others[140:143] = others[163:] = False
+    qkv.data[~others] = torch.nan
+    results = []
+    for capability in (80, 90):
+        with cuda_on_host.capability(capability):
+            results += with_gradients(attention(qkv, cu_seqlens, 140, **DROPOUT, backend="cuda"), [qkv])
+    return [result[others] for result in results]
+
+
 def with_gradients(out: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.randn_like(out))]
 
 
 RUNS = {
-    "add_layer_norm": run_add_layer_norm,
-    "gelu_layer_norm": run_gelu_layer_norm,
-    "embedding_layer_norm": run_embedding_layer_norm,
-    "mlm_loss": run_mlm_loss,
+    "add_layer_norm": (run_add_layer_norm, WIDTHS),
+    "gelu_layer_norm": (run_gelu_layer_norm, WIDTHS),
+    "embedding_layer_norm": (run_embedding_layer_norm, WIDTHS),
+    "mlm_loss": (run_mlm_loss, WIDTHS),
+    "attention": (run_attention, (64, 96)),
 }
 
 
 @needs_model
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("op", RUNS)
+@pytest.mark.parametrize(("op", "width"), [(op, width) for op, (_, widths) in RUNS.items() for width in widths])
 def test_same_bits_in_whatever_order_threads_take_turns(op, width):
     results = []
-    for order in (0, 1, 2, 3):  # ascending, descending, shuffled twice
+    for order in range(5):  # ascending, descending, shuffled
         torch.manual_seed(1)
         with cuda_on_host.threads_in_order(order):
-            results.append(RUNS[op](width))
+            results.append(RUNS[op][0](width))
     assert all(torch.isfinite(t).all() for t in results[0])
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
@@ -104,6 +117,19 @@ void two_meetings() {
   }
 }
 
+// By how many steps a warp was ahead of the other at most.
+void race(int* out) {
+  __shared__ int steps[2];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  steps[warp] = 0;
+  __syncthreads();
+  for (int step = 1; step <= 200; ++step) {
+    __syncwarp();
+    steps[warp] = step;
+    out[threadIdx.x] = std::max(out[threadIdx.x], step - steps[1 - warp]);
+  }
+}
+
 void be_last(int* out) { *out = static_cast<int>(blockIdx.x + 10 * blockIdx.y); }
 
 void nothing() {}
@@ -117,6 +143,7 @@ int main(int, char** arguments) {
       if (kernel == "barrier" || kernel == "no barrier") take_neighbours(out, kernel == "barrier");
       if (kernel == "barrier of some") barrier_of_some();
       if (kernel == "two meetings") two_meetings();
+      if (kernel == "race") race(out);
     });
     if (kernel == "last block") launch("last block", be_last, dim3(3, 2), 1, 0, nullptr, &out[0]);
     if (kernel == "no blocks") launch("no blocks", nothing, dim3(3, 0), 32, 0, nullptr);
@@ -155,6 +182,13 @@ def test_the_model_shows_a_missing_barrier(run_kernel):
     without = {run_kernel("no barrier", order) for order in range(4)}
     assert len(without) == 4
     assert (True, expected) not in without
+
+
+def test_a_warp_runs_far_ahead_in_shuffled_orders(run_kernel):
+    """Warps that stay together would hide a missing barrier between a tile's users and its next writers."""
+    lead = [max(map(int, run_kernel("race", order)[1].split())) for order in range(4)]
+    assert max(lead[:2]) <= 2
+    assert min(lead[2:]) > 100
 
 
 def test_the_model_names_a_deadlock(run_kernel):

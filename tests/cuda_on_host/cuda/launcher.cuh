@@ -9,6 +9,7 @@ namespace fastbert::cuda {
 inline constexpr const char* kDeviceType = "cpu";
 
 inline int capability() { return simt::capability(); }
+inline constexpr bool kBuiltForHopper = true;
 inline int num_processors() { return 2; }
 
 // Refuses what a GPU of this compute capability refuses: more dynamic shared memory than there is for one block, no blocks
