@@ -229,7 +229,7 @@ void wait_until(const std::function<bool()>& ready, const char* what, const Loca
   while (!ready()) go_on(self.place, block->scheduler);
 }
 
-Meeting::Meeting(int threads, size_t bytes) : threads_(threads), bytes_(bytes), arrivals_(threads, 0) {
+Meeting::Meeting(int threads, size_t bytes) : threads_(threads), arrivals_(threads, 0) {
   for (Turn& turn : turns_) turn.bytes.resize(threads * bytes);
 }
 

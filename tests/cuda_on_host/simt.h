@@ -70,7 +70,6 @@ class Meeting {
 
  private:
   int threads_;
-  size_t bytes_;
   std::vector<uint64_t> arrivals_;
   struct Turn {
     int arrived = 0;
