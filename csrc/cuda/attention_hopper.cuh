@@ -64,8 +64,8 @@ __device__ __forceinline__ void pack_rows(uint32_t (&a)[4][4], const float (&d)[
   for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = pack<T>(d[2 * i], d[2 * i + 1]);
 }
 
-// The tile's rows become those of a warpgroup's a, and 0 from this row on. Before a product reads them there has to be a
-// barrier.
+// The tile's rows become those of a warpgroup's a, and 0 from this row on. Before a product reads them there have to be
+// fence_async_shared() and a barrier.
 __device__ __forceinline__ void write_rows(unsigned char* tile, const uint32_t (&a)[4][4], int rows) {
   const int row = 16 * warp_of_warpgroup() + quad();
 #pragma unroll
@@ -74,7 +74,6 @@ __device__ __forceinline__ void write_rows(unsigned char* tile, const uint32_t (
     *reinterpret_cast<uint32_t*>(tile + (row + 8 * r) * 128 + (j ^ quad()) * 16 + 4 * place()) =
         row + 8 * r < rows ? a[i / 4][i % 4] : 0;
   }
-  fence_async_shared();
 }
 
 // words[i] of the lane at place p becomes words[p] of the lane at place i.

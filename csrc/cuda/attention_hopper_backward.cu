@@ -139,15 +139,20 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
   const auto has_dq = [&](int tile) { return tile % kWarpgroups == my_warpgroup; };
   const auto begin_dq = [&](int step, int key_tiles) {
     const uint64_t ds = matrix(shared + Layout::kDs + step % 2 * Layout::kDsBytes);
-    products_fence();
+    const auto add_tiles = [&](auto count) {
+      products_fence();
 #pragma unroll
-    for (int i = 0; i < kWarpgroups; ++i) {
-      if (i >= key_tiles) break;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int at = i * kTileBytes + 2048 * k;
-        product<T, Along::width, Along::width>(dq, matrix_at(ds, at), matrix_at(keys, at), at > 0);
+      for (int i = 0; i < 4 * decltype(count)::value; ++i) {
+        const int at = 2048 * i;
+        product<T, Along::width, Along::width>(dq, matrix_at(ds, at), matrix_at(keys, at), i > 0);
       }
+      products_commit();
+    };
+    // Each branch commits its own products: a branch between products and their commit makes two groups of one.
+    if (kWarpgroups == 1 || key_tiles == kWarpgroups) {
+      add_tiles(std::integral_constant<int, kWarpgroups>());
+    } else {
+      add_tiles(std::integral_constant<int, 1>());
     }
   };
   const auto finish_dq = [&](int tile, int key_block) {
@@ -207,8 +212,11 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
       const bool has_last_dq = tile > 0 && has_dq(tile - 1);
       products_wait<2>();
       if (tile > 0) next_step(step);
-      if (has_last_dq) begin_dq(step - 1, key_tiles);
-      products_commit();
+      if (has_last_dq) {
+        begin_dq(step - 1, key_tiles);
+      } else {
+        products_commit();
+      }
       [[maybe_unused]] uint32_t kept;
       if constexpr (kDropout) {
         kept =
@@ -250,12 +258,14 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
       }
       uint32_t ds[4][4];
       pack_rows<T>(ds, dp);
+      // Before the products of dK: what they read may not be read by others while they are under way. A key past the end is
+      // 0 and so is its part of dQ, but not where its probability, exp(-lse), has become infinite.
+      write_rows(shared + Layout::kDs + step % 2 * Layout::kDsBytes + my_warpgroup * kTileBytes, ds,
+                 head.length - first_key);
       products_fence();
       add_weighted_rows<T>(dk, ds, q);
       products_commit();
-      // A key past the end is 0 and so is its part of dQ, but not where its probability, exp(-lse), has become infinite.
-      write_rows(shared + Layout::kDs + step % 2 * Layout::kDsBytes + my_warpgroup * kTileBytes, ds,
-                 head.length - first_key);
+      fence_async_shared();
       if (has_last_dq) {
         pin(dq);
         finish_dq(tile - 1, key_block);
@@ -268,7 +278,6 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
     next_step(step);
     const bool has_last_dq = has_dq(tiles - 1);
     if (has_last_dq) begin_dq(step - 1, key_tiles);
-    products_commit();
     store_rows(dk_rows, first_key, dk, ds_scale, ds_scale);
     store_rows(dv_rows, first_key, dv, dropout_scale, dropout_scale);
     products_wait<0>();

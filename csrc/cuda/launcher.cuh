@@ -6,6 +6,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -14,13 +15,20 @@ namespace fastbert::cuda {
 inline constexpr const char* kDeviceType = "cuda";
 
 inline void check(const char* what, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch, which asks for it, would report this error as its own
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+inline int current_device() {
+  int device = 0;
+  check("cudaGetDevice", cudaGetDevice(&device));
+  return device;
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check("cudaGetDevice", cudaGetDevice(&device));
-  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, attribute, device));
+  int value = 0;
+  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, attribute, current_device()));
   return value;
 }
 
@@ -38,15 +46,25 @@ inline constexpr bool kBuiltForHopper = false;
 
 inline int num_processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
+// Has the kernel's limit of dynamic shared memory be at least so many bytes. It only rises: it is one for all threads and
+// all recorded graphs, which may be about to launch the kernel with more.
+template <typename... Parameters>
+void allow_shared_memory(const char* name, void (*kernel)(Parameters...), size_t bytes) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaFuncAttributes attributes;
+  check(name, cudaFuncGetAttributes(&attributes, kernel));
+  if (static_cast<size_t>(attributes.maxDynamicSharedSizeBytes) >= bytes) return;
+  check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
 // Queues kernel(arguments...) on stream, a cudaStream_t; shared_bytes: of dynamic shared memory, up to what the GPU has.
 // Throws std::runtime_error that begins with name where that fails.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             const Arguments&... arguments) {
   constexpr size_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
-    check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  }
+  if (shared_bytes > kWithoutAsking) allow_shared_memory(name, kernel, shared_bytes);
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(name, cudaGetLastError());
 }
@@ -63,11 +81,18 @@ inline TensorMap make_tensor_map(const void* data, bool is_bfloat16, int64_t row
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    check("cuTensorMapEncodeTiled",
-          cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+    constexpr const char* kName = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
+    check(kName, cudaGetDriverEntryPointByVersion(kName, &function, 12000, cudaEnableDefault, &found));
+#else
+    check(kName, cudaGetDriverEntryPoint(kName, &function, cudaEnableDefault, &found));
+#endif
     if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
+  // A thread that has launched nothing yet, as autograd's at the start of a backward pass, has a current device but no
+  // current context, which the driver asks for.
+  check("cudaSetDevice", cudaSetDevice(current_device()));
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};

@@ -136,7 +136,7 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* mbarrier, int arrivals) 
 // Makes mbarriers known to the unit that copies.
 __device__ __forceinline__ void fence_mbarriers() {
 #if FASTBERT_HOPPER
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* mbarrier) {

@@ -242,6 +242,21 @@ def test_two_runs_give_the_same_bits(backend, dtype):
 
 
 @every_kernel()
+def test_tensors_may_start_anywhere(backend, dtype):
+    """A slice of a flat tensor, say; accesses of 16 bytes and bulk copies must start at a multiple of that."""
+    device, head_dim, lengths = device_of(backend), usual_head_dim(backend, 32), [20, 3]
+    qkv, cu_seqlens, longest = packed(lengths, 1, head_dim)
+    dout = torch.randn(sum(lengths), 1, head_dim)
+
+    def run(offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, gradient = (torch.cat([torch.zeros(offset), t.flatten()]).to(device, dtype)[offset:].view(t.shape) for t in (qkv, dout))
+        out = attention(x.requires_grad_(), cu_seqlens.to(device), longest, backend=backend)
+        return out, *torch.autograd.grad(out, x, gradient)
+
+    assert all(map(torch.equal, run(0), run(1)))
+
+
+@every_kernel()
 def test_a_sequence_of_nan_leaves_its_neighbours_alone(backend, dtype):
     """Tiles reach beyond a sequence's end, where a probability of 0 times NaN would be NaN."""
     device, head_dim, lengths = device_of(backend), usual_head_dim(backend, 32), [20, 3, 30]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .extension import DTYPES, current_stream, device_guard, dropout, extension, float32_like
+from .extension import DTYPES, aligned, current_stream, device_guard, dropout, extension, float32_like
 
 
 def attention_forward(
@@ -20,6 +20,7 @@ def attention_forward(
     """See :func:`reference.attention_forward`. max_seqlen: at least the longest sequence, or rows of out are not written."""
     total, _, num_heads, head_dim = qkv.shape
     _check_scale(softmax_scale)
+    (qkv,) = aligned(qkv)
     out = torch.empty((total, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     lse = float32_like(qkv, num_heads, total)
     with device_guard(qkv):
@@ -46,6 +47,7 @@ def attention_backward(
     """See :func:`reference.attention_backward`."""
     total, _, num_heads, head_dim = qkv.shape
     _check_scale(softmax_scale)
+    dout, qkv, out = aligned(dout, qkv, out)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     with device_guard(qkv):
         extension.attention_backward(
