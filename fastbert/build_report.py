@@ -7,7 +7,6 @@ import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 REPORT_PATH = Path(__file__).with_name("_build_report.json")
@@ -74,7 +73,7 @@ def why_not_built(module: str) -> str | None:
     return report.modules[module].reason
 
 
-def import_built(module: str, names: tuple[str, ...]) -> tuple[ModuleType | None, str | None]:
+def import_built(module: str, names: tuple[str, ...]) -> tuple[Any, str | None]:
     """``_cpu`` or ``_cuda`` and None, or None and the reason why there is none that has ``names``, all that callers need.
 
     Where a checkout was updated and not installed again the module is still that of the older sources.
