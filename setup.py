@@ -293,7 +293,8 @@ class BuildNative(build_ext):
 
 
 def headers(*folders: str) -> list[str]:
-    return sorted(str(path) for folder in folders for path in Path(folder).glob("*.h*"))
+    """Those in the folders: where one changes modules are built again, and they go into a source distribution."""
+    return sorted(str(path) for folder in folders for pattern in ("*.h", "*.cuh") for path in Path(folder).glob(pattern))
 
 
 setup(

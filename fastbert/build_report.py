@@ -1,7 +1,9 @@
-"""What happened when this installation's native modules were built: read by ``fastbert doctor``, written by setup.py."""
+"""The native modules of this installation, and what happened when they were built: read by ``fastbert doctor``, written by
+setup.py."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,3 +71,19 @@ def why_not_built(module: str) -> str | None:
     if report is None or module not in report.modules:
         return f"fastbert.{module} was never built: install the package (pip install -e .)"
     return report.modules[module].reason
+
+
+def import_built(module: str, names: tuple[str, ...]) -> tuple[Any, str | None]:
+    """``_cpu`` or ``_cuda`` and None, or None and the reason why there is none that has ``names``, all that callers need.
+
+    Where a checkout was updated and not installed again the module is still that of the older sources.
+    """
+    try:
+        built = importlib.import_module(f"fastbert.{module}")
+    except ImportError as error:
+        return None, why_not_built(module) or f"fastbert.{module} was built but does not load: {error}"
+    missing = [name for name in names if not hasattr(built, name)]
+    if missing:
+        was_built = f"fastbert.{module} was built from other sources, without {', '.join(missing)}"
+        return None, f"{was_built}: install the package again (pip install -e .)"
+    return built, None

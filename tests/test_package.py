@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,18 @@ def python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def test_a_source_distribution_has_all_of_csrc(monkeypatch):
+    """setuptools puts into it what the extension modules name."""
+    setuptools = pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **options: given.update(options))
+    monkeypatch.chdir(REPOSITORY)
+    runpy.run_path("setup.py")
+    named = {path for module in given["ext_modules"] for path in (*module.sources, *module.depends)}
+    assert named == {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "csrc").rglob("*.*")}
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():

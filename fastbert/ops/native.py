@@ -20,19 +20,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..build_report import why_not_built
+from ..build_report import import_built
 from . import reference
 from .linear import linear_dweight, linear_dx, linear_forward, linear_gelu_without_gradients
 
+# What the module offers.
+NAMES = (
+    "DType", "Dropout", "EncoderLayer", "MATMUL_PACKED_COLUMNS", "PackedLinear", "Words", "add_layer_norm_backward",
+    "add_layer_norm_forward", "attention_backward", "attention_forward", "bias_gelu_backward", "bias_gelu_forward",
+    "embedding_layer_norm_backward", "embedding_layer_norm_forward", "encoder_layers", "encoder_layers_workspace_bytes",
+    "gelu_layer_norm_backward", "gelu_layer_norm_forward", "instruction_set", "matmul", "mlm_loss_backward", "mlm_loss_forward",
+    "pack_weight", "packs", "row_chunks", "set_instruction_set", "set_openmp_parallel", "supported_instruction_sets",
+    "table_gradient",
+)  # fmt: skip
 _TORCH_LIBRARY = re.compile(r"/libtorch_cpu\.so[.\d]*$")
 
 
 def _import_extension():
     """The extension module and None, or None and the reason why there is none."""
-    try:
-        from fastbert import _cpu
-    except ImportError as error:
-        return None, why_not_built("_cpu") or f"fastbert._cpu was built but does not load: {error}"
+    _cpu, reason = import_built("_cpu", NAMES)
+    if _cpu is None:
+        return None, reason
     _cpu.set_openmp_parallel(_openmp_entry_point())
     forced = os.environ.get("FASTBERT_CPU_ISA")
     if forced:

@@ -134,6 +134,7 @@ class PretrainSettings(CommandSettings):
     command_name: ClassVar[str] = "pretrain"
     changeable_on_resume: ClassVar[frozenset[str]] = CommandSettings.changeable_on_resume | {
         "save_steps", "keep_checkpoints", "log_steps", "report_to", "workers", "max_skipped_steps",
+        "optimizer_backend",
     }  # fmt: skip
     least: ClassVar[dict[str, int]] = {
         **dict.fromkeys(_SIZE_NAMES, 1),

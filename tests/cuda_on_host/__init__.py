@@ -89,7 +89,7 @@ def _build(command: list[str], build: Path, target: Path) -> None:
 
 @contextmanager
 def threads_in_order(order: int) -> Iterator[None]:
-    """The threads of a block take turns in ascending order (0), descending (1), or shuffled with this seed (others)."""
+    """Blocks run, and the threads of each take turns, in ascending order (0), descending (1), or shuffled by this seed (others)."""
     library = _library()
     library.simt_set_order(ctypes.c_uint64(order))
     try:

@@ -192,10 +192,14 @@ void run_block(const std::function<void()>& kernel, dim3 grid, dim3 size, uint3 
 
 void run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
   if (block != nullptr) throw std::logic_error("a kernel was launched from a kernel");
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) run_block(kernel, grid, size, {x, y, z}, shared_bytes);
-    }
+  std::vector<size_t> order(size_t{grid.x} * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  if (thread_order == 1) std::reverse(order.begin(), order.end());
+  if (thread_order > 1) std::shuffle(order.begin(), order.end(), std::mt19937_64(thread_order));
+  for (const size_t i : order) {
+    const auto x = static_cast<unsigned>(i % grid.x), y = static_cast<unsigned>(i / grid.x % grid.y),
+               z = static_cast<unsigned>(i / grid.x / grid.y);
+    run_block(kernel, grid, size, {x, y, z}, shared_bytes);
   }
 }
 
@@ -225,7 +229,7 @@ void wait_until(const std::function<bool()>& ready, const char* what, const Loca
   while (!ready()) go_on(self.place, block->scheduler);
 }
 
-Meeting::Meeting(int threads, size_t bytes) : threads_(threads), bytes_(bytes), arrivals_(threads, 0) {
+Meeting::Meeting(int threads, size_t bytes) : threads_(threads), arrivals_(threads, 0) {
   for (Turn& turn : turns_) turn.bytes.resize(threads * bytes);
 }
 

@@ -4,7 +4,8 @@
 // promises, and nothing more than that: threads run one after the other, between waits, in an order that can be shuffled
 // (so a missing barrier shows as a wrong result in some order), asynchronous copies and matrix products happen at the last
 // moment that the guide allows (so a missing wait shows, too), dynamic shared memory starts as NaN, and threads that wait
-// for what will never come are an error that says where they are.
+// for what will never come are an error that says where they are. Static shared memory is what the block before has left: a
+// kernel that reads what it has not written there is not shown, nor is an access behind the end of a tensor.
 
 #pragma once
 
@@ -38,7 +39,8 @@ using Location = std::source_location;
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 // In which order the threads of a block take turns from the next launch on: 0 ascending, 1 descending, others shuffled anew
-// in every turn, with this seed, and one warp far ahead of the others.
+// in every turn, with this seed, and one warp far ahead of the others. Blocks run in such an order, too, one after the
+// other.
 void set_order(uint64_t order);
 
 // What the kernels are told of the GPU: its compute capability, 90 for 9.0.
@@ -68,7 +70,6 @@ class Meeting {
 
  private:
   int threads_;
-  size_t bytes_;
   std::vector<uint64_t> arrivals_;
   struct Turn {
     int arrived = 0;

@@ -94,7 +94,9 @@ PROGRAM = r"""
 #include <cstdlib>
 #include <exception>
 #include <string>
-#include "cuda_runtime.h"
+#include "cuda/launcher.cuh"
+
+using fastbert::cuda::launch;
 
 void take_neighbours(int* out, bool with_barrier) {
   __shared__ int shared[64];
@@ -128,6 +130,10 @@ void race(int* out) {
   }
 }
 
+void be_last(int* out) { *out = static_cast<int>(blockIdx.x + 10 * blockIdx.y); }
+
+void nothing() {}
+
 int main(int, char** arguments) {
   const std::string kernel = arguments[1];
   simt::set_order(std::strtoull(arguments[2], nullptr, 10));
@@ -139,6 +145,10 @@ int main(int, char** arguments) {
       if (kernel == "two meetings") two_meetings();
       if (kernel == "race") race(out);
     });
+    if (kernel == "last block") launch("last block", be_last, dim3(3, 2), 1, 0, nullptr, &out[0]);
+    if (kernel == "no blocks") launch("no blocks", nothing, dim3(3, 0), 32, 0, nullptr);
+    if (kernel == "many blocks") launch("many blocks", nothing, dim3(1, 1 << 16), 32, 0, nullptr);
+    if (kernel == "many threads") launch("many threads", nothing, 1, dim3(1024, 2), 0, nullptr);
   } catch (const std::exception& error) {
     std::puts(error.what());
     return 1;
@@ -195,3 +205,14 @@ def test_the_model_names_threads_that_meet_in_different_calls(run_kernel):
     assert not ended_well
     assert "different calls: __syncwarp" in text
     assert "__shfl_xor_sync" in text
+
+
+def test_blocks_run_in_that_order_too(run_kernel):
+    last = [run_kernel("last block", order)[1].split()[0] for order in range(8)]
+    assert last[:2] == ["12", "0"]
+    assert len(set(last)) > 2
+
+
+@pytest.mark.parametrize("launch", ["no blocks", "many blocks", "many threads"])
+def test_a_launch_that_a_gpu_refuses_is_refused(run_kernel, launch):
+    assert run_kernel(launch, 0) == (False, f"{launch}: invalid configuration argument\n")

@@ -512,6 +512,17 @@ def test_a_run_goes_on_with_the_same_bits(toy_settings, tmp_path):
     assert same_weights(straight, stopped) and rows_without_speed(straight) == rows_without_speed(stopped)
 
 
+def test_a_run_goes_on_without_the_kernels(toy_settings, tmp_path):
+    """As one may that began on a GPU: the state is torch's."""
+    run = {"steps": 6, "device": DEVICE_TYPE, "output": str(tmp_path / "run")}
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(TrainingInterrupted):
+            pretrain(toy_settings(optimizer_backend="cuda", **run), quiet)
+    pretrain(toy_settings(optimizer_backend="torch", resume=True, **run), quiet)
+    assert [row["step"] for row in rows_without_speed(run["output"])][-1] == 6
+
+
 def test_a_run_without_the_kernels_is_refused(toy_settings, monkeypatch):
     monkeypatch.setattr(optimizer_module, "not_supported_reason", lambda device: "nvcc is not there")
     with pytest.raises(SettingsError, match="--optimizer-backend cuda is not possible: nvcc is not there"):

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...build_report import why_not_built
+from ...build_report import import_built
 from .. import reference
 
 _HIDDEN_MULTIPLE = 8
+# What the module offers.
+NAMES = (
+    "DEVICE_TYPE", "DType", "Dropout", "MAX_HIDDEN", "MAX_OPTIMIZER_GROUPS", "OPTIMIZER_CHUNK", "OPTIMIZER_COEFFICIENTS",
+    "OptimizerGroup", "OptimizerParams", "adamw", "add_layer_norm_backward", "add_layer_norm_forward", "assign_chunks",
+    "attention_backward", "attention_forward", "embedding_layer_norm_backward", "embedding_layer_norm_forward",
+    "gelu_layer_norm_backward", "gelu_layer_norm_forward", "gradient_norm", "lamb", "mlm_loss_backward", "mlm_loss_forward",
+    "mlm_loss_lines", "row_lines", "table_gradient", "table_gradient_pieces", "write_words",
+)  # fmt: skip
 
-
-def _import_extension():
-    """The extension module and None, or None and the reason why there is none."""
-    try:
-        from fastbert import _cuda
-    except ImportError as error:
-        return None, why_not_built("_cuda") or f"fastbert._cuda was built but does not load: {error}"
-    return _cuda, None
-
-
-extension, _import_error = _import_extension()
+extension, _import_error = import_built("_cuda", NAMES)
 # "cuda", or "cpu" where tests have put the kernels as a C++ compiler makes them in the module's place.
 DEVICE_TYPE: str = "cuda" if extension is None else extension.DEVICE_TYPE
+DTYPES: dict[torch.dtype, Any] = {}  # the module's names of them
 if extension is not None:
     DTYPES = {
         torch.float32: extension.DType.float32,

@@ -12,12 +12,18 @@ inline int capability() { return simt::capability(); }
 inline constexpr bool kBuiltForHopper = true;
 inline int num_processors() { return 2; }
 
-// Refuses more dynamic shared memory than a GPU of this compute capability has for one block.
+// Refuses what a GPU of this compute capability refuses: more dynamic shared memory than there is for one block, no blocks
+// or threads, and too many.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
             const Arguments&... arguments) {
   const size_t most = (simt::capability() < 90 ? 163 : 227) * 1024;
   if (shared_bytes > most) throw std::runtime_error(std::string(name) + ": invalid argument");
+  const unsigned threads = block.x * block.y * block.z;
+  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.x > 0x7FFFFFFF || grid.y == 0 || grid.y > 65535 || grid.z == 0 ||
+      grid.z > 65535) {
+    throw std::runtime_error(std::string(name) + ": invalid configuration argument");
+  }
   simt::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
 
