@@ -7,6 +7,7 @@ CUDA's own headers that is used, and simt.h, which says what the model shows and
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -37,11 +38,17 @@ FLAGS = (
 )
 
 
+@functools.cache
 def compiler() -> list[str] | None:
-    """The command of a C++ compiler, or None where there is none."""
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
-    return next(([name] for name in ("g++", "clang++") if shutil.which(name)), None)
+    """The command of a C++ compiler that knows enough of C++20 (GCC 11), or None where there is none."""
+    commands = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["g++"], ["clang++"]]
+    return next((command for command in commands if shutil.which(command[0]) and _knows_cpp20(command)), None)
+
+
+def _knows_cpp20(command: list[str]) -> bool:
+    program = "#include <source_location>\nstd::source_location here = std::source_location::current();\n"
+    probe = [*command, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(probe, input=program, text=True, capture_output=True, check=False).returncode == 0
 
 
 def load() -> ModuleType:
@@ -84,6 +91,8 @@ def _build(command: list[str], build: Path, target: Path) -> None:
         list(pool.map(compile_one, sources, objects))
     partial = target.with_suffix(".partial")
     subprocess.run([*command, "-shared", *objects, "-o", str(partial)], check=True)
+    for old in build.glob(f"*{target.suffix}"):
+        old.unlink()
     os.replace(partial, target)
 
 
