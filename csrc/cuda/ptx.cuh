@@ -54,7 +54,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
-// Byte i of the result is 0xFF where the byte of word that hexadecimal digit i of bytes names, 0 to 3, has its top bit set, else 0.
+// Byte i of the result is 0xFF where the byte of word that hexadecimal digit i of bytes names, 0 to 3, has its top bit set,
+// else 0.
 __device__ __forceinline__ uint32_t spread_top_bits(uint32_t word, uint32_t bytes) {
   uint32_t spread;
   asm("prmt.b32 %0, %1, %1, %2;" : "=r"(spread) : "r"(word), "r"(bytes | 0x8888));
