@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..build_report import import_built
-from . import reference
+from . import huge_pages, reference
 from .linear import linear_dweight, linear_dx, linear_forward, linear_gelu_without_gradients
 
 # What the module offers.
@@ -195,7 +195,7 @@ def embedding_layer_norm_backward(
 def _table_gradient(dz: Tensor, ids: Tensor, table: Tensor, padding_idx: int) -> Tensor:
     """See :func:`reference.embedding_table_gradients`."""
     num_ids, (rows, hidden) = table.shape[0], dz.shape
-    gradient = torch.empty_like(table)
+    gradient = huge_pages.ask_for(torch.empty_like(table))
     workspace = torch.empty(rows + num_ids + 1, dtype=torch.int64)
     order, starts = workspace[:rows], workspace[rows:]
     _cpu.table_gradient(

@@ -29,11 +29,12 @@ def test_a_view_keeps_it():
     assert (part == 3).all()
 
 
-def test_the_kernel_is_asked_for_huge_pages():
+@pytest.mark.parametrize("asked", [huge_pages.empty, lambda n: huge_pages.ask_for(torch.empty(n, dtype=torch.uint8))])
+def test_the_kernel_is_asked_for_huge_pages(asked):
     if not MODES.exists() or "[never]" in MODES.read_text():
         pytest.skip("this kernel has no transparent huge pages, or they are switched off")
-    memory = huge_pages.empty(3 * huge_pages.HUGE_PAGE + 5)
-    address, flags = memory.data_ptr(), ""
+    memory = asked(64 * huge_pages.HUGE_PAGE)
+    address, flags = memory.data_ptr() + huge_pages.HUGE_PAGE, []
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
         if "-" in first and not first.endswith(":"):
@@ -42,3 +43,9 @@ def test_the_kernel_is_asked_for_huge_pages():
         elif first == "VmFlags:" and inside:
             flags = rest
     assert "hg" in flags
+
+
+def test_small_tensors_are_left_alone():
+    small = torch.ones(5)
+    assert huge_pages.ask_for(small) is small and (small == 1).all()
+    assert huge_pages.ask_for(torch.empty(0)).numel() == 0
