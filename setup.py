@@ -196,11 +196,10 @@ def build_cuda(temp: Path, target: str) -> dict[str, object]:
     flags = [*CUDA_FLAGS, *PTXAS_FLAGS, *include_flags()]
     if any("sm_90a" in arch for arch in archs):  # what Hopper alone has, code for sm_90 may not use
         flags.append("-DFASTBERT_BUILT_FOR_HOPPER")
-    units = CUDA_SOURCES
-    objects = [str(temp / f"{Path(source).stem}.cuda.o") for source in units]
-    printed = run_parallel([[nvcc, *flags, *archs, "-c", source, "-o", obj] for source, obj in zip(units, objects)])
+    objects = [str(temp / f"{Path(source).stem}.cuda.o") for source in CUDA_SOURCES]
+    printed = run_parallel([[nvcc, *flags, *archs, "-c", source, "-o", obj] for source, obj in zip(CUDA_SOURCES, objects)])
     run_command([nvcc, "-shared", "-cudart=static", *archs, *objects, "-o", target])
-    kernels = [kernel for source, text in zip(units, printed) for kernel in ptxas_kernels(Path(source).stem, text)]
+    kernels = [kernel for source, text in zip(CUDA_SOURCES, printed) for kernel in ptxas_kernels(Path(source).stem, text)]
     return {
         "compiler": version,
         "requested_archs": os.environ.get("FASTBERT_CUDA_ARCHS") or None,

@@ -58,8 +58,7 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xFFFFFFFF, x, 2);
 }
 
-// --- dropout
-// ---------------------------------------------------------------------------------------------------------------
+// --- dropout ------------------------------------------------------------------------------------------------------------
 
 // A Philox call draws eight keys of one query, of which a lane holds one or two: so the lanes that share calls draw
 // different ones, keep one bit of each element, and exchange these. The mask of a warp's 16 x 64 elements, 32 of them per
