@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/gemm.h"
 
 namespace fastbert::cpu::FASTBERT_ISA {
@@ -102,11 +104,13 @@ FASTBERT_INLINE void packed_rows(int64_t rows, int64_t groups, LeftRows a, const
 }
 
 // sums (rows, kPanelColumns) = A (rows, groups) times one panel. The sums of an element do not depend on the rows beside it.
-// While a block of the panel is in use the one that follows in memory is asked for, a part by each of the first tiles.
+// While a block of the panel is in use the one that follows in memory is asked for, a part by each of the first tiles, as
+// many as there are up to kLines: few rows wait for the memory as much as for the arithmetic.
 template <typename Group>
 void multiply_packed_panel(int64_t rows, int64_t groups, LeftRows a, const uint32_t* panel, typename Group::Sum* sums) {
   constexpr int kLines = kPanelColumns * 4 / kCacheLine;  // of a group
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t lines = tiles == 1 ? kLines : tiles < kLines ? (kLines + 1) / 2 : 1;  // with each group of a tile
   for (int64_t first_group = 0; first_group < groups; first_group += kGroupBlock) {
     const int64_t block = groups - first_group < kGroupBlock ? groups - first_group : kGroupBlock;
     const uint32_t* block_start = panel + first_group * kPanelColumns;
@@ -116,13 +120,18 @@ void multiply_packed_panel(int64_t rows, int64_t groups, LeftRows a, const uint3
       const int64_t first = tile * rows / tiles, last = (tile + 1) * rows / tiles;
       const LeftRows tile_rows{a.data + first * a.row_bytes + first_group * 4, a.row_bytes};
       typename Group::Sum* to = sums + first * kPanelVectors;
-      if (tiles < kLines && tile == 0) {
-        packed_rows<Group, kLines>(last - first, block, tile_rows, block_start, to, first_group > 0, next_block);
-      } else if (tiles >= kLines && tile < kLines) {
-        const char* part = next_block + tile * block * kCacheLine;
-        packed_rows<Group, 1>(last - first, block, tile_rows, block_start, to, first_group > 0, part);
+      const char* part = next_block + tile * lines * block * kCacheLine;
+      const auto run = [&](auto count) {
+        packed_rows<Group, decltype(count)::value>(last - first, block, tile_rows, block_start, to, first_group > 0, part);
+      };
+      if (tile * lines >= kLines) {
+        run(std::integral_constant<int, 0>());
+      } else if (lines == 1) {
+        run(std::integral_constant<int, 1>());
+      } else if (lines < kLines) {
+        run(std::integral_constant<int, (kLines + 1) / 2>());
       } else {
-        packed_rows<Group, 0>(last - first, block, tile_rows, block_start, to, first_group > 0, nullptr);
+        run(std::integral_constant<int, kLines>());
       }
     }
   }
