@@ -49,6 +49,7 @@ OPS = (
 )
 CPU_COMMON = (
     "csrc/bindings.cpp",
+    "csrc/unchanged.cpp",
     *(f"csrc/cpu/{name}.cpp" for name in ("dispatch", "runtime", "attention_schedule", "encoder_plan", "fingerprint")),
 )
 # GCC 12 takes its own AVX-512 intrinsics for uninitialised (its bug 105593).

@@ -7,6 +7,7 @@
 #include "cpu/fingerprint.h"
 #include "cpu/runtime.h"
 #include "fastbert.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 using namespace fastbert;
@@ -209,6 +210,8 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
 
+  m.def("holds_same", &holds_same);
+  m.def("is_same_types", &is_same_types);
   m.def("packs", &cpu::packs);
   py::class_<cpu::Words>(m, "Words", py::module_local())
       .def(py::init<const std::vector<std::pair<uintptr_t, int64_t>>&>())

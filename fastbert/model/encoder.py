@@ -141,7 +141,7 @@ class PackedEncoder:
                 first = packing.first_positions(hidden_states).unsqueeze(1)
             else:
                 first = packing.to_sequences(hidden_states)
-            output.pooler_output = pooler(first)
+            output["pooler_output"] = pooler(first)
         if recorded.states is not None:
             last = output.last_hidden_state
             output.hidden_states = tuple(
@@ -158,7 +158,7 @@ class PackedEncoder:
         if torch.compiler.is_compiling():
             theirs = self.output_class.__bases__[1]
             return theirs(last_hidden_state=packing.pad(hidden_states))
-        output = self.output_class()
+        output = self.output_class.empty()
         if last_layer is None:
             output.set_rows(hidden_states, packing, selection)
         else:

@@ -83,6 +83,16 @@ class LazyOutput:
     which looks for tensors. They alone get nothing computed.
     """
 
+    @classmethod
+    def empty(cls) -> LazyOutput:
+        """What ``cls()`` makes. transformers' constructor goes through the fields for each of them, which a short request would
+        notice."""
+        if cls not in _EMPTY:
+            _EMPTY[cls] = vars(cls())
+        output = cls.__new__(cls)
+        vars(output).update(_EMPTY[cls])
+        return output
+
     def defer(self, name: str, deferred: Deferred) -> None:
         """Makes ``deferred`` the value of field ``name``; fields come out in the order in which they were set."""
         OrderedDict.__setitem__(self, name, deferred)
@@ -136,6 +146,8 @@ class LazyOutput:
         return super().__reduce__()
 
 
+_EMPTY: dict[type, dict[str, Any]] = {}  # the attributes of an output without fields
+
 # Module and function of the two callers that :class:`LazyOutput` speaks of; what the first one then applies to tensors.
 _CONVERSION, _CONVERTS = ("accelerate.utils.operations", "recursively_apply"), "_convert_to_fp32"
 _SEARCH = ("torch.nn.parallel.distributed", "_find_tensors")
@@ -157,16 +169,18 @@ class EncoderOutput(LazyOutput):
 
     def set_rows(self, rows: Tensor, packing: Packing, selection: RowSelection | None = None) -> None:
         """Makes ``rows`` (total, hidden) the result, and ``last_hidden_state`` what they are with padding."""
-        self._rows, self._selected = rows, None
-        self.packing, self.selection, self.computed_later = packing, selection, ()
+        self._set(_rows=rows, _selected=None, packing=packing, selection=selection, computed_later=())
         self.defer("last_hidden_state", Deferred(lambda: packing.pad(rows)))
 
     def set_selected_rows(self, selected: SelectedRows, parameters: tuple[Tensor, ...]) -> None:
         """:meth:`set_rows` where the last layer, with these parameters, has computed some rows and does the others when read."""
         packing = selected.selection.packing
-        self._selected = selected
-        self.packing, self.selection, self.computed_later = packing, selected.selection, parameters
+        self._set(_selected=selected, packing=packing, selection=selected.selection, computed_later=parameters)
         self.defer("last_hidden_state", Deferred(lambda: packing.pad(selected.all()), parameters))
+
+    def _set(self, **attributes: Any) -> None:
+        """Attributes that are no fields, which transformers' ``__setattr__`` would look for among these."""
+        vars(self).update(attributes)
 
     def _all_rows(self) -> Tensor:
         return self._rows if self._selected is None else self._selected.all()

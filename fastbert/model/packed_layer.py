@@ -33,26 +33,29 @@ _Dtypes = tuple[torch.dtype, torch.dtype | None]  # of rows, and autocast's
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """A layer that was packed: its structure and its weights as they were then."""
+    """A layer that was packed: its structure, dropout included, and its weights as they were then."""
 
+    layer_type: type
+    is_watched: bool
     structure: Snapshot
     tensors: list[Tensor]
     addresses: list[int]
     versions: list[int] | None  # None for tensors made in inference mode, which count none
     words: Any  # a few of each tensor
     fingerprint: int
-    dropouts: list[nn.Dropout]
     dtypes: _Dtypes
+    instruction_set: str
     packed: PackedEncoderLayer | None  # None where this machine cannot run it
 
-    def is_current(self, dtypes: _Dtypes) -> bool:
+    def is_current(self, layer: nn.Module, dtypes: _Dtypes, instruction_set: str) -> bool:
         return (
             self.dtypes == dtypes
+            and self.instruction_set == instruction_set
+            and self.layer_type is type(layer)
             and self.structure.unchanged()
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
-            and _versions(self.tensors) == self.versions
+            and (self.versions is None or [tensor._version for tensor in self.tensors] == self.versions)
             and self.words.fingerprint() == self.fingerprint
-            and (self.packed is None or self.packed.instruction_set == native.instruction_set())
         )
 
 
@@ -65,19 +68,23 @@ def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
     if torch.is_grad_enabled() or not _takes(x):
         return None
     entry = _entries.get(layer)
-    if entry is None or any(dropout.training for dropout in entry.dropouts) or not entry.is_current(_dtypes(x)):
+    if entry is None or not entry.is_current(layer, _dtypes(x), native.instruction_set()):
         return None
     return entry.packed
 
 
 def packed_stack(layers: Iterable[nn.Module], x: Tensor) -> list[PackedEncoderLayer]:
     """What runs a call of these layers one after the other, where all were packed before and nobody watches them; else empty."""
-    stack = []
+    if not native.AVAILABLE or torch.is_grad_enabled() or not _takes(x):
+        return []
+    stack, dtypes, instruction_set = [], _dtypes(x), native.instruction_set()
     for layer in layers:
-        packed = packed_again(layer, x) if is_of_fast_class(layer) and not is_watched(layer) else None
-        if packed is None:
+        entry = _entries.get(layer)
+        if entry is None or entry.packed is None or entry.is_watched or not is_of_fast_class(layer):
             return []
-        stack.append(packed)
+        if not entry.is_current(layer, dtypes, instruction_set):
+            return []
+        stack.append(entry.packed)
     return stack
 
 
@@ -93,7 +100,7 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
     if _changed_parts(layer):
         return None
     entry = _entries.get(layer)
-    if entry is None or not entry.is_current(_dtypes(x)):
+    if entry is None or not entry.is_current(layer, _dtypes(x), native.instruction_set()):
         with _lock:
             entry = _entries[layer] = _pack(layer, _dtypes(x))
     return entry.packed
@@ -227,7 +234,8 @@ def _learns(layer: nn.Module, x: Tensor) -> bool:
 def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
     norms = [layer.attention.output.LayerNorm, layer.output.LayerNorm]
     attributes = {layer: ("chunk_size_feed_forward",), layer.attention.self: ("num_attention_heads", "scaling")}
-    structure = Snapshot(layer, attributes | dict.fromkeys(norms, ("eps",)))
+    attributes |= dict.fromkeys(norms, ("eps",)) | dict.fromkeys(_dropouts(layer), ("training", "p"))
+    structure = Snapshot(layer, attributes)
     held = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in (*_linears(layer), *norms))
     tensors = [tensor for tensor in held if tensor is not None]
     addresses, versions = list(map(Tensor.data_ptr, tensors)), _versions(tensors)
@@ -239,7 +247,10 @@ def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
     packed = None if not_supported_reasons(weights, rows, "cpu") else PackedEncoderLayer(weights, rows)
     if packed is not None and _measured_fastest(layer, packed, weights, dtypes) != _ONE_CALL:
         packed = None
-    return _Entry(structure, tensors, addresses, versions, words, fingerprint, _dropouts(layer), dtypes, packed)
+    return _Entry(
+        type(layer), is_watched(layer), structure, tensors, addresses, versions, words, fingerprint, dtypes,
+        native.instruction_set(), packed,
+    )  # fmt: skip
 
 
 def _versions(tensors: list[Tensor]) -> list[int] | None:

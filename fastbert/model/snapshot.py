@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+
+from ..ops import native
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -15,7 +16,9 @@ class Snapshot:
     """What :meth:`unchanged` compares: submodules and their classes, parameters, buffers, hooks, replaced ``forward`` methods and
     the attributes that are named, by identity. Of tensors it compares which they are, not what is in them.
 
-    The comparisons are maps over lists that are made once: a layer of 18 modules takes 5 us where walking it takes 30.
+    The native extension compares lists that are made once: behind a layer's weights, which push everything else out of the
+    caches, a layer of 18 modules takes 4 us, and 14 where Python's own ``map`` goes through the same lists. The extension must be
+    available.
     """
 
     def __init__(self, root: nn.Module, attributes: Mapping[nn.Module, Sequence[str]]) -> None:
@@ -35,8 +38,9 @@ class Snapshot:
         self._values = list(map(dict.get, self._dicts, self._keys))
 
     def unchanged(self) -> bool:
+        extension = native.EXTENSION
         return (
-            all(map(operator.is_, map(dict.get, self._dicts, self._keys), self._values))
-            and all(map(operator.is_, map(type, self._parts), self._types))
+            extension.holds_same(self._dicts, self._keys, self._values)
+            and extension.is_same_types(self._parts, self._types)
             and list(map(len, self._hooks)) == self._hook_counts
         )

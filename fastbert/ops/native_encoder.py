@@ -77,7 +77,6 @@ class PackedEncoderLayer:
     """
 
     def __init__(self, weights: EncoderLayerWeights, dtype: torch.dtype) -> None:
-        self.instruction_set = native.instruction_set()
         self._kept: list[Tensor] = []
         linears = [linear for _, linear in weights.linears()]
         sizes = [_packed_bytes(linear) for linear in linears]

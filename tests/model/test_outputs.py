@@ -12,6 +12,8 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 import fastbert
 
+from fastbert.model.outputs import PooledEncoderOutput
+
 from .helpers import inputs_for, pair, small_config
 
 
@@ -150,3 +152,12 @@ def test_logits_are_those_of_the_forward_passs_autocast(forward_in_autocast):
         logits = output.logits
     assert logits.dtype == (torch.bfloat16 if forward_in_autocast else torch.float32)
     assert torch.equal(logits, expected)
+
+
+def test_an_empty_output_is_what_the_constructor_makes():
+    made, constructed = PooledEncoderOutput.empty(), PooledEncoderOutput()
+    assert vars(made) == vars(constructed) and vars(made) is not vars(PooledEncoderOutput.empty())
+    assert list(made.keys()) == list(constructed.keys()) == [] and made.to_tuple() == ()
+    made["pooler_output"] = torch.ones(2)
+    assert made.pooler_output is made["pooler_output"] and "pooler_output" in made
+    assert PooledEncoderOutput.empty().pooler_output is None

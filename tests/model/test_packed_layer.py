@@ -316,3 +316,22 @@ def test_explain_says_what_inference_takes(calls):
     explanation = fastbert.explain(model)
     assert explanation.inference == {0: [], 1: ["its activation is not the erf-GELU"], 2: []}
     assert "its activation is not the erf-GELU" in str(explanation)
+
+
+def test_dropout_of_probability_0_may_be_in_training_mode(calls):
+    """And is looked at again when it gets another probability."""
+    _, model = pair(NAME)
+    dropouts = [module for module in model.encoder.modules() if isinstance(module, torch.nn.Dropout)]
+    for dropout in dropouts:
+        dropout.p = 0.0
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        expected = output(model.eval(), batch)
+        model.encoder.train()
+        for _ in range(2):
+            assert torch.equal(output(model, batch), expected)
+        assert packed_layers(model) == 3
+        for dropout in dropouts:
+            dropout.p = 0.5
+        assert not torch.equal(output(model, batch), expected)
+    assert packed_layers(model) == 0

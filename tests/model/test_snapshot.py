@@ -1,0 +1,100 @@
+"""Whether a module is what it was: every change is seen, and none that is taken back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastbert.model.snapshot import Snapshot
+from fastbert.ops import native
+
+pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=f"the native extension is not built: {native.unavailable_reason()}")
+
+
+def module() -> nn.Sequential:
+    made = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(4)))
+    made[0].register_forward_hook(_hook)
+    return made
+
+
+def _hook(*_) -> None: ...
+
+
+def _other_hook(*_) -> None: ...
+
+
+def _set(path: str, value):
+    def change(root: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(root.get_submodule(parent), name, value)
+
+    return change
+
+
+def _hook_in_the_same_place(root: nn.Module) -> None:
+    (key,) = root[0]._forward_hooks
+    root[0]._forward_hooks[key] = _other_hook
+
+
+CHANGES = {
+    "a submodule": _set("0", nn.Linear(3, 4)),
+    "a submodule inside": _set("1.1", nn.BatchNorm1d(4)),
+    "a class": lambda root: setattr(root[1][0], "__class__", nn.AlphaDropout),
+    "a parameter": _set("0.weight", nn.Parameter(torch.zeros(4, 3))),
+    "no parameter": _set("0.bias", None),
+    "a buffer": _set("1.1.running_mean", torch.ones(4)),
+    "one hook more": lambda root: root[1].register_forward_pre_hook(_hook),
+    "a hook of the module itself": lambda root: root.register_full_backward_hook(_hook),
+    "no hook": lambda root: root[0]._forward_hooks.clear(),
+    "another hook": _hook_in_the_same_place,
+    "another forward": lambda root: setattr(root[1], "forward", lambda x: x),
+    "a mode": lambda root: root.train(),
+    "a probability": _set("1.0.p", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_seen(change):
+    root = module().eval()
+    snapshot = Snapshot(root, {root[1][0]: ("training", "p")})
+    assert snapshot.unchanged()
+    root[0].weight.data.add_(1)  # what is in a tensor is somebody else's business
+    assert snapshot.unchanged()
+    change(root)
+    assert not snapshot.unchanged()
+
+
+def test_what_is_taken_back_is_no_change():
+    root = module()
+    snapshot = Snapshot(root, {})
+    weight, handle = root[0].weight, root[1].register_forward_hook(_hook)
+    root[0].weight = nn.Parameter(torch.zeros(4, 3))
+    assert not snapshot.unchanged()
+    handle.remove()
+    root[0].weight = weight
+    assert snapshot.unchanged()
+
+
+def test_an_attribute_that_comes_or_goes():
+    root = module()
+    snapshot = Snapshot(root, {root: ("eps",)})
+    root.eps = 1e-12
+    assert not snapshot.unchanged()
+    del root.eps
+    assert snapshot.unchanged()
+
+
+def test_lists_that_do_not_fit_are_errors():
+    holds_same, is_same_types = native.EXTENSION.holds_same, native.EXTENSION.is_same_types
+    assert holds_same([{1: None}, {}], [1, "not there"], [None, None])
+    assert is_same_types([], [])
+    for lists in (([{}], [], []), ([{}], [1], [])):
+        with pytest.raises(ValueError, match="differ in length"):
+            holds_same(*lists)
+    with pytest.raises(ValueError, match="differ in length"):
+        is_same_types([1], [])
+    with pytest.raises(ValueError, match="not a dict"):
+        holds_same([()], [1], [None])
+    with pytest.raises(TypeError, match="unhashable"):
+        holds_same([{1: 1}], [[]], [None])
