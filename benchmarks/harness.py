@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +23,24 @@ from fastbert.whole_file import whole_file
 RESULTS = Path(__file__).parent / "results"
 
 
-# Engines have threads of their own, which spin for about a millisecond after their work: not into the next one's time.
-_SETTLE_S = 0.005
+# Engines have threads of their own, which spin after their work, for a millisecond or for 200 (Intel's OpenMP): not into the next
+# one's time. They are at rest when the process uses a tenth of a core at most.
+_SETTLE_S, _AT_REST, _LONGEST_SETTLE_S = 0.005, 0.1, 1.0
 
 
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def _settle() -> None:
+    deadline = time.monotonic() + _LONGEST_SETTLE_S
+    while True:
+        start, used = time.monotonic(), time.process_time()
+        time.sleep(_SETTLE_S)
+        used, now = time.process_time() - used, time.monotonic()
+        if used <= _AT_REST * (now - start) or now > deadline:
+            return
 
 
 def interleaved(
@@ -38,7 +50,10 @@ def interleaved(
     limit_s: float = math.inf,
     uncounted_rounds: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, A B C A B C ..., after the rounds that are not counted.
+    """Seconds of each contender in each round, after the rounds that are not counted.
+
+    A round has all contenders once, each round in an order of its own: nobody follows always the same one, whose threads, memory
+    and heat it would inherit.
 
     Stops after fewer rounds, but never fewer than 3, once ``limit_s`` seconds have been measured.
     """
@@ -46,11 +61,11 @@ def interleaved(
     for round_number in range(1 - uncounted_rounds, rounds + 1):
         if round_number > 3 and sum(map(sum, seconds.values())) > limit_s:
             break
-        for name, run in contenders.items():
-            time.sleep(_SETTLE_S)
+        for name in random.Random(round_number).sample(list(contenders), len(contenders)):
+            _settle()
             synchronize(device)
             start = time.perf_counter()
-            run()
+            contenders[name]()
             synchronize(device)
             if round_number > 0:
                 seconds[name].append(time.perf_counter() - start)

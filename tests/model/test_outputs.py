@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 from transformers.modeling_outputs import MaskedLMOutput
 
 import fastbert
-
 from fastbert.model.outputs import PooledEncoderOutput
 
 from .helpers import inputs_for, pair, small_config
