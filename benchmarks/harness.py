@@ -8,7 +8,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +42,14 @@ def _settle() -> None:
             return
 
 
+def order_of_round(names: list[str], round_number: int) -> list[str]:
+    """Begins with another one each time, forwards for two rounds and backwards for two: nobody always follows the same one, whose
+    caches and heat it would inherit, and of two both begin as often."""
+    first = round_number % len(names)
+    order = names[first:] + names[:first]
+    return order[::-1] if round_number // 2 % 2 else order
+
+
 def interleaved(
     contenders: Mapping[str, Callable[[], Any]],
     rounds: int,
@@ -52,8 +59,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round, after the rounds that are not counted.
 
-    A round has all contenders once, each round in an order of its own: nobody follows always the same one, whose threads, memory
-    and heat it would inherit.
+    A round has all contenders once, in the order of :func:`order_of_round`.
 
     Stops after fewer rounds, but never fewer than 3, once ``limit_s`` seconds have been measured.
     """
@@ -61,7 +67,7 @@ def interleaved(
     for round_number in range(1 - uncounted_rounds, rounds + 1):
         if round_number > 3 and sum(map(sum, seconds.values())) > limit_s:
             break
-        for name in random.Random(round_number).sample(list(contenders), len(contenders)):
+        for name in order_of_round(list(contenders), round_number):
             _settle()
             synchronize(device)
             start = time.perf_counter()

@@ -20,6 +20,7 @@ import argparse
 import importlib.util
 import json
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -110,6 +111,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", metavar="FOLDER")
     given = parser.parse_args()
+    if given.part != "seconds" and given.work is None:
+        parser.error(f"{given.part} needs --work")
     if given.part == "scores":
         measure_scores(given)
     elif given.part == "seconds":
@@ -130,9 +133,9 @@ def settings_of(name: str) -> dict[str, Any]:
     return {"task": workload.task, "learning_rate": LEARNING_RATE, "device": "cpu", **workload.settings}
 
 
-def prepared(name: str, data: Path) -> tuple[FinetuneSettings, PreparedTask]:
+def prepared(name: str, data: Path, **changes: Any) -> tuple[FinetuneSettings, PreparedTask]:
     workload = WORKLOADS[name]
-    settings = FinetuneSettings(model=checkpoint(), data=str(data), **settings_of(name))
+    settings = FinetuneSettings(model=checkpoint(), data=str(data), **{**settings_of(name), **changes})
     sources = {split: Source(data / path) for split, path in workload.files.items()}
     task = task_for(workload.task, workload.columns, **(workload.options or {}))
     return settings, prepare_task(task, sources, settings, lambda line: print(line, file=sys.stderr))
@@ -159,7 +162,7 @@ def measure_scores(given: argparse.Namespace) -> None:
 
 
 def _result_file(folder: Path, name: str, side: str, seed: int) -> Path:
-    return folder / f"{name.split(' ')[0]}-{side}-{seed}.json"
+    return folder / f"{re.sub('[^A-Za-z0-9-]+', '_', name).strip('_')}-{side}-{seed}.json"
 
 
 def report_scores(given: argparse.Namespace) -> None:
@@ -209,18 +212,22 @@ def main_metric_of(name: str) -> str:
 def kept_runs(given: argparse.Namespace, name: str, side: str) -> dict[int, Any]:
     """By seed: ``scores``, ``settings`` and ``commit`` of the trainings in --known and --work; the latter's count first."""
     runs: dict[int, Any] = {}
+    wanted = comparable(FinetuneSettings(model="", data="", **settings_of(name)).to_dict())
     if given.known is not None:
         document = json.loads(given.known.read_text(encoding="utf-8"))
         before = document["results"].get(name)
-        wanted = FinetuneSettings(model="", data="", **settings_of(name)).to_dict()
-        if before is not None and comparable(before["settings"]) == comparable(wanted):
+        if before is not None and comparable(before["settings"]) == wanted:
             for seed, scores in before["all_scores"][side].items():
                 commit = before.get("commits", {}).get(side, {}).get(seed, document["machine"]["commit"])
                 runs[int(seed)] = {"scores": scores, "settings": before["settings"], "commit": commit}
     for seed in given.seeds:
         path = _result_file(given.work, name, side, seed)
-        if path.exists():
-            runs[seed] = json.loads(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            continue
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if comparable(run["settings"]) != wanted:
+            raise SystemExit(f"{path}: of other settings than {name} has now; move it away to train anew")
+        runs[seed] = run
     return {seed: run for seed, run in runs.items() if seed in given.seeds}
 
 

@@ -33,6 +33,10 @@ bool holds_same(const pybind11::list& dicts, const pybind11::list& keys, const p
   for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* dict = reinterpret_cast<PyObject*>(dict_at(dicts, i));
     PyObject* found = PyDict_GetItemWithError(dict, PyList_GET_ITEM(keys.ptr(), i));
+    // A key's __eq__ may do anything.
+    if (common_size(dicts, keys) < size || common_size(keys, values) < size) {
+      throw std::invalid_argument("the lists have become shorter");
+    }
     if (found == nullptr) {
       if (PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
       found = Py_None;

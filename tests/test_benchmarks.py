@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -9,11 +10,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import goals, gpu, gpu_goals, model_work, op_cases, sanitized, work
+from benchmarks import goals, gpu, gpu_goals, model_work, op_cases, sanitized, tasks, work
 from benchmarks.workloads import config_for, workload, workloads
 from fastbert.ops import backends, cuda
 
@@ -258,3 +260,37 @@ def test_work_of_a_matmul_and_of_rows():
 def test_flops_of_a_pretraining_token(size, length, megaflops):
     flops = model_work.training_step(config_for(size), workload(f"4x{length}"), "bfloat16", 0.15, 0).flops / (4 * length)
     assert flops == pytest.approx(megaflops * 1e6, rel=0.01)
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_the_study_counts_trainings_of_the_same_settings_alone(tmp_path, limit):
+    """A report saved before and the files of a work folder, of this benchmark's settings and of others."""
+    name = "SQuAD (4,000 questions)"
+    settings = tasks.FinetuneSettings(
+        model="m", data="d", **tasks.settings_of(name) | ({"limit": limit} if limit else {})
+    ).to_dict()
+    scores = {side: {"0": {"dev": {"f1": 0.5}}} for side in ("transformers", "fastbert")}
+    known = tmp_path / "known.json"
+    known.write_text(
+        json.dumps({"machine": {"commit": "c"}, "results": {name: {"settings": tasks.comparable(settings), "all_scores": scores}}})
+    )
+    given = argparse.Namespace(known=known, work=tmp_path, seeds=[0, 1])
+    runs = tasks.kept_runs(given, name, "fastbert")
+    assert runs == {} if limit else runs[0]["scores"] == scores["fastbert"]["0"] and runs[0]["commit"] == "c"
+    file = tasks._result_file(tmp_path, name, "fastbert", 1)
+    assert file.name == "SQuAD_4_000_questions-fastbert-1.json"
+    file.write_text(json.dumps({"settings": settings | {"seeds": [1]}, "scores": {}, "commit": "d"}))
+    if limit:
+        with pytest.raises(SystemExit, match="other settings"):
+            tasks.kept_runs(given, name, "fastbert")
+    else:
+        assert set(tasks.kept_runs(given, name, "fastbert")) == {0, 1}
+
+
+def test_tuning_modes_prepares_its_tasks(monkeypatch):
+    """With settings of its own in the place of the study's."""
+    seen = {}
+    monkeypatch.setattr(tasks, "checkpoint", lambda: "m")
+    monkeypatch.setattr(tasks, "prepare_task", lambda task, sources, settings, say: seen.update(settings.to_dict()))
+    settings, _ = tasks.prepared("SST-2", Path("data"), learning_rate=None, limit=5)
+    assert (settings.limit, settings.learning_rate, seen["limit"]) == (5, None, 5)

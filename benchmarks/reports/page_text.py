@@ -20,8 +20,8 @@ How many times as fast as transformers (sdpa) in the same dtype, with quartiles.
 is against its float32. More than this table are the tables below: what careful users of transformers and other engines reach."""
 
 READING = f"""\
-- **ms**: the median of the rounds, with the quartiles in brackets. Contenders take turns, A B C A B C ...: what the machine
-  does meanwhile meets all of them.
+- **ms**: the median of the rounds, with the quartiles in brackets. Contenders take turns, each round in another order: what the
+  machine does meanwhile meets all of them.
 - **against transformers**: the median of the ratios of each round, transformers' time by the contender's, with quartiles. A
   ratio without quartiles is that of the two medians. 2x is half the time.
 - **tokens/s, sequences/s**: of real tokens. Padding counts for nothing, whoever computes it.

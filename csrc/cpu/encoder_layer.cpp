@@ -154,12 +154,13 @@ struct Rows {
   }
 };
 
+constexpr int64_t kPiecesPerThread = 4;
+
 // Pieces of the panels of a weight: as many for each thread and, where that divides them, of the same size, because threads
 // that take turns at pieces of 4 and 5 panels end a ninth apart.
 int64_t count_column_pieces(int64_t panels, int num_threads) {
   if (num_threads == 1) return 1;
-  constexpr int64_t most_per_thread = 4;
-  for (int64_t per_thread = most_per_thread; per_thread > 0; --per_thread) {
+  for (int64_t per_thread = kPiecesPerThread; per_thread > 0; --per_thread) {
     if (panels % (per_thread * num_threads) == 0) return per_thread * num_threads;
   }
   return panels;
@@ -170,7 +171,8 @@ template <typename Body>
 void for_pieces(int64_t rows, int64_t out_features, int num_threads, const Body& body) {
   constexpr int64_t min_rows = 4 * kTileRows;
   const int64_t panels = count_panels(out_features), column_pieces = count_column_pieces(panels, num_threads);
-  const int64_t row_pieces_wanted = (num_threads + column_pieces - 1) / column_pieces, most = rows / min_rows;
+  const int64_t wanted = column_pieces % num_threads == 0 ? column_pieces : kPiecesPerThread * num_threads;
+  const int64_t row_pieces_wanted = (wanted + column_pieces - 1) / column_pieces, most = rows / min_rows;
   const int64_t row_pieces = row_pieces_wanted < most ? row_pieces_wanted : most > 0 ? most : 1;
   parallel_for(column_pieces * row_pieces, num_threads, [&](int64_t piece) {
     const int64_t column_piece = piece / row_pieces, row_piece = piece % row_pieces;

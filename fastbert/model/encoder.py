@@ -141,7 +141,9 @@ class PackedEncoder:
                 first = packing.first_positions(hidden_states).unsqueeze(1)
             else:
                 first = packing.to_sequences(hidden_states)
-            output["pooler_output"] = pooler(first)
+            pooled = pooler(first)
+            if pooled is not None:
+                output["pooler_output"] = pooled
         if recorded.states is not None:
             last = output.last_hidden_state
             output.hidden_states = tuple(

@@ -234,7 +234,8 @@ def _learns(layer: nn.Module, x: Tensor) -> bool:
 def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
     norms = [layer.attention.output.LayerNorm, layer.output.LayerNorm]
     attributes = {layer: ("chunk_size_feed_forward",), layer.attention.self: ("num_attention_heads", "scaling")}
-    attributes |= dict.fromkeys(norms, ("eps",)) | dict.fromkeys(_dropouts(layer), ("training", "p"))
+    attributes |= dict.fromkeys(norms, ("eps",))
+    attributes |= {dropout: ("p", "training") if dropout.p > 0 else ("p",) for dropout in _dropouts(layer)}
     structure = Snapshot(layer, attributes)
     held = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in (*_linears(layer), *norms))
     tensors = [tensor for tensor in held if tensor is not None]

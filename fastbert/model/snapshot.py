@@ -27,7 +27,8 @@ class Snapshot:
         self._types = list(map(type, self._parts))
         self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
         self._hook_counts = list(map(len, self._hooks))
-        places: list[tuple[dict[Any, Any], Any]] = [(module.__dict__, "forward") for module in modules]
+        # Who takes all hooks away puts other dicts in their place.
+        places: list[tuple[dict[Any, Any], Any]] = [(module.__dict__, name) for module in modules for name in ("forward", *_HOOKS)]
         places += [(hooks, key) for hooks in self._hooks for key in hooks]
         for module in modules:
             for holder in (module._modules, module._parameters, module._buffers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -318,19 +319,34 @@ def test_explain_says_what_inference_takes(calls):
     assert "its activation is not the erf-GELU" in str(explanation)
 
 
-def test_dropout_of_probability_0_may_be_in_training_mode(calls):
+def test_a_layer_that_gets_other_dicts_of_hooks_is_watched():
+    _, model = pair(NAME)
+    batch, seen = inputs_for(NAME), []
+    with torch.no_grad():
+        for _ in range(2):
+            model(**batch)
+        layer = model.encoder.layer[1]
+        layer._forward_hooks = OrderedDict()
+        layer.register_forward_hook(lambda *_: seen.append(1))
+        model(**batch)
+    assert seen == [1]
+
+
+def test_dropout_of_probability_0_may_be_in_training_mode(monkeypatch):
     """And is looked at again when it gets another probability."""
     _, model = pair(NAME)
-    dropouts = [module for module in model.encoder.modules() if isinstance(module, torch.nn.Dropout)]
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     for dropout in dropouts:
         dropout.p = 0.0
-    batch = inputs_for(NAME)
+    batch, made = inputs_for(NAME), []
+    init = PackedEncoderLayer.__init__
+    monkeypatch.setattr(PackedEncoderLayer, "__init__", lambda self, *args: made.append(1) or init(self, *args))
     with torch.no_grad():
         expected = output(model.eval(), batch)
-        model.encoder.train()
-        for _ in range(2):
-            assert torch.equal(output(model, batch), expected)
-        assert packed_layers(model) == 3
+        for training in (True, True, False):
+            assert torch.equal(output(model.train(training), batch), expected)
+        assert packed_layers(model) == len(made) == 3
+        model.train()
         for dropout in dropouts:
             dropout.p = 0.5
         assert not torch.equal(output(model, batch), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -48,6 +50,8 @@ CHANGES = {
     "a hook of the module itself": lambda root: root.register_full_backward_hook(_hook),
     "no hook": lambda root: root[0]._forward_hooks.clear(),
     "another hook": _hook_in_the_same_place,
+    "other dicts of hooks": lambda root: setattr(root[0], "_forward_hooks", OrderedDict(root[0]._forward_hooks)),
+    "another state": lambda root: root.__setstate__(root.__getstate__() | {"_forward_hooks": OrderedDict()}),
     "another forward": lambda root: setattr(root[1], "forward", lambda x: x),
     "a mode": lambda root: root.train(),
     "a probability": _set("1.0.p", 0.5),
@@ -98,3 +102,18 @@ def test_lists_that_do_not_fit_are_errors():
         holds_same([()], [1], [None])
     with pytest.raises(TypeError, match="unhashable"):
         holds_same([{1: 1}], [[]], [None])
+
+
+def test_lists_that_shrink_while_they_are_compared():
+    values = [None] * 4
+
+    class Key:
+        def __hash__(self) -> int:
+            return 1
+
+        def __eq__(self, other) -> bool:
+            values.clear()
+            return False
+
+    with pytest.raises(ValueError, match="become shorter|differ in length"):
+        native.EXTENSION.holds_same([{Key(): None} for _ in range(4)], [Key() for _ in range(4)], values)
