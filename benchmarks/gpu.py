@@ -155,6 +155,7 @@ def gpu_steps(scratch: Path) -> list[Step]:
             Step(f"ops {op}", benchmark("ops", "--op", op, "--limit", "{seconds}"), 90 if op == "attention" else 45)
             for op in backends.OPS
         ),
+        Step("optimizers", benchmark("optimizers"), 45),
     ]
     rounds = ("--rounds", "30", "--limit", "3")
     for model, tokens in MODEL_TOKENS.items():
@@ -196,6 +197,7 @@ def rehearsal_steps(scratch: Path) -> list[Step]:
         Step("compute-sanitizer memcheck", [], 60, absent="there is no GPU to watch"),
         Step("ops", benchmark("ops", "--scale", "toy", *cpu, "--rounds", "1", "--limit", "{seconds}"), 200, interpreted),
         backends_step("toy", 60, *cpu, "--rounds", "1"),
+        Step("optimizers", benchmark("optimizers", *tiny, *cpu), 60),
         Step("pretrain", benchmark("pretrain", *tiny, *cpu, "--batches", "1x128"), 100),
         Step("finetune", benchmark("finetune", *tiny, *cpu, "--batches", "mnli", "--packed", "--peers", *peers), 100, interpreted),
     ]

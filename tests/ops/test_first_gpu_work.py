@@ -13,8 +13,6 @@ from fastbert.ops import backends
 from ..conftest import REPOSITORY
 from .helpers import DEVICE
 
-WAYS = pytest.mark.parametrize("way", ["main", "autograd"])
-
 
 def check(backend: str, way: str, sequences: int) -> None:
     if reasons := backends.not_supported_reasons(backend, "attention", DEVICE, torch.bfloat16, 64):
@@ -28,7 +26,7 @@ def check(backend: str, way: str, sequences: int) -> None:
 # A batch that leaves most of the GPU idle and one that fills it: Triton has a kernel for each.
 @pytest.mark.cuda
 @pytest.mark.parametrize("sequences", [4, 256])
-@WAYS
+@pytest.mark.parametrize("way", ["main", "autograd"])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_the_backward_pass_comes_first(backend, way, sequences):
     check(backend, way, sequences)
