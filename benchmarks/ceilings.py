@@ -23,14 +23,15 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, Any]:
     ``matmul_flops``: of the fastest library; ``matmul_flops_by_library``: of each, as ``matmul_rates`` measures it.
     """
     rates = matmul_rates(device, dtype, SECONDS)
+    return {"matmul_flops": max(rates.values()), "matmul_flops_by_library": rates, "copy_bytes": copy_bytes(device)}
+
+
+def copy_bytes(device: str) -> float:
+    """Copy bandwidth in B/s (read + write), the best of 20 runs."""
     source = torch.randn(1 << (25 if device == "cpu" else 28), device=device)
     target = torch.empty_like(source)
     copy = kernel_seconds(lambda: target.copy_(source), device, rounds=20)
-    return {
-        "matmul_flops": max(rates.values()),
-        "matmul_flops_by_library": rates,
-        "copy_bytes": 2 * source.numel() * source.element_size() / min(copy),
-    }
+    return 2 * source.numel() * source.element_size() / min(copy)
 
 
 class GemmsAlone:

@@ -155,6 +155,7 @@ def gpu_steps(scratch: Path) -> list[Step]:
             Step(f"ops {op}", benchmark("ops", "--op", op, "--limit", "{seconds}"), 90 if op == "attention" else 45)
             for op in backends.OPS
         ),
+        Step("optimizers", benchmark("optimizers"), 45),
     ]
     rounds = ("--rounds", "30", "--limit", "3")
     for model, tokens in MODEL_TOKENS.items():
@@ -162,6 +163,9 @@ def gpu_steps(scratch: Path) -> list[Step]:
         steps.append(Step(f"pretrain {model}", benchmark("pretrain", "--batches", *batches_of(tokens), *options), 80))
         steps.append(Step(f"finetune {model}", benchmark("finetune", *options), 50))
     steps += [backends_step(scale, 50) for scale in ("many", "few")]
+    # A process of its own, as a wrong recording could take all others' figures with it; few tokens are what it is for.
+    graphed = ("--model", "base", *bfloat16, "--graphed", *rounds)
+    steps.append(Step("graphed base", benchmark("pretrain", "--batches", "8x128", "32x128", "64x512", *graphed), 60))
     for model, tokens in MODEL_TOKENS.items():  # last: torch.compile takes a minute for each
         peers = ("--peers", "transformers", "transformers-compiled")
         options = ("--model", model, *bfloat16, "--batches", f"{tokens // 512}x512", *rounds, *peers)
@@ -196,7 +200,8 @@ def rehearsal_steps(scratch: Path) -> list[Step]:
         Step("compute-sanitizer memcheck", [], 60, absent="there is no GPU to watch"),
         Step("ops", benchmark("ops", "--scale", "toy", *cpu, "--rounds", "1", "--limit", "{seconds}"), 200, interpreted),
         backends_step("toy", 60, *cpu, "--rounds", "1"),
-        Step("pretrain", benchmark("pretrain", *tiny, *cpu, "--batches", "1x128"), 100),
+        Step("optimizers", benchmark("optimizers", *tiny, *cpu), 60),
+        Step("pretrain", benchmark("pretrain", *tiny, *cpu, "--batches", "1x128", "--graphed"), 100),
         Step("finetune", benchmark("finetune", *tiny, *cpu, "--batches", "mnli", "--packed", "--peers", *peers), 100, interpreted),
     ]
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.pretrain [--model mini] [--batches 16x128 mnli] [--rounds 5] [--device cpu] [--save FOLDER]
     python -m benchmarks.pretrain --model base --dtype bfloat16 --batches 256x128 64x512 256xmnli 64xmlperf --packed
+    python -m benchmarks.pretrain --model base --dtype bfloat16 --batches 8x128 --graphed    # as a CUDA graph, too
 
 MLM + NSP with 15% of the tokens labelled, dropout 0.1; tokens/s counts real tokens. The last line of stdout is one JSON document;
 --save keeps it in benchmarks/results/FOLDER.

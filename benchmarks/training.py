@@ -27,6 +27,7 @@ from . import model_work, profile
 from .ceilings import ceilings
 from .cpu_goals import PADDED_TO_LONGEST
 from .energy import Meter, meter
+from .graphed import GRAPHED, RecordedStep, graphed_batch
 from .harness import first_line, interleaved, paired_ratio, summary, write_results
 from .machine import machine
 from .memory import peak_bytes
@@ -39,7 +40,7 @@ from .workloads import SIZES, Workload, config_for, model_title, packed_batch, p
 # bfloat16 keeps 8 bits: the losses of two right implementations differ in the third digit.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 OURS, PACKED = "fastbert", "fastbert packed"
-CONTENDERS = (*WHOLE_BATCHES, PADDED_TO_LONGEST, SORTED, OURS, PACKED)
+CONTENDERS = (*WHOLE_BATCHES, PADDED_TO_LONGEST, SORTED, OURS, PACKED, GRAPHED)
 Batch = Mapping[str, Any]
 Parts = tuple[tuple[float, Batch], ...]  # micro-batches of a step, each with its loss's weight
 Say = Callable[[str], None]
@@ -60,7 +61,7 @@ class Task:
 @dataclass(frozen=True)
 class Options:
     """model, batches: see ``workloads``; limit_s: of each batch, after 3 rounds; peers: names in PEERS, whose first takes part
-    unasked; packed: fastbert on packed rows too, where batches have padding."""
+    unasked; packed: fastbert on packed rows too, where batches have padding; graphed: fastbert's step as a CUDA graph, too."""
 
     model: str
     batches: tuple[Workload, ...]
@@ -70,6 +71,7 @@ class Options:
     peers: tuple[str, ...] = DEFAULT_PEERS
     packed: bool = False
     device: str = "cpu"
+    graphed: bool = False
 
 
 def main(task: Task, description: str, batches: tuple[str, ...]) -> None:
@@ -82,13 +84,16 @@ def main(task: Task, description: str, batches: tuple[str, ...]) -> None:
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS", help="of each batch, after 3 rounds")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[THEIRS])
     parser.add_argument("--packed", action="store_true", help="fastbert on packed rows too, where batches have padding")
+    if task.labelled:
+        parser.add_argument("--graphed", action="store_true", help="fastbert's step as a CUDA graph, too, on packed rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--profile", action="store_true", help="where the time goes, part by part: benchmarks.profile")
     parser.add_argument("--save", metavar="FOLDER")
+    parser.set_defaults(graphed=False)
     given = parser.parse_args()
     options = Options(
         given.model, workloads(given.batches), given.dtype, given.rounds, given.limit, tuple(given.peers), given.packed,
-        given.device,
+        given.device, given.graphed,
     )  # fmt: skip
     document = run(task, options, print)
     if given.profile:
@@ -165,12 +170,13 @@ def model_of(task: Task, library: Any, model: str, config: transformers.BertConf
 
 def make_steps(
     theirs: torch.nn.Module, ours: torch.nn.Module, options: Options, say: Say
-) -> tuple[dict[str, TrainingStep], dict[str, str]]:
+) -> tuple[dict[str, TrainingStep | RecordedStep], dict[str, str]]:
     """By contender; those of transformers that compute the same ops share a model and its optimizer. And by title, the reasons of
     the peers that cannot take part."""
     device, dtype = options.device, getattr(torch, options.dtype)
     step = TrainingStep(theirs, device, dtype)
-    steps, not_run = {THEIRS: step, OURS: TrainingStep(ours, device, dtype)}, {}
+    steps: dict[str, Any] = {THEIRS: step, OURS: TrainingStep(ours, device, dtype)}
+    not_run: dict[str, str] = {}
     for name in PEERS:
         if name == THEIRS or name not in options.peers:
             continue
@@ -184,8 +190,13 @@ def make_steps(
             not_run[peer.title] = str(error)
         except Exception as error:  # of somebody else's library: the others go on
             not_run[peer.title] = first_line(error)
-        if peer.title in not_run:
-            say(f"not run: {peer.title}: {not_run[peer.title]}")
+    if options.graphed:
+        try:
+            steps[GRAPHED] = RecordedStep(steps[OURS], options.dtype)
+        except NotAvailable as error:
+            not_run[GRAPHED] = str(error)
+    for title, reason in not_run.items():
+        say(f"not run: {title}: {reason}")
     return steps, not_run
 
 
@@ -195,6 +206,8 @@ def batches_of(batch: dict[str, torch.Tensor], task: Task, padded: bool) -> dict
     batches = dict.fromkeys((*WHOLE_BATCHES, OURS), whole)
     lengths, order = batch["attention_mask"].sum(1).sort()
     batches[PADDED_TO_LONGEST] = ((1.0, selected(batch, slice(None), int(lengths[-1]))),)
+    if task.labelled:
+        batches[GRAPHED] = ((1.0, graphed_batch(batch)),)
     if padded:
         batches[PACKED] = ((1.0, packed_batch(batch)),)
         if not task.labelled:  # a mean over tokens would need the micro-batches' numbers of labels for weights
@@ -217,11 +230,13 @@ def selected(batch: dict[str, torch.Tensor], sequences: Any, longest: int) -> Ba
 class TrainingStep:
     """step(parts) -> one optimizer step of ``model`` on the gradients of all parts."""
 
+    LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+
     def __init__(self, model: torch.nn.Module, device: str, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.model, self.called = model.train(), cast(Callable[..., Any], model)
         self.autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
-        self.optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.01)
+        self.optimizer = build_optimizer(model, self.LEARNING_RATE, self.WEIGHT_DECAY)
         self.context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def of(self, model: torch.nn.Module) -> TrainingStep:
@@ -248,6 +263,10 @@ class TrainingStep:
                 (loss * weight if weight != 1.0 else loss).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    def peak_bytes(self, parts: Parts) -> int | None:
+        """What a step needs at its peak."""
+        return peak_bytes(lambda: self(parts), self.device)
 
     def loss_without_dropout(self, parts: Parts) -> float:
         self.model.eval()
@@ -296,7 +315,7 @@ def measure(
         try:
             step(parts)  # the first one compiles, and makes the optimizer's state
             run = lambda step=step, parts=parts: step(parts)  # noqa: E731
-            memory[key], joules[key] = peak_bytes(run, device), energy.per_run(run, device)
+            memory[key], joules[key] = step.peak_bytes(parts), energy.per_run(run, device)
             running[key] = run
         except Exception as error:
             failed[key] = first_line(error)

@@ -48,7 +48,9 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """On a stream of its own of ``device``; ``say`` is told of the memory."""
+    """On a stream of its own of ``device``; ``say`` is told of the memory, ``kept_bytes``."""
+
+    kept_bytes = 0
 
     def __init__(self, device: torch.device, say: Say) -> None:
         self._device, self._say = device, say
@@ -68,8 +70,9 @@ class CudaRecorder:
         before = torch.cuda.memory_reserved(self._device)
         with torch.cuda.graph(graph, stream=self._stream):
             function()
-        memory = torch.cuda.memory_reserved(self._device) - before
-        self._say(f"The training step is recorded as a CUDA graph, which keeps {memory / 2**20:,.0f} MiB of the GPU's memory")
+        self.kept_bytes = torch.cuda.memory_reserved(self._device) - before
+        kept = f"{self.kept_bytes / 2**20:,.0f} MiB"
+        self._say(f"The training step is recorded as a CUDA graph, which keeps {kept} of the GPU's memory")
         return graph.replay
 
 
