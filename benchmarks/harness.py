@@ -22,8 +22,8 @@ from fastbert.whole_file import whole_file
 RESULTS = Path(__file__).parent / "results"
 
 
-# Engines have threads of their own, which spin after their work, for a millisecond or for 200 (Intel's OpenMP): not into the next
-# one's time. They are at rest when the process uses a tenth of a core at most.
+# Engines have threads of their own, which spin for some milliseconds after their work: not into the next one's time. They are at
+# rest when the process uses a tenth of a core at most.
 _SETTLE_S, _AT_REST, _LONGEST_SETTLE_S = 0.005, 0.1, 1.0
 
 

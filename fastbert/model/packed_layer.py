@@ -67,10 +67,8 @@ def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
     """:func:`packed_layer` for a layer that was packed before, where nothing has changed since and nothing is trained."""
     if torch.is_grad_enabled() or not _takes(x):
         return None
-    entry = _entries.get(layer)
-    if entry is None or not entry.is_current(layer, _dtypes(x), native.instruction_set()):
-        return None
-    return entry.packed
+    entry = _current_entry(layer, _dtypes(x), native.instruction_set())
+    return None if entry is None else entry.packed
 
 
 def packed_stack(layers: Iterable[nn.Module], x: Tensor) -> list[PackedEncoderLayer]:
@@ -79,10 +77,8 @@ def packed_stack(layers: Iterable[nn.Module], x: Tensor) -> list[PackedEncoderLa
         return []
     stack, dtypes, instruction_set = [], _dtypes(x), native.instruction_set()
     for layer in layers:
-        entry = _entries.get(layer)
+        entry = _current_entry(layer, dtypes, instruction_set)
         if entry is None or entry.packed is None or entry.is_watched or not is_of_fast_class(layer):
-            return []
-        if not entry.is_current(layer, dtypes, instruction_set):
             return []
         stack.append(entry.packed)
     return stack
@@ -99,11 +95,16 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
         return None
     if _changed_parts(layer):
         return None
-    entry = _entries.get(layer)
-    if entry is None or not entry.is_current(layer, _dtypes(x), native.instruction_set()):
+    entry = _current_entry(layer, _dtypes(x), native.instruction_set())
+    if entry is None:
         with _lock:
             entry = _entries[layer] = _pack(layer, _dtypes(x))
     return entry.packed
+
+
+def _current_entry(layer: nn.Module, dtypes: _Dtypes, instruction_set: str) -> _Entry | None:
+    entry = _entries.get(layer)
+    return entry if entry is not None and entry.is_current(layer, dtypes, instruction_set) else None
 
 
 def drop_if_trained(layer: nn.Module, x: Tensor) -> bool:
