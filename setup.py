@@ -45,12 +45,16 @@ OPS = (
     "linear_gelu",
     "matmul",
     "mlm_loss",
+    "packed_dense",
     "encoder_layer",
 )
 CPU_COMMON = (
     "csrc/bindings.cpp",
     "csrc/unchanged.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("dispatch", "runtime", "attention_schedule", "encoder_plan", "fingerprint")),
+    *(
+        f"csrc/cpu/{name}.cpp"
+        for name in ("dispatch", "runtime", "attention_schedule", "embed_tokens", "encoder_plan", "fingerprint")
+    ),
 )
 # GCC 12 takes its own AVX-512 intrinsics for uninitialised (its bug 105593).
 CPU_FLAGS = [

@@ -89,7 +89,7 @@ def calls(cpu: Any, memory: Memory) -> Iterator[Call]:
 
 
 def bound(cpu: Any, kernel: str, dtype: str, dropout: bool, elements: int, arguments: tuple) -> Call:
-    function = getattr(cpu, "encoder_layers" if kernel == "encoder_layer" else kernel)
+    function = cpu.EncoderLayers.forward if kernel == "encoder_layer" else getattr(cpu, kernel)
     return Call(kernel, dtype, dropout, elements, lambda: function(*arguments))
 
 
@@ -170,11 +170,11 @@ def matmul_and_layer(cpu: Any, memory: Memory) -> Iterator[tuple[str, int, tuple
         linears.append(cpu.PackedLinear(packed, bias, 0, 0, out_features, in_features))
     norms = [memory.values("float32", hidden) for _ in range(4)]
     shape = (EPS, EPS, hidden // HEAD_DIM, HEAD_DIM, HEAD_DIM**-0.5, float32, float32, memory.integers([0] * 3))
-    layers = [cpu.EncoderLayer(*linears, *norms, *shape)]
+    layers = cpu.EncoderLayers([cpu.EncoderLayer(*linears, *norms, *shape)])
     total, batch = sum(LENGTHS), len(LENGTHS)
     bounds = memory.integers([sum(LENGTHS[:i]) for i in range(batch + 1)], "i")
     x, y = memory.values("float32", total, hidden), memory.empty(total, hidden)
-    size = cpu.encoder_layers_workspace_bytes(layers, bounds, total, batch, THREADS)
+    size = layers.workspace_bytes(bounds, total, batch, THREADS)
     workspace = memory.of_bytes(bytes(size))
     multiply_adds = total * (4 * hidden * hidden + 2 * hidden * wide)
     yield "encoder_layer", multiply_adds, (layers, x, bounds, y, 0, workspace, total, batch, THREADS)

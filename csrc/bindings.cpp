@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/embed_tokens.h"
 #include "cpu/runtime.h"
 #include "fastbert.h"
 #include "unchanged.h"
@@ -19,6 +20,11 @@ template <typename T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
+
+// A class of its own, because pybind11 makes lists of vectors.
+struct EncoderLayers {
+  std::vector<EncoderLayerParams> layers;
+};
 
 Dropout make_dropout(uint32_t threshold, float scale, Address seed, uint32_t stream) {
   return {threshold, scale, pointer<const int64_t>(seed), stream};
@@ -210,10 +216,47 @@ PYBIND11_MODULE(_cpu, m) {
       Release());
 
   py::class_<Snapshot>(m, "Snapshot", py::module_local())
-      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&, bool,
-                    const Memory&, const Memory&>());
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&, bool, const Memory&,
+                    const Memory&>());
   m.def("all_unchanged", &all_unchanged);
   m.def("packs", &cpu::packs);
+
+  m.def(
+      "read_mask",
+      [](Address mask, int64_t batch, int64_t length, Address cu_seqlens, Address indices) {
+        int32_t* bounds = pointer<int32_t>(cu_seqlens);
+        const int64_t longest =
+            cpu::read_mask(pointer<const int64_t>(mask), batch, length, bounds, pointer<int64_t>(indices));
+        return std::pair(static_cast<int64_t>(bounds[batch]), longest);
+      },
+      Release());
+
+  py::class_<cpu::EmbeddingTables>(m, "EmbeddingTables", py::module_local())
+      .def(py::init([](Address word, Address position, Address token_type, int64_t num_word_ids, int64_t num_positions,
+                       int64_t num_token_type_ids, Address weight, Address ln_bias, int64_t hidden, float eps, DType dtype) {
+        return cpu::EmbeddingTables{pointer<const void>(word),
+                                    pointer<const void>(position),
+                                    pointer<const void>(token_type),
+                                    num_word_ids,
+                                    num_positions,
+                                    num_token_type_ids,
+                                    pointer<const void>(weight),
+                                    pointer<const void>(ln_bias),
+                                    hidden,
+                                    eps,
+                                    dtype};
+      }));
+
+  m.def(
+      "embed_tokens",
+      [](const cpu::EmbeddingTables& tables, Address input_ids, Address token_type_ids, Address position_ids,
+         Address indices, Address y, int64_t rows, int64_t length, int num_threads) {
+        return cpu::embed_tokens(tables,
+                                 {pointer<const int64_t>(input_ids), pointer<const int64_t>(token_type_ids),
+                                  pointer<const int64_t>(position_ids), pointer<const int64_t>(indices), rows, length},
+                                 pointer<void>(y), num_threads);
+      },
+      Release());
 
   m.def(
       "pack_weight",
@@ -233,6 +276,14 @@ PYBIND11_MODULE(_cpu, m) {
                             out_features,
                             in_features};
       }));
+
+  m.def(
+      "packed_dense",
+      [](const PackedLinear& linear, Address x, Address y, int64_t rows, int64_t x_row_stride, DType dtype,
+         int num_threads) {
+        cpu::packed_dense({pointer<const void>(x), pointer<void>(y), linear, rows, x_row_stride, dtype}, num_threads);
+      },
+      Release());
 
   // What a layer is made of; x, cu_seqlens, y and the workspace come with each call.
   py::class_<EncoderLayerParams>(m, "EncoderLayer", py::module_local())
@@ -266,31 +317,37 @@ PYBIND11_MODULE(_cpu, m) {
       }));
 
   // The layers of an encoder one after the other: x -> y, through between where there are several. All have the same shapes.
-  m.def("encoder_layers_workspace_bytes", [](const std::vector<EncoderLayerParams*>& layers, Address cu_seqlens,
-                                             int64_t total, int64_t batch, int num_threads) {
-    EncoderLayerParams layer = *layers.at(0);
-    layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
-    layer.total = total;
-    layer.batch = batch;
-    return cpu::encoder_layer_workspace_bytes(layer, num_threads);
-  });
-
-  m.def(
-      "encoder_layers",
-      [](const std::vector<EncoderLayerParams*>& layers, Address x, Address cu_seqlens, Address y, Address between,
-         Address workspace, int64_t total, int64_t batch, int num_threads) {
-        for (size_t i = 0; i < layers.size(); ++i) {
-          EncoderLayerParams layer = *layers[i];
-          layer.x = pointer<const void>(x);
-          layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
-          // The last one writes y.
-          x = (layers.size() - i) % 2 == 1 ? y : between;
-          layer.y = pointer<void>(x);
-          layer.workspace = pointer<void>(workspace);
-          layer.total = total;
-          layer.batch = batch;
-          cpu::encoder_layer(layer, num_threads);
-        }
-      },
-      Release());
+  py::class_<EncoderLayers>(m, "EncoderLayers", py::module_local())
+      .def(py::init([](const std::vector<const EncoderLayerParams*>& layers) {
+        EncoderLayers copies;
+        for (const EncoderLayerParams* layer : layers) copies.layers.push_back(*layer);
+        return copies;
+      }))
+      .def("workspace_bytes",
+           [](const EncoderLayers& encoder, Address cu_seqlens, int64_t total, int64_t batch, int num_threads) {
+             EncoderLayerParams layer = encoder.layers.at(0);
+             layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+             layer.total = total;
+             layer.batch = batch;
+             return cpu::encoder_layer_workspace_bytes(layer, num_threads);
+           })
+      .def(
+          "forward",
+          [](const EncoderLayers& encoder, Address x, Address cu_seqlens, Address y, Address between, Address workspace,
+             int64_t total, int64_t batch, int num_threads) {
+            const std::vector<EncoderLayerParams>& layers = encoder.layers;
+            for (size_t i = 0; i < layers.size(); ++i) {
+              EncoderLayerParams layer = layers[i];
+              layer.x = pointer<const void>(x);
+              layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+              // The last one writes y.
+              x = (layers.size() - i) % 2 == 1 ? y : between;
+              layer.y = pointer<void>(x);
+              layer.workspace = pointer<void>(workspace);
+              layer.total = total;
+              layer.batch = batch;
+              cpu::encoder_layer(layer, num_threads);
+            }
+          },
+          Release());
 }

@@ -245,6 +245,15 @@ struct PackWeightParams {
   DType dtype;
 };
 
+// y = x W^T + b without the rest of a layer.
+struct PackedDenseParams {
+  const void* x;  // (rows, in_features)
+  void* y;        // (rows, out_features)
+  PackedLinear linear;
+  int64_t rows, x_row_stride;
+  DType dtype;  // of x, y and the weight: float32 or bfloat16
+};
+
 // A whole encoder layer without dropout: y = LN(h + W2 gelu(W1 h)), h = LN(x + Wo attention(x Wqkv)).
 struct EncoderLayerParams {
   const void* x;              // (total, hidden)
@@ -335,6 +344,7 @@ void matmul(const MatmulParams& params, int num_threads);
 void mlm_loss_forward(const MlmLossForwardParams& params, int num_threads);
 void mlm_loss_backward(const MlmLossBackwardParams& params, int num_threads);
 void pack_weight(const PackWeightParams& params, int num_threads);
+void packed_dense(const PackedDenseParams& params, int num_threads);
 void encoder_layer(const EncoderLayerParams& params, int num_threads);
 
 }  // namespace cpu

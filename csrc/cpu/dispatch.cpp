@@ -76,6 +76,12 @@ void require_supported(const PackWeightParams& params) {
   if (!packs(params.dtype)) throw std::invalid_argument("this instruction set packs no weights of this dtype");
 }
 
+void require_supported(const PackedDenseParams& params) {
+  if (!packs(params.dtype) || params.dtype == DType::int8) {
+    throw std::invalid_argument("this instruction set has no packed linear layer of this dtype");
+  }
+}
+
 void require_supported(const EncoderLayerParams& params) {
   const bool activations = params.dtype == DType::float32 || params.dtype == DType::bfloat16;
   const bool wider = params.weight_dtype == DType::float32 && params.dtype != DType::float32;

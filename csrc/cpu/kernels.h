@@ -21,6 +21,7 @@
   X(mlm_loss_forward, MlmLossForwardParams)                          \
   X(mlm_loss_backward, MlmLossBackwardParams)                        \
   X(pack_weight, PackWeightParams)                                   \
+  X(packed_dense, PackedDenseParams)                                 \
   X(encoder_layer, EncoderLayerParams)
 
 #define FASTBERT_DECLARE_KERNEL(name, Params) void name(const Params& params, int num_threads);

@@ -13,6 +13,7 @@ from ..ops import embedding_layer_norm
 from ..ops.registration import under_autocast
 from .inputs import check_token_ids
 from .layer import STREAMS_PER_LAYER, active_dropout_p
+from .packed_ends import embed_at_once, keep_tables, tables_of, takes
 from .packing import Packing
 from .plain import is_watched
 
@@ -26,10 +27,17 @@ def embed(
     inputs_embeds: Tensor | None,
 ) -> Tensor:
     """(total, hidden): the embeddings of the real tokens of a call of ``model``, with its arguments, each (batch, length, ...)."""
-    if input_ids is None or embedding_notes(model):
+    natively = input_ids is not None and takes(input_ids)
+    tables = tables_of(model) if natively else None
+    if tables is None and (input_ids is None or embedding_notes(model)):
         rows = _their_embeddings(model, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
     else:
-        rows = _fused_embeddings(model, packing, input_ids, token_type_ids, position_ids)
+        tables = tables or (keep_tables(model) if natively else None)
+        rows = None
+        if tables is not None:
+            rows = embed_at_once(tables, model, packing, input_ids, token_type_ids, position_ids)
+        if rows is None:  # ids outside the tables among others, which this names
+            rows = _fused_embeddings(model, packing, input_ids, token_type_ids, position_ids)
     project = getattr(model, "embeddings_project", None)  # ELECTRA's embeddings may be narrower than its layers
     return rows if project is None else project(rows)
 

@@ -18,6 +18,7 @@ from .embeddings import embed
 from .inputs import check_inputs, warn_of_first_position
 from .layer import FusedLayer
 from .outputs import PooledEncoderOutput
+from .packed_ends import pool
 from .packed_layer import is_trained, packed_stack
 from .packing import Packing
 from .plain import is_watched
@@ -124,8 +125,8 @@ class PackedEncoder:
         layers = list(self.encoder.layer)
         worth_it = selection is not None and selection.is_worth_it(is_trained(layers[-1], hidden_states))
         last_layer = layers.pop() if worth_it else None
-        stack = packed_stack(layers, hidden_states) if recorded.states is None else []
-        if stack:
+        stack = packed_stack(layers, hidden_states) if recorded.states is None else None
+        if stack is not None:
             hidden_states = run_layers(stack, hidden_states, packing.cu_seqlens)
         else:
             for layer in layers:
@@ -135,13 +136,13 @@ class PackedEncoder:
         output = self._output(hidden_states, packing, selection, last_layer)
         pooler = getattr(self, "pooler", None)
         if pooler is not None:
-            if last_layer is not None:
-                first = output.first_rows().unsqueeze(1)
-            elif reads_first_rows(self):
-                first = packing.first_positions(hidden_states).unsqueeze(1)
+            if last_layer is not None or reads_first_rows(self):
+                first = packing.first_positions(hidden_states) if last_layer is None else output.first_rows()
+                pooled = pool(pooler, first)
+                if pooled is None:
+                    pooled = pooler(first.unsqueeze(1))
             else:
-                first = packing.to_sequences(hidden_states)
-            pooled = pooler(first)
+                pooled = pooler(packing.to_sequences(hidden_states))
             if pooled is not None:
                 output["pooler_output"] = pooled
         if recorded.states is not None:

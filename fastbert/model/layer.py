@@ -115,7 +115,7 @@ class FusedLayer:
                 return packing.from_sequences(super().forward(packing.to_sequences(hidden_states), mask))
             packed = packed_layer(self, hidden_states)
         if packed is not None:
-            return run_layers([packed], hidden_states, packing.cu_seqlens)
+            return run_layers(packed, hidden_states, packing.cu_seqlens)
         return self.op_by_op(hidden_states, packing)
 
     def op_by_op(self, hidden_states: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ops import calibration, native
 from ..ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWeights
 from ..ops.linear import MEASURED_FLOPS
-from ..ops.native_encoder import PackedEncoderLayer, not_supported_reasons, run_layers
+from ..ops.native_encoder import PackedEncoderLayer, PackedEncoderLayers, not_supported_reasons, run_layers
 from ..ops.registration import under_autocast
 from .int8 import Int8Linear, join
 from .packing import Packing
@@ -39,7 +39,7 @@ class _Entry:
     snapshot: Snapshot
     dtypes: _Dtypes
     instruction_set: str
-    packed: PackedEncoderLayer | None  # None where this machine cannot run it
+    packed: PackedEncoderLayers | None  # the one layer; None where this machine cannot run it
 
     def is_current(self, layer: nn.Module, dtypes: _Dtypes, instruction_set: str) -> bool:
         return (
@@ -59,7 +59,7 @@ class _Stack:
     dtypes: _Dtypes
     instruction_set: str
     snapshots: list[Any]  # of the extension
-    packed: list[PackedEncoderLayer]
+    packed: PackedEncoderLayers
 
     def is_current(self, layers: list[nn.Module], dtypes: _Dtypes, instruction_set: str) -> bool:
         return (
@@ -76,7 +76,7 @@ _stacks: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()  # by the fi
 _lock = threading.Lock()
 
 
-def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
+def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayers | None:
     """:func:`packed_layer` for a layer that was packed before, where nothing has changed since and nothing is trained."""
     if torch.is_grad_enabled() or not _takes(x):
         return None
@@ -84,19 +84,19 @@ def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
     return None if entry is None else entry.packed
 
 
-def packed_stack(layers: list[nn.Module], x: Tensor) -> list[PackedEncoderLayer]:
-    """What runs a call of these layers one after the other, where all were packed before and nobody watches them; else empty."""
+def packed_stack(layers: list[nn.Module], x: Tensor) -> PackedEncoderLayers | None:
+    """What runs a call of these layers one after the other, where all were packed before and nobody watches them; else None."""
     if not layers or not native.AVAILABLE or torch.is_grad_enabled() or not _takes(x):
-        return []
+        return None
     dtypes, instruction_set = _dtypes(x), native.instruction_set()
     stack = _stacks.get(layers[0])
     if stack is None or not stack.is_current(layers, dtypes, instruction_set):
         entries = [_current_entry(layer, dtypes, instruction_set) for layer in layers]
         if not all(_runs_in_stack(layer, entry) for layer, entry in zip(layers, entries, strict=True)):
-            return []
+            return None
         stack = _stacks[layers[0]] = _Stack(
             layers[1:], list(map(type, layers)), dtypes, instruction_set,
-            [entry.snapshot.handle for entry in entries], [entry.packed for entry in entries],
+            [entry.snapshot.handle for entry in entries], PackedEncoderLayers.joined(entry.packed for entry in entries),
         )  # fmt: skip
     return stack.packed
 
@@ -105,7 +105,7 @@ def _runs_in_stack(layer: nn.Module, entry: _Entry | None) -> bool:
     return entry is not None and entry.packed is not None and not entry.is_watched and is_of_fast_class(layer)
 
 
-def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
+def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayers | None:
     """What runs this call of a layer on rows x (total, hidden), or None where it takes the ops one by one.
 
     The layer is one that runs fused at all: ``layer_fallback_reasons`` has none.
@@ -184,7 +184,7 @@ def _kind(weights: EncoderLayerWeights, rows: torch.dtype) -> str:
     return "encoder layer, weights {}, rows {}".format(*names)
 
 
-def _measured_fastest(layer: nn.Module, packed: PackedEncoderLayer, weights: EncoderLayerWeights, dtypes: _Dtypes) -> str:
+def _measured_fastest(layer: nn.Module, packed: PackedEncoderLayers, weights: EncoderLayerWeights, dtypes: _Dtypes) -> str:
     """Which of the candidates is the faster on this machine; one that multiplies with AMX may gain more than one call does."""
     total, (rows, autocast) = sum(_TIMED_LENGTHS), dtypes
     flops = 2 * total * sum(linear.weight.numel() for _, linear in weights.linears())
@@ -199,7 +199,7 @@ def _measured_fastest(layer: nn.Module, packed: PackedEncoderLayer, weights: Enc
 
     x = torch.randn(total, weights.hidden, dtype=rows, device="cpu")
     op_by_op(x)  # its matmuls are calibrated first
-    candidates = {_ONE_CALL: lambda x: run_layers([packed], x, bounds), _OP_BY_OP: op_by_op}
+    candidates = {_ONE_CALL: lambda x: run_layers(packed, x, bounds), _OP_BY_OP: op_by_op}
     return calibration.fastest(_kind(weights, rows), candidates, lambda: (x,), flops)
 
 
@@ -273,7 +273,7 @@ def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
     rows, autocast = dtypes
     if autocast is not None and weights.dtype != torch.int8:
         weights = weights.with_linears(autocast)
-    packed = None if not_supported_reasons(weights, rows, "cpu") else PackedEncoderLayer(weights, rows)
+    packed = None if not_supported_reasons(weights, rows, "cpu") else PackedEncoderLayers([PackedEncoderLayer(weights, rows)])
     if packed is not None and _measured_fastest(layer, packed, weights, dtypes) != _ONE_CALL:
         packed = None
     return _Entry(type(layer), is_watched(layer), snapshot, dtypes, native.instruction_set(), packed)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops import native
+from ..ops.native_inference import are_readable_ids, read_mask
+
 
 class Packing:
     """Where the rows of a packed batch (total, ...) come from, and what their sequences are.
@@ -30,7 +33,9 @@ class Packing:
     def from_mask(cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Packing:
         """The real tokens of a padded batch: those where ``mask`` (batch, length) is not 0; all of them where it is None."""
         batch, length = shape
-        # Looking is cheap on a CPU, where most requests of one sequence have no padding.
+        if mask is not None and native.AVAILABLE and not torch.compiler.is_compiling() and are_readable_ids(mask):
+            cu_seqlens, longest, indices = read_mask(mask)
+            return cls(cu_seqlens, longest, shape, None if indices.numel() == batch * length else indices)
         if mask is not None and not (mask.device.type == "cpu" and mask.all()):
             mask = mask != 0
             lengths = mask.sum(1, dtype=torch.int32)
@@ -115,6 +120,8 @@ class Packing:
         """
         if x.shape[0] == 0:
             return x.new_zeros(self.num_sequences, *x.shape[1:])
+        if self.indices is None and self._is_batch:
+            return x.view(*self.shape, *x.shape[1:])[:, 0]
         rows, exists = self.first_rows(x.shape[0])
         first = x.index_select(0, rows)
         return first if exists is None else first * exists.unsqueeze(-1)

@@ -119,4 +119,5 @@ def encoder_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: Encod
         raise ValueError(f"unknown backend {backend!r}; there are 'auto', 'native' and 'reference'")
     if backend == "reference" or reasons:
         return reference.encoder_layer_forward(x, cu_seqlens, max_seqlen, weights)
-    return native_encoder.run_layers([native_encoder.PackedEncoderLayer(weights, x.dtype)], x, cu_seqlens)
+    packed = native_encoder.PackedEncoderLayers([native_encoder.PackedEncoderLayer(weights, x.dtype)])
+    return native_encoder.run_layers(packed, x, cu_seqlens)

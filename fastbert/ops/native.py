@@ -26,11 +26,11 @@ from .linear import linear_dweight, linear_dx, linear_forward, linear_gelu_witho
 
 # What the module offers.
 NAMES = (
-    "DType", "Dropout", "EncoderLayer", "MATMUL_PACKED_COLUMNS", "PackedLinear", "Snapshot", "add_layer_norm_backward",
-    "add_layer_norm_forward", "all_unchanged", "attention_backward", "attention_forward", "bias_gelu_backward",
-    "bias_gelu_forward", "embedding_layer_norm_backward", "embedding_layer_norm_forward", "encoder_layers",
-    "encoder_layers_workspace_bytes", "gelu_layer_norm_backward", "gelu_layer_norm_forward", "instruction_set", "matmul",
-    "mlm_loss_backward", "mlm_loss_forward", "pack_weight", "packs", "row_chunks", "set_instruction_set", "set_openmp_parallel",
+    "DType", "Dropout", "EmbeddingTables", "EncoderLayer", "EncoderLayers", "MATMUL_PACKED_COLUMNS", "PackedLinear", "Snapshot",
+    "add_layer_norm_backward", "add_layer_norm_forward", "all_unchanged", "attention_backward", "attention_forward",
+    "bias_gelu_backward", "bias_gelu_forward", "embed_tokens", "embedding_layer_norm_backward", "embedding_layer_norm_forward",
+    "gelu_layer_norm_backward", "gelu_layer_norm_forward", "instruction_set", "matmul", "mlm_loss_backward", "mlm_loss_forward",
+    "pack_weight", "packed_dense", "packs", "read_mask", "row_chunks", "set_instruction_set", "set_openmp_parallel",
     "supported_instruction_sets", "table_gradient",
 )  # fmt: skip
 _TORCH_LIBRARY = re.compile(r"/libtorch_cpu\.so[.\d]*$")

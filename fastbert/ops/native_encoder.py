@@ -6,6 +6,7 @@ elsewhere bfloat16 goes through oneDNN, op by op.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,41 +53,49 @@ def work_seconds() -> dict[str, float]:
     return {name: nanoseconds / 1e9 for name, nanoseconds in zip(_WORK, _nanoseconds.tolist(), strict=True)}
 
 
-def run_layers(layers: list[PackedEncoderLayer], x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Layers of the same shapes and dtypes, at least one, on x (total, hidden); cu_seqlens: (batch + 1,) int32 from 0 to total.
+def run_layers(layers: PackedEncoderLayers, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The layers on x (total, hidden); cu_seqlens: (batch + 1,) int32 from 0 to total.
 
     Returns (total, hidden).
     """
     x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
     y, between = torch.empty_like(x), torch.empty_like(x) if len(layers) > 1 else None
-    extension, handles, threads = native.EXTENSION, [layer.handle for layer in layers], torch.get_num_threads()
-    rows, batch, bounds = x.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr()
-    size = extension.encoder_layers_workspace_bytes(handles, bounds, rows, batch, threads)
+    threads, rows, batch, bounds = torch.get_num_threads(), x.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr()
+    size = layers.handle.workspace_bytes(bounds, rows, batch, threads)
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
-    extension.encoder_layers(
-        handles, x.data_ptr(), bounds, y.data_ptr(), 0 if between is None else between.data_ptr(), workspace.data_ptr(),
+    layers.handle.forward(
+        x.data_ptr(), bounds, y.data_ptr(), 0 if between is None else between.data_ptr(), workspace.data_ptr(),
         rows, batch, threads,
     )  # fmt: skip
     return y
 
 
-class PackedEncoderLayer:
-    """A layer's weights as this machine's kernels read them; later changes of ``weights`` do not reach it.
+class PackedEncoderLayers:
+    """Layers of the same shapes and dtypes, at least one, that one call runs one after the other (:func:`run_layers`)."""
 
-    dtype: of the rows that it is called with. The layer must be supported (:func:`not_supported_reasons`).
+    def __init__(self, layers: Iterable[PackedEncoderLayer]) -> None:
+        self._layers = list(layers)
+        self.handle = native.EXTENSION.EncoderLayers([layer.handle for layer in self._layers])
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @classmethod
+    def joined(cls, parts: Iterable[PackedEncoderLayers]) -> PackedEncoderLayers:
+        return cls(layer for part in parts for layer in part._layers)
+
+
+class PackedWeights:
+    """Linear layers' weights as this machine's kernels read them; later changes of them do not reach it.
+
+    linears: a handle for each, which works for as long as this object lives.
     """
 
-    def __init__(self, weights: EncoderLayerWeights, dtype: torch.dtype) -> None:
+    def __init__(self, linears: Sequence[LinearWeights]) -> None:
         self._kept: list[Tensor] = []
-        linears = [linear for _, linear in weights.linears()]
         sizes = [_packed_bytes(linear) for linear in linears]
         places = huge_pages.empty(sum(sizes)).split(sizes)
-        linears = [self._packed(linear, place) for linear, place in zip(linears, places, strict=True)]
-        norms = [self._float32(t) for _, norm in weights.norms() for t in (norm.weight, norm.bias)]
-        self.handle = native.EXTENSION.EncoderLayer(
-            *linears, *norms, weights.attention_norm.eps, weights.output_norm.eps, weights.num_heads, weights.head_dim,
-            weights.softmax_scale, native.DTYPES[dtype], native.WEIGHT_DTYPES[weights.dtype], _nanoseconds.data_ptr(),
-        )  # fmt: skip
+        self.linears = [self._packed(linear, place) for linear, place in zip(linears, places, strict=True)]
 
     def _packed(self, linear: LinearWeights, packed: Tensor):
         out_features, in_features = linear.weight.shape
@@ -102,17 +111,32 @@ class PackedEncoderLayer:
             self._kept.append(sums)
         self._kept.append(packed)
         return native.EXTENSION.PackedLinear(
-            packed.data_ptr(), self._float32(linear.bias), self._float32(linear.scale), 0 if sums is None else sums.data_ptr(),
+            packed.data_ptr(), self.float32(linear.bias), self.float32(linear.scale), 0 if sums is None else sums.data_ptr(),
             out_features, in_features,
         )  # fmt: skip
 
-    def _float32(self, tensor: Tensor | None) -> int:
+    def float32(self, tensor: Tensor | None) -> int:
         """The address of a copy, which lives as long as this object; 0 for None."""
         if tensor is None:
             return 0
         copy = tensor.detach().to(torch.float32, copy=True).contiguous()
         self._kept.append(copy)
         return copy.data_ptr()
+
+
+class PackedEncoderLayer:
+    """A layer's weights, packed.
+
+    dtype: of the rows that it is called with. The layer must be supported (:func:`not_supported_reasons`).
+    """
+
+    def __init__(self, weights: EncoderLayerWeights, dtype: torch.dtype) -> None:
+        self._packed = packed = PackedWeights([linear for _, linear in weights.linears()])
+        norms = [packed.float32(t) for _, norm in weights.norms() for t in (norm.weight, norm.bias)]
+        self.handle = native.EXTENSION.EncoderLayer(
+            *packed.linears, *norms, weights.attention_norm.eps, weights.output_norm.eps, weights.num_heads, weights.head_dim,
+            weights.softmax_scale, native.DTYPES[dtype], native.WEIGHT_DTYPES[weights.dtype], _nanoseconds.data_ptr(),
+        )  # fmt: skip
 
 
 def _packed_bytes(linear: LinearWeights) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastbert.ops import native, reference
 from fastbert.ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWeights, encoder_layer
-from fastbert.ops.native_encoder import PackedEncoderLayer, not_supported_reasons, run_layers, work_seconds
+from fastbert.ops.native_encoder import PackedEncoderLayer, PackedEncoderLayers, not_supported_reasons, run_layers, work_seconds
 
 from .helpers import assert_within_budget
 from .test_native import REASON, instruction_set  # noqa: F401
@@ -162,7 +162,7 @@ def test_results_do_not_depend_on_the_number_of_threads(weight_dtype, dtype, len
         results = []
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            results.append(run_layers([packed], x, cu_seqlens))
+            results.append(run_layers(PackedEncoderLayers([packed]), x, cu_seqlens))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -176,9 +176,9 @@ def test_a_sequence_does_not_depend_on_the_batch(weight_dtype, dtype):
     skip_where_not_supported(weights, dtype)
     packed, lengths = PackedEncoderLayer(weights, dtype), (70, 9, 400, 1, 800)
     x, cu_seqlens = torch.randn(sum(lengths), 96).to(dtype), bounds(lengths)
-    together = run_layers([packed], x, cu_seqlens)
+    together = run_layers(PackedEncoderLayers([packed]), x, cu_seqlens)
     for first, last in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
-        assert torch.equal(run_layers([packed], x[first:last], bounds((last - first,))), together[first:last])
+        assert torch.equal(run_layers(PackedEncoderLayers([packed]), x[first:last], bounds((last - first,))), together[first:last])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -188,9 +188,9 @@ def test_what_is_not_finite_stays_in_its_sequence(weight_dtype, dtype, value):
     weights = weights if weight_dtype == torch.int8 else converted(weights, dtype)
     skip_where_not_supported(weights, dtype)
     packed, cu_seqlens, x = PackedEncoderLayer(weights, dtype), bounds((9, 5, 130)), torch.randn(144, 64).to(dtype)
-    clean = run_layers([packed], x, cu_seqlens)
+    clean = run_layers(PackedEncoderLayers([packed]), x, cu_seqlens)
     x[10, 7] = value
-    y = run_layers([packed], x, cu_seqlens)
+    y = run_layers(PackedEncoderLayers([packed]), x, cu_seqlens)
     assert y[9:14].isnan().all()  # its neighbours see it as a key and as a value
     assert torch.equal(y[:9], clean[:9])
     assert torch.equal(y[14:], clean[14:])
@@ -213,8 +213,8 @@ def test_several_layers_are_one_after_the_other(count):
     x, cu_seqlens = torch.randn(40, 64), bounds((3, 37))
     before, expected = x.clone(), x
     for layer in layers:
-        expected = run_layers([layer], expected, cu_seqlens)
-    assert torch.equal(run_layers(layers, x, cu_seqlens), expected)
+        expected = run_layers(PackedEncoderLayers([layer]), expected, cu_seqlens)
+    assert torch.equal(run_layers(PackedEncoderLayers(layers), x, cu_seqlens), expected)
     assert torch.equal(x, before)
 
 

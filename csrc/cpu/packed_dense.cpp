@@ -1,0 +1,31 @@
+// A linear layer on packed weights alone, of a model that is not trained: y = x W^T + b.
+
+#include "cpu/packed_linear.h"
+
+namespace fastbert::cpu::FASTBERT_ISA {
+
+namespace {
+
+template <typename Group, typename T>
+void run(const PackedDenseParams& p, int num_threads) {
+  const LeftMatrixRows x{p.x, p.x_row_stride * static_cast<int64_t>(sizeof(T)), nullptr};
+  T* y = static_cast<T*>(p.y);
+  parallel_for(count_panels(p.linear.out_features), num_threads, [&](int64_t panel) {
+    packed_linear<Group>(p.rows, x, p.linear, panel, panel + 1, thread_scratch(kSumVectors * kWidth),
+                         [&](int64_t row, int64_t column, Vec v, auto extent) {
+                           store(y + row * p.linear.out_features + column, v, extent);
+                         });
+  });
+}
+
+}  // namespace
+
+void packed_dense(const PackedDenseParams& p, int num_threads) {
+  // dispatch.cpp lets pass what the instruction set can do.
+  if (p.dtype == DType::float32) return run<FloatGroup, float>(p, num_threads);
+#if defined(__AVX512BF16__)
+  run<BFloat16Group, BFloat16>(p, num_threads);
+#endif
+}
+
+}  // namespace fastbert::cpu::FASTBERT_ISA

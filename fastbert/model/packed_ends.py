@@ -1,0 +1,129 @@
+"""The two ends of an encoder in calls without gradients and dropout on a CPU: its embeddings and its pooler, a native call each.
+
+Both work as :mod:`fastbert.model.packed_layer` does, for as long as nobody has changed the module: :class:`Snapshot` tells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import native
+from ..ops.encoder_layer import LinearWeights
+from ..ops.native_inference import EmbeddingTables, PackedDense, are_readable_ids
+from ..ops.registration import under_autocast
+from .packing import Packing
+from .plain import is_plain_linear, is_watched
+from .snapshot import Snapshot
+
+_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+# What nn.Embedding does beside reading rows: see ``embedding_notes``, which has to find nothing first.
+_OPTIONS = ("max_norm", "scale_grad_by_freq", "sparse", "padding_idx")
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A module as it was when its native form was made."""
+
+    module_type: type
+    snapshot: Snapshot
+    instruction_set: str
+    native_form: Any
+
+    def is_current(self, module: nn.Module) -> bool:
+        return self.module_type is type(module) and self.instruction_set == native.instruction_set() and self.snapshot.unchanged()
+
+
+_entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
+
+
+def _current(module: nn.Module) -> Any:
+    """The native form of a module, where it has one that is current."""
+    entry = _entries.get(module)
+    return entry.native_form if entry is not None and entry.is_current(module) else None
+
+
+def takes(x: Tensor) -> bool:
+    """Whether calls with the tensor x may end natively: they have no gradients."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # first: compiled code would guard on the rest
+        return False
+    return native.AVAILABLE and x.device.type == "cpu" and type(x) is Tensor
+
+
+def tables_of(model: nn.Module) -> EmbeddingTables | None:
+    """What embeds the tokens of calls that have no gradients, where it was made before and nobody has changed anything since."""
+    return _current(model.embeddings)
+
+
+def keep_tables(model: nn.Module) -> EmbeddingTables | None:
+    """Makes what :func:`tables_of` returns, of embeddings without ``embedding_notes``; None where they drop or run otherwise."""
+    embeddings, norm = model.embeddings, model.embeddings.LayerNorm
+    tables = [getattr(embeddings, name) for name in _TABLES]
+    parameters = [*(table.weight for table in tables), norm.weight, norm.bias]
+    dropout = embeddings.dropout
+    if (dropout.training and dropout.p > 0) or not all(_is_readable(parameter) for parameter in parameters):
+        return None
+    attributes = {**dict.fromkeys(tables, _OPTIONS), norm: ("eps",), dropout: ("p", "training") if dropout.p > 0 else ("p",)}
+    form = EmbeddingTables(*parameters, norm.eps)
+    _entries[embeddings] = _Entry(type(embeddings), Snapshot(embeddings, attributes, parameters), native.instruction_set(), form)
+    return form
+
+
+def embed_at_once(
+    tables: EmbeddingTables,
+    model: nn.Module,
+    packing: Packing,
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor | None:
+    """``embed`` in one call, with its arguments; None where they are not as that reads them, or an id is in no table."""
+    if not are_readable_ids(input_ids, token_type_ids, position_ids):
+        return None
+    if under_autocast(input_ids) and tables.dtype != torch.float32:  # torch decides about the LayerNorm's dtype
+        return None
+    columns = model.first_position == 0 and packing.shape[0] == packing.num_sequences
+    if position_ids is None and not columns:
+        position_ids = model.default_positions(packing, input_ids)
+    if position_ids is not None and position_ids.shape != input_ids.shape:
+        return None
+    return tables.embed(input_ids, token_type_ids, position_ids, packing.indices)
+
+
+def pool(pooler: nn.Module, first: Tensor) -> Tensor | None:
+    """What transformers' pooler makes of the first rows (num_sequences, hidden), in calls without gradients; None elsewhere."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _entries.pop(pooler, None)  # training never holds weights twice
+    if not takes(first) or under_autocast(first) or first.stride(1) != 1:
+        return None
+    dense = _current(pooler)
+    if dense is None:
+        dense = _keep_dense(pooler)
+    if dense is None or first.dtype != dense.dtype or first.shape[1] != dense.in_features:
+        return None
+    return dense(first).tanh_()
+
+
+def _keep_dense(pooler: nn.Module) -> PackedDense | None:
+    linear, activation = pooler.dense, pooler.activation
+    if not is_plain_linear(linear) or type(activation) is not nn.Tanh or is_watched(activation) or is_watched(pooler):
+        return None
+    weight, bias = linear.weight, linear.bias
+    tensors = [weight] if bias is None else [weight, bias]
+    whole_groups = weight.shape[1] * weight.element_size() % 4 == 0
+    if not all(map(_is_readable, tensors)) or not native.packs(weight.dtype) or not whole_groups:
+        return None
+    snapshot = Snapshot(pooler, {}, tensors)
+    with torch.no_grad():
+        form = PackedDense(LinearWeights(weight, bias))
+    _entries[pooler] = _Entry(type(pooler), snapshot, native.instruction_set(), form)
+    return form
+
+
+def _is_readable(parameter: Tensor) -> bool:
+    """Whether the native code knows the dtype of a parameter and can read its memory as it lies."""
+    return parameter.dtype in native.DTYPES and parameter.device.type == "cpu" and parameter.is_contiguous()
