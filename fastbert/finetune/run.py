@@ -33,7 +33,7 @@ from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 from fastbert.whole_file import whole_file
 
-from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
+from .adapt import ADAPTATION_NAME, LONGEST, adapt, check_corpus, effect
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, check_outside, delete_folder, move_in, new_folder, read_run
 from .modes import Tuning, autocast_dtype, check_packages, prepare_mode
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
@@ -98,6 +98,8 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
     data = {name: {**split.facts(prepared.task), "fingerprint": split.fingerprint()} for name, split in prepared.splits.items()}
     if run is not None:
         _refuse_other_data(output, run, data)
+        if _is_adapted(output):
+            check_corpus(output / ADAPTED, settings.model, settings.adapt, say)
     if settings.overwrite:
         delete_folder(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -143,13 +145,20 @@ def train_without_adaptation(settings: FinetuneSettings, say: Say) -> FinetuneRe
 
 
 def adapted_model(settings: FinetuneSettings, prepared: PreparedTask, device: torch.device, say: Say) -> Path:
-    """The folder of the checkpoint adapted to ``settings.adapt``; what a resumed run has there already is taken."""
+    """The folder of the checkpoint adapted to ``settings.adapt``. What a resumed run has there already is taken; where it was
+    stopped before that, nothing depends on its corpus yet."""
     folder = Path(settings.output) / ADAPTED
-    if not (folder / ADAPTATION_NAME).is_file():
+    if not _is_adapted(Path(settings.output)):
+        if settings.resume:
+            say("The run was stopped before the checkpoint was adapted: that begins anew, with the corpus as it is now")
         length = min(LONGEST, prepared.max_seq_length)
         options = {"steps": settings.adapt_steps, "max_seq_length": length, "seed": settings.seeds[0], "dtype": settings.dtype}
         adapt(settings.model, settings.adapt, folder, **options, device=device, say=say)
     return folder
+
+
+def _is_adapted(output: Path) -> bool:
+    return (output / ADAPTED / ADAPTATION_NAME).is_file()
 
 
 def task_of(settings: FinetuneSettings) -> Task:
