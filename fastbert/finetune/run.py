@@ -29,6 +29,7 @@ from fastbert.tasks.registry import save_task, task_for
 from fastbert.tasks.sequence import MULTI
 from fastbert.tasks.task import Outputs, Task
 from fastbert.train.errors import SettingsError
+from fastbert.train.launch import launch
 from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 from fastbert.whole_file import whole_file
@@ -93,6 +94,7 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         given = (settings.model, settings.data, settings.dev, settings.test, *settings.adapt)
         check_outside(output, [name for name in given if name is not None])
     device = pick_device(settings.device)
+    _refuse_several_gpus(device)
     prepared = prepare_task(task_of(settings), sources_of(settings), settings, say)
     metric = main_metric(settings, prepared.task)
     data = {name: {**split.facts(prepared.task), "fingerprint": split.fingerprint()} for name, split in prepared.splits.items()}
@@ -330,6 +332,17 @@ def _finish(
 
 def _score_text(name: str, score: dict[str, Any]) -> str:
     return f"{name} {score['mean']:.4f}" + ("" if score["std"] is None else f" +- {score['std']:.4f}")
+
+
+def _refuse_several_gpus(device: torch.device) -> None:
+    """Raises SettingsError where transformers' Trainer would take all GPUs, whichever ``device`` is, and multiply batches by their
+    number; torch.nn.DataParallel cannot divide packed rows, which would end the run when everything is read and training begins."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if count > 1 and launch() is None:
+        raise SettingsError(
+            f"this process sees {count} GPUs, among which transformers' Trainer would divide every batch (torch.nn.DataParallel); "
+            "fine-tuning takes one: make it the only visible one, as in CUDA_VISIBLE_DEVICES=0 fastbert finetune ... --device cuda"
+        )
 
 
 def _refuse_other_data(output: Path, run: dict[str, Any], data: dict[str, Any]) -> None:
