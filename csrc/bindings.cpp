@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
-#include "cpu/fingerprint.h"
 #include "cpu/runtime.h"
 #include "fastbert.h"
 #include "unchanged.h"
@@ -210,12 +209,11 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
 
-  m.def("holds_same", &holds_same);
-  m.def("is_same_types", &is_same_types);
+  py::class_<Snapshot>(m, "Snapshot", py::module_local())
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&, bool,
+                    const Memory&, const Memory&>());
+  m.def("all_unchanged", &all_unchanged);
   m.def("packs", &cpu::packs);
-  py::class_<cpu::Words>(m, "Words", py::module_local())
-      .def(py::init<const std::vector<std::pair<uintptr_t, int64_t>>&>())
-      .def("fingerprint", &cpu::Words::fingerprint);
 
   m.def(
       "pack_weight",

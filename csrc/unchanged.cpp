@@ -1,57 +1,141 @@
 #include "unchanged.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace fastbert {
 
+namespace py = pybind11;
+
 namespace {
 
-Py_ssize_t common_size(const pybind11::list& a, const pybind11::list& b) {
-  if (a.size() != b.size()) throw std::invalid_argument("the lists differ in length");
-  return PyList_GET_SIZE(a.ptr());
+constexpr uintptr_t kLineBytes = 64;
+
+py::object checked(PyObject* reference) {
+  if (reference == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(reference);
 }
 
-PyDictObject* dict_at(const pybind11::list& dicts, Py_ssize_t i) {
-  PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
-  if (!PyDict_Check(dict)) throw std::invalid_argument("not a dict");
-  return reinterpret_cast<PyDictObject*>(dict);
+PyObject* checked_dict(py::handle object) {
+  if (!PyDict_Check(object.ptr())) throw std::invalid_argument("not a dict");
+  return object.ptr();
 }
+
+// None stands for a key that is not there, too.
+PyObject* value_of(PyObject* dict, PyObject* key) {
+  PyObject* found = PyDict_GetItemWithError(dict, key);
+  if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return found == nullptr ? Py_None : found;
+}
+
+uintptr_t address_of(py::handle tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+  const py::object address = checked(PyObject_CallMethodNoArgs(tensor.ptr(), name));
+  const auto value = PyLong_AsUnsignedLongLong(address.ptr());
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+int64_t version_of(py::handle tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("_version");
+  const py::object version = checked(PyObject_GetAttr(tensor.ptr(), name));
+  const auto value = PyLong_AsLongLong(version.ptr());
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+// The lines of the caches that some memory lies in.
+class Lines {
+ public:
+  void add(const void* start, int64_t bytes) {
+    const auto first = reinterpret_cast<uintptr_t>(start);
+    for (uintptr_t line = first / kLineBytes; line * kLineBytes < first + bytes; ++line) lines_.push_back(line);
+  }
+
+  void add(const Memory& memory) {
+    for (const auto& [address, bytes] : memory) add(reinterpret_cast<const void*>(address), bytes);
+  }
+
+  void add_object(py::handle object) { add(object.ptr(), Py_TYPE(object.ptr())->tp_basicsize); }
+
+  // Its head and its table, of which Python does not tell the size: a hash table of 16 bytes an entry, a third of them free.
+  void add_dict(PyObject* object) {
+    const auto* dict = reinterpret_cast<PyDictObject*>(object);
+    const int64_t entries = dict->ma_used;
+    add(dict, sizeof(PyDictObject));
+    add(dict->ma_keys, 96 + 24 * entries);
+    if (dict->ma_values != nullptr) add(dict->ma_values, 8 + 8 * entries);
+  }
+
+  std::vector<const char*> sorted() {
+    std::sort(lines_.begin(), lines_.end());
+    lines_.erase(std::unique(lines_.begin(), lines_.end()), lines_.end());
+    std::vector<const char*> addresses;
+    for (const uintptr_t line : lines_) addresses.push_back(reinterpret_cast<const char*>(line * kLineBytes));
+    return addresses;
+  }
+
+ private:
+  std::vector<uintptr_t> lines_;
+};
 
 }  // namespace
 
-// Whoever asks before each forward pass finds none of this in the caches, which the weights have passed through since. What
-// the lookups read one after the other is therefore asked for at once: the dicts, then their tables.
-bool holds_same(const pybind11::list& dicts, const pybind11::list& keys, const pybind11::list& values) {
-  const Py_ssize_t size = common_size(dicts, keys);
-  common_size(keys, values);
-  for (Py_ssize_t i = 0; i < size; ++i) __builtin_prefetch(PyList_GET_ITEM(dicts.ptr(), i));
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    const char* table = reinterpret_cast<const char*>(dict_at(dicts, i)->ma_keys);
-    __builtin_prefetch(table);
-    __builtin_prefetch(table + 64);
+Snapshot::Snapshot(const py::list& dicts, const py::list& keys, const py::list& objects, const py::list& counted,
+                   const py::list& tensors, bool count_versions, const Memory& arrays, const Memory& read)
+    : count_versions_(count_versions), words_(arrays), fingerprint_(words_.fingerprint()) {
+  if (dicts.size() != keys.size()) throw std::invalid_argument("dicts and keys differ in length");
+  Lines lines;
+  for (size_t i = 0; i < dicts.size(); ++i) {
+    const py::object dict = dicts[i], key = keys[i];
+    const py::object value = py::reinterpret_borrow<py::object>(value_of(checked_dict(dict), key.ptr()));
+    places_.push_back({dict, key, value});
+    lines.add_dict(dict.ptr());
+    lines.add_object(key);
   }
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* dict = reinterpret_cast<PyObject*>(dict_at(dicts, i));
-    PyObject* found = PyDict_GetItemWithError(dict, PyList_GET_ITEM(keys.ptr(), i));
-    // A key's __eq__ may do anything.
-    if (common_size(dicts, keys) < size || common_size(keys, values) < size) {
-      throw std::invalid_argument("the lists have become shorter");
-    }
-    if (found == nullptr) {
-      if (PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
-      found = Py_None;
-    }
-    if (found != PyList_GET_ITEM(values.ptr(), i)) return false;
+  for (const py::handle object : objects) {
+    types_.push_back({py::reinterpret_borrow<py::object>(object), py::type::of(object)});
+    lines.add(object.ptr(), sizeof(PyObject));
   }
-  return true;
+  for (const py::handle dict : counted) {
+    counts_.push_back({py::reinterpret_borrow<py::object>(dict), PyDict_Size(checked_dict(dict))});
+    lines.add(dict.ptr(), sizeof(PyDictObject));
+  }
+  for (const py::handle tensor : tensors) {
+    const int64_t version = count_versions ? version_of(tensor) : 0;
+    tensors_.push_back({py::reinterpret_borrow<py::object>(tensor), address_of(tensor), version});
+    lines.add_object(tensor);
+  }
+  lines.add(read);
+  for (const char* word : words_.addresses()) lines.add(word, sizeof(uint32_t));
+  lines_ = lines.sorted();
 }
 
-bool is_same_types(const pybind11::list& objects, const pybind11::list& types) {
-  const Py_ssize_t size = common_size(objects, types);
-  for (Py_ssize_t i = 0; i < size; ++i) __builtin_prefetch(PyList_GET_ITEM(objects.ptr(), i));
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(PyList_GET_ITEM(objects.ptr(), i)));
-    if (type != PyList_GET_ITEM(types.ptr(), i)) return false;
+void Snapshot::prefetch() const {
+  for (const char* line : lines_) __builtin_prefetch(line);
+}
+
+bool Snapshot::unchanged() const {
+  for (const auto& [object, type] : types_) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return false;
+  }
+  for (const auto& [dict, count] : counts_) {
+    if (PyDict_Size(dict.ptr()) != count) return false;
+  }
+  for (const auto& [dict, key, value] : places_) {
+    if (value_of(dict.ptr(), key.ptr()) != value.ptr()) return false;
+  }
+  for (const auto& [tensor, address, version] : tensors_) {
+    if (address_of(tensor) != address || (count_versions_ && version_of(tensor) != version)) return false;
+  }
+  return words_.fingerprint() == fingerprint_;  // last: the memory is there, since the tensors have not moved
+}
+
+bool all_unchanged(const std::vector<const Snapshot*>& snapshots) {
+  if (!snapshots.empty()) snapshots.front()->prefetch();
+  for (size_t i = 0; i < snapshots.size(); ++i) {
+    if (i + 1 < snapshots.size()) snapshots[i + 1]->prefetch();
+    if (!snapshots[i]->unchanged()) return false;
   }
   return true;
 }

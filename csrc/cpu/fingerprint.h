@@ -17,6 +17,8 @@ class Words {
   // through `.data` leaves them alone), for the price of a few cache misses.
   uint64_t fingerprint() const;
 
+  const std::vector<const char*>& addresses() const { return words_; }
+
  private:
   std::vector<const char*> words_;
 };

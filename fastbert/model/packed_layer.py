@@ -8,7 +8,6 @@ the same tensors at the same place with the same version counters, and a few wor
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
@@ -33,16 +32,11 @@ _Dtypes = tuple[torch.dtype, torch.dtype | None]  # of rows, and autocast's
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """A layer that was packed: its structure, dropout included, and its weights as they were then."""
+    """A layer that was packed, as it was then, dropout included."""
 
     layer_type: type
     is_watched: bool
-    structure: Snapshot
-    tensors: list[Tensor]
-    addresses: list[int]
-    versions: list[int] | None  # None for tensors made in inference mode, which count none
-    words: Any  # a few of each tensor
-    fingerprint: int
+    snapshot: Snapshot
     dtypes: _Dtypes
     instruction_set: str
     packed: PackedEncoderLayer | None  # None where this machine cannot run it
@@ -52,14 +46,33 @@ class _Entry:
             self.dtypes == dtypes
             and self.instruction_set == instruction_set
             and self.layer_type is type(layer)
-            and self.structure.unchanged()
-            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
-            and (self.versions is None or [tensor._version for tensor in self.tensors] == self.versions)
-            and self.words.fingerprint() == self.fingerprint
+            and self.snapshot.unchanged()
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Layers that were called one after the other when all of them were packed and nobody watched them."""
+
+    behind_first: list[nn.Module]
+    types: list[type]
+    dtypes: _Dtypes
+    instruction_set: str
+    snapshots: list[Any]  # of the extension
+    packed: list[PackedEncoderLayer]
+
+    def is_current(self, layers: list[nn.Module], dtypes: _Dtypes, instruction_set: str) -> bool:
+        return (
+            self.dtypes == dtypes
+            and self.instruction_set == instruction_set
+            and self.behind_first == layers[1:]
+            and self.types == list(map(type, layers))
+            and native.EXTENSION.all_unchanged(self.snapshots)
         )
 
 
 _entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
+_stacks: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()  # by the first layer
 _lock = threading.Lock()
 
 
@@ -71,17 +84,25 @@ def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
     return None if entry is None else entry.packed
 
 
-def packed_stack(layers: Iterable[nn.Module], x: Tensor) -> list[PackedEncoderLayer]:
+def packed_stack(layers: list[nn.Module], x: Tensor) -> list[PackedEncoderLayer]:
     """What runs a call of these layers one after the other, where all were packed before and nobody watches them; else empty."""
-    if not native.AVAILABLE or torch.is_grad_enabled() or not _takes(x):
+    if not layers or not native.AVAILABLE or torch.is_grad_enabled() or not _takes(x):
         return []
-    stack, dtypes, instruction_set = [], _dtypes(x), native.instruction_set()
-    for layer in layers:
-        entry = _current_entry(layer, dtypes, instruction_set)
-        if entry is None or entry.packed is None or entry.is_watched or not is_of_fast_class(layer):
+    dtypes, instruction_set = _dtypes(x), native.instruction_set()
+    stack = _stacks.get(layers[0])
+    if stack is None or not stack.is_current(layers, dtypes, instruction_set):
+        entries = [_current_entry(layer, dtypes, instruction_set) for layer in layers]
+        if not all(_runs_in_stack(layer, entry) for layer, entry in zip(layers, entries, strict=True)):
             return []
-        stack.append(entry.packed)
-    return stack
+        stack = _stacks[layers[0]] = _Stack(
+            layers[1:], list(map(type, layers)), dtypes, instruction_set,
+            [entry.snapshot.handle for entry in entries], [entry.packed for entry in entries],
+        )  # fmt: skip
+    return stack.packed
+
+
+def _runs_in_stack(layer: nn.Module, entry: _Entry | None) -> bool:
+    return entry is not None and entry.packed is not None and not entry.is_watched and is_of_fast_class(layer)
 
 
 def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
@@ -98,6 +119,7 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayer | None:
     entry = _current_entry(layer, _dtypes(x), native.instruction_set())
     if entry is None:
         with _lock:
+            _forget(layer)
             entry = _entries[layer] = _pack(layer, _dtypes(x))
     return entry.packed
 
@@ -107,11 +129,19 @@ def _current_entry(layer: nn.Module, dtypes: _Dtypes, instruction_set: str) -> _
     return entry if entry is not None and entry.is_current(layer, dtypes, instruction_set) else None
 
 
+def _forget(layer: nn.Module) -> None:
+    """Frees what is packed of a layer."""
+    if _entries.pop(layer, None) is not None:
+        for first, stack in list(_stacks.items()):
+            if any(layer is other for other in (first, *stack.behind_first)):
+                _stacks.pop(first, None)
+
+
 def drop_if_trained(layer: nn.Module, x: Tensor) -> bool:
     """Whether a call of this layer on x trains it, or has dropout: then there is no packed copy of it from now on."""
     trained = is_trained(layer, x)
     if trained:
-        _entries.pop(layer, None)
+        _forget(layer)
     return trained
 
 
@@ -237,23 +267,13 @@ def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
     attributes = {layer: ("chunk_size_feed_forward",), layer.attention.self: ("num_attention_heads", "scaling")}
     attributes |= dict.fromkeys(norms, ("eps",))
     attributes |= {dropout: ("p", "training") if dropout.p > 0 else ("p",) for dropout in _dropouts(layer)}
-    structure = Snapshot(layer, attributes)
     held = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in (*_linears(layer), *norms))
-    tensors = [tensor for tensor in held if tensor is not None]
-    addresses, versions = list(map(Tensor.data_ptr, tensors)), _versions(tensors)
-    words = native.EXTENSION.Words([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors])
-    fingerprint, weights = words.fingerprint(), _weights_of(layer)
+    snapshot = Snapshot(layer, attributes, [tensor for tensor in held if tensor is not None])
+    weights = _weights_of(layer)
     rows, autocast = dtypes
     if autocast is not None and weights.dtype != torch.int8:
         weights = weights.with_linears(autocast)
     packed = None if not_supported_reasons(weights, rows, "cpu") else PackedEncoderLayer(weights, rows)
     if packed is not None and _measured_fastest(layer, packed, weights, dtypes) != _ONE_CALL:
         packed = None
-    return _Entry(
-        type(layer), is_watched(layer), structure, tensors, addresses, versions, words, fingerprint, dtypes,
-        native.instruction_set(), packed,
-    )  # fmt: skip
-
-
-def _versions(tensors: list[Tensor]) -> list[int] | None:
-    return None if any(map(Tensor.is_inference, tensors)) else [tensor._version for tensor in tensors]
+    return _Entry(type(layer), is_watched(layer), snapshot, dtypes, native.instruction_set(), packed)

@@ -26,10 +26,10 @@ from .linear import linear_dweight, linear_dx, linear_forward, linear_gelu_witho
 
 # What the module offers.
 NAMES = (
-    "DType", "Dropout", "EncoderLayer", "MATMUL_PACKED_COLUMNS", "PackedLinear", "Words", "add_layer_norm_backward",
-    "add_layer_norm_forward", "attention_backward", "attention_forward", "bias_gelu_backward", "bias_gelu_forward",
-    "embedding_layer_norm_backward", "embedding_layer_norm_forward", "encoder_layers", "encoder_layers_workspace_bytes",
-    "gelu_layer_norm_backward", "gelu_layer_norm_forward", "holds_same", "instruction_set", "is_same_types", "matmul",
+    "DType", "Dropout", "EncoderLayer", "MATMUL_PACKED_COLUMNS", "PackedLinear", "Snapshot", "add_layer_norm_backward",
+    "add_layer_norm_forward", "all_unchanged", "attention_backward", "attention_forward", "bias_gelu_backward",
+    "bias_gelu_forward", "embedding_layer_norm_backward", "embedding_layer_norm_forward", "encoder_layers",
+    "encoder_layers_workspace_bytes", "gelu_layer_norm_backward", "gelu_layer_norm_forward", "instruction_set", "matmul",
     "mlm_loss_backward", "mlm_loss_forward", "pack_weight", "packs", "row_chunks", "set_instruction_set", "set_openmp_parallel",
     "supported_instruction_sets", "table_gradient",
 )  # fmt: skip
