@@ -8,9 +8,10 @@ ops         benchmarks.ops: each op forward and backward, a race for each dtype;
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,39 +120,49 @@ class Options:
         return workloads(names, {**lengths.embedded(), **lengths.counted(self.data, tokenizer, counted)})
 
 
-def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measures a suite and says its tables; the document has ``failed``: why results of fastbert are missing, by name."""
+def run(options: Options, say: Callable[[str], None], keep: harness.Keep) -> dict[str, Any]:
+    """Measures a suite and says its tables; the document has ``failed``: why results of fastbert are missing, by name. It is kept
+    whenever a batch of a dtype, or a case of an op, is complete."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.suite == "ops":
         given = {"ops": options.ops, "dtypes": options.dtypes, "rounds": options.rounds, "limit_s": options.limit_s}
         chosen_ops = {name: value for name, value in given.items() if value is not None}
-        return ops.run(ops.Options(peers=options.peers, device=options.device, **chosen_ops), say)
+        return ops.run(ops.Options(peers=options.peers, device=options.device, **chosen_ops), say, keep)
     rounds = _ROUNDS if options.rounds is None else options.rounds
     limit_s = _LIMIT_S if options.limit_s is None else options.limit_s
     batches, dtypes = options.workloads, options.dtypes or options.all_dtypes
     if options.suite == "inference":
         chosen = inference.Options(options.model, batches, dtypes, options.peers, options.device, rounds, limit_s)
-        document = inference.run(chosen, say)
+        document = inference.run(chosen, say, keep)
         return document | inference.profiles(chosen, document["ceilings"], say) if options.profile else document
-    runs, settings, peers = {}, {}, options.peers or training.DEFAULT_PEERS
+    runs: dict[str, Any] = {}
+    settings, peers = {}, options.peers or training.DEFAULT_PEERS
+    described = {"machine": machine(options.device), "model": options.model, "peers": training.described(peers)}
     for dtype in dtypes:
         settings[dtype] = training.Options(
             options.model, batches, dtype, rounds, limit_s, peers, packed=True, device=options.device
         )
-        runs[dtype] = training.run(_TASKS[options.suite], settings[dtype], say)
+
+        def keep_runs(of_dtype: dict[str, Any], dtype: str = dtype) -> None:
+            keep(described | _outcome(options, {**runs, dtype: of_dtype}))
+
+        runs[dtype] = training.run(_TASKS[options.suite], settings[dtype], say, keep_runs)
     for dtype, document in runs.items() if options.profile else ():
         document |= training.profiles(_TASKS[options.suite], settings[dtype], document["ceilings"], say)
-    results = {dtype: document["results"] for dtype, document in runs.items()}
-    rows = []
-    if options.device == "cpu" and options.model == "base":
-        rows = goals.compare(cpu_goals.TRAINING_GOALS[options.suite], results)
+    document = described | _outcome(options, runs)
+    if rows := document["goals"]:
         say("\n" + goals.table(rows, "goal on a CPU"))
+    return document
+
+
+def _outcome(options: Options, runs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a training suite's runs by dtype, as far as they are measured."""
+    results = {dtype: document["results"] for dtype, document in runs.items()}
     not_run = {f"{title} {dtype}": why for dtype, document in runs.items() for title, why in document["not_run"].items()}
-    return {
-        "machine": machine(options.device), "model": options.model, "peers": training.described(peers),
-        "not_run": not_run, "failed": failures(results), "runs": runs, "goals": rows,
-    }  # fmt: skip
+    has_goals = options.device == "cpu" and options.model == "base"
+    rows = goals.compare(cpu_goals.TRAINING_GOALS[options.suite], results) if has_goals else []
+    return {"not_run": not_run, "failed": failures(results), "runs": dict(runs), "goals": rows}
 
 
 def failures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -176,6 +187,12 @@ def name_of(options: Options) -> str:
 def results_folder(folder: str) -> Path:
     """Where :func:`save` keeps documents."""
     return harness.RESULTS / folder
+
+
+def unfinished(options: Options, command: str, folders: Sequence[Path]) -> contextlib.AbstractContextManager[harness.Keep]:
+    """What :func:`run` keeps, in the folders that are to get the document."""
+    paths = [folder / f"{name_of(options)}.json" for folder in folders]
+    return harness.unfinished(paths, {"benchmark": options.suite, "command": command})
 
 
 def save(options: Options, document: dict[str, Any], command: str, folder: str) -> None:

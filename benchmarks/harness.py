@@ -20,6 +20,8 @@ import torch
 from fastbert.whole_file import whole_file
 
 RESULTS = Path(__file__).parent / "results"
+PARTIAL = ".partial.json"  # in place of .json: the document of a run that has not come to its end
+Keep = Callable[[dict[str, Any]], None]
 
 
 # Engines have threads of their own, which spin for some milliseconds after their work: not into the next one's time. They are at
@@ -192,17 +194,56 @@ def _queued_rounds(contenders: Mapping[str, Steps], rounds: int, limit_s: float)
 
 def write_results(name: str, document: dict[str, Any], folder: str | None) -> None:
     """Prints the document as the last line of stdout, and keeps it as ``results/<folder>/<name>.json`` where one is named."""
-    document = {"benchmark": name, "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]), **document}
+    document = {**_origin(name), **document}
     save_results(name, document, folder)
     print(json.dumps(document))
+
+
+def unfinished_results(name: str, folder: str | None) -> contextlib.AbstractContextManager[Keep]:
+    """:func:`unfinished`, until :func:`write_results` is given the same name and folder."""
+    return unfinished([] if folder is None else [RESULTS / folder / f"{name}.json"], _origin(name))
+
+
+def _origin(name: str) -> dict[str, str]:
+    return {"benchmark": name, "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])}
 
 
 def save_results(name: str, document: dict[str, Any], folder: str | None) -> None:
     """Keeps the document as ``results/<folder>/<name>.json`` where a folder is named."""
     if folder is not None:
         path = RESULTS / folder / f"{name}.json"
-        write_json(path, document)
+        write_complete(path, document)
         print(f"written to {path}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def unfinished(paths: Sequence[Path], origin: Mapping[str, str]) -> Iterator[Keep]:
+    """keep(document): what is measured so far, beside the documents that are to be written to ``paths`` (:func:`write_complete`).
+    It is on the disk from then on, however the run ends, and the document of an earlier run stays as it is."""
+    kept: list[Path] = []
+
+    def keep(document: dict[str, Any]) -> None:
+        for path in map(partial_path, paths):
+            write_json(path, {**origin, **document, "unfinished": True})
+        kept[:] = map(partial_path, paths)
+
+    try:
+        yield keep
+    except BaseException:
+        for path in kept:
+            if path.exists():
+                print(f"what was measured until then: {path}", file=sys.stderr)
+        raise
+
+
+def partial_path(path: Path) -> Path:
+    return path.with_suffix(PARTIAL)
+
+
+def write_complete(path: Path, document: Any) -> None:
+    """What was kept of the run before its end (:func:`unfinished`), or of one that never came to its end, goes."""
+    write_json(path, document)
+    partial_path(path).unlink(missing_ok=True)
 
 
 def write_json(path: Path, document: Any) -> None:

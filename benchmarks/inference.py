@@ -27,7 +27,7 @@ from torch import Tensor
 from . import cpu_goals, goals, model_work, profile
 from .ceilings import GemmsAlone, ceilings
 from .energy import Meter, meter
-from .harness import first_line, interleaved, paired_ratio, quiet, summary, write_results
+from .harness import Keep, first_line, interleaved, paired_ratio, quiet, summary, unfinished_results, write_results
 from .machine import machine
 from .memory import held_bytes, peak_bytes
 from .peers import OURS, PEERS, Batch, NotAvailable, Peer, Run, Subject
@@ -87,15 +87,16 @@ def main() -> None:
         model=given.model, batches=workloads(given.batches), dtypes=tuple(given.dtype),
         peers=tuple(given.peers) if given.peers else None, device=given.device, rounds=given.rounds, limit_s=given.limit,
     )  # fmt: skip
-    document = run(options, print)
-    if given.profile:
-        document |= profiles(options, document["ceilings"], print)
-    write_results("inference", document, given.save)
+    with unfinished_results("inference", given.save) as keep:
+        document = run(options, print, keep)
+        if given.profile:
+            document |= profiles(options, document["ceilings"], print)
+        write_results("inference", document, given.save)
 
 
-def run(options: Options, say: Say) -> dict[str, Any]:
-    """Measures and says the tables; returns the document. ``failed``: fastbert's contenders that failed or computed something
-    else, ``not_run``: everybody's reasons for not taking part."""
+def run(options: Options, say: Say, keep: Keep) -> dict[str, Any]:
+    """Measures and says the tables; returns the document, which is kept after each batch. ``failed``: fastbert's contenders that
+    failed or computed something else, ``not_run``: everybody's reasons for not taking part."""
     device = options.device
     torch.manual_seed(0)
     config = config_for(options.model)
@@ -106,10 +107,14 @@ def run(options: Options, say: Say) -> dict[str, Any]:
         rates = ", ".join(f"{library} {rate / 1e9:,.0f}" for library, rate in limit["matmul_flops_by_library"].items())
         say(f"  {dtype:<10}{rates}; copies {limit['copy_bytes'] / 1e9:,.0f} GB/s")
     say(f"energy: {energy.source or 'not measured: ' + str(energy.reason)}")
-    results = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         subject = Subject(config, device, Path(scratch), options.model)
         contenders, not_run = make_contenders(subject, options, say)
+        described = {
+            "machine": machine(device), "model": options.model, "dtypes": list(options.dtypes), "ceilings": limits,
+            "energy": energy.described(), "peers": peers_described(options.peers), "not_run": not_run,
+        }  # fmt: skip
         floors = {dtype: GemmsAlone(config, device, getattr(torch, dtype)) for dtype in options.dtypes}
         # The smallest first, so that what engines keep of one batch is no more than the next one needs (see contender_bytes).
         for workload in sorted(options.batches, key=lambda of: len(of.lengths) * of.padded_to):
@@ -125,17 +130,20 @@ def run(options: Options, say: Say) -> dict[str, Any]:
             result["work"] = {dtype: work._asdict() for dtype, work in required.items()}
             results[workload.name] = {**workload.described(), **result}
             show(workload, result, say)
-    results = {workload.name: results[workload.name] for workload in options.batches}
-    rows = goals.compare(cpu_goals.INFERENCE_GOALS, results) if device == "cpu" and options.model == "base" else []
-    if rows:
+            keep(described | outcome(options, results))
+    document = described | outcome(options, results)
+    if rows := document["goals"]:
         say("\n" + goals.table(rows, "goal on a CPU"))
+    return document
+
+
+def outcome(options: Options, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the batches that are measured, in their order: fastbert's failures, the results and the goals."""
+    results = {workload.name: results[workload.name] for workload in options.batches if workload.name in results}
     failed = {f"{name}: {key}": why for name, result in results.items() for key, why in result["failed"].items()}
     failed = {key: why for key, why in failed.items() if key.split(": ")[1].startswith(OURS.title)}
-    return {
-        "machine": machine(device), "model": options.model, "dtypes": list(options.dtypes), "ceilings": limits,
-        "energy": energy.described(), "peers": peers_described(options.peers), "not_run": not_run, "failed": failed,
-        "results": results, "goals": rows,
-    }  # fmt: skip
+    has_goals = options.device == "cpu" and options.model == "base"
+    return {"failed": failed, "results": results, "goals": goals.compare(cpu_goals.INFERENCE_GOALS, results) if has_goals else []}
 
 
 def peers_described(names: tuple[str, ...] | None) -> dict[str, dict[str, str | None]]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .ceilings import ceilings
-from .harness import first_line, interleaved_kernels, paired_ratio, summary, synchronize, write_results
+from .harness import Keep, first_line, interleaved_kernels, paired_ratio, summary, synchronize, unfinished_results, write_results
 from .machine import machine
 from .op_cases import OPS, SCALES, Case, Contender, Scale, cases
 from .op_contenders import PEERS, Offer
@@ -97,16 +97,18 @@ def main() -> None:
         ops=tuple(given.op), dtypes=tuple(given.dtype), peers=peers, device=given.device, scale=given.scale,
         rounds=given.rounds, limit_s=given.limit,
     )  # fmt: skip
-    document = run(options, print)
-    write_results("ops", document, given.save)
+    with unfinished_results("ops", given.save) as keep:
+        document = run(options, print, keep)
+        write_results("ops", document, given.save)
     for name, reason in document["failed"].items():
         print(f"{name}: {reason}", file=sys.stderr)
     sys.exit(1 if document["failed"] else 0)
 
 
-def run(options: Options, say: Say) -> dict[str, Any]:
-    """Measures and says the tables; returns the document. ``results``: a record for each contender and direction, or one with the
-    reason why there is none (``not_supported``, ``not_run``, ``failed``); ``failed``: those of fastbert's by name."""
+def run(options: Options, say: Say, keep: Keep) -> dict[str, Any]:
+    """Measures and says the tables; returns the document, which is kept after each case. ``results``: a record for each contender
+    and direction, or one with the reason why there is none (``not_supported``, ``not_run``, ``failed``); ``failed``: those of
+    fastbert's by name."""
     device, deadline = options.device, time.monotonic() + options.limit_s
     rates = dict.fromkeys((*options.dtypes, *(["int8"] if "int8_linear" in options.ops else [])))
     limits = {dtype: ceilings(device, getattr(torch, dtype)) for dtype in rates}
@@ -118,7 +120,10 @@ def run(options: Options, say: Say) -> dict[str, Any]:
         say(f"not asked for: {', '.join(left_out)} (--peers)")
     if device == "cpu":
         say("copies go to memory; an op whose tensors the caches still hold can reach more than 100% of that ceiling")
-    records: list[dict[str, Any]] = []
+    document: dict[str, Any] = {
+        "machine": machine(device), "dtypes": list(options.dtypes), "scale": options.scale_name, "ceilings": limits,
+        "not_asked_for": left_out, "failed": {}, "results": [],
+    }  # fmt: skip
     said: set[tuple[str, ...]] = set()
     for with_compile in (False, True)[: 1 + (_COMPILE_PEER in options.chosen_peers)]:
         for op in options.ops:
@@ -131,16 +136,14 @@ def run(options: Options, say: Say) -> dict[str, Any]:
                         measured = [record for record in measured if record["contender"] == _COMPILED]
                     if measured:
                         show(measured, say, said)
-                    records += measured
-    failed = {
-        f"{label(record)}: {record['contender']}": record["failed"]
-        for record in records
-        if record["contender"].startswith("fastbert") and "failed" in record
-    }
-    return {
-        "machine": machine(device), "dtypes": list(options.dtypes), "scale": options.scale_name, "ceilings": limits,
-        "not_asked_for": left_out, "failed": failed, "results": records,
-    }  # fmt: skip
+                    document["results"] += measured
+                    document["failed"] |= {
+                        f"{label(record)}: {record['contender']}": record["failed"]
+                        for record in measured
+                        if record["contender"].startswith("fastbert") and "failed" in record
+                    }
+                    keep(document)
+    return document
 
 
 def cases_and_smaller(op: str, scale: Scale, device: str, dtype: torch.dtype) -> Iterator[tuple[Case, Case | None]]:

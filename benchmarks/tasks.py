@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("part", choices=["scores", "seconds", "report"])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--known", type=Path, metavar="FILE")
+    parser.add_argument("--known", type=saved_report, metavar="FILE")
     parser.add_argument("--tasks", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sides", nargs="+", choices=[THEIRS, OURS], default=[THEIRS, OURS])
@@ -119,6 +119,14 @@ def main() -> None:
         measure_seconds(given)
     else:
         report_scores(given)
+
+
+def saved_report(path: str) -> dict[str, Any]:
+    """What --known names, read once for all tasks and sides."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
 
 
 def checkpoint() -> str:
@@ -214,11 +222,10 @@ def kept_runs(given: argparse.Namespace, name: str, side: str) -> dict[int, Any]
     runs: dict[int, Any] = {}
     wanted = comparable(FinetuneSettings(model="", data="", **settings_of(name)).to_dict())
     if given.known is not None:
-        document = json.loads(given.known.read_text(encoding="utf-8"))
-        before = document["results"].get(name)
+        before = given.known["results"].get(name)
         if before is not None and comparable(before["settings"]) == wanted:
             for seed, scores in before["all_scores"][side].items():
-                commit = before.get("commits", {}).get(side, {}).get(seed, document["machine"]["commit"])
+                commit = before.get("commits", {}).get(side, {}).get(seed, given.known["machine"]["commit"])
                 runs[int(seed)] = {"scores": scores, "settings": before["settings"], "commit": commit}
     for seed in given.seeds:
         path = _result_file(given.work, name, side, seed)

@@ -28,7 +28,7 @@ from .ceilings import ceilings
 from .cpu_goals import PADDED_TO_LONGEST
 from .energy import Meter, meter
 from .graphed import GRAPHED, RecordedStep, graphed_batch
-from .harness import first_line, interleaved, paired_ratio, summary, write_results
+from .harness import Keep, first_line, interleaved, paired_ratio, summary, unfinished_results, write_results
 from .machine import machine
 from .memory import peak_bytes
 from .peers import TOKEN_BUDGET, NotAvailable, token_budget_groups
@@ -95,14 +95,15 @@ def main(task: Task, description: str, batches: tuple[str, ...]) -> None:
         given.model, workloads(given.batches), given.dtype, given.rounds, given.limit, tuple(given.peers), given.packed,
         given.device, given.graphed,
     )  # fmt: skip
-    document = run(task, options, print)
-    if given.profile:
-        document |= profiles(task, options, document["ceilings"], print)
-    write_results(task.name, document, given.save)
+    with unfinished_results(task.name, given.save) as keep:
+        document = run(task, options, print, keep)
+        if given.profile:
+            document |= profiles(task, options, document["ceilings"], print)
+        write_results(task.name, document, given.save)
 
 
-def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
-    """Measures, says the table, returns the document."""
+def run(task: Task, options: Options, say: Say, keep: Keep) -> dict[str, Any]:
+    """Measures, says the table, returns the document, which is kept after each batch."""
     device, dtype = options.device, getattr(torch, options.dtype)
     limits, energy = ceilings(device, dtype), meter(device)
     config = config_for(options.model, **task.config)
@@ -118,7 +119,11 @@ def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
         f"{'batch':<30}{'contender':<46}{'ms':>9}{'real tokens/s':>14}{'vs transformers':>24}{'memory':>10}{'MFU':>7}"
         f"{'of limit':>10}"
     )
-    results = {}
+    results: dict[str, Any] = {}
+    document = {
+        "machine": machine(device, dtype), "model": options.model, "dtype": options.dtype, "ceilings": limits,
+        "energy": energy.described(), "peers": described(options.peers), "not_run": not_run, "results": results,
+    }  # fmt: skip
     for workload in options.batches:
         batch = task.with_labels(padded_batch(workload, config.vocab_size, device))
         batches = batches_of(batch, task, padded=workload.has_padding)
@@ -135,10 +140,8 @@ def run(task: Task, options: Options, say: Say) -> dict[str, Any]:
             **workload.described(), "work": required._asdict(), "relative_loss_difference": difference, **measured
         }  # fmt: skip
         show(workload.name, measured, say)
-    return {
-        "machine": machine(device, dtype), "model": options.model, "dtype": options.dtype, "ceilings": limits,
-        "energy": energy.described(), "peers": described(options.peers), "not_run": not_run, "results": results,
-    }  # fmt: skip
+        keep(document)
+    return document
 
 
 def profiles(task: Task, options: Options, limits: Mapping[str, Any], say: Say) -> dict[str, Any]:

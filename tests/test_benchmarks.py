@@ -274,10 +274,7 @@ def test_the_study_counts_trainings_of_the_same_settings_alone(tmp_path, limit):
         model="m", data="d", **tasks.settings_of(name) | ({"limit": limit} if limit else {})
     ).to_dict()
     scores = {side: {"0": {"dev": {"f1": 0.5}}} for side in ("transformers", "fastbert")}
-    known = tmp_path / "known.json"
-    known.write_text(
-        json.dumps({"machine": {"commit": "c"}, "results": {name: {"settings": tasks.comparable(settings), "all_scores": scores}}})
-    )
+    known = {"machine": {"commit": "c"}, "results": {name: {"settings": tasks.comparable(settings), "all_scores": scores}}}
     given = argparse.Namespace(known=known, work=tmp_path, seeds=[0, 1])
     runs = tasks.kept_runs(given, name, "fastbert")
     assert runs == {} if limit else runs[0]["scores"] == scores["fastbert"]["0"] and runs[0]["commit"] == "c"
@@ -289,6 +286,34 @@ def test_the_study_counts_trainings_of_the_same_settings_alone(tmp_path, limit):
             tasks.kept_runs(given, name, "fastbert")
     else:
         assert set(tasks.kept_runs(given, name, "fastbert")) == {0, 1}
+
+
+def test_the_study_reads_an_earlier_report_once(tmp_path, monkeypatch, capsys):
+    """For all tasks and both sides: all that is asked for is in it, so that nothing is trained."""
+    results = {}
+    for name in tasks.WORKLOADS:
+        settings = tasks.FinetuneSettings(model="m", data="d", **tasks.settings_of(name)).to_dict()
+        scores = {side: {"0": {"dev": {tasks.main_metric_of(name): 0.5}}} for side in ("transformers", "fastbert")}
+        results[name] = {"settings": tasks.comparable(settings), "all_scores": scores}
+    known = tmp_path / "known.json"
+    known.write_text(json.dumps({"machine": {"commit": "c"}, "results": results}))
+    read, reads = Path.read_text, []
+    monkeypatch.setattr(Path, "read_text", lambda path, *args, **named: reads.append(path) or read(path, *args, **named))
+    monkeypatch.setattr(tasks, "prepared", lambda *_: pytest.fail("trained"))
+    options = ["--work", str(tmp_path / "work"), "--seeds", "0", "--known"]
+    for part in ("scores", "report"):
+        reads.clear()
+        monkeypatch.setattr(sys, "argv", ["tasks", part, *options, str(known)])
+        tasks.main()
+        assert reads.count(known) == 1
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(document["results"]) == set(tasks.WORKLOADS)
+    known.write_text("{")
+    for path, reason in ((known, "Expecting property name"), (tmp_path / "missing.json", "No such file")):
+        monkeypatch.setattr(sys, "argv", ["tasks", "scores", *options, str(path)])
+        with pytest.raises(SystemExit) as end:
+            tasks.main()
+        assert end.value.code == 2 and reason in capsys.readouterr().err
 
 
 def test_tuning_modes_prepares_its_tasks(monkeypatch):

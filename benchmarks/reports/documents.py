@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..harness import PARTIAL
 from .rows import MODEL_SUITES, OPS_SUITE
 
 SUITES = (*MODEL_SUITES, OPS_SUITE)
@@ -21,7 +22,8 @@ class ReportError(ValueError):
 def documents(path: Path) -> dict[str, Document]:
     """By name (the file's, without its ending) the suites' documents in a folder, or in one JSON file, inference first.
 
-    Other benchmarks' documents are left out (:func:`others`). Raises :class:`ReportError` where ``path`` is missing or no JSON.
+    Other benchmarks' documents are left out (:func:`others`), and in a folder those of unfinished runs. Raises
+    :class:`ReportError` where ``path`` is missing or no JSON.
     """
     found = {name: document for file in _files(path) for name, document in _of_file(file) if document.get("benchmark") in SUITES}
     return dict(sorted(found.items(), key=lambda entry: (SUITES.index(entry[1]["benchmark"]), entry[0])))
@@ -35,7 +37,7 @@ def others(path: Path) -> dict[str, str | None]:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(path.glob("*.json"))
+        return sorted(file for file in path.glob("*.json") if not file.name.endswith(PARTIAL))
     if not path.is_file():
         raise ReportError(f"{path} does not exist: expected a folder with results, or a JSON document of fastbert bench")
     return [path]

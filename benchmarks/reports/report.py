@@ -8,7 +8,7 @@ from typing import Any
 
 from fastbert.whole_file import whole_file
 
-from ..harness import write_json
+from ..harness import write_complete
 from ..workloads import model_title
 from . import pictures
 from .documents import Document
@@ -29,7 +29,7 @@ def write(document: Document, folder: Path, name: str) -> list[Path]:
     """``<name>.json``, ``<name>.md`` and ``<name>-<plot>.png`` in the folder, which is made if missing. Pictures of an
     earlier report that this document has not are removed. Returns what was written."""
     json_path = folder / f"{name}.json"
-    write_json(json_path, document)  # first: figures that took an hour outlive a picture that fails
+    write_complete(json_path, document)  # first: figures that took an hour outlive a picture that fails
     return [json_path, *write_report(document, folder, name)]
 
 
@@ -82,7 +82,8 @@ def versions(machine: Mapping[str, Any]) -> str:
 
 
 def made_by(document: Document) -> str:
-    return f"Made by `{document['command']}`."
+    unfinished = ", which has not come to its end" if document.get("unfinished") else ""
+    return f"Made by `{document['command']}`{unfinished}."
 
 
 def section(document: Document, titles: Mapping[str, str], heading: str) -> str:

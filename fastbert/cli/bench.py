@@ -24,15 +24,17 @@ def bench(options: dict[str, Any], save: str | None, output: Path | None, comman
     settings = suites.Options(**options)
     if problems := settings.problems():
         raise CommandFailure("; ".join(problems), WRONG_USAGE)
-    for option, folder in (("--output", output), ("--save", save and suites.results_folder(save))):
-        if folder is not None:
-            make_folder(folder, option)
-    document = suites.run(settings, say)
-    if save is not None:
-        suites.save(settings, document, command, save)
-    if output is not None:
-        for path in suites.report(settings, document, command, output):
-            say(f"written to {path}")
+    given = {"--output": output, "--save": save and suites.results_folder(save)}
+    folders = {option: folder for option, folder in given.items() if folder is not None}
+    for option, folder in folders.items():
+        make_folder(folder, option)
+    with suites.unfinished(settings, command, list(folders.values())) as keep:
+        document = suites.run(settings, say, keep)
+        if save is not None:
+            suites.save(settings, document, command, save)
+        if output is not None:
+            for path in suites.report(settings, document, command, output):
+                say(f"written to {path}")
     for name, reason in document["failed"].items():
         say(f"failed: {name}: {reason}")
     return CommandResult({"suite": settings.suite, **document}, FAILED if document["failed"] else DONE)

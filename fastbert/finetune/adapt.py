@@ -9,6 +9,7 @@ can Distort Pretrained Features", 2022).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -29,6 +30,7 @@ from fastbert.data.corpus import read_documents
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
 from fastbert.tasks.model import check_vocabulary, load_config, quiet_transformers
+from fastbert.train.corpus_tokens import fingerprint
 from fastbert.train.errors import SettingsError
 from fastbert.train.run_folder import write_json
 
@@ -48,9 +50,10 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Adaptation:
     """``before``, ``after``: loss (nats) and accuracy of the masked tokens held out; ``tokens_per_second``: of training; ``notes``:
-    what the user should know about the model."""
+    what the user should know about the model; ``fingerprint``: of the corpus in the checkpoint's tokens."""
 
     corpus: list[str]
+    fingerprint: str
     documents: int
     train_tokens: int
     held_out_tokens: int
@@ -92,7 +95,7 @@ def adapt(
     model, notes = _masked_lm(name, tokenizer, max_seq_length)
     for note in notes:
         say(f"  {note}")
-    tokens = tokenize_documents(read_documents(corpus), tokenizer)
+    tokens = _tokens(corpus, tokenizer)
     train, held_out = tokens.split(HELD_OUT_FRACTION, seed)
     say(f"Adapting {name} to {', '.join(map(str, corpus))}: {tokens}, {held_out.num_tokens:,} of them held out")
     model.to(device)
@@ -134,6 +137,7 @@ def adapt(
     epochs = float(trainer.state.epoch or 0)
     result = Adaptation(
         corpus=[str(source) for source in corpus],
+        fingerprint=fingerprint(tokens),
         documents=tokens.num_documents,
         train_tokens=train.num_tokens,
         held_out_tokens=held_out.num_tokens,
@@ -157,6 +161,33 @@ def adapt(
         f"({result.tokens_per_second:,.0f} tokens/s)"
     )
     return result
+
+
+def check_corpus(adapted: Path, name: str, corpus: Sequence[str], say: Say) -> None:
+    """Raises SettingsError where ``corpus`` is no longer the text that checkpoint ``name`` was adapted to in ``adapted``: nothing
+    reads it any more, but the model would be taken for one of the new text. Raises CorpusError where it has become unreadable.
+
+    A corpus that is gone, or that is no file but a dataset, is not compared, and neither is one of an earlier version of fastbert,
+    which kept no fingerprint.
+    """
+    before = json.loads((adapted / ADAPTATION_NAME).read_text(encoding="utf-8"))
+    if "fingerprint" not in before:
+        return
+    if absent := [str(source) for source in corpus if not Path(source).exists()]:
+        say(f"--adapt {' '.join(absent)}: no file or folder to compare with; {adapted} is taken as it was adapted before")
+        return
+    tokens = _tokens(corpus, load_tokenizer(name))
+    if fingerprint(tokens) != before["fingerprint"]:
+        num_tokens = before["train_tokens"] + before["held_out_tokens"]
+        raise SettingsError(
+            f"cannot resume with another text: --adapt {' '.join(map(str, corpus))} is no longer what {adapted} was adapted to. "
+            f"It had {before['documents']:,} documents and {num_tokens:,} tokens, it now has {tokens.num_documents:,} documents "
+            f"and {tokens.num_tokens:,} tokens: put the earlier text back, or --overwrite starts the run anew"
+        )
+
+
+def _tokens(corpus: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> TokenizedCorpus:
+    return tokenize_documents(read_documents(corpus), tokenizer)
 
 
 def sequences(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> list[dict[str, np.ndarray]]:

@@ -29,11 +29,12 @@ from fastbert.tasks.registry import save_task, task_for
 from fastbert.tasks.sequence import MULTI
 from fastbert.tasks.task import Outputs, Task
 from fastbert.train.errors import SettingsError
+from fastbert.train.launch import launch
 from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 from fastbert.whole_file import whole_file
 
-from .adapt import ADAPTATION_NAME, LONGEST, adapt, effect
+from .adapt import ADAPTATION_NAME, LONGEST, adapt, check_corpus, effect
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, check_outside, delete_folder, move_in, new_folder, read_run
 from .modes import Tuning, autocast_dtype, check_packages, prepare_mode
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
@@ -93,11 +94,14 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         given = (settings.model, settings.data, settings.dev, settings.test, *settings.adapt)
         check_outside(output, [name for name in given if name is not None])
     device = pick_device(settings.device)
+    _refuse_several_gpus(device)
     prepared = prepare_task(task_of(settings), sources_of(settings), settings, say)
     metric = main_metric(settings, prepared.task)
     data = {name: {**split.facts(prepared.task), "fingerprint": split.fingerprint()} for name, split in prepared.splits.items()}
     if run is not None:
         _refuse_other_data(output, run, data)
+        if _is_adapted(output):
+            check_corpus(output / ADAPTED, settings.model, settings.adapt, say)
     if settings.overwrite:
         delete_folder(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -143,13 +147,20 @@ def train_without_adaptation(settings: FinetuneSettings, say: Say) -> FinetuneRe
 
 
 def adapted_model(settings: FinetuneSettings, prepared: PreparedTask, device: torch.device, say: Say) -> Path:
-    """The folder of the checkpoint adapted to ``settings.adapt``; what a resumed run has there already is taken."""
+    """The folder of the checkpoint adapted to ``settings.adapt``. What a resumed run has there already is taken; where it was
+    stopped before that, nothing depends on its corpus yet."""
     folder = Path(settings.output) / ADAPTED
-    if not (folder / ADAPTATION_NAME).is_file():
+    if not _is_adapted(Path(settings.output)):
+        if settings.resume:
+            say("The run was stopped before the checkpoint was adapted: that begins anew, with the corpus as it is now")
         length = min(LONGEST, prepared.max_seq_length)
         options = {"steps": settings.adapt_steps, "max_seq_length": length, "seed": settings.seeds[0], "dtype": settings.dtype}
         adapt(settings.model, settings.adapt, folder, **options, device=device, say=say)
     return folder
+
+
+def _is_adapted(output: Path) -> bool:
+    return (output / ADAPTED / ADAPTATION_NAME).is_file()
 
 
 def task_of(settings: FinetuneSettings) -> Task:
@@ -321,6 +332,17 @@ def _finish(
 
 def _score_text(name: str, score: dict[str, Any]) -> str:
     return f"{name} {score['mean']:.4f}" + ("" if score["std"] is None else f" +- {score['std']:.4f}")
+
+
+def _refuse_several_gpus(device: torch.device) -> None:
+    """Raises SettingsError where transformers' Trainer would take all GPUs, whichever ``device`` is, and multiply batches by their
+    number; torch.nn.DataParallel cannot divide packed rows, which would end the run when everything is read and training begins."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if count > 1 and launch() is None:
+        raise SettingsError(
+            f"this process sees {count} GPUs, among which transformers' Trainer would divide every batch (torch.nn.DataParallel); "
+            "fine-tuning takes one: make it the only visible one, as in CUDA_VISIBLE_DEVICES=0 fastbert finetune ... --device cuda"
+        )
 
 
 def _refuse_other_data(output: Path, run: dict[str, Any], data: dict[str, Any]) -> None:

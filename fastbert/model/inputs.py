@@ -70,8 +70,9 @@ def _check_packed(
         raise ValueError(f"packed inputs (cu_seq_lens_q) hold all sequences in one row, but the batch size is {batch}; expected 1")
     if getattr(model, "_is_replica", False):
         raise ValueError(
-            "packed inputs (cu_seq_lens_q) in torch.nn.DataParallel, which cuts them like a batch of rows; "
-            "use DistributedDataParallel, or one GPU"
+            "packed inputs (cu_seq_lens_q) in torch.nn.DataParallel, which cuts them like a batch of rows (transformers' Trainer "
+            "takes it where one process sees several GPUs); use one GPU (CUDA_VISIBLE_DEVICES=0), or DistributedDataParallel, with "
+            "a process for each GPU (torchrun)"
         )
     if attention_mask is not None:
         raise ValueError("packed inputs (cu_seq_lens_q) have no padding: pass attention_mask=None")

@@ -84,9 +84,12 @@ def test_what_a_report_says(tmp_path):
     text = (tmp_path / "inference.md").read_text()
     versions = "fastbert 0.1.0 at commit abc1234; torch 2.13, transformers 5.23.0, python 3.11."
     assert f"\nAbacus, 2 cores, 2 threads. {versions}\n" in text
-    assert "Made by `fastbert bench --suite inference`." in text and "Energy: not measured: no counters." in text
+    made_by = "Made by `fastbert bench --suite inference`"
+    assert f"{made_by}." in text and "Energy: not measured: no counters." in text
     assert "## 4 x 8: 4 sequences, 32 tokens" in text and "- transformers int8: not in int8 on cpu" in text
     assert "| fastbert | fastbert 0.1.0 | fastbert.BertModel |" in text and "| linear | 75.0 | 75.0 | 50.0 | 1.50 |" in text
+    report.write({**toys.inference(), "unfinished": True}, tmp_path, "inference.partial")
+    assert f"{made_by}, which has not come to its end." in (tmp_path / "inference.partial.md").read_text()
     report.write(toys.ops(), tmp_path, "ops")
     text = (tmp_path / "ops.md").read_text()
     assert text.startswith("# ops\n") and "torch eager" in text

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
-from benchmarks import harness, inference, peers, profile, training
+from benchmarks import harness, inference, ops, peers, profile, training
+from benchmarks.reports.documents import documents
 from fastbert.cli import bench
 from fastbert.cli.command import CommandFailure
 
-from ..benchmarks.toy_runs import TOY, invoke, use_toy_sizes
+from ..benchmarks.toy_runs import LIMITS, TOY, invoke, use_toy_sizes
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +74,69 @@ def test_profiles_are_made_when_all_timing_is_over(suite, monkeypatch):
             assert {name.split()[0] for name in contenders} == {"transformers", "fastbert"}
             assert all(profiled["dtype"] == dtype for profiled in contenders.values())
     assert "where the time goes" in result.stderr and "| linear | 750.0 | 750.0 |" in result.stderr
+
+
+# By suite: its module, options for two or more pieces of work, and which of them a document has.
+_TWO_DTYPES = [*TOY[:-1], "float32", "bfloat16"]
+_PIECES = {
+    "inference": (inference, TOY, lambda document: list(document["results"])),
+    "finetune": (training, _TWO_DTYPES, lambda document: [dtype for dtype, run in document["runs"].items() if run["results"]]),
+    "pretrain": (training, _TWO_DTYPES, lambda document: [dtype for dtype, run in document["runs"].items() if run["results"]]),
+    "ops": (
+        ops,
+        ["--ops", "gelu_layer_norm", "--rounds", "1", "--threads", "1", "--peers", "torch-eager"],
+        lambda document: list(dict.fromkeys((record["case"], record["hidden"], record["dtype"]) for record in document["results"])),
+    ),
+}
+
+
+@pytest.mark.parametrize("suite", _PIECES)
+def test_what_was_measured_outlives_an_interrupted_or_failed_run(suite, monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(ops, "ceilings", lambda device, dtype: LIMITS)
+    monkeypatch.setattr(ops, "DEFAULT_SCALES", {"cpu": "toy"})
+    module, options, pieces_of = _PIECES[suite]
+    arguments = ["--suite", suite, *options, "--save", "mine", "--output", str(tmp_path / "report")]
+    assert invoke(*arguments).exit_code == 0
+    (complete,) = (tmp_path / "mine").iterdir()
+    reported, before = tmp_path / "report" / complete.name, complete.read_bytes()
+    pieces = pieces_of(json.loads(before))
+    assert len(pieces) > 1
+    partials = [path.with_name(f"{path.stem}.partial.json") for path in (complete, reported)]
+
+    def stopped_at(number: int, error: BaseException):
+        """The measurement of piece ``number`` and what comes after it."""
+        measure, calls = module.measure, []
+
+        def stopped(*given):
+            calls.append(1)
+            if len(calls) > number:
+                raise error
+            return measure(*given)
+
+        monkeypatch.setattr(module, "measure", stopped)
+        result = invoke(*arguments)
+        monkeypatch.setattr(module, "measure", measure)
+        return result
+
+    result = stopped_at(0, KeyboardInterrupt())
+    assert result.exit_code == 130 and "until then" not in result.stderr
+    assert not any(path.exists() for path in partials)
+    for number, error, exit_code in ((1, KeyboardInterrupt(), 130), (len(pieces) - 1, RuntimeError("crash"), 1)):
+        result = stopped_at(number, error)
+        assert result.exit_code == exit_code
+        for path in partials:
+            assert f"what was measured until then: {path}" in result.stderr
+            document = json.loads(path.read_text())
+            assert len(pieces_of(document)) == number and set(pieces_of(document)) < set(pieces)
+            assert document["unfinished"] and document["benchmark"] == suite and document["command"].startswith("fastbert")
+            assert document.keys() - {"unfinished"} == json.loads(before).keys()
+        assert complete.read_bytes() == before
+        assert list(documents(tmp_path / "mine")) == [complete.stem]
+        assert list(documents(partials[0])) == [f"{complete.stem}.partial"]  # as it is asked for
+    assert invoke(*arguments).exit_code == 0
+    assert not any(path.exists() for path in partials)
+    assert complete.read_bytes() != before and "unfinished" not in json.loads(complete.read_text())
 
 
 def test_a_wrong_result_is_not_timed_and_fails(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +178,77 @@ def test_finetune_adapts_first_and_reports_the_effect(toy_model, sentiment_folde
     monkeypatch.setattr(finetune_module, "adapt", None)
     more = finetune(FinetuneSettings(**values, resume=True, seeds=(0,)), lambda line: None)
     assert more.adaptation == result.adaptation
+
+
+@pytest.fixture
+def to_adapt(toy_model, sentiment_folder, corpus, tmp_path) -> FinetuneSettings:
+    return FinetuneSettings(
+        task="sentiment", model=str(toy_model), data=str(sentiment_folder), output=str(tmp_path / "run"), max_steps=1,
+        batch_size=16, device="cpu", adapt=(str(corpus),), adapt_steps=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def adapted_run(to_adapt) -> FinetuneSettings:
+    """Of a run that is finished."""
+    finetune(to_adapt, lambda line: None)
+    return to_adapt
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def resume(settings: FinetuneSettings) -> list[str]:
+    said: list[str] = []
+    finetune(replace(settings, resume=True), said.append)
+    return said
+
+
+def test_a_run_is_not_resumed_on_another_corpus(adapted_run, corpus, monkeypatch):
+    monkeypatch.setattr(finetune_module, "adapt", None)
+    resume(adapted_run)
+    text, before = corpus.read_text(encoding="utf-8"), contents(Path(adapted_run.output))
+    # As many documents and tokens, and one document more.
+    for changed, documents in ((text.replace("film", "book", 1), 40), (text + "\nthe end .\n", 41)):
+        corpus.write_text(changed, encoding="utf-8")
+        with pytest.raises(SettingsError) as refusal:
+            resume(adapted_run)
+        message = str(refusal.value)
+        assert f"--adapt {corpus} is no longer what {Path(adapted_run.output) / 'adapted'} was adapted to" in message
+        assert "It had 40 documents" in message and f"it now has {documents} documents" in message
+        assert "put the earlier text back, or --overwrite starts the run anew" in message
+        assert contents(Path(adapted_run.output)) == before
+    corpus.write_bytes(b"\xff\n\nthe end .\n")
+    with pytest.raises(CorpusError, match="corpus.txt"):
+        resume(adapted_run)
+    corpus.write_text(text.replace(" ", "  "), encoding="utf-8")  # the same tokens
+    resume(adapted_run)
+
+
+def test_a_corpus_that_cannot_be_compared_is_no_obstacle(adapted_run, corpus, monkeypatch):
+    """It is gone, or the run is of a version that kept no fingerprint: what was adapted before is taken."""
+    monkeypatch.setattr(finetune_module, "adapt", None)
+    folder = Path(adapted_run.output) / "adapted"
+    corpus.rename(corpus.with_name("elsewhere.txt"))
+    assert f"--adapt {corpus}: no file or folder to compare with; {folder} is taken as it was adapted before" in resume(adapted_run)
+    document = json.loads((folder / ADAPTATION_NAME).read_text(encoding="utf-8"))
+    del document["fingerprint"]
+    (folder / ADAPTATION_NAME).write_text(json.dumps(document), encoding="utf-8")
+    corpus.write_text("another\n\ntext\n", encoding="utf-8")
+    assert not any(str(corpus) in line for line in resume(adapted_run))
+
+
+def test_an_adaptation_that_was_stopped_begins_anew_with_the_corpus_as_it_is(to_adapt, corpus, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module.BertForMaskedLM, "save_pretrained", interrupted)
+        finetune(to_adapt, lambda line: None)
+    corpus.write_text(corpus.read_text(encoding="utf-8") + "\nthe end .\n", encoding="utf-8")
+    said = resume(to_adapt)
+    assert "The run was stopped before the checkpoint was adapted: that begins anew, with the corpus as it is now" in said
+    written = json.loads((Path(to_adapt.output) / "adapted" / ADAPTATION_NAME).read_text(encoding="utf-8"))
+    assert written["documents"] == 41
+    resume(to_adapt)  # and that text is what it is compared with from now on

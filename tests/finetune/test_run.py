@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from fastbert.data.errors import DataError
@@ -141,6 +142,29 @@ def test_accelerate_is_missed_before_anything_is_read(toy_model, sentiment_folde
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name))
     with pytest.raises(SettingsError, match=r"Trainer needs accelerate: pip install 'fastbert\[train\]'"):
         finetune(settings(toy_model, sentiment_folder, tmp_path / "run"), **SILENT)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "environment", "refused"),
+    [
+        ("cuda", 2, {}, True),
+        ("cuda:1", 8, {}, True),
+        ("cuda", 1, {}, False),
+        ("cpu", 2, {}, False),
+        ("cuda", 2, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, False),
+    ],
+)
+def test_several_gpus_in_one_process_are_refused_before_anything_is_read(
+    device, gpus, environment, refused, toy_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    problem = f"sees {gpus} GPUs, .* as in CUDA_VISIBLE_DEVICES=0 fastbert finetune" if refused else "nowhere"
+    with pytest.raises(SettingsError if refused else DataError, match=problem):
+        finetune(settings(toy_model, tmp_path / "nowhere", tmp_path / "run", device=device), **SILENT)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten_by_accident(toy_model, sentiment_folder, tmp_path):

@@ -376,7 +376,7 @@ def test_two_rows_are_not_packed():
 def test_data_parallel_replicas_refuse_packed_rows():
     """torch.nn.DataParallel hands each GPU a part of cu_seq_lens_q, which nobody reads there."""
     _, ours = pair("BertModel")
-    with pytest.raises(ValueError, match="use DistributedDataParallel, or one GPU"):
+    with pytest.raises(ValueError, match=r"use one GPU \(CUDA_VISIBLE_DEVICES=0\), or DistributedDataParallel, .*\(torchrun\)"):
         ours._replicate_for_data_parallel()(**packed(inputs_for("BertModel")))
 
 
