@@ -42,13 +42,13 @@ def read_mask(mask: Tensor) -> tuple[Tensor, int, Tensor]:
 class EmbeddingTables:
     """The tables (number of ids, hidden) and the LayerNorm (hidden,) of a model's embeddings, all of one dtype.
 
-    The tables are read where they are, and have to stay there; so is a LayerNorm of float32, another one is copied.
+    The tables are read where they are at each call; so is a LayerNorm of float32, another one is copied.
     """
 
     def __init__(self, word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, ln_bias: Tensor, eps: float) -> None:
         self.dtype, self.hidden = word.dtype, word.shape[1]
         self._norm = weight.detach().float(), ln_bias.detach().float()
-        tables = (word, position, token_type)
+        self._tables = tables = (word, position, token_type)
         self._handle = native.EXTENSION.EmbeddingTables(
             *(table.data_ptr() for table in tables), *(table.shape[0] for table in tables),
             *(parameter.data_ptr() for parameter in self._norm), self.hidden, eps, native.DTYPES[word.dtype],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -89,31 +90,83 @@ def test_an_attribute_that_comes_or_goes():
     assert snapshot.unchanged()
 
 
-def test_lists_that_do_not_fit_are_errors():
-    holds_same, is_same_types = native.EXTENSION.holds_same, native.EXTENSION.is_same_types
-    assert holds_same([{1: None}, {}], [1, "not there"], [None, None])
-    assert is_same_types([], [])
-    for lists in (([{}], [], []), ([{}], [1], [])):
-        with pytest.raises(ValueError, match="differ in length"):
-            holds_same(*lists)
+def _in_place(tensor: torch.Tensor) -> None:
+    tensor.add_(1)
+
+
+def _elsewhere(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.clone()
+
+
+def _past_the_counters(tensor: torch.Tensor) -> None:
+    tensor.data.add_(1)
+
+
+def _its_last_word(tensor: torch.Tensor) -> None:
+    tensor.data.view(-1)[-1] += 1
+
+
+@pytest.mark.parametrize("change", [_in_place, _elsewhere, _past_the_counters, _its_last_word])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_change_of_a_tensor_is_seen(change, inference):
+    with torch.inference_mode(inference):
+        root = nn.Linear(30, 40).requires_grad_(False)
+        snapshot = Snapshot(root, {}, [root.weight, root.bias])
+        assert snapshot.unchanged()
+        change(root.bias if change is _its_last_word else root.weight)
+        assert not snapshot.unchanged()
+
+
+def test_several_at_once():
+    roots = [module() for _ in range(3)]
+    snapshots = [Snapshot(root, {}).handle for root in roots]
+    assert native.EXTENSION.all_unchanged([])
+    assert native.EXTENSION.all_unchanged(snapshots)
+    for changed in range(3):
+        roots[changed][1].register_forward_hook(_hook)
+        assert not native.EXTENSION.all_unchanged(snapshots[changed:])
+        assert native.EXTENSION.all_unchanged(snapshots[changed + 1 :])
+
+
+def _snapshot(dicts, keys, counted=(), tensors=(), count_versions=True):
+    return native.EXTENSION.Snapshot(dicts, keys, [], list(counted), list(tensors), count_versions, [], [])
+
+
+def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="differ in length"):
-        is_same_types([1], [])
+        _snapshot([{}], [])
     with pytest.raises(ValueError, match="not a dict"):
-        holds_same([()], [1], [None])
+        _snapshot([()], [1])
+    with pytest.raises(ValueError, match="not a dict"):
+        _snapshot([], [], counted=[()])
     with pytest.raises(TypeError, match="unhashable"):
-        holds_same([{1: 1}], [[]], [None])
+        _snapshot([{1: 1}], [[]])
+    with pytest.raises(AttributeError, match="data_ptr"):
+        _snapshot([], [], tensors=["no tensor"], count_versions=False)
 
 
-def test_lists_that_shrink_while_they_are_compared():
-    values = [None] * 4
-
+def test_what_comparing_keys_raises_is_raised():
     class Key:
+        fails = False
+
         def __hash__(self) -> int:
             return 1
 
         def __eq__(self, other) -> bool:
-            values.clear()
+            if self.fails:
+                raise ArithmeticError("no")
             return False
 
-    with pytest.raises(ValueError, match="become shorter|differ in length"):
-        native.EXTENSION.holds_same([{Key(): None} for _ in range(4)], [Key() for _ in range(4)], values)
+    snapshot = _snapshot([{Key(): None}], [Key()])
+    assert native.EXTENSION.all_unchanged([snapshot])
+    Key.fails = True
+    with pytest.raises(ArithmeticError):
+        native.EXTENSION.all_unchanged([snapshot])
+
+
+def test_a_snapshot_keeps_no_module_alive():
+    root = module()
+    snapshot, gone = Snapshot(root, {}, list(root.parameters())), weakref.ref(root)
+    del root
+    assert gone() is None
+    assert snapshot.unchanged()

@@ -1,0 +1,241 @@
+"""Embeddings and pooler natively, in calls without gradients: which calls take them, and that they are never those of yesterday."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import fastbert
+from fastbert.model import packed_ends
+from fastbert.ops import native
+from fastbert.ops.native_inference import EmbeddingTables, PackedDense
+
+from .helpers import LENGTH, VOCABULARY, inputs_for, mask, on_real_tokens, pair, small_config
+
+pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.unavailable_reason()))
+NAME = "BertModel"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each end has run natively."""
+    counts = {"embeddings": 0, "pooler": 0}
+
+    def counted(name: str, function: Callable) -> Callable:
+        def run(*args):
+            result = function(*args)
+            counts[name] += result is not None
+            return result
+
+        return run
+
+    monkeypatch.setattr(EmbeddingTables, "embed", counted("embeddings", EmbeddingTables.embed))
+    monkeypatch.setattr(PackedDense, "__call__", counted("pooler", PackedDense.__call__))
+    return counts
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, batch: dict[str, torch.Tensor], atol: float = 2e-5) -> None:
+    with torch.no_grad():
+        got, expected = ours(**batch), theirs(**batch)
+    torch.testing.assert_close(on_real_tokens(got.last_hidden_state), on_real_tokens(expected.last_hidden_state), atol=atol, rtol=0)
+    torch.testing.assert_close(got.pooler_output, expected.pooler_output, atol=atol, rtol=0)
+
+
+def test_both_are_native_and_right(calls):
+    theirs, ours = pair(NAME)
+    for count in (1, 2, 3):
+        assert_same(ours, theirs, inputs_for(NAME))
+        assert calls == {"embeddings": count, "pooler": count}
+    ids = torch.randint(VOCABULARY, (6, LENGTH))
+    for batch in ({"input_ids": ids}, {"input_ids": ids[:1, :5]}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        assert_same(ours, theirs, batch)
+    assert calls == {"embeddings": 6, "pooler": 6}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_on_either_side(calls, side):
+    """transformers pools column 0, also where that is padding, of which fastbert makes a row of zeros."""
+    theirs, ours = pair(NAME)
+    padded = mask() if side == "right" else mask().flip(1)
+    batch = {**inputs_for(NAME), "attention_mask": padded}
+    with torch.no_grad():
+        got, expected = ours(**batch), theirs(**batch)
+        zeros = ours.pooler(torch.zeros(1, 1, ours.config.hidden_size))
+    real = padded[:, 0] == 1
+    torch.testing.assert_close(got.pooler_output[real], expected.pooler_output[real], atol=2e-5, rtol=0)
+    torch.testing.assert_close(got.pooler_output[~real], zeros.expand(int((~real).sum()), -1), atol=1e-6, rtol=0)
+    assert calls == {"embeddings": 1, "pooler": 1}
+
+
+def test_positions_ids_of_other_kinds_and_packed_rows(calls):
+    theirs, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    positions = torch.arange(LENGTH).flip(0).expand(6, LENGTH)
+    assert_same(ours, theirs, {**batch, "position_ids": positions})  # no memory of its own for each row
+    assert calls["embeddings"] == 0
+    assert_same(ours, theirs, {**batch, "position_ids": positions.contiguous()})
+    assert calls["embeddings"] == 1
+    assert_same(ours, theirs, {**batch, "input_ids": batch["input_ids"].int()})
+    assert calls["embeddings"] == 1
+    row = torch.cat([ids[:n] for ids, n in zip(batch["input_ids"], mask().sum(1), strict=True)]).unsqueeze(0)
+    bounds = torch.tensor([0, *mask().sum(1).cumsum(0)], dtype=torch.int32)
+    with torch.no_grad():
+        packed = ours(row, cu_seq_lens_q=bounds).pooler_output
+        padded = ours(batch["input_ids"], batch["attention_mask"]).pooler_output
+    torch.testing.assert_close(packed, padded, atol=2e-6, rtol=0)
+    assert calls["embeddings"] == 3
+
+
+def test_gradients_and_dropout_take_the_ops_and_drop_the_pooler(calls):
+    _, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        ours(**batch)
+    assert ours.pooler in packed_ends._entries
+    ours(**batch).pooler_output.sum().backward()
+    assert ours.pooler not in packed_ends._entries
+    assert ours.embeddings.word_embeddings.weight.grad is not None
+    assert calls == {"embeddings": 1, "pooler": 1}
+    with torch.no_grad():
+        ours.train()
+        first, second = (ours(**batch).pooler_output for _ in range(2))
+    assert calls["embeddings"] == 1
+    assert not torch.equal(first, second)
+
+
+def _changed(path: str) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.get_parameter(path).mul_(1.5).add_(0.1)
+
+    return change
+
+
+def _replaced(path: str) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        old = model.get_parameter(path)
+        setattr(model.get_submodule(parent), name, nn.Parameter(old.detach() * 1.5))
+
+    return change
+
+
+def _resized(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.resize_token_embeddings(VOCABULARY + 7)
+        model.embeddings.word_embeddings.weight.mul_(1.5)
+
+
+def _loaded(model: nn.Module) -> None:
+    model.load_state_dict({name: tensor * 1.01 for name, tensor in model.state_dict().items()})
+
+
+CHANGES = {
+    **{f"{path} in place": _changed(path) for path in (
+        "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight", "embeddings.LayerNorm.bias",
+        "pooler.dense.weight", "pooler.dense.bias",
+    )},
+    **{f"another {path}": _replaced(path) for path in (
+        "embeddings.token_type_embeddings.weight", "embeddings.LayerNorm.weight", "pooler.dense.weight",
+    )},
+    "more tokens": _resized,
+    "loaded": _loaded,
+    "eps": lambda model: setattr(model.embeddings.LayerNorm, "eps", 0.5),
+    "a pooler's hook": lambda model: model.pooler.register_forward_hook(lambda *args: args[-1] * 2),
+    "a hook inside": lambda model: model.pooler.dense.register_forward_hook(lambda *args: args[-1] * 2),
+    "an activation": lambda model: setattr(model.pooler, "activation", nn.ReLU()),
+    "embeddings' hook": lambda model: model.embeddings.register_forward_hook(lambda *args: args[-1] * 2),
+    "a table's hook": lambda model: model.embeddings.word_embeddings.register_forward_hook(lambda *args: args[-1] * 2),
+    "a norm that a table keeps": lambda model: setattr(model.embeddings.word_embeddings, "max_norm", 0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_seen(change, dtype):
+    theirs, ours = pair(NAME)
+    ours, batch = ours.to(dtype), inputs_for(NAME)
+    with torch.no_grad():
+        before = [ours(**batch) for _ in range(2)][-1]
+    change(theirs)
+    change(ours)
+    with torch.no_grad():
+        copied = copy.deepcopy(ours)  # first: a table that keeps a norm changes when it is read
+        after, fresh = ours(**batch), copied(**batch)
+        expected = theirs(**batch)
+    states = [(x.last_hidden_state * mask().unsqueeze(-1), x.pooler_output) for x in (before, after, fresh, expected)]
+    assert not all(map(torch.equal, states[0], states[1]))
+    assert all(map(torch.equal, states[1], states[2]))
+    for got, wanted in zip(states[1], states[3], strict=True):
+        torch.testing.assert_close(got.float(), wanted, atol=2e-5 if dtype == torch.float32 else 0.2, rtol=0)
+
+
+def test_ids_outside_their_tables_are_named():
+    _, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        ours(**batch)
+        batch["input_ids"][1, 1] = VOCABULARY
+        with pytest.raises(ValueError, match=f"input_ids holds {VOCABULARY}, expected 0 to {VOCABULARY - 1} .config.vocab_size"):
+            ours(**batch)
+        batch["input_ids"][1, 1] = 0
+        batch["token_type_ids"][0, 3] = -2
+        with pytest.raises(ValueError, match="token_type_ids holds -2, expected 0 to 1"):
+            ours(**batch)
+
+
+@pytest.mark.parametrize("family", ["Roberta", "Electra"])
+def test_relatives(calls, family):
+    changes = {"pad_token_id": 1} if family == "Roberta" else {"embedding_size": 24}
+    config = getattr(transformers, f"{family}Config")(**{**small_config().to_dict(), "model_type": family.lower(), **changes})
+    theirs = getattr(transformers, f"{family}Model")(config).eval()
+    ours, batch = fastbert.accelerate(copy.deepcopy(theirs)), inputs_for(NAME)
+    batch["input_ids"] = torch.where(mask() == 1, batch["input_ids"].clamp(min=2), 1)
+    with torch.no_grad():
+        got, expected = ours(**batch).last_hidden_state, theirs(**batch).last_hidden_state
+    torch.testing.assert_close(on_real_tokens(got), on_real_tokens(expected), atol=2e-5, rtol=0)
+    assert calls == {"embeddings": 1, "pooler": 1 if family == "Roberta" else 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_decides_about_dtypes_as_in_transformers(calls, dtype):
+    theirs, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        ours(**batch)
+        with torch.autocast("cpu", dtype):
+            got, expected = ours(**batch), theirs(**batch)
+    assert got.pooler_output.dtype == expected.pooler_output.dtype == dtype
+    torch.testing.assert_close(got.pooler_output, expected.pooler_output, atol=0.05, rtol=0)
+    assert calls == {"embeddings": 2, "pooler": 1}
+
+
+def test_dtypes_without_kernels_take_the_module(calls):
+    theirs, ours = pair(NAME)
+    assert_same(ours.double(), theirs.double(), inputs_for(NAME), atol=1e-12)
+    assert calls == {"embeddings": 0, "pooler": 0}
+
+
+def test_an_empty_batch_and_one_without_tokens(calls):
+    _, ours = pair(NAME)
+    with torch.no_grad():
+        empty = ours(torch.zeros(0, 7, dtype=torch.int64))
+        assert empty.pooler_output.shape == (0, 48)
+        nothing = ours(torch.zeros(2, 7, dtype=torch.int64), torch.zeros(2, 7, dtype=torch.int64))
+        assert nothing.last_hidden_state.abs().max() == 0
+        assert nothing.pooler_output.shape == (2, 48)
+
+
+def test_a_model_that_is_gone_leaves_nothing():
+    _, ours = pair(NAME)
+    with torch.no_grad():
+        ours(**inputs_for(NAME))
+    before = len(packed_ends._entries)
+    assert {ours.embeddings, ours.pooler} <= set(packed_ends._entries)
+    del ours
+    assert len(packed_ends._entries) == before - 2
