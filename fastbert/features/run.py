@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fastbert.one_writer import one_writer
 from fastbert.train.errors import TrainingError
+from fastbert.train.launch import refuse_several_processes
 
 from .embedder import Embedder, TextError
 from .files import check_format, write_output
@@ -76,6 +77,7 @@ def embed(settings: EmbedSettings, say: Say) -> EmbedResult:
     Raises SettingsError for what cannot work, DataError for texts that cannot be embedded, both before any embedding is computed
     but for a text that turns out bad then, and :class:`EmbeddingStopped` where computing or writing failed.
     """
+    refuse_several_processes("embed")
     check_output(settings)
     check_format(settings.output)
     texts = read_texts(

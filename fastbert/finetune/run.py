@@ -29,7 +29,7 @@ from fastbert.tasks.registry import save_task, task_for
 from fastbert.tasks.sequence import MULTI
 from fastbert.tasks.task import Outputs, Task
 from fastbert.train.errors import SettingsError
-from fastbert.train.launch import launch
+from fastbert.train.launch import refuse_several_processes
 from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 from fastbert.whole_file import whole_file
@@ -85,6 +85,7 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
 
     Raises :class:`SettingsError` for what cannot be done as asked and DataError for bad data, both before anything is trained.
     """
+    refuse_several_processes(settings.command_name)
     output = Path(settings.output)
     run = check_folder(output, settings.command_name, resume=settings.resume, overwrite=settings.overwrite)
     if run is not None:
@@ -338,7 +339,7 @@ def _refuse_several_gpus(device: torch.device) -> None:
     """Raises SettingsError where transformers' Trainer would take all GPUs, whichever ``device`` is, and multiply batches by their
     number; torch.nn.DataParallel cannot divide packed rows, which would end the run when everything is read and training begins."""
     count = torch.cuda.device_count() if device.type == "cuda" else 0
-    if count > 1 and launch() is None:
+    if count > 1:
         raise SettingsError(
             f"this process sees {count} GPUs, among which transformers' Trainer would divide every batch (torch.nn.DataParallel); "
             "fine-tuning takes one: make it the only visible one, as in CUDA_VISIBLE_DEVICES=0 fastbert finetune ... --device cuda"

@@ -34,6 +34,7 @@ from fastbert.tasks.glue_tasks import GLUE_TASKS, SUBMISSION_NAMES, glue_task
 from fastbert.tasks.model import check_length, load_config, load_task_tokenizer, longest_sequence
 from fastbert.tasks.predictor import Predictor
 from fastbert.train.errors import SettingsError
+from fastbert.train.launch import refuse_several_processes
 from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 from fastbert.whole_file import whole_file
@@ -65,6 +66,7 @@ def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
     Raises SettingsError for what cannot be done as asked, and DataError for bad files and where no task can be run, before any
     training.
     """
+    refuse_several_processes(settings.command_name)
     _check_installed()
     check_packages(settings.mode)
     output = Path(settings.output)

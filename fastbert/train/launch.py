@@ -52,6 +52,17 @@ def launch() -> Launch | None:
     )
 
 
+def refuse_several_processes(command: str) -> None:
+    """Raises :class:`SettingsError` where torchrun has started several processes for a command that is none for several: each of
+    them would do all of the work, and write it to the same place."""
+    started = launch()
+    if started is not None and started.world_size > 1:
+        raise SettingsError(
+            f"fastbert {command} runs in one process, torchrun has started {started.world_size}, each of which would write all of "
+            f"its output: start it without torchrun, as in fastbert {command} ... (fastbert pretrain is for several processes)"
+        )
+
+
 @contextmanager
 def only_main_speaks() -> Iterator[None]:
     """In all processes but the first, what Python prints (messages, bars, warnings) goes nowhere; ``sys.__stderr__`` is left."""

@@ -14,9 +14,13 @@ import torch
 import transformers
 
 from fastbert.data.errors import DataError
+from fastbert.features.run import embed
+from fastbert.features.settings import EmbedSettings
 from fastbert.finetune import run as module
 from fastbert.finetune.run import finetune
 from fastbert.finetune.settings import FinetuneSettings
+from fastbert.glue.run import glue
+from fastbert.glue.settings import GlueSettings
 from fastbert.tasks.predictor import Predictor
 from fastbert.train.errors import SettingsError, TrainingError
 
@@ -145,26 +149,33 @@ def test_accelerate_is_missed_before_anything_is_read(toy_model, sentiment_folde
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "environment", "refused"),
-    [
-        ("cuda", 2, {}, True),
-        ("cuda:1", 8, {}, True),
-        ("cuda", 1, {}, False),
-        ("cpu", 2, {}, False),
-        ("cuda", 2, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, False),
-    ],
+    ("device", "gpus", "refused"), [("cuda", 2, True), ("cuda:1", 8, True), ("cuda", 1, False), ("cpu", 2, False)]
 )
-def test_several_gpus_in_one_process_are_refused_before_anything_is_read(
-    device, gpus, environment, refused, toy_model, tmp_path, monkeypatch
-):
+def test_several_gpus_in_one_process_are_refused_before_anything_is_read(device, gpus, refused, toy_model, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     problem = f"sees {gpus} GPUs, .* as in CUDA_VISIBLE_DEVICES=0 fastbert finetune" if refused else "nowhere"
     with pytest.raises(SettingsError if refused else DataError, match=problem):
         finetune(settings(toy_model, tmp_path / "nowhere", tmp_path / "run", device=device), **SILENT)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_that_share_nothing_are_refused_before_anything_is_read(processes, toy_model, tmp_path, monkeypatch):
+    started = {"RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    inputs = tmp_path / "nowhere"
+    whole = GlueSettings(data=str(inputs), model=str(toy_model), output=str(tmp_path / "run"), max_seq_length=16)
+    for command, run in (
+        ("finetune", lambda: finetune(settings(toy_model, inputs, tmp_path / "run"), **SILENT)),
+        ("glue", lambda: glue(whole, **SILENT)),
+        ("embed", lambda: embed(EmbedSettings(str(toy_model), (str(inputs),), tmp_path / "run.npy"), **SILENT)),
+    ):
+        refused = f"fastbert {command} runs in one process, torchrun has started 2" if processes > 1 else "nowhere"
+        with pytest.raises(SettingsError if processes > 1 else Exception, match=refused):
+            run()
+    assert not list(tmp_path.glob("run*"))
 
 
 def test_a_run_is_not_overwritten_by_accident(toy_model, sentiment_folder, tmp_path):
