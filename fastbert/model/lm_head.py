@@ -74,7 +74,10 @@ class LanguageModelHead:
         """(batch, length, vocabulary): logits of every token, 0 on padding where the encoder ran packed."""
         if not isinstance(outputs, EncoderOutput) or self.container_reasons():
             return self.whole(outputs.last_hidden_state)
-        return outputs.packing.pad(self.decoder(self._hidden(outputs.packed)))
+        hidden, decoder = self._hidden(outputs.packed), self.decoder
+        # On CPUs torch's own Linear takes the slower of its matmul libraries.
+        rows = linear(hidden, decoder.weight, decoder.bias) if is_plain_linear(decoder) else decoder(hidden)
+        return outputs.packing.pad(rows)
 
     def set_logits(self, output: Any, name: str, outputs: Any, *, deferred: bool) -> None:
         """Field ``name`` of ``output``: at once, or when it is read, which is an error once the parameters have changed."""

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 import fastbert
 from fastbert.model import encoder as encoder_module
 from fastbert.model import layer as layer_module
-from fastbert.model import packed_layer, row_selection
+from fastbert.model import lm_head, packed_layer, row_selection
 from fastbert.model.packing import Packing
 from fastbert.model.row_selection import RowSelection
 
-from .helpers import BATCH, LENGTHS, assert_same_gradients, inputs_for, mask, pair, small_config
+from .helpers import BATCH, LENGTHS, assert_same_gradients, inputs_for, mask, on_real_tokens, pair, small_config
 from .test_layer import replace
 from .test_packed_inputs import packed
 
@@ -468,3 +468,27 @@ def test_training_drops_packed_weights():
     assert last in packed_layer._entries
     ours(**batch).loss.backward()
     assert last not in packed_layer._entries
+
+
+@pytest.mark.parametrize("kind", ["plain", "hooked"])
+def test_logits_of_all_tokens_come_from_the_calibrated_matmul(kind, monkeypatch):
+    """Where the vocabulary's matrix is called as a module instead, torch's own multiplies, and what it adds takes part."""
+    theirs, ours = pair("BertForMaskedLM")
+    shapes = []
+    real = lm_head.linear
+    monkeypatch.setattr(lm_head, "linear", lambda x, weight, bias: shapes.append(tuple(weight.shape)) or real(x, weight, bias))
+    if kind == "hooked":
+        for model in (theirs, ours):
+            decoder = model.cls.predictions.decoder
+            decoder.forward = lambda x, forward=decoder.forward: 2 * forward(x)
+    batch = inputs_for("BertForMaskedLM")
+    del batch["labels"]
+    with torch.no_grad():
+        got, expected = ours(**batch).logits, theirs(**batch).logits
+    torch.testing.assert_close(on_real_tokens(got), on_real_tokens(expected), atol=2e-5, rtol=0)
+    vocabulary = ours.cls.predictions.decoder.weight.shape
+    assert (tuple(vocabulary) in shapes) == (kind == "plain")
+    for model in (ours, theirs):
+        logits = on_real_tokens(model(**batch).logits)
+        (logits * logits).sum().backward()
+    assert_same_gradients(ours, theirs, 1e-4)
