@@ -13,7 +13,7 @@ from ..ops import embedding_layer_norm
 from ..ops.registration import under_autocast
 from .inputs import check_token_ids
 from .layer import STREAMS_PER_LAYER, active_dropout_p
-from .packed_ends import embed_at_once, keep_tables, tables_of, takes
+from .packed_ends import TABLES, embed_at_once, forget, keep_tables, tables_of, takes
 from .packing import Packing
 from .plain import is_watched
 
@@ -28,6 +28,8 @@ def embed(
 ) -> Tensor:
     """(total, hidden): the embeddings of the real tokens of a call of ``model``, with its arguments, each (batch, length, ...)."""
     natively = input_ids is not None and takes(input_ids)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        forget(model.embeddings)
     tables = tables_of(model) if natively else None
     if tables is None and (input_ids is None or embedding_notes(model)):
         rows = _their_embeddings(model, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
@@ -92,8 +94,7 @@ def _without_padding_gradient(table: nn.Embedding) -> Tensor:
     return weight
 
 
-_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-_EXPECTED_TYPES = {**dict.fromkeys(_TABLES, nn.Embedding), "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}
+_EXPECTED_TYPES = {**dict.fromkeys(TABLES, nn.Embedding), "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}
 
 
 def embedding_notes(model: nn.Module) -> list[str]:
@@ -133,14 +134,14 @@ _GRADIENT_HOOK = "PreTrainedModel.enable_input_require_grads.<locals>.make_input
 def _parameter_reasons(embeddings: nn.Module) -> list[str]:
     """What their options and parameters ask for that reading the tables' rows would not do."""
     reasons = []
-    for name in _TABLES:
+    for name in TABLES:
         table = getattr(embeddings, name)
         if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
             reasons.append(f"{name} has max_norm, scale_grad_by_freq or sparse set")
         if name == "token_type_embeddings" and table.padding_idx is not None:
             reasons.append(f"{name} has a padding_idx")
     norm = embeddings.LayerNorm
-    parameters = [*(getattr(embeddings, name).weight for name in _TABLES), norm.weight, norm.bias]
+    parameters = [*(getattr(embeddings, name).weight for name in TABLES), norm.weight, norm.bias]
     if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in parameters):
         reasons.append("not all parameters are there and plain")
         return reasons

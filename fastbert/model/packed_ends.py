@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..ops import native
 from ..ops.encoder_layer import LinearWeights
 from ..ops.native_inference import EmbeddingTables, PackedDense, are_readable_ids
-from ..ops.registration import under_autocast
+from ..ops.registration import dispatch_mode_is_on, under_autocast
 from .packing import Packing
 from .plain import is_plain_linear, is_watched
 from .snapshot import Snapshot
 
-_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 # What nn.Embedding does beside reading rows: see ``embedding_notes``, which has to find nothing first.
 _OPTIONS = ("max_norm", "scale_grad_by_freq", "sparse", "padding_idx")
 
@@ -42,34 +42,52 @@ _entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 
 
 def _current(module: nn.Module) -> Any:
-    """The native form of a module, where it has one that is current."""
+    """The native form of a module, where it has one that is current. One that is not is freed, with the old weights in it."""
     entry = _entries.get(module)
-    return entry.native_form if entry is not None and entry.is_current(module) else None
+    if entry is not None and not entry.is_current(module):
+        entry = None
+        forget(module)
+    return None if entry is None else entry.native_form
+
+
+def forget(module: nn.Module) -> None:
+    """Frees the native form of a module: training never holds weights twice, nor those that were replaced before it."""
+    _entries.pop(module, None)
 
 
 def takes(x: Tensor) -> bool:
     """Whether calls with the tensor x may end natively: they have no gradients."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():  # first: compiled code would guard on the rest
         return False
-    return native.AVAILABLE and x.device.type == "cpu" and type(x) is Tensor
+    return native.AVAILABLE and x.device.type == "cpu" and type(x) is Tensor and not dispatch_mode_is_on()
 
 
 def tables_of(model: nn.Module) -> EmbeddingTables | None:
-    """What embeds the tokens of calls that have no gradients, where it was made before and nobody has changed anything since."""
-    return _current(model.embeddings)
+    """What embeds the tokens of calls that have no gradients, where it was made before and nobody has changed anything since.
+
+    None also under autocast where the tables are not float32: torch decides about the LayerNorm's dtype there.
+    """
+    tables = _current(model.embeddings)
+    if tables is not None and tables.dtype != torch.float32 and under_autocast(model.embeddings.LayerNorm.weight):
+        return None
+    return tables
 
 
 def keep_tables(model: nn.Module) -> EmbeddingTables | None:
     """Makes what :func:`tables_of` returns, of embeddings without ``embedding_notes``; None where they drop or run otherwise."""
     embeddings, norm = model.embeddings, model.embeddings.LayerNorm
-    tables = [getattr(embeddings, name) for name in _TABLES]
+    tables = [getattr(embeddings, name) for name in TABLES]
     parameters = [*(table.weight for table in tables), norm.weight, norm.bias]
     dropout = embeddings.dropout
     if (dropout.training and dropout.p > 0) or not all(_is_readable(parameter) for parameter in parameters):
         return None
+    *shapes, norm_shape, bias_shape = (parameter.shape for parameter in parameters)
+    if not (norm_shape == bias_shape == shapes[0][1:] and all(shape[1:] == norm_shape for shape in shapes)):
+        return None
     attributes = {**dict.fromkeys(tables, _OPTIONS), norm: ("eps",), dropout: ("p", "training") if dropout.p > 0 else ("p",)}
+    snapshot = Snapshot(embeddings, attributes, parameters)  # first: a change from now on is seen, whoever makes it
     form = EmbeddingTables(*parameters, norm.eps)
-    _entries[embeddings] = _Entry(type(embeddings), Snapshot(embeddings, attributes, parameters), native.instruction_set(), form)
+    _entries[embeddings] = _Entry(type(embeddings), snapshot, native.instruction_set(), form)
     return form
 
 
@@ -84,8 +102,6 @@ def embed_at_once(
     """``embed`` in one call, with its arguments; None where they are not as that reads them, or an id is in no table."""
     if not are_readable_ids(input_ids, token_type_ids, position_ids):
         return None
-    if under_autocast(input_ids) and tables.dtype != torch.float32:  # torch decides about the LayerNorm's dtype
-        return None
     columns = model.first_position == 0 and packing.shape[0] == packing.num_sequences
     if position_ids is None and not columns:
         position_ids = model.default_positions(packing, input_ids)
@@ -97,7 +113,7 @@ def embed_at_once(
 def pool(pooler: nn.Module, first: Tensor) -> Tensor | None:
     """What transformers' pooler makes of the first rows (num_sequences, hidden), in calls without gradients; None elsewhere."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _entries.pop(pooler, None)  # training never holds weights twice
+        forget(pooler)
     if not takes(first) or under_autocast(first) or first.stride(1) != 1:
         return None
     dense = _current(pooler)
@@ -114,8 +130,9 @@ def _keep_dense(pooler: nn.Module) -> PackedDense | None:
         return None
     weight, bias = linear.weight, linear.bias
     tensors = [weight] if bias is None else [weight, bias]
-    whole_groups = weight.shape[1] * weight.element_size() % 4 == 0
-    if not all(map(_is_readable, tensors)) or not native.packs(weight.dtype) or not whole_groups:
+    fits = weight.dim() == 2 and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype))
+    whole_groups = weight.shape[-1] * weight.element_size() % 4 == 0
+    if not (all(map(_is_readable, tensors)) and fits and native.packs(weight.dtype) and whole_groups):
         return None
     snapshot = Snapshot(pooler, {}, tensors)
     with torch.no_grad():

@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class _Entry:
 class _Stack:
     """Layers that were called one after the other when all of them were packed and nobody watched them."""
 
-    behind_first: list[nn.Module]
+    behind_first: list[ref[nn.Module]]  # one of them may be the first one again, which must not keep itself alive
     types: list[type]
     dtypes: _Dtypes
     instruction_set: str
@@ -65,7 +65,7 @@ class _Stack:
         return (
             self.dtypes == dtypes
             and self.instruction_set == instruction_set
-            and self.behind_first == layers[1:]
+            and [other() for other in self.behind_first] == layers[1:]
             and self.types == list(map(type, layers))
             and native.EXTENSION.all_unchanged(self.snapshots)
         )
@@ -95,7 +95,7 @@ def packed_stack(layers: list[nn.Module], x: Tensor) -> PackedEncoderLayers | No
         if not all(_runs_in_stack(layer, entry) for layer, entry in zip(layers, entries, strict=True)):
             return None
         stack = _stacks[layers[0]] = _Stack(
-            layers[1:], list(map(type, layers)), dtypes, instruction_set,
+            list(map(ref, layers[1:])), list(map(type, layers)), dtypes, instruction_set,
             [entry.snapshot.handle for entry in entries], PackedEncoderLayers.joined(entry.packed for entry in entries),
         )  # fmt: skip
     return stack.packed
@@ -108,7 +108,8 @@ def _runs_in_stack(layer: nn.Module, entry: _Entry | None) -> bool:
 def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayers | None:
     """What runs this call of a layer on rows x (total, hidden), or None where it takes the ops one by one.
 
-    The layer is one that runs fused at all: ``layer_fallback_reasons`` has none.
+    The layer is one that runs fused at all: ``layer_fallback_reasons`` has none. Raises ValueError where its weights do not fit
+    together, RuntimeError where they are elsewhere than x.
     """
     if not native.AVAILABLE or not _takes(x):
         return None
@@ -118,6 +119,8 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayers | None:
         return None
     entry = _current_entry(layer, _dtypes(x), native.instruction_set())
     if entry is None:
+        if elsewhere := {str(tensor.device) for tensor in _held(layer) if tensor.device != x.device}:
+            raise RuntimeError(f"an encoder layer has weights on {', '.join(sorted(elsewhere))}, its input is on {x.device}")
         with _lock:
             _forget(layer)
             entry = _entries[layer] = _pack(layer, _dtypes(x))
@@ -132,8 +135,10 @@ def _current_entry(layer: nn.Module, dtypes: _Dtypes, instruction_set: str) -> _
 def _forget(layer: nn.Module) -> None:
     """Frees what is packed of a layer."""
     if _entries.pop(layer, None) is not None:
-        for first, stack in list(_stacks.items()):
-            if any(layer is other for other in (first, *stack.behind_first)):
+        for reference in _stacks.keyrefs():  # a copy: other threads may add stacks meanwhile
+            first = reference()
+            stack = None if first is None else _stacks.get(first)
+            if stack is not None and any(layer is other for other in (first, *(other() for other in stack.behind_first))):
                 _stacks.pop(first, None)
 
 
@@ -212,6 +217,17 @@ def _linears(layer: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
 
 
+def _norms(layer: nn.Module) -> list[nn.Module]:
+    return [layer.attention.output.LayerNorm, layer.output.LayerNorm]
+
+
+def _held(layer: nn.Module) -> list[Tensor]:
+    """The tensors that are packed."""
+    modules = (*_linears(layer), *_norms(layer))
+    held = chain.from_iterable((*module._parameters.values(), *module._buffers.values()) for module in modules)
+    return [tensor for tensor in held if tensor is not None]
+
+
 def _changed_parts(layer: nn.Module) -> list[str]:
     """What a kernel for the whole layer does not know."""
     linears = _linears(layer)
@@ -263,16 +279,16 @@ def _learns(layer: nn.Module, x: Tensor) -> bool:
 
 @torch.no_grad()
 def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
-    norms = [layer.attention.output.LayerNorm, layer.output.LayerNorm]
+    norms = _norms(layer)
     attributes = {layer: ("chunk_size_feed_forward",), layer.attention.self: ("num_attention_heads", "scaling")}
     attributes |= dict.fromkeys(norms, ("eps",))
     attributes |= {dropout: ("p", "training") if dropout.p > 0 else ("p",) for dropout in _dropouts(layer)}
-    held = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in (*_linears(layer), *norms))
-    snapshot = Snapshot(layer, attributes, [tensor for tensor in held if tensor is not None])
+    snapshot = Snapshot(layer, attributes, _held(layer))
     weights = _weights_of(layer)
     rows, autocast = dtypes
     if autocast is not None and weights.dtype != torch.int8:
         weights = weights.with_linears(autocast)
+    weights.check()  # the native code would read beyond what is too short
     packed = None if not_supported_reasons(weights, rows, "cpu") else PackedEncoderLayers([PackedEncoderLayer(weights, rows)])
     if packed is not None and _measured_fastest(layer, packed, weights, dtypes) != _ONE_CALL:
         packed = None

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..ops import native
 from ..ops.native_inference import are_readable_ids, read_mask
+from ..ops.registration import dispatch_mode_is_on
 
 
 class Packing:
@@ -33,7 +34,8 @@ class Packing:
     def from_mask(cls, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Packing:
         """The real tokens of a padded batch: those where ``mask`` (batch, length) is not 0; all of them where it is None."""
         batch, length = shape
-        if mask is not None and native.AVAILABLE and not torch.compiler.is_compiling() and are_readable_ids(mask):
+        natively = mask is not None and native.AVAILABLE and not (torch.compiler.is_compiling() or dispatch_mode_is_on())
+        if natively and are_readable_ids(mask):
             cu_seqlens, longest, indices = read_mask(mask)
             return cls(cu_seqlens, longest, shape, None if indices.numel() == batch * length else indices)
         if mask is not None and not (mask.device.type == "cpu" and mask.all()):

@@ -16,7 +16,7 @@ _TENSOR_BYTES, _STORAGE_BYTES = 208, 96
 
 class Snapshot:
     """What :meth:`unchanged` compares: submodules and their classes, parameters, buffers, hooks, replaced ``forward`` methods and
-    the attributes that are named, by identity; of the ``tensors``, contiguous ones on the CPU, also where they are, their version
+    the attributes that are named, by identity; of the ``tensors``, which are on the CPU, also where they are, their version
     counters (those made in inference mode have none), and a few words of each, because an update through ``.data`` leaves the
     counters alone.
 
@@ -34,7 +34,7 @@ class Snapshot:
                 places += [(holder, name) for name in holder]
         for module, names in attributes.items():
             places += [(module.__dict__, name) for name in names]
-        arrays = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
+        arrays = [(tensor.data_ptr(), _extent(tensor)) for tensor in tensors]
         read = [(tensor._cdata, _TENSOR_BYTES) for tensor in tensors]
         read += [(tensor.untyped_storage()._cdata, _STORAGE_BYTES) for tensor in tensors]
         self.handle = native.EXTENSION.Snapshot(
@@ -45,3 +45,11 @@ class Snapshot:
 
     def unchanged(self) -> bool:
         return native.EXTENSION.all_unchanged([self.handle])
+
+
+def _extent(tensor: Tensor) -> int:
+    """The bytes from a tensor's first element to its last: rows of it may be apart, or all one."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 NAMESPACE = "fastbert"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -62,6 +63,11 @@ def transform_reasons() -> list[str]:
     if forward_ad._current_level >= 0:
         return ["forward-mode derivatives are asked for (torch.autograd.forward_ad), which fastbert's ops do not have"]
     return []
+
+
+def dispatch_mode_is_on() -> bool:
+    """Whether somebody watches torch's operators, or has them make tensors without memory (FakeTensorMode)."""
+    return _get_current_dispatch_mode() is not None
 
 
 def under_autocast(x: torch.Tensor) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 from fastbert.model import packed_ends
@@ -239,3 +241,69 @@ def test_a_model_that_is_gone_leaves_nothing():
     assert {ours.embeddings, ours.pooler} <= set(packed_ends._entries)
     del ours
     assert len(packed_ends._entries) == before - 2
+
+
+def test_tables_that_were_replaced_do_not_outlive_a_step_of_training():
+    _, ours = pair(NAME)
+    batch, old = inputs_for(NAME), weakref.ref(ours.embeddings.word_embeddings.weight)
+    with torch.no_grad():
+        ours(**batch)
+    ours.load_state_dict({name: tensor.clone() for name, tensor in ours.state_dict().items()}, assign=True)
+    ours(**batch).pooler_output.sum().backward()
+    assert old() is None
+
+
+def test_an_end_that_no_longer_runs_natively_keeps_no_old_weights():
+    _, ours = pair(NAME)
+    with torch.no_grad():
+        ours(**inputs_for(NAME))
+        ours.double()(**inputs_for(NAME))
+    assert ours.embeddings not in packed_ends._entries
+    assert ours.pooler not in packed_ends._entries
+
+
+def test_bfloat16_under_autocast_whatever_ran_before(calls):
+    theirs, ours = (model.bfloat16() for model in pair(NAME))
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        ours(**batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, expected = (model(**batch, output_hidden_states=True).hidden_states[0] for model in (ours, theirs))
+    assert calls["embeddings"] == 1
+    assert got.dtype == expected.dtype
+    assert torch.equal(on_real_tokens(got), on_real_tokens(expected))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        ("embeddings.position_embeddings.weight", (40, 32)),
+        ("embeddings.token_type_embeddings.weight", (2, 1)),
+        ("embeddings.LayerNorm.weight", (3,)),
+        ("pooler.dense.bias", (3,)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_errors(calls, path, shape):
+    _, ours = pair(NAME)
+    parent, _, name = path.rpartition(".")
+    setattr(ours.get_submodule(parent), name, nn.Parameter(torch.ones(shape)))
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
+        ours(**inputs_for(NAME))
+    assert calls["pooler"] == 0
+
+
+def test_modes_that_watch_operators_see_them():
+    _, ours = pair(NAME)
+    batch, seen = inputs_for(NAME), []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        expected = ours(**batch).pooler_output
+        with Watching():
+            got = ours(**batch).pooler_output
+    assert {"fastbert.embedding_layer_norm.default", "aten.tanh.default"} <= set(seen)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)

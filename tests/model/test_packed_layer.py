@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections import OrderedDict
 
 import pytest
 import torch
+from torch import nn
 
 import fastbert
 from fastbert.model import encoder as encoder_module
@@ -16,7 +18,7 @@ from fastbert.model import packed_layer
 from fastbert.ops import calibration, native
 from fastbert.ops.native_encoder import PackedEncoderLayer, run_layers
 
-from .helpers import LENGTHS, inputs_for, mask, pair
+from .helpers import LENGTHS, inputs_for, mask, on_real_tokens, pair
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.unavailable_reason()))
 NAME = "BertModel"
@@ -351,3 +353,47 @@ def test_dropout_of_probability_0_may_be_in_training_mode(monkeypatch):
             dropout.p = 0.5
         assert not torch.equal(output(model, batch), expected)
     assert packed_layers(model) == 0
+
+
+@pytest.mark.parametrize("how", ["shared", "reversed"])
+def test_layers_in_several_places_leave_nothing(how):
+    _, ours = pair(NAME)
+    layers, batch = ours.encoder.layer, inputs_for(NAME)
+    with torch.no_grad():
+        if how == "shared":
+            layers[1] = layers[0]
+        for _ in range(2):
+            ours(**batch)
+        if how == "reversed":
+            ours.encoder.layer = nn.ModuleList(reversed(layers))
+            for _ in range(2):
+                ours(**batch)
+    gone = [weakref.ref(layer) for layer in layers]
+    del layers, ours
+    assert not any(layer() for layer in gone)
+
+
+def test_weights_that_do_not_fit_are_errors():
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        _, ours = pair(NAME)
+        ours.encoder.layer[1].output.dense.bias = nn.Parameter(torch.zeros(3))
+        with pytest.raises(ValueError, match=r"output.bias has shape \(3,\), expected \(48,\)"):
+            ours(**batch)
+        _, ours = pair(NAME)
+        ours.encoder.layer[1].to("meta")
+        with pytest.raises(RuntimeError, match="an encoder layer has weights on meta, its input is on cpu"):
+            ours(**batch)
+
+
+def test_weights_whose_rows_are_apart_or_all_one():
+    theirs, ours = pair(NAME)
+    for model in (theirs, ours):
+        first, second, _ = (layer.output.dense for layer in model.encoder.layer)
+        first.weight = nn.Parameter(torch.full((1, 1), 0.5).expand(first.weight.shape))
+        first.bias = nn.Parameter(torch.full((1,), 0.5).expand(first.bias.shape))
+        second.weight = nn.Parameter(second.weight.detach().repeat(1, 2)[:, :96])
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        got, expected = (on_real_tokens(model(**batch).last_hidden_state) for model in (ours, theirs))
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)

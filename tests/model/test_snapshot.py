@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastbert.model import snapshot as snapshot_module
 from fastbert.model.snapshot import Snapshot
 from fastbert.ops import native
 
@@ -170,3 +171,10 @@ def test_a_snapshot_keeps_no_module_alive():
     del root
     assert gone() is None
     assert snapshot.unchanged()
+
+
+def test_memory_that_rows_of_a_tensor_share_or_leave_out():
+    tensor = torch.zeros(6, 8)
+    assert [snapshot_module._extent(t) for t in (tensor, tensor[:, :4], tensor[:1].expand(6, 8), tensor[:0], tensor.t())] == [
+        192, 176, 32, 0, 192,
+    ]  # fmt: skip

@@ -251,3 +251,22 @@ def test_what_does_not_fit_is_refused():
         assert not_supported_reasons(converted(odd, torch.bfloat16), torch.bfloat16, "cpu") == [
             f"{name}'s in_features 9 are no multiple of 2" for name in ("qkv", "attention_output", "intermediate")
         ]
+
+
+@pytest.mark.parametrize("kinds", [((torch.int8, 512), (torch.float32, 512)), ((torch.float32, 16), (torch.float32, 2048))])
+def test_the_most_demanding_layer_says_how_much_memory_a_call_needs(kinds):
+    """A model may have layers that were left as they are beside quantised ones (``fastbert.quantize(model, skip=...)``)."""
+    if not all(native.packs(dtype) for dtype, _ in kinds):
+        pytest.skip(f"{native.instruction_set()} does not multiply int8")
+    layers = []
+    for dtype, intermediate in kinds:
+        weights = converted(draw(128, intermediate, 2, dtype), torch.float32)
+        layers.append(PackedEncoderLayers([PackedEncoderLayer(weights, torch.float32)]))
+    cu_seqlens, threads = bounds((30, 10)), torch.get_num_threads()
+    first, last, both = (
+        stack.workspace_bytes(cu_seqlens.data_ptr(), 40, 2, threads) for stack in (*layers, PackedEncoderLayers.joined(layers))
+    )
+    assert first < last == both
+    x = torch.randn(40, 128)
+    expected = run_layers(layers[1], run_layers(layers[0], x, cu_seqlens), cu_seqlens)
+    assert torch.equal(run_layers(PackedEncoderLayers.joined(layers), x, cu_seqlens), expected)
