@@ -316,7 +316,8 @@ PYBIND11_MODULE(_cpu, m) {
                                   pointer<int64_t>(nanoseconds)};
       }));
 
-  // The layers of an encoder one after the other: x -> y, through between where there are several. All have the same shapes.
+  // The layers of an encoder one after the other: x -> y, through between where there are several. All have the
+  // same hidden size and dtype of rows; workspace_bytes speaks of the first one.
   py::class_<EncoderLayers>(m, "EncoderLayers", py::module_local())
       .def(py::init([](const std::vector<const EncoderLayerParams*>& layers) {
         EncoderLayers copies;

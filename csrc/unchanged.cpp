@@ -28,12 +28,26 @@ PyObject* value_of(PyObject* dict, PyObject* key) {
   return found == nullptr ? Py_None : found;
 }
 
-uintptr_t address_of(py::handle tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("data_ptr");
-  const py::object address = checked(PyObject_CallMethodNoArgs(tensor.ptr(), name));
-  const auto value = PyLong_AsUnsignedLongLong(address.ptr());
+uint64_t call_for_number(py::handle object, PyObject* name) {
+  const py::object number = checked(PyObject_CallMethodNoArgs(object.ptr(), name));
+  const auto value = PyLong_AsUnsignedLongLong(number.ptr());
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   return value;
+}
+
+uintptr_t address_of(py::handle tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+  return call_for_number(tensor, name);
+}
+
+uint64_t count_elements(py::handle tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("numel");
+  return call_for_number(tensor, name);
+}
+
+bool is_contiguous(py::handle tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("is_contiguous");
+  return checked(PyObject_CallMethodNoArgs(tensor.ptr(), name)).ptr() == Py_True;
 }
 
 int64_t version_of(py::handle tensor) {
@@ -103,7 +117,8 @@ Snapshot::Snapshot(const py::list& dicts, const py::list& keys, const py::list& 
   }
   for (const py::handle tensor : tensors) {
     const int64_t version = count_versions ? version_of(tensor) : 0;
-    tensors_.push_back({py::reinterpret_borrow<py::object>(tensor), address_of(tensor), version});
+    tensors_.push_back({py::reinterpret_borrow<py::object>(tensor), address_of(tensor), version, count_elements(tensor),
+                        is_contiguous(tensor)});
     lines.add_object(tensor);
   }
   lines.add(read);
@@ -125,8 +140,10 @@ bool Snapshot::unchanged() const {
   for (const auto& [dict, key, value] : places_) {
     if (value_of(dict.ptr(), key.ptr()) != value.ptr()) return false;
   }
-  for (const auto& [tensor, address, version] : tensors_) {
+  for (const auto& [tensor, address, version, elements, contiguous] : tensors_) {
     if (address_of(tensor) != address || (count_versions_ && version_of(tensor) != version)) return false;
+    // Through `.data` a tensor becomes a part of itself, or itself transposed, which moves nothing and counts no version.
+    if (count_elements(tensor) != elements || is_contiguous(tensor) != contiguous) return false;
   }
   return words_.fingerprint() == fingerprint_;  // last: the memory is there, since the tensors have not moved
 }

@@ -1,7 +1,8 @@
 """The embeddings of the real tokens: one fused op instead of three gathers, two additions, LayerNorm and dropout.
 
 Embeddings that are not exactly what transformers builds (another class, hooks, a table that does more than hold rows) are called
-as a module, so that what they add takes part; :func:`embedding_notes` says why.
+as a module, so that what they add takes part; :func:`embedding_notes` says why. Calls without gradients on a CPU take the same
+kernel straight from the caller's tensors (:mod:`.packed_ends`).
 """
 
 from __future__ import annotations

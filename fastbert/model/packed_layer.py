@@ -134,7 +134,8 @@ def _current_entry(layer: nn.Module, dtypes: _Dtypes, instruction_set: str) -> _
 
 def _forget(layer: nn.Module) -> None:
     """Frees what is packed of a layer."""
-    if _entries.pop(layer, None) is not None:
+    known = _entries.pop(layer, None) is not None
+    if known or _stacks:  # which another thread may have made since it was forgotten
         for reference in _stacks.keyrefs():  # a copy: other threads may add stacks meanwhile
             first = reference()
             stack = None if first is None else _stacks.get(first)

@@ -107,7 +107,22 @@ def _its_last_word(tensor: torch.Tensor) -> None:
     tensor.data.view(-1)[-1] += 1
 
 
-@pytest.mark.parametrize("change", [_in_place, _elsewhere, _past_the_counters, _its_last_word])
+def _transposed(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.t()
+
+
+def _a_part(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data[:-3]
+
+
+def _one_row_for_all(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data[:1].expand_as(tensor)
+
+
+CHANGES_OF_A_TENSOR = [_in_place, _elsewhere, _past_the_counters, _its_last_word, _transposed, _a_part, _one_row_for_all]
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_A_TENSOR)
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_change_of_a_tensor_is_seen(change, inference):
     with torch.inference_mode(inference):
