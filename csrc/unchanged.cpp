@@ -45,6 +45,11 @@ uint64_t count_elements(py::handle tensor) {
   return call_for_number(tensor, name);
 }
 
+bool is_matrix(py::handle tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("dim");
+  return call_for_number(tensor, name) > 1;
+}
+
 bool is_contiguous(py::handle tensor) {
   static PyObject* const name = PyUnicode_InternFromString("is_contiguous");
   return checked(PyObject_CallMethodNoArgs(tensor.ptr(), name)).ptr() == Py_True;
@@ -117,8 +122,8 @@ Snapshot::Snapshot(const py::list& dicts, const py::list& keys, const py::list& 
   }
   for (const py::handle tensor : tensors) {
     const int64_t version = count_versions ? version_of(tensor) : 0;
-    tensors_.push_back({py::reinterpret_borrow<py::object>(tensor), address_of(tensor), version, count_elements(tensor),
-                        is_contiguous(tensor)});
+    tensors_.push_back({py::reinterpret_borrow<py::object>(tensor), address_of(tensor), version, is_matrix(tensor),
+                        count_elements(tensor), is_contiguous(tensor)});
     lines.add_object(tensor);
   }
   lines.add(read);
@@ -140,10 +145,10 @@ bool Snapshot::unchanged() const {
   for (const auto& [dict, key, value] : places_) {
     if (value_of(dict.ptr(), key.ptr()) != value.ptr()) return false;
   }
-  for (const auto& [tensor, address, version, elements, contiguous] : tensors_) {
+  for (const auto& [tensor, address, version, matrix, elements, contiguous] : tensors_) {
     if (address_of(tensor) != address || (count_versions_ && version_of(tensor) != version)) return false;
-    // Through `.data` a tensor becomes a part of itself, or itself transposed, which moves nothing and counts no version.
-    if (count_elements(tensor) != elements || is_contiguous(tensor) != contiguous) return false;
+    // Through `.data` a matrix becomes a part of itself, or itself transposed, which moves nothing and counts no version.
+    if (matrix && (count_elements(tensor) != elements || is_contiguous(tensor) != contiguous)) return false;
   }
   return words_.fingerprint() == fingerprint_;  // last: the memory is there, since the tensors have not moved
 }

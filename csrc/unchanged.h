@@ -15,7 +15,8 @@ namespace fastbert {
 using Memory = std::vector<std::pair<uintptr_t, int64_t>>;  // (address, bytes) each
 
 // What some dicts hold under some keys, the classes of some objects, how many entries some dicts have, and of tensors where
-// and how large they are, whether contiguous, their version counters and a few words, all as it is when this is made.
+// they are, their version counters and a few words, of matrices also how large they are and whether contiguous, all as it is
+// when this is made.
 class Snapshot {
  public:
   // keys[i] belongs to dicts[i]; a key need not be there. tensors: torch's, whose memory is arrays; count_versions: whether
@@ -46,6 +47,7 @@ class Snapshot {
     pybind11::object tensor;
     uintptr_t address;
     int64_t version;
+    bool matrix;
     uint64_t elements;
     bool contiguous;
   };

@@ -16,9 +16,9 @@ _TENSOR_BYTES, _STORAGE_BYTES = 208, 96
 
 class Snapshot:
     """What :meth:`unchanged` compares: submodules and their classes, parameters, buffers, hooks, replaced ``forward`` methods and
-    the attributes that are named, by identity; of the ``tensors``, which are on the CPU, also where and how large they are,
-    whether they are contiguous, their version counters (those made in inference mode have none), and a few words of each, because
-    an update through ``.data`` leaves the counters alone.
+    the attributes that are named, by identity; of the ``tensors``, which are on the CPU, also where they are, their version
+    counters (those made in inference mode have none), and a few words of each, because an update through ``.data`` leaves the
+    counters alone; of matrices also how large they are, and whether contiguous.
 
     The native extension keeps and compares all of it. The extension must be available.
     """
