@@ -32,7 +32,8 @@ MEANING = {
 }
 PARTS = tuple(MEANING)
 _JOINT = " + "
-OWN_MATMUL = "fastbert::matmul"  # the annotation around fastbert's own matmul, which is no operator
+# The annotations around fastbert's own matmul and around the embeddings of calls without gradients, which are no operators.
+OWN_MATMUL, OWN_EMBEDDINGS = "fastbert::matmul", "fastbert::embedding_layer_norm"
 
 
 def fused(*parts: str) -> str:

@@ -30,7 +30,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastbert.ops import native, native_encoder
+from fastbert.ops import native, native_encoder, native_inference
 
 from .harness import first_line, quiet, synchronize
 from .parts import (
@@ -41,6 +41,7 @@ from .parts import (
     LINEAR,
     OTHER,
     OUTSIDE,
+    OWN_EMBEDDINGS,
     OWN_MATMUL,
     creators_of,
     fused,
@@ -111,7 +112,7 @@ def _traced(run: Callable[[], Any], device: str, dtype: str) -> tuple[float, Spe
     """Seconds of a run under the profiler, and where they went without what is outside."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     before = _layer_seconds(dtype)
-    with quiet(), _named_matmul(), profile(activities=activities) as profiler:
+    with quiet(), _named_calls(), profile(activities=activities) as profiler:
         seconds = _seconds(run, device)
     parts, operators = (device_times if device == "cuda" else cpu_times)(profiler.events())
     for part, after in _layer_seconds(dtype).items():
@@ -151,20 +152,33 @@ def device_times(events: Iterable[Any]) -> Spent:
     return parts, operators
 
 
+# What fastbert calls natively from inside of operators and backward passes, or past all of them: none of it is an operator itself.
+_NATIVE_CALLS = (
+    (native, "matmul", OWN_MATMUL),
+    (native_inference.PackedDense, "__call__", OWN_MATMUL),
+    (native_inference.EmbeddingTables, "embed", OWN_EMBEDDINGS),
+)
+
+
 @contextlib.contextmanager
-def _named_matmul() -> Iterator[None]:
-    """fastbert's own matmul is called from inside of operators, backward passes too, and is none itself: here it gets a name."""
-    matmul = native.matmul
+def _named_calls() -> Iterator[None]:
+    """Gives fastbert's native calls names among the profiler's events."""
 
-    def named(*operands, **options):
-        with record_function(OWN_MATMUL):
-            return matmul(*operands, **options)
+    def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def run(*operands: Any, **options: Any) -> Any:
+            with record_function(name):
+                return function(*operands, **options)
 
-    native.matmul = named
+        return run
+
+    functions = [getattr(owner, attribute) for owner, attribute, _ in _NATIVE_CALLS]
+    for (owner, attribute, name), function in zip(_NATIVE_CALLS, functions, strict=True):
+        setattr(owner, attribute, named(function, name))
     try:
         yield
     finally:
-        native.matmul = matmul
+        for (owner, attribute, _), function in zip(_NATIVE_CALLS, functions, strict=True):
+            setattr(owner, attribute, function)
 
 
 def _layer_seconds(dtype: str) -> dict[str, float]:

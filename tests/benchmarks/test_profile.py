@@ -16,6 +16,7 @@ from benchmarks import finetune, inference, peers, pretrain, profile, training
 from benchmarks.parts import PARTS, creators_of, members, part_of
 from benchmarks.workloads import Workload, config_for, padded_batch, workload, workloads
 from fastbert.ops import native, native_encoder
+from fastbert.ops.native_inference import EmbeddingTables, PackedDense
 
 LIMITS = {"matmul_flops": 1e11, "copy_bytes": 1e10}
 BATCH, HIDDEN = workload("4xmnli"), 128
@@ -86,7 +87,7 @@ def is_named(run, batch: Workload) -> None:
     hidden_states = batch.tokens * HIDDEN
     run()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with profile._named_matmul(), torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+    with profile._named_calls(), torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start
@@ -134,12 +135,13 @@ def test_a_run_that_fails_is_said_and_the_others_go_on():
 
 
 def test_nothing_of_the_profiler_stays():
-    before = native.matmul
+    before = native.matmul, PackedDense.__call__, EmbeddingTables.embed
     with pytest.raises(ZeroDivisionError):
         profile.profiled(lambda: 1 / 0, "cpu", "float32")
     with pytest.raises(ZeroDivisionError):
         profile._traced(lambda: 1 / 0, "cpu", "float32")
-    assert native.matmul is before and not torch._C._autograd._profiler_enabled()
+    assert (native.matmul, PackedDense.__call__, EmbeddingTables.embed) == before
+    assert not torch._C._autograd._profiler_enabled()
 
 
 def test_parts_of_a_run():
@@ -147,6 +149,21 @@ def test_parts_of_a_run():
     # More under the profiler than the run took without it.
     assert profile.of_run({"gelu": 1.0, "linear": 3.0}, 2.0) == {"linear": 1.5, "gelu": 0.5, "outside": 0.0}
     assert profile.of_run({}, 2.0) == {"outside": 2.0}
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.unavailable_reason()))
+def test_native_ends_of_an_encoder_have_names():
+    model = fastbert.BertModel(config_for("tiny")).eval()
+    ids = torch.ones(2, 9, dtype=torch.int64)
+
+    def run():
+        with torch.no_grad():
+            model(ids)
+
+    run()
+    _, (parts, operators) = profile._traced(run, "cpu", "float32")
+    assert {"fastbert::embedding_layer_norm", "fastbert::matmul"} <= set(operators)
+    assert parts["embeddings"] > 0 and parts["linear"] > 0
 
 
 @pytest.mark.parametrize(("dtype", "rest"), [("float32", "layer norm"), ("int8", "layer norm + copies")])
