@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/embed_tokens.h"
+#include "cpu/encoder_plan.h"
 #include "cpu/runtime.h"
 #include "fastbert.h"
 #include "unchanged.h"
@@ -336,19 +337,8 @@ PYBIND11_MODULE(_cpu, m) {
           "forward",
           [](const EncoderLayers& encoder, Address x, Address cu_seqlens, Address y, Address between, Address workspace,
              int64_t total, int64_t batch, int num_threads) {
-            const std::vector<EncoderLayerParams>& layers = encoder.layers;
-            for (size_t i = 0; i < layers.size(); ++i) {
-              EncoderLayerParams layer = layers[i];
-              layer.x = pointer<const void>(x);
-              layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
-              // The last one writes y.
-              x = (layers.size() - i) % 2 == 1 ? y : between;
-              layer.y = pointer<void>(x);
-              layer.workspace = pointer<void>(workspace);
-              layer.total = total;
-              layer.batch = batch;
-              cpu::encoder_layer(layer, num_threads);
-            }
+            cpu::encoder_layers(encoder.layers, pointer<const void>(x), pointer<const int32_t>(cu_seqlens), pointer<void>(y),
+                                pointer<void>(between), pointer<void>(workspace), total, batch, num_threads);
           },
           Release());
 }

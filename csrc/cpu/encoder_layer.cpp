@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include <type_traits>
+#include <vector>
 
 #include "cpu/encoder_plan.h"
 #include "cpu/layer_norm.h"
@@ -29,14 +30,12 @@ int64_t now() {
 // Adds the nanoseconds of its life to a counter that all threads share.
 class Stopwatch {
  public:
-  Stopwatch(const EncoderLayerParams& p, Work work, int64_t threads = 1)
-      : counter_(p.nanoseconds + work), threads_(threads), start_(now()) {}
+  Stopwatch(const EncoderLayerParams& p, Work work) : counter_(p.nanoseconds + work), start_(now()) {}
   Stopwatch(const Stopwatch&) = delete;
-  ~Stopwatch() { __atomic_fetch_add(counter_, threads_ * (now() - start_), __ATOMIC_RELAXED); }
+  ~Stopwatch() { __atomic_fetch_add(counter_, now() - start_, __ATOMIC_RELAXED); }
 
  private:
   int64_t* counter_;
-  int64_t threads_;
   int64_t start_;
 };
 
@@ -246,8 +245,8 @@ void run_rows_by_column(const Rows<P>& all, int64_t rows, int num_threads, bool 
 }
 
 template <typename P>
-void run_chunk(const EncoderLayerParams& p, const EncoderWorkspace& workspace, int64_t sequences, int64_t start,
-               int64_t rows, int num_threads) {
+void run_chunk(const EncoderLayerParams& p, const EncoderWorkspace& workspace, const int32_t* cu_seqlens, int64_t sequences,
+               int64_t start, int64_t rows, int num_threads) {
   using Inner = typename P::Inner;
   const int64_t hidden = p.qkv.in_features, blocks = count_row_blocks(rows, num_threads);
   const Rows<P> all{p,
@@ -262,10 +261,10 @@ void run_chunk(const EncoderLayerParams& p, const EncoderWorkspace& workspace, i
   };
   run(false);
   {
-    const Stopwatch watch(p, kAttention, num_threads);
+    const Stopwatch watch(p, kAttention);
     constexpr DType inner = sizeof(Inner) == 2 ? DType::bfloat16 : DType::float32;
-    attention_forward({workspace.qkv, workspace.cu_seqlens, workspace.context, nullptr, rows, sequences, p.num_heads,
-                       p.head_dim, p.softmax_scale, Dropout{}, inner},
+    attention_forward({workspace.qkv, cu_seqlens, workspace.context, nullptr, rows, sequences, p.num_heads, p.head_dim,
+                       p.softmax_scale, Dropout{}, inner},
                       num_threads);
   }
   run(true);
@@ -276,14 +275,15 @@ void run_layer(const EncoderLayerParams& p, int num_threads) {
   const EncoderChunks chunks(p, num_threads);
   Memory memory(p.workspace);
   const EncoderWorkspace workspace(memory, p, chunks.longest(), num_threads);
+  std::vector<int32_t> cu_seqlens(p.batch + 1);  // of this thread alone: another one may be chunks ahead
   for (int64_t chunk = 0; chunk < chunks.size(); ++chunk) {
     const int64_t first = chunks.first_sequence(chunk), sequences = chunks.first_sequence(chunk + 1) - first;
     const int64_t start = p.cu_seqlens[first], rows = p.cu_seqlens[first + sequences] - start;
     if (rows == 0) continue;
     for (int64_t i = 0; i <= sequences; ++i) {
-      workspace.cu_seqlens[i] = p.cu_seqlens[first + i] - static_cast<int32_t>(start);
+      cu_seqlens[i] = p.cu_seqlens[first + i] - static_cast<int32_t>(start);
     }
-    run_chunk<P>(p, workspace, sequences, start, rows, num_threads);
+    run_chunk<P>(p, workspace, cu_seqlens.data(), sequences, start, rows, num_threads);
   }
 }
 

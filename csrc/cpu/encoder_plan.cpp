@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cpu/runtime.h"
+
 namespace fastbert::cpu {
 
 namespace {
@@ -63,7 +65,6 @@ EncoderBuffers::EncoderBuffers(Memory& memory, const EncoderLayerParams& p, int6
 EncoderWorkspace::EncoderWorkspace(Memory& memory, const EncoderLayerParams& p, int64_t longest_chunk, int num_threads)
     : qkv(memory.take(longest_chunk * 3 * p.qkv.in_features * inner_bytes(p))),
       context(memory.take(longest_chunk * p.qkv.in_features * inner_bytes(p))),
-      cu_seqlens(static_cast<int32_t*>(memory.take((p.batch + 1) * 4))),
       // A chunk of more rows is divided by rows.
       buffers(memory, p, std::min(longest_chunk, 2 * num_threads * kMaxBlockRows)) {}
 
@@ -71,6 +72,25 @@ int64_t encoder_layer_workspace_bytes(const EncoderLayerParams& p, int num_threa
   Memory measure(nullptr);
   EncoderWorkspace(measure, p, EncoderChunks(p, num_threads).longest(), num_threads);
   return measure.used();
+}
+
+void encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x, const int32_t* cu_seqlens, void* y,
+                    void* between, void* workspace, int64_t total, int64_t batch, int num_threads) {
+  together(num_threads, [&] {
+    const void* from = x;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      EncoderLayerParams layer = layers[i];
+      void* to = (layers.size() - i) % 2 == 1 ? y : between;  // the last one writes y
+      layer.x = from;
+      layer.cu_seqlens = cu_seqlens;
+      layer.y = to;
+      layer.workspace = workspace;
+      layer.total = total;
+      layer.batch = batch;
+      encoder_layer(layer, num_threads);
+      from = to;
+    }
+  });
 }
 
 }  // namespace fastbert::cpu

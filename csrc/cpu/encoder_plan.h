@@ -59,10 +59,14 @@ struct EncoderBuffers {
 struct EncoderWorkspace {
   void* qkv;               // (rows, 3, num_heads, head_dim)
   void* context;           // (rows, hidden)
-  int32_t* cu_seqlens;     // (batch + 1,), from 0
   EncoderBuffers buffers;  // of a chunk that is divided by columns
 
   EncoderWorkspace(Memory& memory, const EncoderLayerParams& p, int64_t longest_chunk, int num_threads);
 };
+
+// Layers of the same hidden size and dtype of rows, one after the other: x -> y, through between where there are several.
+// The workspace is that of the most demanding one.
+void encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x, const int32_t* cu_seqlens, void* y,
+                    void* between, void* workspace, int64_t total, int64_t batch, int num_threads);
 
 }  // namespace fastbert::cpu

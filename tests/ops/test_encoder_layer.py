@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 import pytest
@@ -270,3 +271,51 @@ def test_the_most_demanding_layer_says_how_much_memory_a_call_needs(kinds):
     x = torch.randn(40, 128)
     expected = run_layers(layers[1], run_layers(layers[0], x, cu_seqlens), cu_seqlens)
     assert torch.equal(run_layers(PackedEncoderLayers.joined(layers), x, cu_seqlens), expected)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (40,) * 14 + (3,), (0, 400, 0, 333, 500, 1, 0)])
+def test_threads_that_come_late_or_sleep_change_nothing(lengths):
+    """Far more threads than cores: some come to a loop when it is over, others wait for it asleep."""
+    weights = converted(draw(96, 160, 3, torch.float32), torch.float32)
+    layers = PackedEncoderLayers(PackedEncoderLayer(weights, torch.float32) for _ in range(5))
+    x, threads = torch.randn(sum(lengths), 96), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run_layers(layers, x, bounds(lengths))
+        for count in (2, 3, 16):
+            torch.set_num_threads(count)
+            for _ in range(20):
+                assert torch.equal(run_layers(layers, x, bounds(lengths)), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_several_callers_at_once():
+    weights = converted(draw(96, 160, 3, torch.float32), torch.float32)
+    layers = PackedEncoderLayers(PackedEncoderLayer(weights, torch.float32) for _ in range(4))
+    batches = [torch.randn(rows, 96) for rows in (3, 40, 200, 1100)]
+    expected = [run_layers(layers, x, bounds((len(x),))) for x in batches]
+
+    def repeated(index: int) -> bool:
+        torch.set_num_threads(2)  # of this thread
+        results = [run_layers(layers, batches[index], bounds((len(batches[index]),))) for _ in range(20)]
+        return all(torch.equal(result, expected[index]) for result in results)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(repeated, range(4)))
+
+
+def test_an_error_of_all_threads_is_raised_once_and_leaves_nothing_behind():
+    if not native.packs(torch.bfloat16):
+        pytest.skip("the narrower instruction sets know the same dtypes")
+    weights = converted(draw(96, 160, 3, torch.bfloat16), torch.bfloat16)
+    layers, x = PackedEncoderLayers([PackedEncoderLayer(weights, torch.bfloat16)] * 3), torch.randn(50, 96).bfloat16()
+    expected, before = run_layers(layers, x, bounds((50,))), native.instruction_set()
+    for _ in range(5):
+        native.set_instruction_set("baseline")
+        try:
+            with pytest.raises(ValueError, match="this instruction set has no encoder layer for these dtypes"):
+                run_layers(layers, x, bounds((50,)))
+        finally:
+            native.set_instruction_set(before)
+        assert torch.equal(run_layers(layers, x, bounds((50,))), expected)
