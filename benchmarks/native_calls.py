@@ -176,6 +176,9 @@ def matmul_and_layer(cpu: Any, memory: Memory) -> Iterator[tuple[str, int, tuple
     x, y = memory.values("float32", total, hidden), memory.empty(total, hidden)
     size = layers.workspace_bytes(bounds, total, batch, THREADS)
     workspace = memory.of_bytes(bytes(size))
+    dense = (linears[2], x, memory.empty(total, wide), total, hidden, float32, THREADS)
+    yield "packed_dense", total * hidden * wide, dense
+
     multiply_adds = total * (4 * hidden * hidden + 2 * hidden * wide)
     yield "encoder_layer", multiply_adds, (layers, x, bounds, y, 0, workspace, total, batch, THREADS)
 

@@ -1,4 +1,4 @@
-// How the encoder layer divides a batch and its memory, compiled once for all instruction sets.
+// How the encoder layer divides a batch and its memory, and several layers one after the other, compiled once for all sets.
 
 #pragma once
 
