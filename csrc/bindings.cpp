@@ -318,7 +318,7 @@ PYBIND11_MODULE(_cpu, m) {
       }));
 
   // The layers of an encoder one after the other: x -> y, through between where there are several. All have the
-  // same hidden size and dtype of rows; workspace_bytes speaks of the first one.
+  // same hidden size and dtype of rows.
   py::class_<EncoderLayers>(m, "EncoderLayers", py::module_local())
       .def(py::init([](const std::vector<const EncoderLayerParams*>& layers) {
         EncoderLayers copies;
@@ -327,11 +327,8 @@ PYBIND11_MODULE(_cpu, m) {
       }))
       .def("workspace_bytes",
            [](const EncoderLayers& encoder, Address cu_seqlens, int64_t total, int64_t batch, int num_threads) {
-             EncoderLayerParams layer = encoder.layers.at(0);
-             layer.cu_seqlens = pointer<const int32_t>(cu_seqlens);
-             layer.total = total;
-             layer.batch = batch;
-             return cpu::encoder_layer_workspace_bytes(layer, num_threads);
+             return cpu::encoder_layers_workspace_bytes(encoder.layers, pointer<const int32_t>(cu_seqlens), total, batch,
+                                                        num_threads);
            })
       .def(
           "forward",

@@ -74,6 +74,18 @@ int64_t encoder_layer_workspace_bytes(const EncoderLayerParams& p, int num_threa
   return measure.used();
 }
 
+int64_t encoder_layers_workspace_bytes(const std::vector<EncoderLayerParams>& layers, const int32_t* cu_seqlens,
+                                       int64_t total, int64_t batch, int num_threads) {
+  int64_t bytes = 0;
+  for (EncoderLayerParams layer : layers) {
+    layer.cu_seqlens = cu_seqlens;
+    layer.total = total;
+    layer.batch = batch;
+    bytes = std::max(bytes, encoder_layer_workspace_bytes(layer, num_threads));
+  }
+  return bytes;
+}
+
 void encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x, const int32_t* cu_seqlens, void* y,
                     void* between, void* workspace, int64_t total, int64_t batch, int num_threads) {
   together(num_threads, [&] {

@@ -1,4 +1,5 @@
-// How the encoder layer divides a batch and its memory, and several layers one after the other, compiled once for all sets.
+// How the encoder layer divides a batch and its memory, and how several layers follow each other, compiled once for all
+// instruction sets.
 
 #pragma once
 
@@ -64,8 +65,11 @@ struct EncoderWorkspace {
   EncoderWorkspace(Memory& memory, const EncoderLayerParams& p, int64_t longest_chunk, int num_threads);
 };
 
+// What the most demanding of some layers needs.
+int64_t encoder_layers_workspace_bytes(const std::vector<EncoderLayerParams>& layers, const int32_t* cu_seqlens,
+                                       int64_t total, int64_t batch, int num_threads);
+
 // Layers of the same hidden size and dtype of rows, one after the other: x -> y, through between where there are several.
-// The workspace is that of the most demanding one.
 void encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x, const int32_t* cu_seqlens, void* y,
                     void* between, void* workspace, int64_t total, int64_t batch, int num_threads);
 

@@ -16,9 +16,10 @@ from ..ops import native
 from ..ops.encoder_layer import LinearWeights
 from ..ops.native_inference import EmbeddingTables, PackedDense, are_readable_ids
 from ..ops.registration import dispatch_mode_is_on, under_autocast
+from .layer import active_dropout_p
 from .packing import Packing
 from .plain import is_plain_linear, is_watched
-from .snapshot import Snapshot
+from .snapshot import Snapshot, attributes_of
 
 TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 # What nn.Embedding does beside reading rows: see ``embedding_notes``, which has to find nothing first.
@@ -79,12 +80,12 @@ def keep_tables(model: nn.Module) -> EmbeddingTables | None:
     tables = [getattr(embeddings, name) for name in TABLES]
     parameters = [*(table.weight for table in tables), norm.weight, norm.bias]
     dropout = embeddings.dropout
-    if (dropout.training and dropout.p > 0) or not all(_is_readable(parameter) for parameter in parameters):
+    if active_dropout_p(dropout) > 0 or not all(_is_readable(parameter) for parameter in parameters):
         return None
     *shapes, norm_shape, bias_shape = (parameter.shape for parameter in parameters)
     if not (norm_shape == bias_shape == shapes[0][1:] and all(shape[1:] == norm_shape for shape in shapes)):
         return None
-    attributes = {**dict.fromkeys(tables, _OPTIONS), norm: ("eps",), dropout: ("p", "training") if dropout.p > 0 else ("p",)}
+    attributes = {**dict.fromkeys(tables, _OPTIONS), norm: ("eps",), dropout: attributes_of(dropout)}
     snapshot = Snapshot(embeddings, attributes, parameters)  # first: a change from now on is seen, whoever makes it
     form = EmbeddingTables(*parameters, norm.eps)
     _entries[embeddings] = _Entry(type(embeddings), snapshot, native.instruction_set(), form)

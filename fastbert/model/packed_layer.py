@@ -24,7 +24,7 @@ from ..ops.registration import under_autocast
 from .int8 import Int8Linear, join
 from .packing import Packing
 from .plain import is_exact_gelu, is_int8_linear, is_plain_linear, is_watched
-from .snapshot import Snapshot
+from .snapshot import Snapshot, attributes_of
 from .swap import is_of_fast_class
 
 _Dtypes = tuple[torch.dtype, torch.dtype | None]  # of rows, and autocast's
@@ -283,7 +283,7 @@ def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
     norms = _norms(layer)
     attributes = {layer: ("chunk_size_feed_forward",), layer.attention.self: ("num_attention_heads", "scaling")}
     attributes |= dict.fromkeys(norms, ("eps",))
-    attributes |= {dropout: ("p", "training") if dropout.p > 0 else ("p",) for dropout in _dropouts(layer)}
+    attributes |= {dropout: attributes_of(dropout) for dropout in _dropouts(layer)}
     snapshot = Snapshot(layer, attributes, _held(layer))
     weights = _weights_of(layer)
     rows, autocast = dtypes

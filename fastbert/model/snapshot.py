@@ -47,6 +47,11 @@ class Snapshot:
         return native.EXTENSION.all_unchanged([self.handle])
 
 
+def attributes_of(dropout: nn.Dropout) -> tuple[str, ...]:
+    """Those that say whether it drops: one of probability 0 does not, in either mode."""
+    return ("p", "training") if dropout.p > 0 else ("p",)
+
+
 def _extent(tensor: Tensor) -> int:
     """The bytes from a tensor's first element to its last: rows of it may be apart, or all one."""
     if tensor.numel() == 0:

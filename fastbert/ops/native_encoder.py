@@ -61,7 +61,7 @@ def run_layers(layers: PackedEncoderLayers, x: Tensor, cu_seqlens: Tensor) -> Te
     x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
     y, between = torch.empty_like(x), torch.empty_like(x) if len(layers) > 1 else None
     threads, rows, batch, bounds = torch.get_num_threads(), x.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr()
-    size = layers.workspace_bytes(bounds, rows, batch, threads)
+    size = layers.handle.workspace_bytes(bounds, rows, batch, threads)
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     layers.handle.forward(
         x.data_ptr(), bounds, y.data_ptr(), 0 if between is None else between.data_ptr(), workspace.data_ptr(),
@@ -79,13 +79,6 @@ class PackedEncoderLayers:
     def __init__(self, layers: Iterable[PackedEncoderLayer]) -> None:
         self._layers = list(layers)
         self.handle = native.EXTENSION.EncoderLayers([layer.handle for layer in self._layers])
-        # The extension asks the first layer how much memory a call needs: one of each kind, alone, says it for all.
-        one_of_each = {layer.kind: layer.handle for layer in self._layers}
-        self._kinds = [native.EXTENSION.EncoderLayers([handle]) for handle in one_of_each.values()]
-
-    def workspace_bytes(self, cu_seqlens: int, rows: int, batch: int, threads: int) -> int:
-        """What the most demanding of the layers needs; cu_seqlens: the address of the (batch + 1,) bounds."""
-        return max(kind.workspace_bytes(cu_seqlens, rows, batch, threads) for kind in self._kinds)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -138,11 +131,9 @@ class PackedEncoderLayer:
     """A layer's weights, packed.
 
     dtype: of the rows that it is called with. The layer must be supported (:func:`not_supported_reasons`).
-    kind: what layers of a model may differ in.
     """
 
     def __init__(self, weights: EncoderLayerWeights, dtype: torch.dtype) -> None:
-        self.kind = weights.dtype, weights.intermediate.weight.shape[0]
         self._packed = packed = PackedWeights([linear for _, linear in weights.linears()])
         norms = [packed.float32(t) for _, norm in weights.norms() for t in (norm.weight, norm.bias)]
         self.handle = native.EXTENSION.EncoderLayer(

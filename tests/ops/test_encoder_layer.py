@@ -265,7 +265,8 @@ def test_the_most_demanding_layer_says_how_much_memory_a_call_needs(kinds):
         layers.append(PackedEncoderLayers([PackedEncoderLayer(weights, torch.float32)]))
     cu_seqlens, threads = bounds((30, 10)), torch.get_num_threads()
     first, last, both = (
-        stack.workspace_bytes(cu_seqlens.data_ptr(), 40, 2, threads) for stack in (*layers, PackedEncoderLayers.joined(layers))
+        stack.handle.workspace_bytes(cu_seqlens.data_ptr(), 40, 2, threads)
+        for stack in (*layers, PackedEncoderLayers.joined(layers))
     )
     assert first < last == both
     x = torch.randn(40, 128)
