@@ -155,11 +155,11 @@ def matmul_and_layer(cpu: Any, memory: Memory) -> Iterator[tuple[str, int, tuple
     """The kernels of float32 alone, with this instruction set."""
     rows, depth, columns = MATMUL
     a, b, bias = (memory.values("float32", *shape) for shape in ((rows, depth), (columns, depth), (columns,)))
-    packed = memory.empty(depth, -(-columns // cpu.MATMUL_PACKED_COLUMNS) * cpu.MATMUL_PACKED_COLUMNS)
+    packed = memory.of_bytes(bytes(cpu.matmul_workspace_bytes(depth, columns, cpu.DType.float32)))
     # a times b transposed, as in a forward pass.
     strides = (depth, 1, 1, depth, columns)
     out = memory.empty(rows, columns)
-    yield "matmul", rows * depth * columns, (a, b, bias, out, packed, rows, depth, columns, *strides, THREADS)
+    yield "matmul", rows * depth * columns, (a, b, bias, out, packed, rows, depth, columns, *strides, cpu.DType.float32, THREADS)
 
     float32, hidden, wide = cpu.DType.float32, LAYER_HIDDEN, LAYER_WIDE
     linears = []

@@ -178,15 +178,15 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
 
-  m.attr("MATMUL_PACKED_COLUMNS") = kMaxPackedColumns;
+  m.def("matmul_workspace_bytes", &cpu::matmul_workspace_bytes);
   m.def(
       "matmul",
       [](Address a, Address b, Address bias, Address c, Address packed_b, int64_t rows, int64_t depth, int64_t columns,
          int64_t a_row_stride, int64_t a_depth_stride, int64_t b_depth_stride, int64_t b_column_stride, int64_t c_row_stride,
-         int num_threads) {
-        cpu::matmul({pointer<const float>(a), pointer<const float>(b), pointer<const float>(bias), pointer<float>(c),
-                     pointer<float>(packed_b), rows, depth, columns, a_row_stride, a_depth_stride, b_depth_stride,
-                     b_column_stride, c_row_stride, DType::float32},
+         DType dtype, int num_threads) {
+        cpu::matmul({pointer<const void>(a), pointer<const void>(b), pointer<const float>(bias), pointer<void>(c),
+                     pointer<void>(packed_b), rows, depth, columns, a_row_stride, a_depth_stride, b_depth_stride,
+                     b_column_stride, c_row_stride, dtype},
                     num_threads);
       },
       Release());

@@ -187,18 +187,20 @@ struct BiasGeluBackwardParams {
   DType dtype;  // of dy, u, du and y
 };
 
-constexpr int64_t kMaxPackedColumns = 32;
+// Columns of B are packed in panels of at most so many, and so many of them at a time.
+constexpr int64_t kMatmulPanelColumns = 64, kMatmulChunkColumns = 1536;
 
-// c = A B + bias in float32; one stride of A and one of B is 1.
+// c = A B + bias; one stride of A and one of B is 1. bfloat16 is read in pairs: where the stride of a depth is 1, the depth is
+// even, and so is B's other stride. It needs an instruction set with its dot product.
 struct MatmulParams {
-  const float* a;     // element (row, k) is a[row * a_row_stride + k * a_depth_stride]
-  const float* b;     // element (k, column) is b[k * b_depth_stride + column * b_column_stride]
+  const void* a;      // element (row, k) is a[row * a_row_stride + k * a_depth_stride]
+  const void* b;      // element (k, column) is b[k * b_depth_stride + column * b_column_stride]
   const float* bias;  // (columns,) or null
-  float* c;           // (rows, columns), rows c_row_stride apart
-  float* packed_b;    // workspace: depth x columns, these rounded up to kMaxPackedColumns
+  void* c;            // (rows, columns), rows c_row_stride apart
+  void* packed_b;     // workspace of matmul_workspace_bytes
   int64_t rows, depth, columns;
   int64_t a_row_stride, a_depth_stride, b_depth_stride, b_column_stride, c_row_stride;
-  DType dtype;  // float32
+  DType dtype;  // of a, b and c
 };
 
 // Folds a block of logits into each row's running softmax statistics.
@@ -341,6 +343,7 @@ void gelu_layer_norm_backward(const GeluLayerNormBackwardParams& params, int num
 void bias_gelu_forward(const BiasGeluForwardParams& params, int num_threads);
 void bias_gelu_backward(const BiasGeluBackwardParams& params, int num_threads);
 void matmul(const MatmulParams& params, int num_threads);
+int64_t matmul_workspace_bytes(int64_t depth, int64_t columns, DType dtype);
 void mlm_loss_forward(const MlmLossForwardParams& params, int num_threads);
 void mlm_loss_backward(const MlmLossBackwardParams& params, int num_threads);
 void pack_weight(const PackWeightParams& params, int num_threads);

@@ -76,6 +76,12 @@ void require_supported(const PackWeightParams& params) {
   if (!packs(params.dtype)) throw std::invalid_argument("this instruction set packs no weights of this dtype");
 }
 
+void require_supported(const MatmulParams& params) {
+  if (!packs(params.dtype) || params.dtype == DType::int8) {
+    throw std::invalid_argument("this instruction set has no matmul of this dtype");
+  }
+}
+
 void require_supported(const PackedDenseParams& params) {
   if (!packs(params.dtype) || params.dtype == DType::int8) {
     throw std::invalid_argument("this instruction set has no packed linear layer of this dtype");
@@ -115,6 +121,12 @@ void set_instruction_set(const std::string& name) {
 bool packs(DType weight_dtype) {
   const bool dot_product = weight_dtype == DType::bfloat16 || weight_dtype == DType::int8;
   return weight_dtype == DType::float32 || (dot_product && current->dot_products);
+}
+
+int64_t matmul_workspace_bytes(int64_t depth, int64_t columns, DType dtype) {
+  const int64_t panels = (columns + kMatmulPanelColumns - 1) / kMatmulPanelColumns;
+  const int64_t packed_columns = std::min(panels * kMatmulPanelColumns, kMatmulChunkColumns);
+  return packed_columns * (dtype == DType::float32 ? depth * 4 : (depth + 1) / 2 * 4);
 }
 
 int64_t row_chunks(int64_t rows) {

@@ -1,13 +1,14 @@
-// Sums of A W^T with W packed once: the microkernel of the encoder layer's inference, one for three dtypes.
+// Sums of A B with B packed: the microkernel of the large products, one for three dtypes.
 //
 // The depth is counted in groups of 4 bytes: 1 float32, 2 bfloat16 or 4 int8 elements of a row of A, which lie side by side
-// in memory and are broadcast together; one instruction multiplies a group with the groups of a vector of W's rows. W is
-// packed in panels of kPanelColumns of its rows, [group][column].
+// in memory and are broadcast together; one instruction multiplies a group with the groups of a vector of B's columns (of
+// a weight's rows, where B is its transpose). B is packed in panels of kPanelColumns, [group][column].
 
 #pragma once
 
 #include <type_traits>
 
+#include "cpu/encoder_plan.h"
 #include "cpu/gemm.h"
 
 namespace fastbert::cpu::FASTBERT_ISA {
@@ -50,16 +51,33 @@ struct Int8Group {
 constexpr int64_t kGroupBlock = 128;
 constexpr int kCacheLine = 64;
 
-// Rows of whole groups, row_bytes apart.
+// Rows of A from a group on: group k of row i is at data + i * row_bytes + k * group_bytes.
+struct LeftTile {
+  const char* data;
+  int64_t row_bytes, group_bytes;
+};
+
+// A's rows, each of whole groups, row_bytes apart.
 struct LeftRows {
   const char* data;
   int64_t row_bytes;
+
+  LeftTile tile(int64_t row, int64_t group) const { return {data + row * row_bytes + group * 4, row_bytes, 4}; }
+};
+
+// A's columns: the groups of kMaxBlockRows rows side by side.
+struct LeftColumns {
+  const char* data;
+
+  LeftTile tile(int64_t row, int64_t group) const {
+    return {data + (group * kMaxBlockRows + row) * 4, 4, kMaxBlockRows * 4};
+  }
 };
 
 // tile (Rows, kPanelColumns) = or += the products of one block of groups: its rounding errors grow with the block, not with
 // the depth. With each group it asks the memory for kLines cache lines from prefetch on.
 template <typename Group, int Rows, int kLines>
-__attribute__((noinline)) void packed_tile(int64_t groups, LeftRows a, const uint32_t* panel, typename Group::Sum* tile,
+__attribute__((noinline)) void packed_tile(int64_t groups, LeftTile a, const uint32_t* panel, typename Group::Sum* tile,
                                            bool accumulate, const char* prefetch) {
   using Sum = typename Group::Sum;
   Sum sums[Rows][kPanelVectors];
@@ -68,7 +86,7 @@ __attribute__((noinline)) void packed_tile(int64_t groups, LeftRows a, const uin
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = Sum{};
   }
-  for (int64_t group = 0; group < groups; ++group, a.data += 4, panel += kPanelColumns) {
+  for (int64_t group = 0; group < groups; ++group, a.data += a.group_bytes, panel += kPanelColumns) {
     VecUint w[kPanelVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVectors; ++v) std::memcpy(&w[v], panel + v * kWidth, sizeof(VecUint));
@@ -93,7 +111,7 @@ __attribute__((noinline)) void packed_tile(int64_t groups, LeftRows a, const uin
 }
 
 template <typename Group, int kLines, int Rows = kTileRows>
-FASTBERT_INLINE void packed_rows(int64_t rows, int64_t groups, LeftRows a, const uint32_t* panel, typename Group::Sum* tile,
+FASTBERT_INLINE void packed_rows(int64_t rows, int64_t groups, LeftTile a, const uint32_t* panel, typename Group::Sum* tile,
                                  bool accumulate, const char* prefetch) {
   if constexpr (Rows > 1) {
     if (rows < Rows) {
@@ -106,8 +124,8 @@ FASTBERT_INLINE void packed_rows(int64_t rows, int64_t groups, LeftRows a, const
 // sums (rows, kPanelColumns) = A (rows, groups) times one panel. The sums of an element do not depend on the rows beside it.
 // While a block of the panel is in use the one that follows in memory is asked for, a part by each of the first tiles, as
 // many as there are up to kLines: few rows wait for the memory as much as for the arithmetic.
-template <typename Group>
-void multiply_packed_panel(int64_t rows, int64_t groups, LeftRows a, const uint32_t* panel, typename Group::Sum* sums) {
+template <typename Group, typename Left>
+void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t* panel, typename Group::Sum* sums) {
   constexpr int kLines = kPanelColumns * 4 / kCacheLine;  // of a group
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t lines = tiles == 1 ? kLines : tiles < kLines ? (kLines + 1) / 2 : 1;  // with each group of a tile
@@ -118,7 +136,7 @@ void multiply_packed_panel(int64_t rows, int64_t groups, LeftRows a, const uint3
     for (int64_t tile = 0; tile < tiles; ++tile) {
       // Nearly equal: a last tile of one row would leave most of the arithmetic units idle.
       const int64_t first = tile * rows / tiles, last = (tile + 1) * rows / tiles;
-      const LeftRows tile_rows{a.data + first * a.row_bytes + first_group * 4, a.row_bytes};
+      const LeftTile tile_rows = a.tile(first, first_group);
       typename Group::Sum* to = sums + first * kPanelVectors;
       const char* part = next_block + tile * lines * block * kCacheLine;
       const auto run = [&](auto count) {
@@ -134,6 +152,24 @@ void multiply_packed_panel(int64_t rows, int64_t groups, LeftRows a, const uint3
         run(std::integral_constant<int, kLines>());
       }
     }
+  }
+}
+
+// A panel of B from where B's columns lie: `count` of them, as rows of whole groups that are `stride` groups apart. The other
+// columns of the panel are 0. Groups of any dtype are moved as if they were float32.
+inline void pack_panel_of_rows(const float* rows, int64_t stride, int64_t count, int64_t groups, uint32_t* panel) {
+  for (int64_t column = 0; column < kPanelColumns; column += kWidth) {
+    const float* from = rows + column * stride;
+    for_columns(groups, [&](int64_t group, auto extent) {
+      Vec square[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) square[i] = column + i < count ? load(from + i * stride + group, extent) : Vec{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        if (i < extent.count) std::memcpy(panel + (group + i) * kPanelColumns + column, &square[i], sizeof(Vec));
+      }
+    });
   }
 }
 

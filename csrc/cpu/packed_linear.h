@@ -58,23 +58,9 @@ void packed_linear(int64_t rows, LeftMatrixRows x, const PackedLinear& linear, i
 // Packs a weight (out_features, in_features) into panels; what pads the last one is 0. in_features are whole groups.
 inline void pack_panels(const void* weight, int64_t out_features, int64_t groups, uint32_t* packed, int num_threads) {
   parallel_for(count_panels(out_features), num_threads, [&](int64_t panel) {
-    uint32_t* to = packed + panel * groups * kPanelColumns;
-    for (int64_t column = 0; column < kPanelColumns; column += kWidth) {
-      const int64_t first_row = panel * kPanelColumns + column;
-      const int64_t rows = out_features - first_row < kWidth ? out_features - first_row : kWidth;
-      // Groups of any dtype are moved as if they were float32.
-      const float* from = static_cast<const float*>(weight) + first_row * groups;
-      for_columns(groups, [&](int64_t group, auto extent) {
-        Vec square[kWidth];
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) square[i] = i < rows ? load(from + i * groups + group, extent) : Vec{};
-        transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) {
-          if (i < extent.count) std::memcpy(to + (group + i) * kPanelColumns + column, &square[i], sizeof(Vec));
-        }
-      });
-    }
+    const int64_t first = panel * kPanelColumns;
+    pack_panel_of_rows(static_cast<const float*>(weight) + first * groups, groups, out_features - first, groups,
+                       packed + panel * groups * kPanelColumns);
   });
 }
 

@@ -3,9 +3,9 @@
 torch carries several matmuls for CPUs, and a fixed rule is wrong somewhere: MKL reaches 40% of an AMD Zen 5 where oneDNN reaches
 85%, and on Intel they are neck and neck. So the candidates of ``linear.py`` are timed when a kind of product is first needed:
 dtype x product (forward, dx, dweight) x few or many rows, each within a fraction of a second. The answers go to one small JSON
-file per machine and thread count, ``$XDG_CACHE_HOME/fastbert/matmul-<key>.json`` (``~/.cache`` by default), so that every later
-process computes the same. A file that cannot be read is measured anew, a folder that cannot be written keeps the answers in
-memory only.
+file per machine, build of the extension and thread count, ``$XDG_CACHE_HOME/fastbert/matmul-<key>.json`` (``~/.cache`` by
+default), so that every later process computes the same. A file that cannot be read is measured anew, a folder that cannot be
+written keeps the answers in memory only.
 
 FASTBERT_CALIBRATION=off: nothing is measured or read, the first candidate of each kind is taken. So it is with torch's
 deterministic algorithms, where two runs must not differ by a stopwatch.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -101,7 +102,7 @@ def _seconds(run: Callable[..., object], arguments: tuple) -> float:
 def cache_file() -> Path:
     """Where the answers for this machine and number of threads are kept."""
     isa = os.environ.get("FASTBERT_CPU_ISA")
-    key = json.dumps([_processor(), isa, torch.get_num_threads(), torch.__version__, __version__])
+    key = json.dumps([_processor(), isa, torch.get_num_threads(), torch.__version__, __version__, _extension()])
     return user_cache_folder() / f"matmul-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -114,6 +115,16 @@ def _processor() -> list[str]:
             name, _, value = line.partition(":")
             fields.setdefault(name.strip(), value.strip())
     return [fields.get("model name") or platform.processor(), fields.get("flags") or fields.get("Features") or platform.machine()]
+
+
+@functools.cache
+def _extension() -> list[int] | None:
+    """Size and time of the extension: one that is built anew may be faster than what has been measured."""
+    spec = importlib.util.find_spec("fastbert._cpu")
+    if spec is None or spec.origin is None:
+        return None
+    facts = os.stat(spec.origin)
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

@@ -4,15 +4,15 @@ On CPUs torch sends float32 matmuls to MKL, which on AMD reaches 40% of what one
 before the matmul (x W^T + b takes up to 1.5 times the time of x W^T at BERT's small widths). oneDNN's linear, which torch
 carries for its compiler, adds the bias as it stores, and computes the backward's two products too, once their operands are seen
 transposed: as views, or as copies, which cost memory traffic and gain where rows are many. :mod:`.calibration` measures which of
-these is the fastest for float32 and bfloat16; all of them multiply in the operands' dtype and add in float32. For float32 it has
-one of our own to choose, too (``csrc/cpu/matmul.cpp``), which takes transposed operands at full speed. GPUs, autocast, compilers
-and other dtypes take torch's own.
+these is the fastest for float32 and bfloat16; all of them multiply in the operands' dtype and add in float32. It has one of our
+own to choose, too (``csrc/cpu/matmul.cpp``), which takes transposed operands at full speed: for float32, and for bfloat16 where
+the CPU has its dot product. GPUs, autocast, compilers and other dtypes take torch's own.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import torch
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # calls cost as much as their work there, and a model of that size must not wait for a measurement.
 FEW_ROWS, MEASURED_FLOPS = 256, 1 << 24
 # (rows, in_features, out_features) of the products that are timed.
-_TIMED = {"few rows": (64, 768, 3072), "many rows": (1024, 768, 1536)}
+_TIMED = {"few rows": (64, 768, 3072), "many rows": (2048, 768, 3072)}
 
 
 @functools.cache
@@ -70,22 +70,31 @@ _DWEIGHT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 PRODUCTS = {"forward": _FORWARD, "dx": _DX, "dweight": _DWEIGHT}
 
 
-@functools.cache
-def candidates(product: str, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
+def candidates(product: str, dtype: torch.dtype) -> Mapping[str, Callable[..., Tensor]]:
     """name -> function of those that this installation can choose from; the first one is taken where nothing is measured.
 
     That is our own in float32, whose results do not depend on the number of threads, and in bfloat16 torch's, which is oneDNN's.
     """
-    table = PRODUCTS[product]
-    own = dtype == torch.float32 and backends.unavailable_reason("native") is None
-    usable = {name: function for name, function in table.items() if own or name != "fastbert"}
+    return _usable(product, dtype, backends.unavailable_reason("native") is None and _native().packs(dtype))
+
+
+@functools.cache
+def _usable(product: str, dtype: torch.dtype, own: bool) -> Mapping[str, Callable[..., Tensor]]:
+    usable = {name: function for name, function in PRODUCTS[product].items() if own or name != "fastbert"}
     return usable if dtype == torch.float32 else {"torch": usable["torch"], **usable}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (rows, in_features), weight (out_features, in_features), bias (out_features,) or None -> (rows, out_features)."""
-    # A compiler chooses its own matmul, autocast its own dtype.
-    if torch.compiler.is_compiling() or under_autocast(x) or not is_ours(x, weight):
+    """x (rows, in_features), weight (out_features, in_features), bias (out_features,) or None -> (rows, out_features).
+
+    Under autocast all of them are converted to its dtype.
+    """
+    if torch.compiler.is_compiling():  # it chooses its own matmul
+        return F.linear(x, weight, bias)
+    if x.device.type == "cpu" and under_autocast(x):
+        dtype = torch.get_autocast_dtype("cpu")
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if not is_ours(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.fastbert.linear(x, weight, bias)
 

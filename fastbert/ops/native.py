@@ -26,12 +26,12 @@ from .linear import linear_dweight, linear_dx, linear_forward, linear_gelu_witho
 
 # What the module offers.
 NAMES = (
-    "DType", "Dropout", "EmbeddingTables", "EncoderLayer", "EncoderLayers", "MATMUL_PACKED_COLUMNS", "PackedLinear", "Snapshot",
+    "DType", "Dropout", "EmbeddingTables", "EncoderLayer", "EncoderLayers", "PackedLinear", "Snapshot",
     "add_layer_norm_backward", "add_layer_norm_forward", "all_unchanged", "attention_backward", "attention_forward",
     "bias_gelu_backward", "bias_gelu_forward", "embed_tokens", "embedding_layer_norm_backward", "embedding_layer_norm_forward",
-    "gelu_layer_norm_backward", "gelu_layer_norm_forward", "instruction_set", "matmul", "mlm_loss_backward", "mlm_loss_forward",
-    "pack_weight", "packed_dense", "packs", "read_mask", "row_chunks", "set_instruction_set", "set_openmp_parallel",
-    "supported_instruction_sets", "table_gradient",
+    "gelu_layer_norm_backward", "gelu_layer_norm_forward", "instruction_set", "matmul", "matmul_workspace_bytes",
+    "mlm_loss_backward", "mlm_loss_forward", "pack_weight", "packed_dense", "packs", "read_mask", "row_chunks",
+    "set_instruction_set", "set_openmp_parallel", "supported_instruction_sets", "table_gradient",
 )  # fmt: skip
 _TORCH_LIBRARY = re.compile(r"/libtorch_cpu\.so[.\d]*$")
 
@@ -335,20 +335,23 @@ def gelu_layer_norm_backward(
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """a b + bias in float32, the same bits on any number of threads.
+    """a b + bias, summed in float32, the same bits on any number of threads.
 
-    a: (rows, depth), b: (depth, columns), as they lie where their rows or their columns are contiguous; bias: (columns,); out:
-    (rows, columns) with contiguous rows, which is returned, or None for a new tensor. Nothing may be empty.
+    a: (rows, depth), b: (depth, columns), both float32 or both bfloat16 where the instruction set :func:`packs` it, as they lie
+    where their rows or their columns are contiguous; bias: (columns,); out: (rows, columns) of their dtype with contiguous rows,
+    which is returned, or None for a new tensor. Nothing may be empty.
     """
-    a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
-    bias = None if bias is None else bias.contiguous()
     (rows, depth), columns = a.shape, b.shape[1]
-    out = _empty(rows, columns) if out is None else out
-    packed_columns = -(-columns // _cpu.MATMUL_PACKED_COLUMNS) * _cpu.MATMUL_PACKED_COLUMNS
-    packed_b = _empty(depth, packed_columns)
+    if a.dtype == torch.bfloat16 and depth % 2 and (a.stride(1) == 1 or b.stride(0) == 1):
+        a, b, depth = F.pad(a, (0, 1)), F.pad(b, (0, 0, 0, 1)), depth + 1  # elements that lie in a row are read in pairs
+    a = a if 1 in a.stride() else a.contiguous()
+    b = b if 1 in b.stride() and not (b.dtype == torch.bfloat16 and b.stride(0) == 1 and b.stride(1) % 2) else b.contiguous()
+    bias = _float32(None if bias is None else bias.contiguous())
+    out = a.new_empty(rows, columns) if out is None else out
+    packed_b = torch.empty(_cpu.matmul_workspace_bytes(depth, columns, DTYPES[a.dtype]), dtype=torch.uint8, device="cpu")
     _cpu.matmul(
         a.data_ptr(), b.data_ptr(), _pointer(bias), out.data_ptr(), packed_b.data_ptr(), rows, depth, columns,
-        *a.stride(), *b.stride(), out.stride(0), torch.get_num_threads(),
+        *a.stride(), *b.stride(), out.stride(0), DTYPES[a.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -70,29 +70,65 @@ def test_results_in_given_memory(product, dtype, name, monkeypatch):
     torch.testing.assert_close(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
 
 
+def dtypes_of_native_matmul():
+    if backends.unavailable_reason("native") is not None:
+        return []
+    from fastbert.ops import native
+
+    return [dtype for dtype in products.DTYPES if native.packs(dtype)]
+
+
 @no_native
+@pytest.mark.parametrize("dtype", dtypes_of_native_matmul())
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 1, 1), (13, 300, 33), (29, 7, 100), (14, 16, 32), (75, 513, 65)])
-def test_matmul_of_operands_as_they_lie(rows, depth, columns, transposed):
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"),
+    [(1, 1, 1), (13, 300, 33), (29, 7, 100), (14, 16, 32), (75, 513, 65), (97, 2, 64), (200, 131, 1), (3, 40, 1601), (2, 33, 3100)],
+)
+def test_matmul_of_operands_as_they_lie(rows, depth, columns, transposed, dtype):
+    """One row and one column, more than a chunk of columns, depths that end within a pair and within a block."""
     from fastbert.ops import native
 
     def operand(a, b, transpose):
-        return torch.randn(b, a).t() if transpose else torch.randn(a, b)
+        return torch.randn(b, a).to(dtype).t() if transpose else torch.randn(a, b).to(dtype)
 
     def draw():
-        a, b, bias = operand(rows, depth, transposed[0]), operand(depth, columns, transposed[1]), torch.randn(columns)
+        a, b, bias = operand(rows, depth, transposed[0]), operand(depth, columns, transposed[1]), torch.randn(columns).to(dtype)
         return [native.matmul(a, b, bias)], [torch.addmm(bias, a, b)], [torch.addmm(bias.double(), a.double(), b.double())]
 
     assert_within_budget(*merged(draw, rows * columns), ["c"])
 
 
 @no_native
-def test_matmul_takes_any_strides():
+@pytest.mark.parametrize("dtype", dtypes_of_native_matmul())
+def test_matmul_takes_any_strides(dtype):
     from fastbert.ops import native
 
-    a, b = torch.randn(20, 2, 30)[:, 1], torch.randn(60, 80)[::2, ::2]
-    torch.testing.assert_close(native.matmul(a, b), a @ b)
-    torch.testing.assert_close(native.matmul(a[:1].expand(5, 30), b), a[:1].expand(5, 30) @ b)
+    tolerance = {"rtol": 2e-2, "atol": 1e-1} if dtype == torch.bfloat16 else {}
+    a, b = torch.randn(20, 2, 30).to(dtype)[:, 1], torch.randn(60, 80).to(dtype)[::2, ::2]
+    torch.testing.assert_close(native.matmul(a, b), a @ b, **tolerance)
+    torch.testing.assert_close(native.matmul(a[:1].expand(5, 30), b), a[:1].expand(5, 30) @ b, **tolerance)
+    odd_rows = torch.randn(40, 31).to(dtype)[:, :30]  # bfloat16 is packed in pairs, and these start at odd addresses
+    torch.testing.assert_close(native.matmul(odd_rows, b), odd_rows @ b, **tolerance)
+    torch.testing.assert_close(native.matmul(a, odd_rows.t()), a @ odd_rows.t(), **tolerance)
+    torch.testing.assert_close(native.matmul(odd_rows.t(), odd_rows), odd_rows.t() @ odd_rows, **tolerance)
+    out = torch.full((20, 50), float("nan"), dtype=dtype)
+    torch.testing.assert_close(native.matmul(a, b, out=out[:, :40]), a @ b, **tolerance)
+    assert out[:, 40:].isnan().all()
+
+
+@no_native
+@pytest.mark.parametrize("dtype", dtypes_of_native_matmul())
+def test_matmul_keeps_what_is_not_finite_to_its_row_and_column(dtype):
+    from fastbert.ops import native
+
+    for transposed in (False, True):
+        a, b = torch.randn(40, 71).to(dtype), torch.randn(71, 70).to(dtype)
+        a[3, 70], b[70, 5] = float("inf"), float("nan")
+        c = native.matmul(a.t().contiguous().t() if transposed else a, b)
+        assert c[:, 5].isnan().all() and not c[3].isfinite().any()
+        kept = c[[i for i in range(40) if i != 3]][:, [j for j in range(70) if j != 5]]
+        assert kept.isfinite().all()
 
 
 @no_native
@@ -104,25 +140,59 @@ def test_matmul_on_every_instruction_set():
     try:
         for name in native.supported_instruction_sets():
             native.set_instruction_set(name)
-            torch.testing.assert_close(native.matmul(a, b, bias), torch.addmm(bias, a, b), rtol=1e-5, atol=1e-4)
+            for left in (a, a.t().contiguous().t()):
+                for right in (b, b.contiguous()):
+                    torch.testing.assert_close(native.matmul(left, right, bias), torch.addmm(bias, a, b), rtol=1e-5, atol=1e-4)
+            halves = [t.bfloat16() for t in (a, b, bias)]
+            own = "fastbert" in products.candidates("dx", torch.bfloat16)
+            assert own == native.packs(torch.bfloat16)
+            if own:
+                expected = torch.addmm(*(t.double() for t in (halves[2], *halves[:2])))
+                torch.testing.assert_close(native.matmul(*halves).double(), expected, rtol=1e-2, atol=1e-2)
+            else:
+                with pytest.raises(ValueError, match="this instruction set has no matmul of this dtype"):
+                    native.matmul(*halves)
     finally:
         native.set_instruction_set(before)
 
 
 @no_native
-@pytest.mark.parametrize(("rows", "depth", "columns"), [(500, 300, 200), (20, 700, 900), (5, 40, 30)])
-def test_matmul_does_not_depend_on_the_number_of_threads(rows, depth, columns):
+@pytest.mark.parametrize("dtype", dtypes_of_native_matmul())
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(500, 300, 200), (20, 700, 1900), (5, 40, 30), (1, 64, 640)])
+def test_matmul_does_not_depend_on_the_number_of_threads(rows, depth, columns, transposed, dtype):
     from fastbert.ops import native
 
-    a, b = torch.randn(rows, depth), torch.randn(depth, columns)
+    a, b = torch.randn(rows, depth).to(dtype), torch.randn(depth, columns).to(dtype)
+    a = a.t().contiguous().t() if transposed else a
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3, 7):
+        for count in (1, 2, 3, 7, 16):
             torch.set_num_threads(count)
             results.append(native.matmul(a, b))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_under_autocast_the_product_is_chosen_too(with_bias, monkeypatch):
+    """As close to float64 as torch's own linear under autocast, in its dtype, with gradients in the parameters'."""
+    asked = []
+    monkeypatch.setattr(products, "choice", lambda product, dtype, *_: asked.append((product, dtype)) or "torch")
+
+    def autocast(function):
+        def call(*inputs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(*inputs)
+
+        return call
+
+    inputs, dy = inputs_for(40, 24, 56, torch.bfloat16, with_bias)
+    ours, plain = (gradients(autocast(function), inputs, dy, torch.float32) for function in (linear, F.linear))
+    assert_within_budget(ours, plain, gradients(F.linear, inputs, dy, torch.float64), ["y", "dx", "dweight", "dbias"])
+    assert asked == [(product, torch.bfloat16) for product in ("forward", "dx", "dweight")]
+    assert ours[0].dtype == torch.bfloat16 and ours[2].dtype == torch.float32
 
 
 def test_without_onednn_torch_multiplies(monkeypatch):
