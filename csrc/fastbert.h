@@ -190,8 +190,8 @@ struct BiasGeluBackwardParams {
 // Columns of B are packed in panels of at most so many, and so many of them at a time.
 constexpr int64_t kMatmulPanelColumns = 64, kMatmulChunkColumns = 1536;
 
-// c = A B + bias; one stride of A and one of B is 1. bfloat16 is read in pairs: where the stride of a depth is 1, the depth is
-// even, and so is B's other stride. It needs an instruction set with its dot product.
+// c = A B + bias; one stride of A and one of B is 1. bfloat16 is read in pairs: where the stride of a depth is 1, the depth
+// is even, and so is B's other stride. It needs an instruction set with its dot product.
 struct MatmulParams {
   const void* a;      // element (row, k) is a[row * a_row_stride + k * a_depth_stride]
   const void* b;      // element (k, column) is b[k * b_depth_stride + column * b_column_stride]

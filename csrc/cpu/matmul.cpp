@@ -2,9 +2,9 @@
 //
 // The microkernel of inference (packed_gemm.h) with B packed anew in each call, by all threads: a chunk of its columns at a
 // time, so that what is packed stays in the last-level cache. Then a thread takes a block of A's rows, which stays in its
-// second-level cache while B's panels pass by. Rows whose depth is contiguous are read as they lie (x W^T and dy W); those of
-// a transposed A (dy^T x) are copied, the block's columns side by side. So all three products run at nearly one speed, and an
-// element's sum has the same order whatever the number of threads.
+// second-level cache while B's panels pass by. Rows whose depth is contiguous are read as they lie (x W^T and dy W); those
+// of a transposed A (dy^T x) are copied, the block's columns side by side. So all three products run at nearly one speed,
+// and an element's sum has the same order whatever the number of threads.
 
 #include "cpu/encoder_plan.h"
 #include "cpu/kernels.h"
@@ -113,7 +113,8 @@ struct Product {
   }
 
   template <typename Left>
-  void multiply_panels(Left left, int64_t first_row, int64_t rows, int64_t first_panel, int64_t last_panel, Vec* sums) const {
+  void multiply_panels(Left left, int64_t first_row, int64_t rows, int64_t first_panel, int64_t last_panel,
+                       Vec* sums) const {
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       multiply_packed_panel<Group>(rows, groups, left, panel_of_b(panel), sums);
       const int64_t column = panel * kPanelColumns, count = columns - column;

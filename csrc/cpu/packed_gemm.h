@@ -155,8 +155,8 @@ void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t*
   }
 }
 
-// A panel of B from where B's columns lie: `count` of them, as rows of whole groups that are `stride` groups apart. The other
-// columns of the panel are 0. Groups of any dtype are moved as if they were float32.
+// A panel of B from where B's columns lie: `count` of them, as rows of whole groups that are `stride` groups apart. The
+// other columns of the panel are 0. Groups of any dtype are moved as if they were float32.
 inline void pack_panel_of_rows(const float* rows, int64_t stride, int64_t count, int64_t groups, uint32_t* panel) {
   for (int64_t column = 0; column < kPanelColumns; column += kWidth) {
     const float* from = rows + column * stride;
