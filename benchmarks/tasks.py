@@ -11,7 +11,8 @@ or in --known: a report saved before, whose trainings count where the settings a
 
 "seconds" trains on a few batches: transformers padding to a fixed length (128, or the task's longest sequence where that is more),
 transformers padding to the longest of a batch and grouping by length, and ours, all of them taking turns. The examples of a round
-are the same for all. "report" puts both beside each other.
+are the same for all. From the first batch to the last update: what the Trainer does once, before a training of any length, would
+weigh as much as a step here. "report" puts both beside each other.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainerCallback
 
 from fastbert.data.sources import Source
 from fastbert.finetune.prepared import DEV, PreparedTask, prepare_task
@@ -250,7 +252,7 @@ def measure_seconds(given: argparse.Namespace) -> None:
         for dtype in given.dtype:
             runs = dict(contenders(replace(settings, dtype=dtype), inputs, rows))
             with quiet():
-                seconds = interleaved(runs, given.rounds)
+                seconds = interleaved(runs, given.rounds, own_clock=True)
             results[name][dtype] = {
                 contender: {
                     **summary(times), "tokens_per_second": tokens / statistics.median(times),
@@ -267,8 +269,8 @@ def measure_seconds(given: argparse.Namespace) -> None:
 
 def contenders(
     settings: FinetuneSettings, inputs: PreparedTask, rows: list[dict[str, Any]]
-) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What trains for one epoch on ``rows``, without evaluation and checkpoints, with a Trainer of its own each time."""
+) -> Iterator[tuple[str, Callable[[], float]]]:
+    """What trains for one epoch on ``rows``, without evaluation and checkpoints, with a Trainer of its own each time: seconds."""
     theirs = load_model(settings.model, inputs.task, fast=False)
     length = max(FIXED_LENGTH, inputs.max_seq_length if inputs.task.family == "questions" else settings.max_seq_length or 0)
     maker = DataCollatorForTokenClassification if inputs.task.family == "words" else DataCollatorWithPadding
@@ -279,14 +281,28 @@ def contenders(
     yield OURS, lambda: train(ours, settings, rows)
 
 
-def train(loaded: TaskModel, settings: FinetuneSettings, rows: list[dict[str, Any]], **changes: Any) -> None:
-    once = replace(settings, epochs=1.0)
+class Clock(TrainerCallback):
+    """Seconds from the first batch to the last update."""
+
+    seconds = 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds -= time.perf_counter()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter()
+
+
+def train(loaded: TaskModel, settings: FinetuneSettings, rows: list[dict[str, Any]], **changes: Any) -> float:
+    once, clock = replace(settings, epochs=1.0), Clock()
     with tempfile.TemporaryDirectory() as folder:
         off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
         trainer = build_trainer(
             loaded, rows, once, 0, metric="", score=dict, folder=Path(folder), say=lambda line: None, **off, **changes
         )
+        trainer.add_callback(clock)
         trainer.train()
+    return clock.seconds
 
 
 if __name__ == "__main__":

@@ -181,12 +181,6 @@ void for_pieces(int64_t rows, int64_t out_features, int num_threads, const Body&
   });
 }
 
-// Rows of whole tiles, so that few tiles are partly empty.
-int64_t first_row_of(int64_t block, int64_t blocks, int64_t rows) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, row = block * tiles / blocks * kTileRows;
-  return row < rows ? row : rows;
-}
-
 template <typename P>
 void run_rows_by_block(const Rows<P>& all, int64_t rows, int64_t blocks, int num_threads, bool after_attention) {
   const EncoderLayerParams& p = all.p;

@@ -177,6 +177,15 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, LeftMatrix a,
   }
 }
 
+// Where a block of whole tiles begins, of `blocks` that share some rows. The first ones have a tile more than the others, so
+// that threads that take turns at them end together: were every second block the larger one, one of two threads would have
+// them all.
+constexpr int64_t first_row_of(int64_t block, int64_t blocks, int64_t rows) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, larger = tiles % blocks;
+  const int64_t row = (block * (tiles / blocks) + (block < larger ? block : larger)) * kTileRows;
+  return row < rows ? row : rows;
+}
+
 // How many tiles, and so steps of the prefetcher, multiply() makes.
 constexpr int64_t count_tiles(int64_t rows, int64_t columns, int64_t depth) {
   return (rows + kTileRows - 1) / kTileRows * ((columns + kPanelColumns - 1) / kPanelColumns) *

@@ -132,15 +132,14 @@ struct Product {
 
   // As many blocks for each thread, of whole tiles. Threads that find no rows share out the columns.
   void multiply_all(int num_threads) const {
-    const int64_t tiles = (p.rows + kTileRows - 1) / kTileRows, most = (p.rows + kFewestRows - 1) / kFewestRows;
+    const int64_t most = (p.rows + kFewestRows - 1) / kFewestRows;
     const int64_t wanted = round_up((p.rows + kMaxBlockRows - 1) / kMaxBlockRows, num_threads);
     const int64_t row_blocks = wanted < most ? wanted : most;
     const int64_t pieces_wanted = (num_threads + row_blocks - 1) / row_blocks;
     const int64_t pieces = pieces_wanted < panels ? pieces_wanted : panels;
     parallel_for(row_blocks * pieces, num_threads, [&](int64_t task) {
       const int64_t block = task / pieces, piece = task % pieces;
-      const int64_t end = (block + 1) * tiles / row_blocks * kTileRows;
-      multiply(block * tiles / row_blocks * kTileRows, end < p.rows ? end : p.rows, piece * panels / pieces,
+      multiply(first_row_of(block, row_blocks, p.rows), first_row_of(block + 1, row_blocks, p.rows), piece * panels / pieces,
                (piece + 1) * panels / pieces);
     });
   }

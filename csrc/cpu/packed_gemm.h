@@ -51,33 +51,28 @@ struct Int8Group {
 constexpr int64_t kGroupBlock = 128;
 constexpr int kCacheLine = 64;
 
-// Rows of A from a group on: group k of row i is at data + i * row_bytes + k * group_bytes.
-struct LeftTile {
-  const char* data;
-  int64_t row_bytes, group_bytes;
-};
-
-// A's rows, each of whole groups, row_bytes apart.
+// Rows of A, or a part of them: group k of row i is at data + i * row_bytes + k * kGroupBytes. In LeftRows the groups of a
+// row lie side by side, in LeftColumns those of kMaxBlockRows rows.
 struct LeftRows {
   const char* data;
   int64_t row_bytes;
+  static constexpr int64_t kGroupBytes = 4;
 
-  LeftTile tile(int64_t row, int64_t group) const { return {data + row * row_bytes + group * 4, row_bytes, 4}; }
+  LeftRows from(int64_t row, int64_t group) const { return {data + row * row_bytes + group * kGroupBytes, row_bytes}; }
 };
 
-// A's columns: the groups of kMaxBlockRows rows side by side.
 struct LeftColumns {
   const char* data;
+  static constexpr int64_t row_bytes = 4;
+  static constexpr int64_t kGroupBytes = kMaxBlockRows * 4;
 
-  LeftTile tile(int64_t row, int64_t group) const {
-    return {data + (group * kMaxBlockRows + row) * 4, 4, kMaxBlockRows * 4};
-  }
+  LeftColumns from(int64_t row, int64_t group) const { return {data + row * row_bytes + group * kGroupBytes}; }
 };
 
 // tile (Rows, kPanelColumns) = or += the products of one block of groups: its rounding errors grow with the block, not with
 // the depth. With each group it asks the memory for kLines cache lines from prefetch on.
-template <typename Group, int Rows, int kLines>
-__attribute__((noinline)) void packed_tile(int64_t groups, LeftTile a, const uint32_t* panel, typename Group::Sum* tile,
+template <typename Group, int Rows, int kLines, typename Left>
+__attribute__((noinline)) void packed_tile(int64_t groups, Left a, const uint32_t* panel, typename Group::Sum* tile,
                                            bool accumulate, const char* prefetch) {
   using Sum = typename Group::Sum;
   Sum sums[Rows][kPanelVectors];
@@ -86,7 +81,7 @@ __attribute__((noinline)) void packed_tile(int64_t groups, LeftTile a, const uin
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = Sum{};
   }
-  for (int64_t group = 0; group < groups; ++group, a.data += a.group_bytes, panel += kPanelColumns) {
+  for (int64_t group = 0; group < groups; ++group, a.data += Left::kGroupBytes, panel += kPanelColumns) {
     VecUint w[kPanelVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVectors; ++v) std::memcpy(&w[v], panel + v * kWidth, sizeof(VecUint));
@@ -110,8 +105,8 @@ __attribute__((noinline)) void packed_tile(int64_t groups, LeftTile a, const uin
   }
 }
 
-template <typename Group, int kLines, int Rows = kTileRows>
-FASTBERT_INLINE void packed_rows(int64_t rows, int64_t groups, LeftTile a, const uint32_t* panel, typename Group::Sum* tile,
+template <typename Group, int kLines, int Rows = kTileRows, typename Left>
+FASTBERT_INLINE void packed_rows(int64_t rows, int64_t groups, Left a, const uint32_t* panel, typename Group::Sum* tile,
                                  bool accumulate, const char* prefetch) {
   if constexpr (Rows > 1) {
     if (rows < Rows) {
@@ -136,7 +131,7 @@ void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t*
     for (int64_t tile = 0; tile < tiles; ++tile) {
       // Nearly equal: a last tile of one row would leave most of the arithmetic units idle.
       const int64_t first = tile * rows / tiles, last = (tile + 1) * rows / tiles;
-      const LeftTile tile_rows = a.tile(first, first_group);
+      const Left tile_rows = a.from(first, first_group);
       typename Group::Sum* to = sums + first * kPanelVectors;
       const char* part = next_block + tile * lines * block * kCacheLine;
       const auto run = [&](auto count) {

@@ -30,6 +30,7 @@ def test_seconds_belong_to_their_contender():
     turns = []
     seconds = interleaved({name: lambda name=name: turns.append(name) for name in "ab"}, rounds=4)
     assert turns == list("abbabaabab") and {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4}
+    assert interleaved({"a": lambda: 1.5, "b": lambda: 2.5}, rounds=2, own_clock=True) == {"a": [1.5, 1.5], "b": [2.5, 2.5]}
 
 
 def test_results_of_an_unfinished_run_lie_beside_those_of_the_last_one(monkeypatch, tmp_path, capsys):
