@@ -187,8 +187,8 @@ struct BiasGeluBackwardParams {
   DType dtype;  // of dy, u, du and y
 };
 
-// Columns of B are packed in panels of at most so many, and so many of them at a time.
-constexpr int64_t kMatmulPanelColumns = 64, kMatmulChunkColumns = 1536;
+// Columns of B are packed in panels of at most so many.
+constexpr int64_t kMatmulPanelColumns = 64;
 
 // c = A B + bias; one stride of A and one of B is 1. bfloat16 is read in pairs: where the stride of a depth is 1, the depth
 // is even, and so is B's other stride. It needs an instruction set with its dot product.
@@ -343,6 +343,8 @@ void gelu_layer_norm_backward(const GeluLayerNormBackwardParams& params, int num
 void bias_gelu_forward(const BiasGeluForwardParams& params, int num_threads);
 void bias_gelu_backward(const BiasGeluBackwardParams& params, int num_threads);
 void matmul(const MatmulParams& params, int num_threads);
+// Columns of B that are packed at a time, whole panels, and the bytes that they take.
+int64_t matmul_chunk_columns(int64_t depth, int64_t columns, DType dtype);
 int64_t matmul_workspace_bytes(int64_t depth, int64_t columns, DType dtype);
 void mlm_loss_forward(const MlmLossForwardParams& params, int num_threads);
 void mlm_loss_backward(const MlmLossBackwardParams& params, int num_threads);

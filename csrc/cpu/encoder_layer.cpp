@@ -168,10 +168,9 @@ int64_t count_column_pieces(int64_t panels, int num_threads) {
 // Runs body(first, last, first_panel, last_panel, sums) on rows x panels, cut into a few pieces for each thread.
 template <typename Body>
 void for_pieces(int64_t rows, int64_t out_features, int num_threads, const Body& body) {
-  constexpr int64_t min_rows = 4 * kTileRows;
   const int64_t panels = count_panels(out_features), column_pieces = count_column_pieces(panels, num_threads);
   const int64_t wanted = column_pieces % num_threads == 0 ? column_pieces : kPiecesPerThread * num_threads;
-  const int64_t row_pieces_wanted = (wanted + column_pieces - 1) / column_pieces, most = rows / min_rows;
+  const int64_t row_pieces_wanted = (wanted + column_pieces - 1) / column_pieces, most = rows / kFewestRows;
   const int64_t row_pieces = row_pieces_wanted < most ? row_pieces_wanted : most > 0 ? most : 1;
   parallel_for(column_pieces * row_pieces, num_threads, [&](int64_t piece) {
     const int64_t column_piece = piece / row_pieces, row_piece = piece % row_pieces;

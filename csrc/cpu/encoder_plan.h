@@ -10,7 +10,8 @@
 
 namespace fastbert::cpu {
 
-// Rows that a thread works on at a time: the sums of one panel of a weight for them stay in its second-level cache.
+// Rows that a thread works on at a time: the sums of one panel of a weight for them stay in its second-level cache. Also the
+// distance of the depths in what matmul copies of a transposed A.
 constexpr int64_t kMaxBlockRows = 96;
 
 // The chunks of a batch: whole sequences, nearly equal numbers of tokens.

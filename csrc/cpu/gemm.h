@@ -177,6 +177,9 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, LeftMatrix a,
   }
 }
 
+// A thread's share of some rows is not cut smaller than this.
+constexpr int64_t kFewestRows = 4 * kTileRows;
+
 // Where a block of whole tiles begins, of `blocks` that share some rows. The first ones have a tile more than the others, so
 // that threads that take turns at them end together: were every second block the larger one, one of two threads would have
 // them all.

@@ -1,10 +1,12 @@
 // C = A B + bias, each of A and B as it lies or transposed: the products of a linear layer in training.
 //
 // The microkernel of inference (packed_gemm.h) with B packed anew in each call, by all threads: a chunk of its columns at a
-// time, so that what is packed stays in the last-level cache. Then a thread takes a block of A's rows, which stays in its
-// second-level cache while B's panels pass by. Rows whose depth is contiguous are read as they lie (x W^T and dy W); those
-// of a transposed A (dy^T x) are copied, the block's columns side by side. So all three products run at nearly one speed,
-// and an element's sum has the same order whatever the number of threads.
+// time, so that what is packed stays in the last-level cache. Then a thread takes a block of A's rows, which, up to a depth
+// of 2,000, stays in its second-level cache while B's panels pass by. Rows whose depth is contiguous are read as they lie (x
+// W^T and dy W); those of a transposed A (dy^T x) are copied, the block's columns side by side. So all three products run at
+// nearly one speed, and an element's sum has the same order whatever the number of threads.
+
+#include <numeric>
 
 #include "cpu/encoder_plan.h"
 #include "cpu/kernels.h"
@@ -14,13 +16,12 @@ namespace fastbert::cpu::FASTBERT_ISA {
 
 namespace {
 
-static_assert(kMatmulPanelColumns % kPanelColumns == 0 && kMatmulChunkColumns % kPanelColumns == 0,
-              "the workspace is sized for whole panels");
+static_assert(kMatmulPanelColumns % kPanelColumns == 0, "chunks are whole panels");
 
 // Groups of B's depth that a thread packs at a time, of all panels.
 constexpr int64_t kPackedGroups = 64;
-// A thread's share of the rows is not cut smaller than this; rather the columns are.
-constexpr int64_t kFewestRows = 4 * kTileRows;
+// Multiply-adds below which waking threads takes longer than what they save.
+constexpr int64_t kWorthThreads = 1 << 18;
 // Lines of a transposed A are a page or more apart, where no hardware prefetcher looks: so many lines ahead.
 constexpr int64_t kLinesAhead = 8;
 
@@ -97,7 +98,7 @@ struct Product {
 
   // A block of at most kMaxBlockRows rows.
   void multiply(int64_t first_row, int64_t last_row, int64_t first_panel, int64_t last_panel) const {
-    constexpr int64_t sums_size = kMaxBlockRows * kPanelColumns;
+    constexpr int64_t sums_size = kSumVectors * kWidth;
     const int64_t rows = last_row - first_row;
     float* scratch = thread_scratch(static_cast<size_t>(sums_size + (a_is_transposed ? groups * kMaxBlockRows : 0)));
     Vec* sums = reinterpret_cast<Vec*>(scratch);
@@ -130,12 +131,12 @@ struct Product {
     }
   }
 
-  // As many blocks for each thread, of whole tiles. Threads that find no rows share out the columns.
+  // As many blocks for each thread, of whole tiles; where there are too few rows, their columns are cut.
   void multiply_all(int num_threads) const {
     const int64_t most = (p.rows + kFewestRows - 1) / kFewestRows;
     const int64_t wanted = round_up((p.rows + kMaxBlockRows - 1) / kMaxBlockRows, num_threads);
     const int64_t row_blocks = wanted < most ? wanted : most;
-    const int64_t pieces_wanted = (num_threads + row_blocks - 1) / row_blocks;
+    const int64_t pieces_wanted = num_threads / std::gcd(row_blocks, int64_t{num_threads});
     const int64_t pieces = pieces_wanted < panels ? pieces_wanted : panels;
     parallel_for(row_blocks * pieces, num_threads, [&](int64_t task) {
       const int64_t block = task / pieces, piece = task % pieces;
@@ -147,8 +148,8 @@ struct Product {
 
 template <typename Group, typename T>
 void multiply_chunks(const MatmulParams& p, int num_threads) {
-  const int64_t chunks = (p.columns + kMatmulChunkColumns - 1) / kMatmulChunkColumns;
-  const int64_t width = round_up((p.columns + chunks - 1) / chunks, kPanelColumns);
+  if (p.rows * p.depth * p.columns < kWorthThreads) num_threads = 1;
+  const int64_t width = matmul_chunk_columns(p.depth, p.columns, p.dtype);
   // One region of threads for all loops, since every region ends with a wait for the slowest thread.
   together(num_threads, [&] {
     for (int64_t column = 0; column < p.columns; column += width) {

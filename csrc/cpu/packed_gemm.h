@@ -69,6 +69,9 @@ struct LeftColumns {
   LeftColumns from(int64_t row, int64_t group) const { return {data + row * row_bytes + group * kGroupBytes}; }
 };
 
+// The vectors of sums of a block of rows and a panel.
+constexpr int64_t kSumVectors = kMaxBlockRows * kPanelVectors;
+
 // tile (Rows, kPanelColumns) = or += the products of one block of groups: its rounding errors grow with the block, not with
 // the depth. With each group it asks the memory for kLines cache lines from prefetch on.
 template <typename Group, int Rows, int kLines, typename Left>
@@ -155,10 +158,11 @@ void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t*
 inline void pack_panel_of_rows(const float* rows, int64_t stride, int64_t count, int64_t groups, uint32_t* panel) {
   for (int64_t column = 0; column < kPanelColumns; column += kWidth) {
     const float* from = rows + column * stride;
+    const int64_t there = count - column < kWidth ? count - column : kWidth;
     for_columns(groups, [&](int64_t group, auto extent) {
       Vec square[kWidth];
 #pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) square[i] = column + i < count ? load(from + i * stride + group, extent) : Vec{};
+      for (int i = 0; i < kWidth; ++i) square[i] = i < there ? load(from + i * stride + group, extent) : Vec{};
       transpose(square);
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) {

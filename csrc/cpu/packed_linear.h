@@ -8,9 +8,6 @@
 
 namespace fastbert::cpu::FASTBERT_ISA {
 
-// The vectors of sums that packed_linear needs as scratch memory.
-constexpr int64_t kSumVectors = kMaxBlockRows * kPanelVectors;
-
 inline int64_t count_panels(int64_t out_features) { return (out_features + kPanelColumns - 1) / kPanelColumns; }
 
 // A matrix on the left of a linear layer; scale: of each row's int8 elements, null for other dtypes.

@@ -2,7 +2,7 @@
 
 torch carries several matmuls for CPUs, and a fixed rule is wrong somewhere: MKL reaches 40% of an AMD Zen 5 where oneDNN reaches
 85%, and on Intel they are neck and neck. So the candidates of ``linear.py`` are timed when a kind of product is first needed:
-dtype x product (forward, dx, dweight) x few or many rows, each within a fraction of a second. The answers go to one small JSON
+dtype x product (forward, dx, dweight) x few or many rows, each within about a second. The answers go to one small JSON
 file per machine, build of the extension and thread count, ``$XDG_CACHE_HOME/fastbert/matmul-<key>.json`` (``~/.cache`` by
 default), so that every later process computes the same. A file that cannot be read is measured anew, a folder that cannot be
 written keeps the answers in memory only.

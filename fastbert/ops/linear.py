@@ -6,7 +6,7 @@ carries for its compiler, adds the bias as it stores, and computes the backward'
 transposed: as views, or as copies, which cost memory traffic and gain where rows are many. :mod:`.calibration` measures which of
 these is the fastest for float32 and bfloat16; all of them multiply in the operands' dtype and add in float32. It has one of our
 own to choose, too (``csrc/cpu/matmul.cpp``), which takes transposed operands at full speed: for float32, and for bfloat16 where
-the CPU has its dot product. GPUs, autocast, compilers and other dtypes take torch's own.
+the CPU has its dot product. GPUs, compilers and other dtypes take torch's own.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ def _usable(product: str, dtype: torch.dtype, own: bool) -> Mapping[str, Callabl
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (rows, in_features), weight (out_features, in_features), bias (out_features,) or None -> (rows, out_features).
 
-    Under autocast all of them are converted to its dtype.
+    Under autocast all of them are converted to its dtype, but for float64, as torch does.
     """
     if torch.compiler.is_compiling():  # it chooses its own matmul
         return F.linear(x, weight, bias)
-    if x.device.type == "cpu" and under_autocast(x):
+    if x.device.type == "cpu" and x.dtype != torch.float64 and under_autocast(x):
         dtype = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not is_ours(x, weight):

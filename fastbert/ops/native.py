@@ -1,8 +1,8 @@
 """The C++ CPU kernels (csrc/cpu) under the names and signatures of ``reference.py``: tensors become pointers here.
 
 Inputs are contiguous CPU tensors of float32 or bfloat16 (``backends.py`` refuses others); a block of logits may have a row
-stride. Arithmetic, statistics and sums are float32, except that attention multiplies bfloat16 as it is, and adds the products in
-float32, with avx512_bf16. Results do not depend on the number of threads, which is torch's.
+stride. Arithmetic, statistics and sums are float32, except that attention and matmuls multiply bfloat16 as it is, and add the
+products in float32, with avx512_bf16. Results do not depend on the number of threads, which is torch's.
 
 The extension links no OpenMP runtime: it is handed the entry point of the one that torch uses, so the process has one.
 FASTBERT_CPU_ISA=baseline|avx2|avx512|avx512_bf16 forces an instruction set; the widest that the CPU supports is the default.
@@ -92,7 +92,7 @@ def set_instruction_set(name: str) -> None:
 
 
 def packs(weight_dtype: torch.dtype) -> bool:
-    """Whether the encoder layer runs with weights of this dtype on the instruction set in use."""
+    """Whether the instruction set in use multiplies weights of this dtype, in the encoder layer and, but for int8, in matmul."""
     return _cpu.packs(WEIGHT_DTYPES[weight_dtype])
 
 
@@ -342,10 +342,12 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None 
     which is returned, or None for a new tensor. Nothing may be empty.
     """
     (rows, depth), columns = a.shape, b.shape[1]
-    if a.dtype == torch.bfloat16 and depth % 2 and (a.stride(1) == 1 or b.stride(0) == 1):
-        a, b, depth = F.pad(a, (0, 1)), F.pad(b, (0, 0, 0, 1)), depth + 1  # elements that lie in a row are read in pairs
-    a = a if 1 in a.stride() else a.contiguous()
-    b = b if 1 in b.stride() and not (b.dtype == torch.bfloat16 and b.stride(0) == 1 and b.stride(1) % 2) else b.contiguous()
+    a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
+    if a.dtype == torch.bfloat16:  # elements that follow each other along the depth are read in pairs
+        if depth % 2 and (a.stride(1) == 1 or b.stride(0) == 1):
+            a, b, depth = F.pad(a, (0, 1)), F.pad(b, (0, 0, 0, 1)), depth + 1
+        if b.stride(0) == 1 and b.stride(1) % 2:
+            b = b.contiguous()
     bias = _float32(None if bias is None else bias.contiguous())
     out = a.new_empty(rows, columns) if out is None else out
     packed_b = torch.empty(_cpu.matmul_workspace_bytes(depth, columns, DTYPES[a.dtype]), dtype=torch.uint8, device="cpu")

@@ -44,7 +44,7 @@ def test_the_fastest_is_taken_and_kept(monkeypatch):
     assert [path.name for path in calibration.cache_file().parent.iterdir()] == [calibration.cache_file().name]
 
 
-def test_the_file_is_for_one_machine_and_number_of_threads(monkeypatch):
+def test_the_file_is_for_one_machine_number_of_threads_and_build(monkeypatch):
     paths = {calibration.cache_file()}
     monkeypatch.setattr(calibration, "_processor", lambda: ["another", "avx"])
     paths.add(calibration.cache_file())
@@ -54,7 +54,9 @@ def test_the_file_is_for_one_machine_and_number_of_threads(monkeypatch):
     paths.add(calibration.cache_file())
     monkeypatch.setattr(calibration, "__version__", "9.9")
     paths.add(calibration.cache_file())
-    assert len(paths) == 5
+    monkeypatch.setattr(calibration, "_extension", lambda: [1, 2])
+    paths.add(calibration.cache_file())
+    assert len(paths) == 6
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,49 @@ def test_matmul_keeps_what_is_not_finite_to_its_row_and_column(dtype):
 
 
 @no_native
+@pytest.mark.parametrize("dtype", dtypes_of_native_matmul())
+def test_matmul_reads_no_neighbour_of_an_odd_depth(dtype):
+    """Of operands that are no rows and no columns, whose copies end within a pair; what follows a row is infinite."""
+    from fastbert.ops import native
+
+    whole = torch.randn(20, 62).to(dtype)
+    whole[1:, 0] = float("inf")
+    a, b = whole[:1, ::2], torch.randn(40, 62).to(dtype)[::2, ::2].t()
+    assert native.matmul(a, b).isfinite().all()
+    a, b = torch.randn(7, 31).to(dtype), torch.randn(62, 4).to(dtype)[::2, ::4]
+    torch.testing.assert_close(native.matmul(a, b), a @ b, rtol=2e-2, atol=1e-1)
+    a = torch.full((9, 62), float("inf")).to(dtype)
+    a[::2, ::2] = 1.0
+    assert native.matmul(a[::2, ::2], torch.ones(31, 3).to(dtype).t().contiguous().t()).eq(31.0).all()
+
+
+@no_native
+@pytest.mark.parametrize("dtype", dtypes_of_native_matmul())
+@pytest.mark.parametrize(("depth", "columns"), [(1, 1), (7, 65), (256, 1536), (300, 1537), (33, 3100), (40_000, 130)])
+def test_matmul_stays_within_its_workspace(depth, columns, dtype):
+    from fastbert.ops import native
+
+    number = native.DTYPES[dtype]
+    size = native._cpu.matmul_workspace_bytes(depth, columns, number)
+    assert size <= 32 << 20
+    a, b, c = torch.ones(depth, 2, dtype=dtype).t(), torch.ones(depth, columns, dtype=dtype), torch.empty(2, columns, dtype=dtype)
+    before = native.instruction_set()
+    try:
+        for name in native.supported_instruction_sets():
+            native.set_instruction_set(name)
+            workspace = torch.full((size + 4096,), 0x5A, dtype=torch.uint8)
+            if native.packs(dtype):
+                native._cpu.matmul(
+                    a.data_ptr(), b.data_ptr(), 0, c.data_ptr(), workspace.data_ptr(), 2, depth, columns, *a.stride(), *b.stride(),
+                    columns, number, 2,
+                )  # fmt: skip
+                assert (workspace[size:] == 0x5A).all()
+                torch.testing.assert_close(c, torch.full_like(c, depth), rtol=1e-2, atol=0)
+    finally:
+        native.set_instruction_set(before)
+
+
+@no_native
 def test_matmul_on_every_instruction_set():
     from fastbert.ops import native
 
@@ -193,6 +236,16 @@ def test_under_autocast_the_product_is_chosen_too(with_bias, monkeypatch):
     assert_within_budget(ours, plain, gradients(F.linear, inputs, dy, torch.float64), ["y", "dx", "dweight", "dbias"])
     assert asked == [(product, torch.bfloat16) for product in ("forward", "dx", "dweight")]
     assert ours[0].dtype == torch.bfloat16 and ours[2].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_autocast_leaves_to_torch_what_is_torchs(dtype):
+    """It does not convert float64; and of float16 there is no product of another library."""
+    given, to = (dtype, torch.bfloat16) if dtype == torch.float64 else (torch.float32, dtype)
+    x, weight, bias = (torch.randn(shape, dtype=given) for shape in ((3, 4), (5, 4), (5,)))
+    with torch.autocast("cpu", to):
+        ours, theirs = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert ours.dtype == theirs.dtype == dtype and torch.equal(ours, theirs)
 
 
 def test_without_onednn_torch_multiplies(monkeypatch):
