@@ -25,14 +25,13 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainerCallback
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from fastbert.data.sources import Source
 from fastbert.finetune.prepared import DEV, PreparedTask, prepare_task
@@ -281,28 +280,15 @@ def contenders(
     yield OURS, lambda: train(ours, settings, rows)
 
 
-class Clock(TrainerCallback):
-    """Seconds from the first batch to the last update."""
-
-    seconds = 0.0
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds -= time.perf_counter()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter()
-
-
 def train(loaded: TaskModel, settings: FinetuneSettings, rows: list[dict[str, Any]], **changes: Any) -> float:
-    once, clock = replace(settings, epochs=1.0), Clock()
+    """Seconds from the first batch to the last update, as the Trainer counts them."""
+    once = replace(settings, epochs=1.0)
     with tempfile.TemporaryDirectory() as folder:
         off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
         trainer = build_trainer(
             loaded, rows, once, 0, metric="", score=dict, folder=Path(folder), say=lambda line: None, **off, **changes
         )
-        trainer.add_callback(clock)
-        trainer.train()
-    return clock.seconds
+        return trainer.train().metrics["train_runtime"]
 
 
 if __name__ == "__main__":
