@@ -261,7 +261,7 @@ struct EncoderLayerParams {
   const void* x;              // (total, hidden)
   const int32_t* cu_seqlens;  // (batch + 1,), from 0 to total
   void* y;                    // (total, hidden)
-  void* workspace;            // encoder_layer_workspace_bytes()
+  void* workspace;            // encoder_layers_workspace_bytes()
   PackedLinear qkv;           // hidden -> 3 hidden
   PackedLinear attention_output, intermediate, output;
   const float *attention_norm_weight, *attention_norm_bias;  // (hidden,)
@@ -320,10 +320,8 @@ constexpr int64_t kOptimizerChunk = 16384;
 
 namespace cpu {
 
-// Whether the instruction set in use has instructions for an encoder layer with weights of this dtype.
+// Whether the instruction set in use multiplies weights of this dtype: in the encoder layer and, but for int8, in matmul.
 bool packs(DType weight_dtype);
-
-int64_t encoder_layer_workspace_bytes(const EncoderLayerParams& params, int num_threads);
 
 // Sums over all rows (gradients of weights and biases) are made of the sums of this many chunks of rows, in order: it
 // depends on the shape alone, so results do not depend on the number of threads.

@@ -76,21 +76,16 @@ void require_supported(const PackWeightParams& params) {
   if (!packs(params.dtype)) throw std::invalid_argument("this instruction set packs no weights of this dtype");
 }
 
-void require_supported(const MatmulParams& params) {
-  if (!packs(params.dtype) || params.dtype == DType::int8) {
-    throw std::invalid_argument("this instruction set has no matmul of this dtype");
+// Of operands of one dtype: int8 has its products in the encoder layer alone.
+void require_product(const char* name, DType dtype) {
+  if (!packs(dtype) || dtype == DType::int8) {
+    throw std::invalid_argument("this instruction set has no " + std::string(name) + " of this dtype");
   }
 }
 
-int64_t matmul_panel_bytes(int64_t depth, DType dtype) {
-  return kMatmulPanelColumns * (dtype == DType::float32 ? depth * 4 : (depth + 1) / 2 * 4);
-}
+void require_supported(const MatmulParams& params) { require_product("matmul", params.dtype); }
 
-void require_supported(const PackedDenseParams& params) {
-  if (!packs(params.dtype) || params.dtype == DType::int8) {
-    throw std::invalid_argument("this instruction set has no packed linear layer of this dtype");
-  }
-}
+void require_supported(const PackedDenseParams& params) { require_product("packed linear layer", params.dtype); }
 
 void require_supported(const EncoderLayerParams& params) {
   const bool activations = params.dtype == DType::float32 || params.dtype == DType::bfloat16;
@@ -98,6 +93,10 @@ void require_supported(const EncoderLayerParams& params) {
   if (!packs(params.weight_dtype) || !activations || wider) {
     throw std::invalid_argument("this instruction set has no encoder layer for these dtypes");
   }
+}
+
+int64_t matmul_panel_bytes(int64_t depth, DType dtype) {
+  return kMatmulPanelColumns * (dtype == DType::float32 ? depth * 4 : (depth + 1) / 2 * 4);
 }
 
 }  // namespace

@@ -68,12 +68,6 @@ EncoderWorkspace::EncoderWorkspace(Memory& memory, const EncoderLayerParams& p, 
       // A chunk of more rows is divided by rows.
       buffers(memory, p, std::min(longest_chunk, 2 * num_threads * kMaxBlockRows)) {}
 
-int64_t encoder_layer_workspace_bytes(const EncoderLayerParams& p, int num_threads) {
-  Memory measure(nullptr);
-  EncoderWorkspace(measure, p, EncoderChunks(p, num_threads).longest(), num_threads);
-  return measure.used();
-}
-
 int64_t encoder_layers_workspace_bytes(const std::vector<EncoderLayerParams>& layers, const int32_t* cu_seqlens,
                                        int64_t total, int64_t batch, int num_threads) {
   int64_t bytes = 0;
@@ -81,7 +75,9 @@ int64_t encoder_layers_workspace_bytes(const std::vector<EncoderLayerParams>& la
     layer.cu_seqlens = cu_seqlens;
     layer.total = total;
     layer.batch = batch;
-    bytes = std::max(bytes, encoder_layer_workspace_bytes(layer, num_threads));
+    Memory measure(nullptr);
+    EncoderWorkspace(measure, layer, EncoderChunks(layer, num_threads).longest(), num_threads);
+    bytes = std::max(bytes, measure.used());
   }
   return bytes;
 }
