@@ -16,6 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 
+from fastbert.ops import backends  # noqa: E402
+
 from . import cuda_on_host  # noqa: E402
 from .toys import entity_folder, sentiment_folder, toy_model, toy_tokenizer  # noqa: E402, F401 (fixtures)
 
@@ -34,8 +36,8 @@ if not torch.cuda.is_available():
 os.environ["FASTBERT_CALIBRATION"] = "off"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# The tests of these files stay on the CPU on every machine.
-CPU_ONLY = ("tests/ops/test_native.py", "tests/ops/test_native_attention.py", "tests/ops/test_cuda_arithmetic.py")
+# Files of the ops' tests in which a GPU takes part where there is one.
+ON_A_GPU_TOO = tuple(f"tests/ops/test_{name}.py" for name in (*backends.OPS, "first_gpu_work", "measured_backends", "registration"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m picks tests by their markers
@@ -48,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(REPOSITORY).as_posix()
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         needs_cuda = item.get_closest_marker("cuda") is not None
-        if needs_cuda or (path.startswith("tests/ops/") and path not in CPU_ONLY and backend != "native"):
+        if needs_cuda or (path in ON_A_GPU_TOO and backend != "native"):
             item.add_marker("gpu")
         if needs_cuda and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
