@@ -142,6 +142,8 @@ def interleaved_kernels(
         for steps in contenders.values():
             _take_turn(steps)
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in steps] for name, steps in contenders.items()}
+    if not contenders:
+        return seconds
     if device == "cuda":
         for name, step, before, after in _queued_rounds(contenders, rounds, limit_s):
             seconds[name][step].append(before.elapsed_time(after) / 1e3)

@@ -153,8 +153,8 @@ def profiles(task: Task, options: Options, limits: Mapping[str, Any], say: Say) 
     steps, _ = make_steps(theirs, ours, replace(options, peers=()), say)
     weights = sum(p.numel() for p in ours.parameters())
     for workload in options.batches:
-        whole: Parts = ((1.0, task.with_labels(padded_batch(workload, config.vocab_size, options.device))),)
-        runs = {key: (lambda step=step, whole=whole: step(whole), options.dtype) for key, step in steps.items()}
+        batches = batches_of(task.with_labels(padded_batch(workload, config.vocab_size, options.device)), task, padded=False)
+        runs = {key: (lambda step=step, parts=batches[key]: step(parts), options.dtype) for key, step in steps.items()}
         document["profile"][workload.name] = profile.profiles(runs, options.device, say)
         required = model_work.parts(config, workload, options.dtype, task.labelled, weights)
         document["floors"][workload.name] = {options.dtype: model_work.floors(required, limits)}

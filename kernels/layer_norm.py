@@ -80,7 +80,11 @@ def row_statistics(z, inside_columns, eps, hidden: tl.constexpr):
     """Mean and 1 / sqrt(variance + eps) of each row, (BLOCK_ROWS, 1); ``z`` is zero outside."""
     mean = tl.sum(z, 1, keep_dims=True) / hidden
     centred = tl.where(inside_columns[None, :], z - mean, 0.0)
-    return mean, tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / hidden + eps)
+    # The sum of the centred values, which exactly would be 0, is what rounding made of the mean: of a row of equal values all
+    # that there is, and BERT's eps is small enough to show it.
+    correction = tl.sum(centred, 1, keep_dims=True) / hidden
+    variance = tl.maximum(tl.sum(centred * centred, 1, keep_dims=True) / hidden - correction * correction, 0.0)
+    return mean + correction, tl.rsqrt(variance + eps)
 
 
 @triton.jit

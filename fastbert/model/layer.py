@@ -323,7 +323,7 @@ def _flatten(group: list[Tensor], kind: type) -> bool:
         and p.is_contiguous()
         and not p.is_inference()
         and p.device.type != "meta"
-        and not p.is_shared()
+        and not (p.device.type == "cpu" and p.is_shared())  # of a GPU's tensors torch always says so
         and _owns_its_memory(p)
         for p in group
     )
