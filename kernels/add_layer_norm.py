@@ -9,6 +9,10 @@ Rows are whole in registers, so the statistics are exact two-pass ones. The back
 walk over the rows in strides and sum the parameter gradients on the way (reduction.py adds up the programs): bitwise
 repeatable on one kind of GPU.
 
+``add_layer_norm_mixed`` is the same for autocast: x in half precision, the residual in float32, and y in both, for the matmul and
+for the residual behind it. 14 bytes per element in either direction, and none of the passes that convert one to the other or add
+the two gradients of y (36 bytes).
+
 All tensors are contiguous; x, residual and the gradients are float32, bfloat16 or float16, as are the parameters, whose
 dtype may differ (autocast).
 """
@@ -36,6 +40,17 @@ from .precision import round_to
 from .reduction import empty_partials, sum_partials
 
 
+@triton.jit
+def _load_gradient(dy_ptr, dy_residual_ptr, offsets, inside):
+    """The sum of those that there are, float32."""
+    if dy_residual_ptr is None:
+        return tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(dy_residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    if dy_ptr is not None:
+        dy += tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    return dy
+
+
 @triton.jit(do_not_specialize=["rows", "threshold", "stream"])
 def _forward_kernel(
     x_ptr,
@@ -44,6 +59,7 @@ def _forward_kernel(
     weight_ptr,
     ln_bias_ptr,
     y_ptr,
+    y_residual_ptr,
     z_ptr,
     mean_ptr,
     rstd_ptr,
@@ -78,6 +94,8 @@ def _forward_kernel(
     ln_bias = load_columns(ln_bias_ptr, columns, inside_columns)
     y = (z - mean) * rstd * weight + ln_bias
     tl.store(y_ptr + offsets, round_to(y, y_ptr.dtype.element_ty), mask=inside)
+    if y_residual_ptr is not None:
+        tl.store(y_residual_ptr + offsets, y, mask=inside)
     tl.store(mean_ptr + row[:, None], mean, mask=inside_rows[:, None])
     tl.store(rstd_ptr + row[:, None], rstd, mask=inside_rows[:, None])
 
@@ -85,6 +103,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["rows", "threshold", "stream"])
 def _backward_kernel(
     dy_ptr,
+    dy_residual_ptr,
     z_ptr,
     mean_ptr,
     rstd_ptr,
@@ -116,7 +135,7 @@ def _backward_kernel(
         inside_rows = row < rows
         inside = inside_rows[:, None] & inside_columns[None, :]
         offsets = row.to(tl.int64)[:, None] * hidden + columns[None, :]
-        dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        dy = _load_gradient(dy_ptr, dy_residual_ptr, offsets, inside)
         z = tl.load(z_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + row, mask=inside_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + row, mask=inside_rows, other=0.0)[:, None]
@@ -129,6 +148,7 @@ def _backward_kernel(
         dx = dz
         if DROPOUT:
             dx = tl.where(keep_tile(seed_ptr, row, 0, 0, stream, threshold, BLOCK_HIDDEN), dz * dropout_scale, 0.0)
+        if dx_ptr is not None:
             tl.store(dx_ptr + offsets, round_to(dx, dx_ptr.dtype.element_ty), mask=inside)
         if HAS_BIAS:
             dbias += dx
@@ -158,23 +178,57 @@ def add_layer_norm_forward(
     seed: one int64 on x's device where dropout_p > 0.
     Returns y and z (rows, hidden) in x's dtype, mean and rstd (rows,) float32.
     """
-    rows, hidden = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, *_forward(x, bias, residual, weight, ln_bias, y, None, eps, dropout_p, seed, stream)
+
+
+def add_layer_norm_mixed_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`add_layer_norm_forward` of x in half precision and a float32 residual: y, y in float32, z, mean and rstd."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y_residual = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    return y, y_residual, *_forward(x, bias, residual, weight, ln_bias, y, y_residual, eps, dropout_p, seed, stream)
+
+
+def _forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    y: Tensor,
+    y_residual: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes y and y_residual; returns z, mean and rstd."""
+    rows, hidden = x.shape
     z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows == 0:
-        return y, z, mean, rstd
+        return z, mean, rstd
     threshold, scale = dropout_arguments(dropout_p)
     width = block_hidden(hidden)
     config = FORWARD_CONFIGS[width]
     with device_guard(x):
         _forward_kernel[(triton.cdiv(rows, config.block_rows),)](
-            x, bias, residual, weight, ln_bias, y, z, mean, rstd, seed, rows, eps, threshold, scale, stream,
+            x, bias, residual, weight, ln_bias, y, y_residual, z, mean, rstd, seed, rows, eps, threshold, scale, stream,
             hidden=hidden, DROPOUT=dropout_p > 0.0, BLOCK_ROWS=config.block_rows, BLOCK_HIDDEN=width,
             num_warps=config.num_warps,
         )  # fmt: skip
-    return y, z, mean, rstd
+    return z, mean, rstd
 
 
 def add_layer_norm_backward(
@@ -193,23 +247,58 @@ def add_layer_norm_backward(
     dx is None where dropout_p is 0 (it equals dresidual, which is then returned once); dbias is None without a bias.
     dx, dresidual: (rows, hidden) in dy's dtype; the others (hidden,) in weight's dtype.
     """
-    rows, hidden = dy.shape
-    has_dropout = dropout_p > 0.0
-    dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
-    dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if has_dropout else None
-    gradients = [torch.empty(hidden, dtype=weight.dtype, device=dy.device) for _ in range(3 if has_bias else 2)]
-    dweight, dln_bias, dbias = (*gradients, None)[:3]
+    dresidual = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if dropout_p > 0.0 else None
+    return dx, dresidual, *_backward(dy, None, z, mean, rstd, weight, dx, dresidual, has_bias, dropout_p, seed, stream)
+
+
+def add_layer_norm_mixed_backward(
+    dy: Tensor | None,
+    dy_residual: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """:func:`add_layer_norm_backward` of both results' gradients, of which one may be None; dx in z's dtype, dresidual float32."""
+    dx = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dresidual = torch.empty(z.shape, dtype=torch.float32, device=z.device)
+    gradients = _backward(dy, dy_residual, z, mean, rstd, weight, dx, dresidual, has_bias, dropout_p, seed, stream)
+    return dx, dresidual, *gradients
+
+
+def _backward(
+    dy: Tensor | None,
+    dy_residual: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    dresidual: Tensor,
+    has_bias: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Writes dx and dresidual; returns dweight, dln_bias and dbias."""
+    rows, hidden = z.shape
+    gradients = [torch.empty(hidden, dtype=weight.dtype, device=z.device) for _ in range(3 if has_bias else 2)]
     width = block_hidden(hidden)
     config = BACKWARD_CONFIGS[width]
-    num_programs = num_backward_programs(dy, config)
-    partials = empty_partials(dy, len(gradients), num_programs)
+    num_programs = num_backward_programs(z, config)
+    partials = empty_partials(z, len(gradients), num_programs)
     if rows > 0:
         threshold, scale = dropout_arguments(dropout_p)
-        with device_guard(dy):
+        with device_guard(z):
             _backward_kernel[(num_programs,)](
-                dy, z, mean, rstd, weight, seed, dx, dz, partials, rows, threshold, scale, stream,
-                hidden=hidden, HAS_BIAS=has_bias, DROPOUT=has_dropout,
+                dy, dy_residual, z, mean, rstd, weight, seed, dx, dresidual, partials, rows, threshold, scale, stream,
+                hidden=hidden, HAS_BIAS=has_bias, DROPOUT=dropout_p > 0.0,
                 BLOCK_ROWS=config.block_rows, BLOCK_HIDDEN=width, num_warps=config.num_warps,
             )  # fmt: skip
     sum_partials(partials, *gradients)
-    return dx, dz, dweight, dln_bias, dbias
+    return (*gradients, None)[:3]

@@ -1,8 +1,8 @@
 """The exact erf-GELU (Hendrycks and Gimpel, 2016), u * Phi(u), and its derivative Phi(u) + u * phi(u), on float32 tiles.
 
-Two ways to Phi. ``gaussian`` calls erf, for kernels that wait for memory anyway. ``gaussian_distribution`` is for the epilogue
-of a matmul, where nothing hides the instructions of erf: Abramowitz and Stegun's 7.1.26 takes an exponential, a reciprocal and
-a dozen others, with an absolute error of 7.5e-8, about that of 1 + erf in float32 itself.
+Two ways to Phi: erf, whose instructions no pass over memory hides, and for what is rounded to half precision Abramowitz and
+Stegun's 7.1.26: the exponential that phi needs, too, a reciprocal and a dozen others, with an absolute error of 7.5e-8, about
+that of 1 + erf in float32 itself.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ P_SQRT_HALF = tl.constexpr(0.3275911 * 0.7071067811865476)
 
 
 @triton.jit
-def gaussian(u):
-    """Phi(u) and phi(u), the distribution function and the density of the standard normal distribution."""
-    return 0.5 + 0.5 * tl.erf(u * SQRT_HALF), tl.exp(-0.5 * u * u) * RSQRT_TWO_PI
-
-
-@triton.jit
-def gaussian_distribution(u):
-    """Phi(u) without erf, to within 7.5e-8."""
-    t = 1.0 / (tl.abs(u) * P_SQRT_HALF + 1.0)
-    polynomial = (((t * 1.061405429 - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592
-    tail = 0.5 * polynomial * t * tl.exp2(u * u * MINUS_HALF_LOG2_E)
-    return tl.where(u < 0.0, tail, 1.0 - tail)
+def gaussian(u, dtype: tl.constexpr):
+    """Phi(u) and phi(u), the distribution function and the density of the standard normal distribution, for results in ``dtype``."""
+    exponential = tl.exp2(u * u * MINUS_HALF_LOG2_E)
+    if dtype == tl.float32:
+        distribution = 0.5 + 0.5 * tl.erf(u * SQRT_HALF)
+    else:
+        t = 1.0 / (tl.abs(u) * P_SQRT_HALF + 1.0)
+        polynomial = (((t * 1.061405429 - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592
+        tail = 0.5 * polynomial * t * exponential
+        distribution = tl.where(u < 0.0, tail, 1.0 - tail)
+    return distribution, exponential * RSQRT_TWO_PI

@@ -56,7 +56,7 @@ def _forward_kernel(
     u = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         u += load_columns(bias_ptr, columns, inside_columns)
-    cdf, _ = gaussian(u)
+    cdf, _ = gaussian(u, y_ptr.dtype.element_ty)
     z = u * cdf
     mean, rstd = row_statistics(z, inside_columns, eps, hidden)
     weight = load_columns(weight_ptr, columns, inside_columns)
@@ -102,7 +102,7 @@ def _backward_kernel(
         mean = tl.load(mean_ptr + row, mask=inside_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + row, mask=inside_rows, other=0.0)[:, None]
 
-        cdf, density = gaussian(u)
+        cdf, density = gaussian(u, dx_ptr.dtype.element_ty)
         x_hat = tl.where(inside_columns[None, :], (u * cdf - mean) * rstd, 0.0)
         dz = layer_norm_gradient(dy, x_hat, weight, rstd, hidden)
         dweight += dy * x_hat

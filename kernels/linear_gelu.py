@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .gelu import gaussian, gaussian_distribution
+from .gelu import gaussian
 from .launch import cuda_capability, device_guard, num_processors
 from .precision import dot, dot_precision, round_to
 from .reduction import empty_partials, num_row_programs, sum_partials
@@ -124,7 +124,8 @@ def _gemm_kernel(
             _store(u, acc, rows, first_row, num_rows, columns, first_column, num_columns, DTYPE, TMA)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
-        acc *= gaussian_distribution(acc)
+        distribution, _ = gaussian(acc, tl.bfloat16)
+        acc *= distribution
         _store(y, acc, rows, first_row, num_rows, columns, first_column, num_columns, DTYPE, TMA)
 
 
@@ -154,7 +155,7 @@ def _pass_kernel(
         u = tl.load(u_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             u += bias
-        cdf, density = gaussian(u)
+        cdf, density = gaussian(u, out_ptr.dtype.element_ty)
         if dy_ptr is not None:
             result = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32) * (cdf + u * density)
         else:

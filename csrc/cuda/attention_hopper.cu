@@ -22,16 +22,53 @@ namespace {
 
 constexpr int kMaxWarpgroups = 4;
 
+// A block's warpgroups multiply queries by keys one after the other, each while the others are at their exponentials. Left
+// to themselves all would multiply at the same time, and then all wait for their exponentials: the unit that multiplies
+// takes from each in turns.
+struct Turns {
+  int mine, all, left;  // left: turns that this warpgroup has not had
+
+  __device__ __forceinline__ void begin() const {
+    if (all > 1 && mine == all - 1) barrier_arrive<1>(2 * kWarpgroup);
+  }
+  __device__ __forceinline__ void wait() const {
+    if (all > 1) of(mine, [](auto name) { barrier_sync<decltype(name)::value>(2 * kWarpgroup); });
+  }
+  // The last turn of all has none behind it.
+  __device__ __forceinline__ void pass() {
+    --left;
+    const int next = mine + 1 < all ? mine + 1 : 0;
+    if (all > 1 && (next > 0 || left > 0))
+      of(next, [](auto name) { barrier_arrive<decltype(name)::value>(2 * kWarpgroup); });
+  }
+
+ private:
+  template <typename Body>
+  static __device__ __forceinline__ void of(int warpgroup, const Body& body) {
+    static_assert(kMaxWarpgroups == 4);
+    switch (warpgroup) {
+      case 0:
+        return body(std::integral_constant<int, 1>());
+      case 1:
+        return body(std::integral_constant<int, 2>());
+      case 2:
+        return body(std::integral_constant<int, 3>());
+      default:
+        return body(std::integral_constant<int, 4>());
+    }
+  }
+};
+
 template <typename T, bool kDropout>
 __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
-    forward_kernel(AttentionForwardParams p, const __grid_constant__ TensorMap qkv) {
+    forward_kernel(AttentionForwardParams p, const __grid_constant__ TensorMap qkv, int fewest_tiles, int most_tiles) {
 #if FASTBERT_HOPPER
   // Of a lane's 16 probabilities of a row, where 1 is the largest one of the first tile: beyond it the maximum is raised.
   constexpr float kLargestSum = 4096.0f;
   const Head head(p.cu_seqlens, p.num_heads, static_cast<int>(blockIdx.x));
   const int tiles = num_tiles(head.length), warpgroups = blockDim.x / kWarpgroup;
   const int first_block = blockIdx.y * warpgroups;  // of 64 queries
-  if (first_block >= tiles) return;
+  if (tiles < fewest_tiles || tiles > most_tiles || first_block >= tiles) return;
 
   // Keys and values stay for as long as the block lives. The last tile is loaded and used first: the rows behind its end are
   // dealt with while the others are on their way.
@@ -64,24 +101,37 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
                                   head.length};
   const HeadRows<T> results{static_cast<T*>(p.out) + head.start * hidden + head.head * kHeadDim, hidden, head.length};
   const float scale_log2 = p.softmax_scale * kLog2E;
-  const int my_first_block = first_block + warpgroup(), step = gridDim.y * warpgroups;
+  const int my_warpgroup = warpgroup(), step = gridDim.y * warpgroups;
+  const int rounds = (tiles - first_block + step - 1) / step;  // the same of all warpgroups, as they take turns
+  Turns turns{my_warpgroup, warpgroups, rounds * tiles};
+  turns.begin();
   uint32_t q[4][4];
-  load_rows(q, queries, my_first_block * kTileRows);
-  for (int block = my_first_block; block < tiles; block += step) {
+  load_rows(q, queries, (first_block + my_warpgroup) * kTileRows);
+  for (int round = 0; round < rounds; ++round) {
+    const int block = first_block + my_warpgroup + round * step;
+    if (block >= tiles) {
+      for (int slot = 0; slot < tiles; ++slot) {
+        turns.wait();
+        turns.pass();
+      }
+      break;
+    }
     const int first_query = block * kTileRows, warp_query = first_query + 16 * warp_of_warpgroup();
     float out[32] = {};
     float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};  // of rows quad and quad + 8; in powers of 2, and of this lane
     for (int slot = 0; slot < tiles; ++slot) {
       mbarrier_wait(&arrived[slot], 0);
       float scores[32];
+      turns.wait();
       products_fence();
       multiply_by_rows<T>(scores, q, matrix_at(keys, 2 * slot * kTileBytes));
       products_commit();
-      [[maybe_unused]] uint32_t kept;
-      if constexpr (kDropout) kept = dropout.kept(static_cast<uint32_t>(head.start + warp_query), first_key(slot));
       products_wait<0>();  // for the last tile's values, too
+      turns.pass();
       pin(scores);
       pin(out);
+      [[maybe_unused]] uint32_t kept;
+      if constexpr (kDropout) kept = dropout.kept(static_cast<uint32_t>(head.start + warp_query), first_key(slot));
       if (slot == tiles - 1) load_rows(q, queries, (block + step) * kTileRows);  // the next ones are on their way
 
       uint32_t probabilities[4][4];
@@ -138,24 +188,31 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
 }  // namespace
 
 void attention_forward_hopper(const AttentionForwardParams& p, int64_t max_seqlen, void* stream) {
-  const int tiles = num_tiles(max_seqlen);
-  // A multiprocessor holds four warpgroups. Of small sequences each has a block of its own; the larger ones' keys and values
-  // leave room for two blocks, or one.
-  const int warpgroups = tiles <= 3 ? 1 : tiles <= 6 ? 2 : kMaxWarpgroups;
-  const int64_t heads = p.batch * p.num_heads, places = int64_t{num_processors()} * kMaxWarpgroups / warpgroups;
-  const int64_t shares = min((places + heads - 1) / heads, int64_t{tiles + warpgroups - 1} / warpgroups);
   const bool is_bfloat16 = p.dtype == DType::bfloat16;
   const TensorMap qkv =
       make_tensor_map(p.qkv, is_bfloat16, p.total, 3 * p.num_heads * kHeadDim, 3 * p.num_heads * kHeadDim * 2, kTileRows);
-  const auto run = [&](auto kernel) {
-    launch("attention forward", kernel, dim3(static_cast<unsigned>(heads), static_cast<unsigned>(shares)),
-           warpgroups * kWarpgroup, tiles * 2 * kTileBytes + 1024, stream, p, qkv);
+  // A multiprocessor holds four warpgroups. Of small sequences each has a block of its own; the larger ones' keys and values
+  // leave room for two blocks, or one. A launch for each kind, unless all sequences have the same length.
+  const int most_tiles = num_tiles(max_seqlen);
+  const bool all_equal = p.total == p.batch * max_seqlen;
+  const auto launch_kind = [&](int fewest, int most, int warpgroups) {
+    if (most_tiles < fewest || (all_equal && most_tiles > most)) return;
+    const int tiles = min(most, most_tiles);
+    const int64_t heads = p.batch * p.num_heads, places = int64_t{num_processors()} * kMaxWarpgroups / warpgroups;
+    const int64_t shares = min((places + heads - 1) / heads, int64_t{tiles + warpgroups - 1} / warpgroups);
+    const auto run = [&](auto kernel) {
+      launch("attention forward", kernel, dim3(static_cast<unsigned>(heads), static_cast<unsigned>(shares)),
+             warpgroups * kWarpgroup, tiles * 2 * kTileBytes + 1024, stream, p, qkv, fewest, most);
+    };
+    if (is_bfloat16) {
+      p.dropout.threshold != 0 ? run(forward_kernel<__nv_bfloat16, true>) : run(forward_kernel<__nv_bfloat16, false>);
+    } else {
+      p.dropout.threshold != 0 ? run(forward_kernel<__half, true>) : run(forward_kernel<__half, false>);
+    }
   };
-  if (is_bfloat16) {
-    p.dropout.threshold != 0 ? run(forward_kernel<__nv_bfloat16, true>) : run(forward_kernel<__nv_bfloat16, false>);
-  } else {
-    p.dropout.threshold != 0 ? run(forward_kernel<__half, true>) : run(forward_kernel<__half, false>);
-  }
+  launch_kind(7, kMaxTiles, kMaxWarpgroups);  // the longest first: the others fill the end
+  launch_kind(4, 6, 2);
+  launch_kind(1, 3, 1);
 }
 
 }  // namespace fastbert::cuda

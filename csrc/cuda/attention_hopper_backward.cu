@@ -72,12 +72,12 @@ __device__ __forceinline__ void find_statistics(float* lse_log2, float* deltas, 
 template <typename T, int kWarpgroups, bool kDropout>
 __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
     backward_kernel(AttentionBackwardParams p, const __grid_constant__ TensorMap qkv_map,
-                    const __grid_constant__ TensorMap dout_map) {
+                    const __grid_constant__ TensorMap dout_map, int fewest_tiles, int most_tiles) {
 #if FASTBERT_HOPPER
   using Layout = Layout<kWarpgroups>;
   const Head head(p.cu_seqlens, p.num_heads, static_cast<int>(blockIdx.x));
   const int tiles = num_tiles(head.length), key_blocks = (tiles + kWarpgroups - 1) / kWarpgroups;
-  if (tiles == 0) return;
+  if (tiles < fewest_tiles || tiles > most_tiles) return;
   const int64_t hidden = p.num_heads * kHeadDim;
   const int64_t qkv_offset = head.start * 3 * hidden + head.head * kHeadDim,
                 out_offset = head.start * hidden + head.head * kHeadDim;
@@ -289,15 +289,16 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
 #endif
 }
 
+// Of the sequences of so many tiles.
 template <int kWarpgroups>
-void launch_backward(const AttentionBackwardParams& p, int64_t max_seqlen, void* stream) {
+void launch_backward(const AttentionBackwardParams& p, int fewest_tiles, int most_tiles, void* stream) {
   const bool is_bfloat16 = p.dtype == DType::bfloat16;
   const int64_t hidden = p.num_heads * kHeadDim;
   const TensorMap qkv = make_tensor_map(p.qkv, is_bfloat16, p.total, 3 * hidden, 3 * hidden * 2, kTileRows);
   const TensorMap dout = make_tensor_map(p.dout, is_bfloat16, p.total, hidden, hidden * 2, kTileRows);
   const auto run = [&](auto kernel) {
     launch("attention backward", kernel, static_cast<unsigned>(p.batch * p.num_heads), kWarpgroups * kWarpgroup,
-           Layout<kWarpgroups>::bytes(num_tiles(max_seqlen)) + 1024, stream, p, qkv, dout);
+           Layout<kWarpgroups>::bytes(most_tiles) + 1024, stream, p, qkv, dout, fewest_tiles, most_tiles);
   };
   if (is_bfloat16) {
     p.dropout.threshold != 0 ? run(backward_kernel<__nv_bfloat16, kWarpgroups, true>)
@@ -311,7 +312,11 @@ void launch_backward(const AttentionBackwardParams& p, int64_t max_seqlen, void*
 }  // namespace
 
 void attention_backward_hopper(const AttentionBackwardParams& p, int64_t max_seqlen, void* stream) {
-  max_seqlen <= 2 * kTileRows ? launch_backward<1>(p, max_seqlen, stream) : launch_backward<2>(p, max_seqlen, stream);
+  constexpr int kFewTiles = 2;  // of one warpgroup's blocks
+  const int most_tiles = num_tiles(max_seqlen);
+  const bool all_equal = p.total == p.batch * max_seqlen;
+  if (most_tiles > kFewTiles) launch_backward<2>(p, kFewTiles + 1, most_tiles, stream);
+  if (most_tiles <= kFewTiles || !all_equal) launch_backward<1>(p, 1, min(most_tiles, kFewTiles), stream);
 }
 
 }  // namespace fastbert::cuda

@@ -64,12 +64,15 @@ __device__ __forceinline__ uint32_t spread_top_bits(uint32_t word, uint32_t byte
 
 // --- barriers of some of a block's warps ---------------------------------------------------------------------------------
 
-// name: 1 to 15 (0 is __syncthreads'); threads: all that arrive or wait, whole warps.
-__device__ __forceinline__ void barrier_sync(int name, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+// kName: 1 to 15 (0 is __syncthreads'), known to the compiler, or a block takes all sixteen; threads: all that arrive or
+// wait, whole warps.
+template <int kName>
+__device__ __forceinline__ void barrier_sync(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(kName), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(int name, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
+template <int kName>
+__device__ __forceinline__ void barrier_arrive(int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kName), "r"(threads) : "memory");
 }
 
 // --- asynchronous copies of 16 bytes by one thread (sm_80) ---------------------------------------------------------------

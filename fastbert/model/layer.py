@@ -21,6 +21,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert import modeling_bert as hf
 
 from ..ops import add_layer_norm, attention, int8_linear, linear_gelu
+from ..ops.add_layer_norm import add_layer_norm_mixed
 from ..ops.feed_forward import feed_forward
 from ..ops.linear import linear, linear_dweight, linear_dx, linear_forward
 from ..ops.native_encoder import run_layers
@@ -146,7 +147,7 @@ def _padding_mask(layer: nn.Module, rows: Tensor, packing: Packing) -> Tensor | 
 
 
 def _self_attention(module: nn.Module, hidden_states: Tensor, packing: Packing, stream: int) -> Tensor:
-    qkv = _project_qkv(module, hidden_states).view(-1, 3, module.num_attention_heads, module.attention_head_size)
+    qkv = _project_qkv(module, half_of(hidden_states)).view(-1, 3, module.num_attention_heads, module.attention_head_size)
     dropout = packing.dropout_of(active_dropout_p(module.dropout), stream)
     return attention(qkv, packing.cu_seqlens, packing.max_seqlen, softmax_scale=module.scaling, **dropout).flatten(1)
 
@@ -163,18 +164,37 @@ def _feed_forward(intermediate: nn.Module, output: nn.Module, x: Tensor, packing
     """BertIntermediate and BertOutput."""
     first, activation, second = intermediate.dense, intermediate.intermediate_act_fn, output.dense
     if is_plain_linear(first) and is_exact_gelu(activation) and is_plain_linear(second):
-        y = feed_forward(x, first.weight, first.bias, second.weight)
+        y = feed_forward(half_of(x), first.weight, first.bias, second.weight)
         return _add_layer_norm(output, y, second.bias, x, packing, stream)
-    return _output(output, _intermediate(intermediate, x), x, packing, stream)
+    return _output(output, _intermediate(intermediate, half_of(x)), x, packing, stream)
 
 
 def _add_layer_norm(module: nn.Module, x: Tensor, bias: Tensor | None, residual: Tensor, packing: Packing, stream: int) -> Tensor:
     """The end of BertSelfOutput and BertOutput, behind the Linear."""
-    norm = module.LayerNorm
+    norm, dropout = module.LayerNorm, packing.dropout_of(active_dropout_p(module.dropout), stream)
+    parameters = bias, residual, norm.weight, norm.bias, norm.eps
     # Under autocast Linears give half precision, and transformers adds that to hidden states which stay float32 through all layers.
-    x = x.to(torch.promote_types(x.dtype, residual.dtype))
-    dropout = packing.dropout_of(active_dropout_p(module.dropout), stream)
-    return add_layer_norm(x, bias, residual, norm.weight, norm.bias, norm.eps, **dropout)
+    if residual.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
+        half, y = add_layer_norm_mixed(x, *parameters, **dropout)
+        return with_half(y, half)
+    return add_layer_norm(x.to(torch.promote_types(x.dtype, residual.dtype)), *parameters, **dropout)
+
+
+def with_half(y: Tensor, half: Tensor) -> Tensor:
+    """``y`` itself, of which :func:`half_of` then knows what it is in half precision."""
+    if not torch.compiler.is_compiling():
+        y._fastbert_half = half, y._version
+    return y
+
+
+def half_of(x: Tensor) -> Tensor:
+    """``x`` in half precision as the op that made it wrote that, too; else ``x``, which autocast then converts.
+
+    What somebody changed since, or made of it anew, has none.
+    """
+    half, version = getattr(x, "_fastbert_half", (None, None))
+    known = half is not None and version == x._version and under_autocast(x)
+    return half if known and half.dtype == torch.get_autocast_dtype(x.device.type) else x
 
 
 def _intermediate(module: nn.Module, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import backends
 from .backends import implementation_for
 from .registration import check_dropout, check_shape, contiguous_grad, register
 
@@ -31,17 +32,57 @@ def add_layer_norm(
     Returns (rows, hidden) in x's dtype. Raises ValueError for shapes that do not fit, RuntimeError where an explicitly named
     backend cannot do it.
     """
+    _check(x, bias, residual, weight, ln_bias, dropout_p, seed)
+    seed = seed if dropout_p > 0.0 else None
+    bias, residual, weight, ln_bias = (None if t is None else t.to(x.dtype).contiguous() for t in (bias, residual, weight, ln_bias))
+    return torch.ops.fastbert.add_layer_norm(
+        x.contiguous(), bias, residual, weight, ln_bias, eps, dropout_p, seed, stream, backend
+    )[0]
+
+
+def add_layer_norm_mixed(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_layer_norm` as autocast has it: x in half precision, from a matmul, beside a float32 residual.
+
+    x: (rows, hidden) bfloat16 or float16; residual: (rows, hidden), float32 as the parameters (others are converted).
+
+    Returns y (rows, hidden) in x's dtype, for the next matmul, and the same in float32, for the next residual. One pass by
+    Triton's kernels; elsewhere "auto" converts x to float32 for :func:`add_layer_norm`, and its result to x's dtype. Raises as
+    that one does.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x has dtype {x.dtype}, expected torch.bfloat16 or torch.float16 beside a float32 residual")
+    dropout = {"dropout_p": dropout_p, "seed": seed, "stream": stream}
+    if backend == "auto" and backends.select("add_layer_norm_mixed", "auto", x.device.type, x.dtype) == "reference":
+        y = add_layer_norm(x.float(), bias, residual, weight, ln_bias, eps, **dropout)
+        return y.to(x.dtype), y
+    _check(x, bias, residual, weight, ln_bias, dropout_p, seed)
+    bias, residual, weight, ln_bias = (None if t is None else t.float().contiguous() for t in (bias, residual, weight, ln_bias))
+    return torch.ops.fastbert.add_layer_norm_mixed(
+        x.contiguous(), bias, residual, weight, ln_bias, eps, dropout_p, seed if dropout_p > 0.0 else None, stream, backend
+    )[:2]
+
+
+def _check(
+    x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, ln_bias: Tensor, dropout_p: float, seed: Tensor | None
+) -> None:
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (rows, hidden)")
     check_shape("residual", residual, tuple(x.shape), "the shape of x")
     for name, parameter in (("bias", bias), ("weight", weight), ("ln_bias", ln_bias)):
         check_shape(name, parameter, (x.shape[1],), "(hidden,)")
     check_dropout(dropout_p, seed)
-    seed = seed if dropout_p > 0.0 else None
-    bias, residual, weight, ln_bias = (None if t is None else t.to(x.dtype).contiguous() for t in (bias, residual, weight, ln_bias))
-    return torch.ops.fastbert.add_layer_norm(
-        x.contiguous(), bias, residual, weight, ln_bias, eps, dropout_p, seed, stream, backend
-    )[0]
 
 
 def _forward(
@@ -128,4 +169,92 @@ register(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+)
+
+
+# --- with a float32 residual ---------------------------------------------------------------------------------------------
+
+
+def _mixed_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    module = implementation_for("add_layer_norm_mixed", backend, x, "forward")
+    return module.add_layer_norm_mixed_forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, stream)
+
+
+def _mixed_fake(x: Tensor, bias: Tensor | None, residual: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    statistics = residual.new_empty(x.shape[0])
+    return torch.empty_like(x), torch.empty_like(residual), torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+
+def _mixed_setup_context(ctx, inputs, output) -> None:
+    _, bias, _, weight, _, _, ctx.dropout_p, seed, ctx.stream, ctx.backend = inputs
+    _, _, z, mean, rstd = output
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(z, mean, rstd, weight, seed)
+    ctx.mark_non_differentiable(z, mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _mixed_autograd_backward(ctx, dy: Tensor | None, dy_residual: Tensor | None, *_unused: Tensor | None):
+    if dy is None and dy_residual is None:
+        return (None,) * 10
+    z, mean, rstd, weight, seed = ctx.saved_tensors
+    dy, dy_residual = (None if gradient is None else contiguous_grad(gradient) for gradient in (dy, dy_residual))
+    dx, dresidual, dweight, dln_bias, dbias = torch.ops.fastbert.add_layer_norm_mixed_backward(
+        dy, dy_residual, z, mean, rstd, weight, ctx.has_bias, ctx.dropout_p, seed, ctx.stream, ctx.backend
+    )
+    return dx, dbias if ctx.has_bias else None, dresidual, dweight, dln_bias, *(None,) * 5
+
+
+def _mixed_backward(
+    dy: Tensor | None,
+    dy_residual: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Without a bias its gradient comes back empty."""
+    module = implementation_for("add_layer_norm_mixed", backend, z, "backward")
+    *gradients, dbias = module.add_layer_norm_mixed_backward(
+        dy, dy_residual, z, mean, rstd, weight, has_bias, dropout_p, seed, stream
+    )
+    return *gradients, weight.new_empty(0) if dbias is None else dbias
+
+
+def _mixed_fake_backward(dy, dy_residual, z, mean, rstd, weight, has_bias, *_):
+    dbias = torch.empty_like(weight) if has_bias else weight.new_empty(0)
+    return torch.empty_like(z), torch.empty_like(z, dtype=torch.float32), torch.empty_like(weight), torch.empty_like(weight), dbias
+
+
+register(
+    "add_layer_norm_mixed",
+    f"(Tensor x, Tensor? bias, Tensor residual, Tensor weight, Tensor ln_bias, float eps, {_DROPOUT})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _mixed_forward,
+    _mixed_fake,
+    _mixed_setup_context,
+    _mixed_autograd_backward,
+)
+register(
+    "add_layer_norm_mixed_backward",
+    "(Tensor? dy, Tensor? dy_residual, Tensor z, Tensor mean, Tensor rstd, Tensor weight, bool has_bias,"
+    f" {_DROPOUT}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _mixed_backward,
+    _mixed_fake_backward,
 )

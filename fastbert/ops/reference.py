@@ -236,6 +236,43 @@ def add_layer_norm_backward(
     )
 
 
+def add_layer_norm_mixed_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`add_layer_norm_forward` of x in half precision and a float32 residual.
+
+    Returns y (rows, hidden) in x's dtype, y in float32, z in x's dtype, which only the backward pass reads, mean and rstd.
+    """
+    y, z, mean, rstd = add_layer_norm_forward(x.float(), bias, residual, weight, ln_bias, eps, dropout_p, seed, stream)
+    return y.to(x.dtype), y, z.to(x.dtype), mean, rstd
+
+
+def add_layer_norm_mixed_backward(
+    dy: Tensor | None,
+    dy_residual: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """(dx in z's dtype, dresidual in float32, dweight, dln_bias, dbias) of both results' gradients, None where there is none."""
+    total = sum(gradient.float() for gradient in (dy, dy_residual) if gradient is not None)
+    dx, dresidual, *others = add_layer_norm_backward(total, z.float(), mean, rstd, weight, has_bias, dropout_p, seed, stream)
+    return (dresidual if dx is None else dx).to(z.dtype), dresidual, *others
+
+
 def _layer_norm(z: Tensor, weight: Tensor, ln_bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     mean = z.mean(-1)
     centred = z - mean.unsqueeze(-1)

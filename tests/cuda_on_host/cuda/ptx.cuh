@@ -63,8 +63,14 @@ inline uint32_t spread_top_bits(uint32_t word, uint32_t bytes) {
   return spread;
 }
 
-inline void barrier_sync(int name, int threads, Location where = Location::current()) { simt::sync(name, threads, where); }
-inline void barrier_arrive(int name, int threads) { simt::arrive(name, threads); }
+template <int kName>
+inline void barrier_sync(int threads, Location where = Location::current()) {
+  simt::sync(kName, threads, where);
+}
+template <int kName>
+inline void barrier_arrive(int threads) {
+  simt::arrive(kName, threads);
+}
 
 inline void must_be_aligned(const void* address, int bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
