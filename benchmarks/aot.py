@@ -63,6 +63,7 @@ def _shapes(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield "attention", {"num_heads": NUM_HEADS, "head_dim": head_dim, "dropout_p": dropout_p, "lengths": (length,)}
         for hidden in (768,) if quick else HIDDEN_SIZES:
             yield "add_layer_norm", {"hidden": hidden, "dropout_p": dropout_p}
+            yield "add_layer_norm_mixed", {"hidden": hidden, "dropout_p": dropout_p}
             tables = (VOCABULARIES[0], POSITIONS, TOKEN_TYPES)
             yield "embedding_layer_norm", {"hidden": hidden, "tables": tables, "dropout_p": dropout_p}
     for hidden in (768,) if quick else HIDDEN_SIZES:

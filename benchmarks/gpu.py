@@ -151,7 +151,7 @@ def gpu_steps(scratch: Path) -> list[Step]:
                     "all",
                     "--error-exitcode",
                     "9",
-                    "--kernel-regex",
+                    "--kernel-name",
                     "kns=fastbert",  # racecheck finds fault with cuBLAS' own kernels
                     *benchmark("sanitized", "--backend", "cuda"),
                 ],

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from fastbert.ops import add_layer_norm, embedding_layer_norm, gelu_layer_norm
+from fastbert.ops.add_layer_norm import add_layer_norm_mixed
 
 from . import attention_cases, matmul_cases
 from .op_contenders import EPS, NO_LIGER_GELU, SCALES, STREAM, Case, Contender, Offer, Scale, leaf, liger, seed_on
@@ -45,6 +46,30 @@ def _add_layer_norm(scale: Scale, hidden: int, device: str, dtype: torch.dtype) 
         shape = {"rows": scale.tokens, "hidden": hidden, "dropout": dropout_p > 0}
         name, peers = f"{scale.tokens} rows", _norm_peers(with_norm, device)
         yield Case("add_layer_norm", name, hidden, dropout_p, shape, ours, leaves, dout, peers=peers)
+
+
+def _add_layer_norm_mixed(scale: Scale, hidden: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """The gradient is of the result in half precision; in float32 nothing is mixed."""
+    if dtype == torch.float32:
+        return
+    float32 = [
+        leaf(*shape, device=device, dtype=torch.float32) for shape in ((hidden,), (scale.tokens, hidden), (hidden,), (hidden,))
+    ]
+    leaves = [leaf(scale.tokens, hidden, device=device, dtype=dtype), *float32]
+    dout = torch.randn(scale.tokens, hidden, device=device).to(dtype)
+
+    def ours(backend):
+        return lambda *t: add_layer_norm_mixed(*t, EPS, backend=backend)[0]
+
+    def with_norm(norm):
+        def run(x, bias, residual, *parameters):
+            return norm(x + bias + residual, *parameters).to(x.dtype)
+
+        return Contender(run, leaves, dout)
+
+    shape, peers = {"rows": scale.tokens, "hidden": hidden}, _norm_peers(with_norm, device)
+    name = f"{scale.tokens} rows"
+    yield Case("add_layer_norm_mixed", name, hidden, 0.0, shape, ours, leaves, dout, peers=peers, chooses=False)
 
 
 def _embedding_layer_norm(scale: Scale, hidden: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -107,6 +132,7 @@ _MAKERS = {
     "embedding_layer_norm": _embedding_layer_norm,
     "attention": attention_cases.cases,
     "add_layer_norm": _add_layer_norm,
+    "add_layer_norm_mixed": _add_layer_norm_mixed,
     "linear": matmul_cases.linear_cases,
     "linear_gelu": matmul_cases.linear_gelu_cases,
     "feed_forward": matmul_cases.feed_forward_cases,

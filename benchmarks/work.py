@@ -40,6 +40,12 @@ def add_layer_norm(direction: str, *, rows: int, hidden: int, element_size: int 
     return Work(0, tensors * rows * hidden * element_size)
 
 
+def add_layer_norm_mixed(direction: str, *, rows: int, hidden: int, element_size: int = 2, dropout: bool = False) -> Work:
+    """Forward x, float32 residual in, y, y in float32 and z out; backward y's gradient, z in, dx and float32 dresidual out."""
+    of_rows, of_float32 = (3, 2) if direction == "forward" else (3, 1)
+    return Work(0, (of_rows * element_size + of_float32 * 4) * rows * hidden)
+
+
 def gelu_layer_norm(direction: str, *, rows: int, hidden: int, element_size: int = 2) -> Work:
     """Forward x in, y out; backward dy, x in, dx out."""
     return Work(0, (2 if direction == "forward" else 3) * rows * hidden * element_size)
@@ -104,6 +110,7 @@ _OPS = {
     for function in (
         attention,
         add_layer_norm,
+        add_layer_norm_mixed,
         gelu_layer_norm,
         embedding_layer_norm,
         linear,

@@ -43,11 +43,12 @@ from .reduction import empty_partials, sum_partials
 @triton.jit
 def _load_gradient(dy_ptr, dy_residual_ptr, offsets, inside):
     """The sum of those that there are, float32."""
-    if dy_residual_ptr is None:
-        return tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(dy_residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if dy_ptr is not None:
-        dy += tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        if dy_residual_ptr is not None:
+            dy += tl.load(dy_residual_ptr + offsets, mask=inside, other=0.0)
+    else:
+        dy = tl.load(dy_residual_ptr + offsets, mask=inside, other=0.0)
     return dy
 
 

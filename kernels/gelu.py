@@ -18,7 +18,7 @@ P_SQRT_HALF = tl.constexpr(0.3275911 * 0.7071067811865476)
 
 @triton.jit
 def gaussian(u, dtype: tl.constexpr):
-    """Phi(u) and phi(u), the distribution function and the density of the standard normal distribution, for results in ``dtype``."""
+    """Phi(u) and phi(u), the standard normal distribution's function and density, for results in ``dtype``."""
     exponential = tl.exp2(u * u * MINUS_HALF_LOG2_E)
     if dtype == tl.float32:
         distribution = 0.5 + 0.5 * tl.erf(u * SQRT_HALF)

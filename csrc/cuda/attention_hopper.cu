@@ -22,43 +22,6 @@ namespace {
 
 constexpr int kMaxWarpgroups = 4;
 
-// A block's warpgroups multiply queries by keys one after the other, each while the others are at their exponentials. Left
-// to themselves all would multiply at the same time, and then all wait for their exponentials: the unit that multiplies
-// takes from each in turns.
-struct Turns {
-  int mine, all, left;  // left: turns that this warpgroup has not had
-
-  __device__ __forceinline__ void begin() const {
-    if (all > 1 && mine == all - 1) barrier_arrive<1>(2 * kWarpgroup);
-  }
-  __device__ __forceinline__ void wait() const {
-    if (all > 1) of(mine, [](auto name) { barrier_sync<decltype(name)::value>(2 * kWarpgroup); });
-  }
-  // The last turn of all has none behind it.
-  __device__ __forceinline__ void pass() {
-    --left;
-    const int next = mine + 1 < all ? mine + 1 : 0;
-    if (all > 1 && (next > 0 || left > 0))
-      of(next, [](auto name) { barrier_arrive<decltype(name)::value>(2 * kWarpgroup); });
-  }
-
- private:
-  template <typename Body>
-  static __device__ __forceinline__ void of(int warpgroup, const Body& body) {
-    static_assert(kMaxWarpgroups == 4);
-    switch (warpgroup) {
-      case 0:
-        return body(std::integral_constant<int, 1>());
-      case 1:
-        return body(std::integral_constant<int, 2>());
-      case 2:
-        return body(std::integral_constant<int, 3>());
-      default:
-        return body(std::integral_constant<int, 4>());
-    }
-  }
-};
-
 template <typename T, bool kDropout>
 __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
     forward_kernel(AttentionForwardParams p, const __grid_constant__ TensorMap qkv, int fewest_tiles, int most_tiles) {
@@ -101,37 +64,24 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
                                   head.length};
   const HeadRows<T> results{static_cast<T*>(p.out) + head.start * hidden + head.head * kHeadDim, hidden, head.length};
   const float scale_log2 = p.softmax_scale * kLog2E;
-  const int my_warpgroup = warpgroup(), step = gridDim.y * warpgroups;
-  const int rounds = (tiles - first_block + step - 1) / step;  // the same of all warpgroups, as they take turns
-  Turns turns{my_warpgroup, warpgroups, rounds * tiles};
-  turns.begin();
+  const int my_first_block = first_block + warpgroup(), step = gridDim.y * warpgroups;
   uint32_t q[4][4];
-  load_rows(q, queries, (first_block + my_warpgroup) * kTileRows);
-  for (int round = 0; round < rounds; ++round) {
-    const int block = first_block + my_warpgroup + round * step;
-    if (block >= tiles) {
-      for (int slot = 0; slot < tiles; ++slot) {
-        turns.wait();
-        turns.pass();
-      }
-      break;
-    }
+  load_rows(q, queries, my_first_block * kTileRows);
+  for (int block = my_first_block; block < tiles; block += step) {
     const int first_query = block * kTileRows, warp_query = first_query + 16 * warp_of_warpgroup();
     float out[32] = {};
     float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};  // of rows quad and quad + 8; in powers of 2, and of this lane
     for (int slot = 0; slot < tiles; ++slot) {
       mbarrier_wait(&arrived[slot], 0);
       float scores[32];
-      turns.wait();
       products_fence();
       multiply_by_rows<T>(scores, q, matrix_at(keys, 2 * slot * kTileBytes));
       products_commit();
-      products_wait<0>();  // for the last tile's values, too
-      turns.pass();
-      pin(scores);
-      pin(out);
       [[maybe_unused]] uint32_t kept;
       if constexpr (kDropout) kept = dropout.kept(static_cast<uint32_t>(head.start + warp_query), first_key(slot));
+      products_wait<0>();  // for the last tile's values, too
+      pin(scores);
+      pin(out);
       if (slot == tiles - 1) load_rows(q, queries, (block + step) * kTileRows);  // the next ones are on their way
 
       uint32_t probabilities[4][4];

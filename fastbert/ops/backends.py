@@ -40,7 +40,7 @@ _OPS_OF = {
     "triton": (*OPS, *MIXED_OPS),
     "cuda": cuda.OPS,
 }
-_CUDA_ATTENTION_DTYPES = (torch.bfloat16, torch.float16)  # what its matrix instructions multiply
+_HALVES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM, TRITON_MAX_FLOAT32_HEAD_DIM = 256, 128
 CUDA_MAX_HEAD_DIM, CUDA_HEAD_DIM_MULTIPLE = 128, 8
 
@@ -71,7 +71,8 @@ def not_supported_reasons(backend: str, op: str, device_type: str, dtype: torch.
         reasons.append(f"it runs on {_DEVICES[backend]} tensors, these are on {device_type}")
     if backend == "triton" and device_type == "cpu" and not _triton_interprets():
         reasons.append("Triton compiles for GPUs only (TRITON_INTERPRET=1 interprets its kernels on a CPU, for tests)")
-    dtypes = _CUDA_ATTENTION_DTYPES if (backend, op) == ("cuda", "attention") else _DTYPES[backend]
+    multiplied_by_matrix_units = (backend, op) == ("cuda", "attention")
+    dtypes = _HALVES if op in MIXED_OPS or multiplied_by_matrix_units else _DTYPES[backend]
     if dtype not in dtypes:
         reasons.append(f"it has no kernels for {str(dtype).removeprefix('torch.')}")
     if head_dim is not None and (reason := _head_dim_reason(backend, dtype, head_dim)):

@@ -105,6 +105,7 @@ def _shapes(model: ModelShape, max_seq_length: int) -> Iterator[tuple[str, dict[
     yield "embedding_layer_norm", {"hidden": hidden, "tables": tables}, model.hidden_dropout_prob
     yield "attention", {"num_heads": heads, "head_dim": hidden // heads, "lengths": lengths}, model.attention_probs_dropout_prob
     yield "add_layer_norm", {"hidden": hidden}, model.hidden_dropout_prob
+    yield "add_layer_norm_mixed", {"hidden": hidden}, model.hidden_dropout_prob
     yield "mlm_loss", {"vocabulary": model.vocab_size}, None
     if model.hidden_act == "gelu":
         yield "linear_gelu", {"in_features": hidden, "out_features": model.intermediate_size}, None
@@ -112,6 +113,8 @@ def _shapes(model: ModelShape, max_seq_length: int) -> Iterator[tuple[str, dict[
 
 
 def _is_picked(op: str, dtype: str, head_dim: int | None) -> bool:
+    if backends.not_supported_reasons("triton", op, "cuda", DTYPES[dtype], head_dim):
+        return False
     return backends.select(op, "auto", "cuda", DTYPES[dtype], head_dim) == "triton"
 
 
@@ -177,6 +180,22 @@ def _add_layer_norm(backward: bool, dtype: torch.dtype, hidden: int, dropout_p: 
             add_layer_norm.add_layer_norm_forward(x, parameter, x, parameter, parameter, EPS, *_dropout(dropout_p))
 
 
+def _add_layer_norm_mixed(backward: bool, dtype: torch.dtype, hidden: int, dropout_p: float) -> None:
+    """Of the last layer's results only the float32 one is read, of all others both."""
+    from fastbert_kernels import add_layer_norm_mixed
+
+    dropout = _dropout(dropout_p)
+    for x, _, statistics in _rows_of(hidden, dtype):
+        residual, parameter = torch.zeros(x.shape), torch.ones(hidden)
+        if backward:
+            for dy in (x, None):
+                add_layer_norm_mixed.add_layer_norm_mixed_backward(
+                    dy, residual, x, statistics, statistics, parameter, True, *dropout
+                )
+        else:
+            add_layer_norm_mixed.add_layer_norm_mixed_forward(x, parameter, residual, parameter, parameter, EPS, *dropout)
+
+
 def _gelu_layer_norm(backward: bool, dtype: torch.dtype, hidden: int) -> None:
     from fastbert_kernels import gelu_layer_norm
 
@@ -221,6 +240,7 @@ _LAUNCHES = {
     "embedding_layer_norm": _embedding_layer_norm,
     "attention": _attention,
     "add_layer_norm": _add_layer_norm,
+    "add_layer_norm_mixed": _add_layer_norm_mixed,
     "linear_gelu": _linear_gelu,
     "gelu_layer_norm": _gelu_layer_norm,
     "mlm_loss": _mlm_loss,

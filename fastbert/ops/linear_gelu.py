@@ -1,8 +1,8 @@
 """``linear_gelu``: the first half of the feed-forward network, gelu(x W^T + b), one pass after (or inside) the matmul.
 
 With gradients the pre-activation is kept, without its bias, and in the backward one pass makes its gradient and the bias's; or
-it is computed again there, which takes a third more FLOPs and saves the layer's widest saved tensor. Bias and GELU happen as
-the matmul stores its result where the backend can: Triton's own matmul always, oneDNN's (CPU) without gradients.
+it is computed again there, which takes a third more FLOPs and saves the layer's widest saved tensor. Without gradients bias and
+GELU happen as oneDNN's matmul stores its result, on a CPU that multiplies with it.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ def register(
 
     @functools.wraps(implementation)
     def checked(*args):
+        _check_devices(qualified, args)
         if forward_ad._current_level >= 0:  # torch would drop the tangents: a derivative of 0 without a word
             raise RuntimeError(f"{qualified} has no forward-mode derivative (jvp): fastbert's ops have the one of backward()")
         return implementation(*args)
@@ -52,6 +53,18 @@ def register(
             )
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+
+
+def _check_devices(name: str, args: tuple[Any, ...]) -> None:
+    """RuntimeError where an op's tensors are on several devices: a kernel would take one's addresses for another's."""
+    device = None
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if device is None:
+                device = arg.device
+            elif arg.device != device:
+                devices = ", ".join(sorted({str(arg.device) for arg in args if isinstance(arg, torch.Tensor)}))
+                raise RuntimeError(f"{name} got tensors on {devices}: move them to one device")
 
 
 def transform_reasons() -> list[str]:

@@ -208,7 +208,7 @@ def test_two_runs_give_the_same_bits(backend, dtype):
 
 
 def test_int32_ids_and_parameters_of_other_dtypes_are_converted():
-    ids, parameters = draw_ids(9), [p.float() for p in draw_parameters(8)]
+    ids, parameters = draw_ids(9), [p.float().to(device_of("auto")) for p in draw_parameters(8)]
     expected = ours(ids, *parameters, backend="auto")
     got = ours([i.int() for i in ids], parameters[0], *(p.double() for p in parameters[1:]), backend="auto")
     assert torch.equal(got, expected)

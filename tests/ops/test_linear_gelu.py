@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastbert.ops import linear_gelu
 
-from .helpers import DEVICE, assert_within_budget, backend_cases, device_of, gradients, merged, rounded
+from .helpers import assert_within_budget, backend_cases, device_of, gradients, merged, rounded
 
 SHAPES = [(1, 8, 5), (3, 7, 33), (40, 96, 130), (130, 40, 64), (70, 136, 264)]
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -47,16 +47,6 @@ def check_gradients(backend, dtype, rows, in_features, out_features, with_bias, 
 @pytest.mark.parametrize(("backend", "dtype"), backend_cases("linear_gelu"))
 def test_with_gradients(backend, dtype, rows, in_features, out_features, with_bias, recompute):
     check_gradients(backend, dtype, rows, in_features, out_features, with_bias, recompute)
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("rows", "in_features", "out_features"), [(3, 7, 33), (40, 96, 130), (130, 40, 64)])
-def test_float32_on_matrix_units(rows, in_features, out_features, recompute, monkeypatch):
-    """Where torch allows TF32, float32 takes Triton's own matmul. The interpreter multiplies in float32 all the same."""
-    if DEVICE == "cuda":
-        pytest.skip("TF32 is as inexact as its name says; on a CPU the interpreter shows that nothing else is")
-    monkeypatch.setattr("fastbert_kernels.linear_gelu.dot_precision", lambda dtype: "tf32")
-    check_gradients("triton", torch.float32, rows, in_features, out_features, True, recompute)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backend_cases("linear_gelu"))

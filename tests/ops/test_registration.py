@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fastbert.ops import add_layer_norm, attention, backends, embedding_layer_norm, gelu_layer_norm, linear_gelu, mlm_loss
+from fastbert.ops import (
+    add_layer_norm,
+    attention,
+    backends,
+    embedding_layer_norm,
+    gelu_layer_norm,
+    linear_gelu,
+    mlm_loss,
+    registration,
+)
 
 from .helpers import DEVICE, device_of, new_seed
 
@@ -123,3 +132,10 @@ def test_dropout_rate():
         rows, columns = torch.arange(1000)[:, None], torch.arange(1000)[None, :]
         kept = dropout_keep(rows, columns, 3, p, new_seed(), 9).double().mean()
         assert abs(kept - (1 - p)) < 5 * (p * (1 - p) / 1e6) ** 0.5
+
+
+def test_tensors_on_several_devices_are_refused():
+    """Their addresses are all that a kernel gets: those of another device end the process."""
+    with pytest.raises(RuntimeError, match=r"fastbert::op got tensors on cpu, meta: move them to one device"):
+        registration._check_devices("fastbert::op", (torch.zeros(2), None, 0.1, torch.zeros(2, device="meta")))
+    registration._check_devices("fastbert::op", (None, torch.zeros(2), torch.zeros(3)))
