@@ -170,7 +170,7 @@ def gpu_steps(scratch: Path) -> list[Step]:
     ]
     rounds = ("--rounds", "30", "--limit", "3")
     for model, tokens in MODEL_TOKENS.items():
-        options = ("--model", model, *bfloat16, "--packed", *rounds)
+        options = ("--model", model, *bfloat16, "--packed", "--graphed", *rounds)
         steps.append(Step(f"pretrain {model}", benchmark("pretrain", "--batches", *batches_of(tokens), *options), 80))
         steps.append(Step(f"finetune {model}", benchmark("finetune", *options), 50))
     steps += [backends_step(scale, 50) for scale in ("many", "few")]
@@ -179,7 +179,7 @@ def gpu_steps(scratch: Path) -> list[Step]:
     steps.append(Step("graphed base", benchmark("pretrain", "--batches", "8x128", "32x128", "64x512", *graphed), 60))
     for model, tokens in MODEL_TOKENS.items():  # last: torch.compile takes a minute for each
         peers = ("--peers", "transformers", "transformers-compiled")
-        options = ("--model", model, *bfloat16, "--batches", f"{tokens // 512}x512", *rounds, *peers)
+        options = ("--model", model, *bfloat16, "--batches", f"{tokens // 512}x512", *rounds, "--graphed", *peers)
         steps.append(Step(f"compile {model}", benchmark("pretrain", *options), 120))
     return steps
 

@@ -72,7 +72,38 @@ class RecordedStep:
         return self._recorder.kept_bytes
 
 
-def graphed_batch(batch: dict[str, Tensor]) -> dict[str, Any]:
-    """A padded batch with masked-LM labels as a recorded step takes it."""
+class RecordedPlainStep:
+    """The same of a step without masked-LM labels: all that ``plain`` does, recorded as it is.
+
+    ``fastbert`` has no command for that; it is what a loop of one's own gets from ``torch.cuda.graph`` on packed rows.
+    """
+
+    def __init__(self, plain: TrainingStep) -> None:
+        if plain.model.device.type != "cuda":
+            raise NotAvailable(f"the run is on {plain.model.device}")
+        self.model, self.optimizer, self.loss_without_dropout = plain.model, plain.optimizer, plain.loss_without_dropout
+        self._plain, self._parts = plain, ()
+
+    def __call__(self, parts: Parts) -> None:
+        """The first call on a batch takes the steps, too, that come before a recording."""
+        if parts is not self._parts:
+            self._repeat = None  # before another one needs the memory of the last
+            self._recorder = CudaRecorder(self.model.device, lambda _: None)
+            for group in self.optimizer.param_groups:
+                group["capturable"] = True
+            for _ in range(WARMUP_STEPS):
+                self._recorder.run(lambda: self._plain(parts))
+            self._repeat, self._parts = self._recorder.record(lambda: self._plain(parts)), parts
+        self._repeat()
+
+    def peak_bytes(self, parts: Parts) -> int:
+        """What the recorded step keeps, between steps, too."""
+        return self._recorder.kept_bytes
+
+
+def graphed_batch(batch: dict[str, Tensor], labelled: float) -> dict[str, Any]:
+    """A padded batch as a recorded step takes it, with the rows that have masked-LM labels where there are such (``labelled``)."""
     packed = packed_batch(batch)
+    if not labelled:
+        return packed
     return {**packed, "labelled_rows": (packed["labels"].flatten() != IGNORE_INDEX).nonzero().squeeze(1)}

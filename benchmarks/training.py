@@ -27,7 +27,7 @@ from . import model_work, profile
 from .ceilings import ceilings
 from .cpu_goals import PADDED_TO_LONGEST
 from .energy import Meter, meter
-from .graphed import GRAPHED, RecordedStep, graphed_batch
+from .graphed import GRAPHED, RecordedPlainStep, RecordedStep, graphed_batch
 from .harness import Keep, first_line, interleaved, paired_ratio, summary, unfinished_results, write_results
 from .machine import machine
 from .memory import peak_bytes
@@ -84,12 +84,10 @@ def main(task: Task, description: str, batches: tuple[str, ...]) -> None:
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS", help="of each batch, after 3 rounds")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[THEIRS])
     parser.add_argument("--packed", action="store_true", help="fastbert on packed rows too, where batches have padding")
-    if task.labelled:
-        parser.add_argument("--graphed", action="store_true", help="fastbert's step as a CUDA graph, too, on packed rows")
+    parser.add_argument("--graphed", action="store_true", help="fastbert's step as a CUDA graph, too, on packed rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--profile", action="store_true", help="where the time goes, part by part: benchmarks.profile")
     parser.add_argument("--save", metavar="FOLDER")
-    parser.set_defaults(graphed=False)
     given = parser.parse_args()
     options = Options(
         given.model, workloads(given.batches), given.dtype, given.rounds, given.limit, tuple(given.peers), given.packed,
@@ -110,7 +108,7 @@ def run(task: Task, options: Options, say: Say, keep: Keep) -> dict[str, Any]:
     torch.manual_seed(0)
     theirs = model_of(task, transformers, options.model, config).to(device)
     ours = model_of(task, fastbert, options.model, config).to(device)
-    steps, not_run = make_steps(theirs, ours, options, say)
+    steps, not_run = make_steps(theirs, ours, options, say, task.labelled)
     weights = sum(p.numel() for p in ours.parameters())
 
     title = f"{task.name}, {model_title(options.model)}, {options.dtype}"
@@ -150,7 +148,7 @@ def profiles(task: Task, options: Options, limits: Mapping[str, Any], say: Say) 
     document: dict[str, Any] = {"profile": {}, "floors": {}}
     config = config_for(options.model, **task.config)
     theirs, ours = (model_of(task, library, options.model, config).to(options.device) for library in (transformers, fastbert))
-    steps, _ = make_steps(theirs, ours, replace(options, peers=()), say)
+    steps, _ = make_steps(theirs, ours, replace(options, peers=()), say, task.labelled)
     weights = sum(p.numel() for p in ours.parameters())
     for workload in options.batches:
         batches = batches_of(task.with_labels(padded_batch(workload, config.vocab_size, options.device)), task, padded=False)
@@ -172,8 +170,8 @@ def model_of(task: Task, library: Any, model: str, config: transformers.BertConf
 
 
 def make_steps(
-    theirs: torch.nn.Module, ours: torch.nn.Module, options: Options, say: Say
-) -> tuple[dict[str, TrainingStep | RecordedStep], dict[str, str]]:
+    theirs: torch.nn.Module, ours: torch.nn.Module, options: Options, say: Say, labelled: float = 0.0
+) -> tuple[dict[str, TrainingStep | RecordedStep | RecordedPlainStep], dict[str, str]]:
     """By contender; those of transformers that compute the same ops share a model and its optimizer. And by title, the reasons of
     the peers that cannot take part."""
     device, dtype = options.device, getattr(torch, options.dtype)
@@ -195,7 +193,7 @@ def make_steps(
             not_run[peer.title] = first_line(error)
     if options.graphed:
         try:
-            steps[GRAPHED] = RecordedStep(steps[OURS], options.dtype)
+            steps[GRAPHED] = RecordedStep(steps[OURS], options.dtype) if labelled else RecordedPlainStep(steps[OURS])
         except NotAvailable as error:
             not_run[GRAPHED] = str(error)
     for title, reason in not_run.items():
@@ -209,8 +207,7 @@ def batches_of(batch: dict[str, torch.Tensor], task: Task, padded: bool) -> dict
     batches = dict.fromkeys((*WHOLE_BATCHES, OURS), whole)
     lengths, order = batch["attention_mask"].sum(1).sort()
     batches[PADDED_TO_LONGEST] = ((1.0, selected(batch, slice(None), int(lengths[-1]))),)
-    if task.labelled:
-        batches[GRAPHED] = ((1.0, graphed_batch(batch)),)
+    batches[GRAPHED] = ((1.0, graphed_batch(batch, task.labelled)),)
     if padded:
         batches[PACKED] = ((1.0, packed_batch(batch)),)
         if not task.labelled:  # a mean over tokens would need the micro-batches' numbers of labels for weights

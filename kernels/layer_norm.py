@@ -41,7 +41,8 @@ FORWARD_CONFIGS = {
     8192: TileConfig(1, 16),
 }
 # Backward: 8 elements per thread, because the accumulators of the parameter gradients triple what it holds. The loads of the
-# next tile run during the work on the current one.
+# next tile run during the work on the current one. At BERT-base's and -large's width a row is one warp's, with no barrier in its
+# sums, which on an H200 outweighs the registers (docs/tuning-log.md).
 BACKWARD_CONFIGS = {
     16: TileConfig(64, 4, 4),
     32: TileConfig(32, 4, 4),
@@ -49,7 +50,7 @@ BACKWARD_CONFIGS = {
     128: TileConfig(8, 4, 4),
     256: TileConfig(4, 4, 4),
     512: TileConfig(4, 8, 2),
-    1024: TileConfig(1, 4, 4),
+    1024: TileConfig(1, 1, 8),
     2048: TileConfig(1, 8, 2),
     4096: TileConfig(1, 16, 1),
     8192: TileConfig(1, 16, 1),

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fastbert
-from benchmarks import gpu, pretrain, training
-from benchmarks.graphed import GRAPHED, RecordedStep, graphed_batch
+from benchmarks import finetune, gpu, pretrain, training
+from benchmarks.graphed import GRAPHED, RecordedPlainStep, RecordedStep, graphed_batch
 from benchmarks.workloads import padded_batch, workload
 from fastbert.train.graphed import WARMUP_STEPS
 
@@ -79,20 +79,45 @@ def test_it_takes_the_same_steps(steps):
 
 def test_its_batch_names_the_labelled_rows():
     batch = pretrain.with_labels(padded_batch(workload("6xsst2"), VOCABULARY))
-    inputs = graphed_batch(batch)
+    inputs = graphed_batch(batch, pretrain.TASK.labelled)
     labels = inputs["labels"][0]
     assert torch.equal(labels[inputs["labelled_rows"]], batch["labels"][batch["labels"] != -100])
     assert len(inputs["labelled_rows"]) == int((labels != -100).sum()) < len(labels)
 
 
-def test_make_gpu_measures_it_in_a_process_of_its_own(monkeypatch, tmp_path):
+def test_make_gpu_measures_it_in_every_training_step(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    with_graph = [step.name for step in gpu.gpu_steps(tmp_path) if "--graphed" in step.command]
-    assert with_graph == ["graphed base"]
+    with_graph = {step.name for step in gpu.gpu_steps(tmp_path) if "--graphed" in step.command}
+    assert with_graph == {
+        "graphed base",
+        *(f"{suite} {model}" for suite in ("pretrain", "finetune", "compile") for model in gpu.MODEL_TOKENS),
+    }
 
 
-def test_on_a_cpu_it_is_named_with_the_reason():
+@pytest.mark.parametrize("labelled", [pretrain.LABELLED, 0.0])
+def test_on_a_cpu_it_is_named_with_the_reason(labelled):
     model = fastbert.BertForPreTraining(small_config())
     options = training.Options("tiny", (), graphed=True, peers=())
-    made, not_run = training.make_steps(model, copy.deepcopy(model), options, lambda _: None)
+    made, not_run = training.make_steps(model, copy.deepcopy(model), options, lambda _: None, labelled)
     assert GRAPHED not in made and not_run == {GRAPHED: "the run is on cpu"}
+
+
+@pytest.mark.cuda
+def test_a_step_without_masked_labels_is_recorded_as_it_is():
+    """The weights after a number of steps, of which the first are those that come before a recording."""
+    torch.manual_seed(5)
+    config = small_config(num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    plain, recorded = (
+        training.TrainingStep(model.cuda(), "cuda", torch.float32)
+        for model in map(copy.deepcopy, [fastbert.BertForSequenceClassification(config)] * 2)
+    )
+    batch = finetune.with_labels(padded_batch(workload("6xsst2"), VOCABULARY, "cuda"))
+    parts = training.batches_of(batch, finetune.TASK, padded=True)
+    step = RecordedPlainStep(recorded)
+    for _ in range(3):
+        step(parts[GRAPHED])
+    for _ in range(WARMUP_STEPS + 3):
+        plain(parts[training.PACKED])
+    for ours, theirs in zip(recorded.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    assert step.peak_bytes(parts[GRAPHED]) > 0
