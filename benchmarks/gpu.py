@@ -139,7 +139,7 @@ def gpu_steps(scratch: Path) -> list[Step]:
     steps = [
         Step("machine", benchmark("machine", *bfloat16), 40),
         build_step(architecture, scratch),
-        test_step(scratch, ["tests/ops", "tests/model", "tests/train"], TEST_PROCESSES, 170),
+        test_step(scratch, ["tests/ops", "tests/model", "tests/train"], TEST_PROCESSES, 135),
         *(
             Step(
                 f"compute-sanitizer {tool}",
@@ -231,7 +231,7 @@ def build_step(architecture: str, scratch: Path) -> Step:
     missing = [name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None]
     missing += [] if find_cuda_tool("nvcc") else ["nvcc"]
     absent = f"not installed: {', '.join(missing)}" if missing else None
-    return Step("build", python("setup.py", "build_ext", "--inplace"), 75, environment, build_report, absent, folder)
+    return Step("build", python("setup.py", "build_ext", "--inplace"), 60, environment, build_report, absent, folder)
 
 
 def build_report(_stdout: str) -> Any:
