@@ -9,7 +9,8 @@ all results.
 CUDA C++ takes an op's direction from Triton, for one dtype on one architecture, at the sizes where it was faster by the margin in
 every case that was measured there, with dropout and without. Between two sizes that were measured it does where it did at both, and
 beyond the smallest and the largest it does not; but what holds at the most rows that were measured holds at more, since from there
-on the time grows with the rows. ``fastbert/ops/measured_backends.py`` describes the file.
+on the time grows with the rows. Where some sizes need more rows than their neighbours, there is a wider entry for more, too.
+``fastbert/ops/measured_backends.py`` describes the file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -112,11 +114,7 @@ def _entries(kind: Kind, points: Mapping[Point, list[tuple[float, str, str]]], l
         fewest_rows = {}
         for last, column in itertools.groupby(group, key=lambda point: point[-1]):
             fewest_rows[last] = _fewest_rows({point[0]: won[point] for point in column})
-        for has_won, run in itertools.groupby(fewest_rows, key=lambda last: fewest_rows[last] is not None):
-            if not has_won:
-                continue
-            values = list(run)
-            rows = max(fewest_rows[last] for last in values)
+        for rows, values in _runs(fewest_rows):
             ranges = [(rows, None), *((value, value) for value in middle), (values[0], values[-1])]
             inside = [point for point in points if point[0] >= rows and point[1:-1] == middle and point[-1] in values]
             measured = [figures for point in inside for figures in points[point]]
@@ -131,6 +129,17 @@ def _entries(kind: Kind, points: Mapping[Point, list[tuple[float, str, str]]], l
                 "times_faster": [round(extreme(times for times, _, _ in measured), 3) for extreme in (min, max)],
                 "source": {"file": ", ".join(f for f, _ in sources), "commit": ", ".join(dict.fromkeys(c for _, c in sources))},
             }
+
+
+def _runs(fewest_rows: Mapping[int, int | None]) -> Iterator[tuple[int, list[int]]]:
+    """(rows, neighbouring values of the last size at all of which so many rows are enough): wider ones for more rows."""
+    found = set()
+    for rows in sorted({rows for rows in fewest_rows.values() if rows is not None}):
+        for enough, run in itertools.groupby(fewest_rows, key=lambda last: (fewest_rows[last] or math.inf) <= rows):
+            values = tuple(run)
+            if enough and values not in found:
+                found.add(values)
+                yield rows, list(values)
 
 
 def _fewest_rows(won: Mapping[int, bool]) -> int | None:

@@ -93,7 +93,10 @@ def test_rows_begin_where_it_was_faster_from_there_on():
     assert sizes_of(*records) == [{"rows": [64, None], "hidden": [768, 768]}]
     assert sizes_of(*records, record(1.0, rows=65536, hidden=768)) == []
     wider = [record(times, rows=rows, hidden=1024) for rows, times in {64: 0.9, 4096: 1.3}.items()]
-    assert sizes_of(*records, *wider) == [{"rows": [4096, None], "hidden": [768, 1024]}]
+    assert sizes_of(*records, *wider) == [
+        {"rows": [64, None], "hidden": [768, 768]},
+        {"rows": [4096, None], "hidden": [768, 1024]},
+    ]
 
 
 def test_head_dims_do_not_mix():
