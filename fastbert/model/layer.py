@@ -31,6 +31,7 @@ from .packed_layer import drop_if_trained, packed_again, packed_layer
 from .packing import Packing
 from .plain import has_hooks, has_own_forward, has_plain_parameters, is_exact_gelu, is_int8_linear, is_plain_linear
 from .swap import replaces
+from .trained_layer import trained_layer
 
 # Streams of the dropout generator: one for each op of each layer, and after them one for the embeddings.
 STREAMS_PER_LAYER = 3
@@ -126,11 +127,24 @@ class FusedLayer:
         comes behind it these, whose dropout masks there go by their position in ``read``.
         """
         first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
+        if read is None and (done := self._as_one_node(hidden_states, packing, first_stream)) is not None:
+            return done
         context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
         if read is not None:
             context, hidden_states = context.index_select(0, read), hidden_states.index_select(0, read)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
         return _feed_forward(self.intermediate, self.output, hidden_states, packing, first_stream + 2)
+
+    def _as_one_node(self, hidden_states: Tensor, packing: Packing, first_stream: int) -> Tensor | None:
+        """The whole layer as ``trained_layer`` has it, None where that does not take it."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        modules = self.attention.self.dropout, self.attention.output.dropout, self.output.dropout
+        dropouts = [packing.dropout_of(active_dropout_p(module), first_stream + i) for i, module in enumerate(modules)]
+        arguments = tuple((dropout["dropout_p"], dropout["seed"], dropout["stream"]) for dropout in dropouts)
+        half = half_of(hidden_states)
+        done = trained_layer(self, hidden_states, None if half is hidden_states else half, packing, arguments, _are_adjacent)
+        return None if done is None else with_half(*done) if done[1] is not None else done[0]
 
 
 @replaces(hf.BertLayer)
@@ -192,6 +206,8 @@ def half_of(x: Tensor) -> Tensor:
 
     What somebody changed since, or made of it anew, has none.
     """
+    if torch.compiler.is_compiling():
+        return x
     half, version = getattr(x, "_fastbert_half", (None, None))
     known = half is not None and version == x._version and under_autocast(x)
     return half if known and half.dtype == torch.get_autocast_dtype(x.device.type) else x

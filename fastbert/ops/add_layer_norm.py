@@ -58,13 +58,13 @@ def add_layer_norm_mixed(
     x: (rows, hidden) bfloat16 or float16; residual: (rows, hidden), float32 as the parameters (others are converted).
 
     Returns y (rows, hidden) in x's dtype, for the next matmul, and the same in float32, for the next residual. One pass by
-    Triton's kernels; elsewhere "auto" converts x to float32 for :func:`add_layer_norm`, and its result to x's dtype. Raises as
-    that one does.
+    Triton's kernels; elsewhere, and where torch.compile fuses such passes, "auto" converts x to float32 for
+    :func:`add_layer_norm`, and its result to x's dtype. Raises as that one does.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x has dtype {x.dtype}, expected torch.bfloat16 or torch.float16 beside a float32 residual")
     dropout = {"dropout_p": dropout_p, "seed": seed, "stream": stream}
-    if backend == "auto" and backends.select("add_layer_norm_mixed", "auto", x.device.type, x.dtype) == "reference":
+    if backend == "auto" and not has_mixed_kernel(x):
         y = add_layer_norm(x.float(), bias, residual, weight, ln_bias, eps, **dropout)
         return y.to(x.dtype), y
     _check(x, bias, residual, weight, ln_bias, dropout_p, seed)
@@ -72,6 +72,13 @@ def add_layer_norm_mixed(
     return torch.ops.fastbert.add_layer_norm_mixed(
         x.contiguous(), bias, residual, weight, ln_bias, eps, dropout_p, seed if dropout_p > 0.0 else None, stream, backend
     )[:2]
+
+
+def has_mixed_kernel(x: Tensor) -> bool:
+    """Whether "auto" has one pass for rows in half precision beside a float32 residual."""
+    if torch.compiler.is_compiling():
+        return False
+    return backends.select("add_layer_norm_mixed", "auto", x.device.type, x.dtype) != "reference"
 
 
 def _check(

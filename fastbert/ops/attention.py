@@ -58,12 +58,12 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens.device.type == "cpu":
-        _check_sequences(cu_seqlens, max_seqlen, qkv.shape[0])
+        check_sequences(cu_seqlens, max_seqlen, qkv.shape[0])
     module = implementation_for("attention", backend, qkv, "forward", rows=len(qkv), head_dim=qkv.shape[-1], max_seqlen=max_seqlen)
     return module.attention_forward(qkv, cu_seqlens, max_seqlen, softmax_scale, dropout_p, seed, stream)
 
 
-def _check_sequences(cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
+def check_sequences(cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
     """On a CPU reading the bounds costs nothing; a kernel that trusted wrong ones would read foreign memory."""
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]

@@ -7,7 +7,7 @@ instead of 7 (and 15 for an out-variant), and operators stay functional, as ``op
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,12 +47,37 @@ def register(
     if backward is None:
 
         def backward(ctx, *grads):
-            raise RuntimeError(
-                f"{qualified} has no derivative: fastbert's ops can be differentiated once; for second derivatives use "
-                "fastbert.restore(model), with attn_implementation='eager'"
-            )
+            raise _no_derivative(qualified)
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+
+
+def _no_derivative(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} has no derivative: fastbert's ops can be differentiated once; for second derivatives use "
+        "fastbert.restore(model), with attn_implementation='eager'"
+    )
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, whose own derivative is an error."""
+
+    @staticmethod
+    def forward(ctx, name: str, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.name = name
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx, *_: torch.Tensor | None):
+        raise _no_derivative(ctx.name)
+
+
+def once_only(name: str, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """What a backward pass that autograd did not watch has made: where somebody asked for a graph of it (create_graph=True), the
+    second derivative is an error, as it is of every op."""
+    there = [gradient.detach().requires_grad_() for gradient in gradients if gradient is not None]
+    watched = iter(_Once.apply(name, *there))
+    return [None if gradient is None else next(watched) for gradient in gradients]
 
 
 def _check_devices(name: str, args: tuple[Any, ...]) -> None:

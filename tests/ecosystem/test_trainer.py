@@ -21,11 +21,10 @@ from transformers import (
     TrainingArguments,
 )
 
-import fastbert.model.layer as layer_module
 from fastbert.data import DataCollatorWithPacking
 
 from ..data.helpers import story
-from ..model.helpers import NUM_LABELS
+from ..model.helpers import NUM_LABELS, rows_of_layers
 from .helpers import DOORS, fast, plain, small_tokenizer
 
 NAMES = ("BertForSequenceClassification", "BertForTokenClassification", "BertForMaskedLM", "BertForQuestionAnswering")
@@ -204,9 +203,7 @@ def test_gradient_checkpointing(tmp_path, monkeypatch):
     """The same parameters bit for bit, dropout included, from twice the forward passes."""
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     models = [fast(small("BertForSequenceClassification", **dropout), "class") for _ in range(2)]
-    calls, project = [], layer_module._feed_forward
-    monkeypatch.setattr(layer_module, "_feed_forward", lambda *arguments: calls.append(1) or project(*arguments))
-    counts = []
+    calls, counts = rows_of_layers(monkeypatch), []
     for model, checkpointing in zip(models, (False, True), strict=True):
         calls.clear()
         train(model, tmp_path, gradient_checkpointing=checkpointing)

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 
 import fastbert
 from fastbert.model import encoder as encoder_module
-from fastbert.model import layer as layer_module
 from fastbert.model import lm_head, packed_layer, row_selection
 from fastbert.model.packing import Packing
 from fastbert.model.row_selection import RowSelection
 
-from .helpers import BATCH, LENGTHS, assert_same_gradients, inputs_for, mask, on_real_tokens, pair, small_config
+from .helpers import BATCH, LENGTHS, assert_same_gradients, inputs_for, mask, on_real_tokens, pair, rows_of_layers, small_config
 from .test_layer import replace
 from .test_packed_inputs import packed
 
@@ -31,10 +30,7 @@ NO_DROPOUT = dict.fromkeys(DROPOUT, 0.0)
 
 @pytest.fixture
 def rows_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each run of a layer's feed-forward network, op by op, has had."""
-    rows, feed_forward = [], layer_module._feed_forward
-    monkeypatch.setattr(layer_module, "_feed_forward", lambda *a: rows.append(a[2].shape[0]) or feed_forward(*a))
-    return rows
+    return rows_of_layers(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

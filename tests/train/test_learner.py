@@ -15,11 +15,12 @@ from torch import Tensor
 from fastbert import BertConfig, BertForMaskedLM, BertForPreTraining
 from fastbert.data.batches import PackedBatch, positions_within
 from fastbert.data.masking import IGNORE_INDEX
-from fastbert.model import layer as layer_module
 from fastbert.train.learner import Learner, MicroBatch
 from fastbert.train.metrics import BatchScores
 from fastbert.train.optimizer import optimizer_tensors
 from fastbert.train.settings import PretrainSettings
+
+from ..model.helpers import rows_of_layers
 
 VOCABULARY = 60
 LENGTHS = (9, 17, 12, 30, 8, 21, 14, 25)
@@ -207,9 +208,7 @@ def test_a_step_is_left_out_without_a_fused_optimizer_too(monkeypatch):
 def test_activations_that_are_computed_again_give_the_same_gradients(dtype, monkeypatch):
     """With dropout: the masks are the same the second time."""
     model = BertForPreTraining(config(dropout=0.1, layers=3))
-    calls = []
-    feed_forward = layer_module._feed_forward
-    monkeypatch.setattr(layer_module, "_feed_forward", lambda *arguments: calls.append(1) or feed_forward(*arguments))
+    calls = rows_of_layers(monkeypatch)
     found = []
     for again, expected_calls in ((False, 6), (True, 12)):
         run = settings(dtype=dtype, gradient_checkpointing=again)

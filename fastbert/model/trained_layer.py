@@ -1,0 +1,257 @@
+"""The encoder layer in training as one node of autograd's graph: its ops' kernels, forward and backward, one after the other.
+
+Op by op (``FusedLayer.op_by_op``) a layer is eight operators, each with its node, its way through the dispatcher and its checks,
+which on few rows, and on a fast GPU on many, take longer than the work. Here are the same kernels in the same order, which give the
+same bits, with one node for all; :func:`trained_layer` says None where something in the layer or in the call is not plain, and that
+goes op by op.
+
+    qkv = x [Wq Wk Wv]          attention (dropout inside)      y1 = add_layer_norm(. Wo + bo, x)
+    gelu(y1 W1 + b1)                                            y2 = add_layer_norm(. W2 + b2, y1)
+
+Under autocast matmuls have half precision and hidden states are float32 from layer to layer, as in transformers. The layer then
+takes and gives both (``half_of``), because the kernels that end its halves write both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import backends
+from ..ops.add_layer_norm import has_mixed_kernel
+from ..ops.attention import check_sequences
+from ..ops.backends import implementation_for
+from ..ops.linear import linear_dweight, linear_dx, linear_forward
+from ..ops.registration import contiguous_grad, dispatch_mode_is_on, once_only, transform_reasons, under_autocast
+from .packing import Packing
+from .plain import has_plain_parameters, is_exact_gelu, is_plain_linear
+
+_HALVES = (torch.bfloat16, torch.float16)
+Dropout = tuple[float, Tensor | None, int]  # dropout_p, seed and stream, as the kernels take them
+
+
+class Call(NamedTuple):
+    """What a layer's kernels need beside tensors with gradients. dtype: that of matmuls under autocast, else None."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    num_heads: int
+    softmax_scale: float
+    eps: tuple[float, float]
+    dropouts: tuple[Dropout, Dropout, Dropout]  # of attention, and of its halves' ends
+    dtype: torch.dtype | None
+
+
+class Ended(NamedTuple):
+    """A half's end: y, under autocast y in half precision too, and what its backward pass reads."""
+
+    y: Tensor
+    half: Tensor | None
+    z: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+def trained_layer(
+    layer: Any,
+    x: Tensor,
+    half: Tensor | None,
+    packing: Packing,
+    dropouts: tuple[Dropout, Dropout, Dropout],
+    adjacent: Callable[..., bool],
+) -> tuple[Tensor, Tensor | None] | None:
+    """The layer's output for ``x`` (total, hidden), and that in half precision under autocast; None where it has to go op by op.
+    To be asked where gradients are enabled and nothing is compiled.
+
+    half: x in half precision, where somebody has it; adjacent: whether queries', keys' and values' parameters lie side by side.
+    """
+    if type(x) is not Tensor or x.shape[0] == 0:
+        return None
+    attention, middle, output = layer.attention, layer.intermediate, layer.output
+    self_attention, projected = attention.self, attention.output
+    qkv = self_attention.query, self_attention.key, self_attention.value
+    linears = (*qkv, projected.dense, middle.dense, output.dense)
+    if not (all(map(is_plain_linear, linears)) and is_exact_gelu(middle.intermediate_act_fn)):
+        return None
+    norms = projected.LayerNorm, output.LayerNorm
+    if not all(map(has_plain_parameters, norms)) or dispatch_mode_is_on() or transform_reasons():
+        return None
+    query, key, value, project, first, second = linears
+    parameters = (
+        *(linear.weight for linear in qkv), *(linear.bias for linear in qkv), project.weight, project.bias, norms[0].weight,
+        norms[0].bias, first.weight, first.bias, second.weight, second.bias, norms[1].weight, norms[1].bias,
+    )  # fmt: skip
+    if any(p is None or p.dtype != x.dtype or p.device != x.device for p in parameters):
+        return None
+    if not (x.requires_grad or any(p.requires_grad for p in parameters)):
+        return None
+    dtype = torch.get_autocast_dtype(x.device.type) if under_autocast(x) else None
+    if dtype is not None and not (x.dtype == torch.float32 and dtype in _HALVES):
+        return None
+    if not adjacent([linear.weight for linear in qkv], [linear.bias for linear in qkv]):
+        return None
+    if x.device.type == "cpu":
+        check_sequences(packing.cu_seqlens, packing.max_seqlen, x.shape[0])
+    call = Call(
+        packing.cu_seqlens, packing.max_seqlen, self_attention.num_attention_heads, self_attention.scaling,
+        (norms[0].eps, norms[1].eps), dropouts, dtype,
+    )  # fmt: skip
+    return _TrainedLayer.apply(call, x.contiguous(), half if dtype is not None else None, *parameters)
+
+
+class _TrainedLayer(torch.autograd.Function):
+    """See the module; ``half`` None under autocast is made of ``x`` here."""
+
+    @staticmethod
+    def forward(ctx, call: Call, x: Tensor, half: Tensor | None, *parameters: Tensor):
+        query, key, value, query_bias, _, _, wo, bo, weight1, ln_bias1, w1, b1, w2, b2, weight2, ln_bias2 = parameters
+        qkv_weights = [query, key, value]
+        wqkv, bqkv = _joined(query), _joined(query_bias)
+        ctx.call, ctx.has_half = call, half is not None
+        if call.dtype is not None:
+            wqkv, bqkv, wo, w1, b1, w2 = (t.to(call.dtype) for t in (wqkv, bqkv, wo, w1, b1, w2))
+            x16 = x.to(call.dtype) if half is None else half
+            qkv_weights = [wqkv]
+        else:
+            x16 = x
+        with torch.autocast(x.device.type, enabled=False):
+            qkv = linear_forward(x16, wqkv, bqkv).view(len(x), 3, call.num_heads, -1)
+            module = implementation_for("attention", "auto", qkv, "forward", **_attention_sizes(call, qkv))
+            context, lse = module.attention_forward(qkv, call.cu_seqlens, call.max_seqlen, call.softmax_scale, *call.dropouts[0])
+            a = linear_forward(context.view(len(x), -1), wo, None)
+            ended1 = _end(a, bo, x, weight1, ln_bias1, call.eps[0], call.dropouts[1])
+            h = ended1.y if call.dtype is None else ended1.half
+            f, *wide = _feed_forward(h, w1, b1, w2)
+            ended2 = _end(f, b2, ended1.y, weight2, ln_bias2, call.eps[1], call.dropouts[2])
+        ctx.num_weights = len(qkv_weights)
+        statistics = (ended1.z, ended1.mean, ended1.rstd, ended2.z, ended2.mean, ended2.rstd)
+        ctx.save_for_backward(
+            x16, qkv, context, lse, h, *statistics, wo, w1, b1, w2, weight1, weight2, *qkv_weights, *wide
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        return ended2.y, ended2.half
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None, dhalf: Tensor | None):
+        with torch.no_grad():
+            gradients = _TrainedLayer.gradients(ctx, dy, dhalf)
+        if torch.is_grad_enabled():
+            gradients = once_only("fastbert::trained_layer_backward", gradients)
+        return None, *gradients
+
+    @staticmethod
+    def gradients(ctx, dy: Tensor | None, dhalf: Tensor | None) -> list[Tensor | None]:
+        """Of all inputs but the first."""
+        needs, call = ctx.needs_input_grad[1:], ctx.call
+        if dy is None and dhalf is None:
+            return [None] * len(needs)
+        x16, qkv, context, lse, h, z1, mean1, rstd1, z2, mean2, rstd2, wo, w1, b1, w2, weight1, weight2, *others = ctx.saved_tensors
+        wqkv, wide = _rejoined(others[: ctx.num_weights]), others[ctx.num_weights :]
+        (
+            needs_x, needs_half, needs_query, needs_key, needs_value, needs_qb, needs_kb, needs_vb, needs_wo, _, _, _, needs_w1,
+            needs_b1, needs_w2, *_,
+        ) = needs  # fmt: skip
+        with torch.autocast(x16.device.type, enabled=False):
+            df, dy1, dweight2, dln_bias2, db2 = _end_backward(dy, dhalf, z2, mean2, rstd2, weight2, call.dropouts[2], call.dtype)
+            wanted = [True, needs_w1, needs_b1, needs_w2]
+            dh, dw1, db1, dw2 = _feed_forward_backward(df, h, w1, b1, w2, wide, wanted)
+            if call.dtype is None:
+                dy1, dh = dy1.add_(dh), None
+            da, dx, dweight1, dln_bias1, dbo = _end_backward(dy1, dh, z1, mean1, rstd1, weight1, call.dropouts[1], call.dtype)
+            dwo = linear_dweight(da, context.view(da.shape)) if needs_wo else None
+            dx16, dwqkv, dbqkv = None, (None,) * 3, (None,) * 3
+            if needs_x or any(needs[1:8]):
+                dcontext = linear_dx(da, wo).view(context.shape)
+                module = implementation_for("attention", "auto", qkv, "backward", **_attention_sizes(call, qkv))
+                dqkv = module.attention_backward(
+                    dcontext, qkv, context, lse, call.cu_seqlens, call.max_seqlen, call.softmax_scale, *call.dropouts[0]
+                ).view(len(x16), -1)
+                dx16 = linear_dx(dqkv, wqkv) if needs_x or needs_half else None
+                dwqkv = linear_dweight(dqkv, x16).chunk(3) if needs_query or needs_key or needs_value else dwqkv
+                dbqkv = dqkv.sum(0).chunk(3) if needs_qb or needs_kb or needs_vb else dbqkv
+        if dx16 is not None and not ctx.has_half:
+            dx, dx16 = dx.add_(dx16), None
+        # Autograd converts gradients to the dtype of what they belong to.
+        found = (
+            dx, dx16, *dwqkv, *dbqkv, dwo, dbo, dweight1, dln_bias1, dw1, db1, dw2, db2, dweight2, dln_bias2,
+        )  # fmt: skip
+        return [gradient if needed else None for gradient, needed in zip(found, needs, strict=True)]
+
+
+def _joined(query: Tensor) -> Tensor:
+    """Queries', keys' and values' parameters, which lie side by side, as one."""
+    return query.as_strided((3 * query.shape[0], *query.shape[1:]), query.stride())
+
+
+def _rejoined(weights: list[Tensor]) -> Tensor:
+    """The same of saved ones: one that was converted, or three, which somebody may have moved apart since."""
+    if len(weights) == 1:
+        return weights[0]
+    size, start = weights[0].nbytes, weights[0].data_ptr()
+    in_place = all(weight.data_ptr() == start + i * size for i, weight in enumerate(weights))
+    same = all(weight.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr() for weight in weights)
+    return _joined(weights[0]) if in_place and same else torch.cat(weights)
+
+
+def _attention_sizes(call: Call, qkv: Tensor) -> dict[str, int]:
+    return {"rows": len(qkv), "head_dim": qkv.shape[-1], "max_seqlen": call.max_seqlen}
+
+
+def _end(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, ln_bias: Tensor, eps: float, dropout: Dropout) -> Ended:
+    """``add_layer_norm``, or ``add_layer_norm_mixed`` where the residual has another dtype than x."""
+    mixed = x.dtype != residual.dtype
+    if mixed and has_mixed_kernel(x):
+        module = implementation_for("add_layer_norm_mixed", "auto", x, "forward")
+        half, y, *kept = module.add_layer_norm_mixed_forward(x, bias, residual, weight, ln_bias, eps, *dropout)
+        return Ended(y, half, *kept)
+    rows = x.to(residual.dtype)
+    module = implementation_for("add_layer_norm", "auto", rows, "forward", rows=len(rows), hidden=rows.shape[1])
+    y, *kept = module.add_layer_norm_forward(rows, bias, residual, weight, ln_bias, eps, *dropout)
+    return Ended(y, y.to(x.dtype) if mixed else None, *kept)
+
+
+def _end_backward(
+    dy: Tensor | None,
+    dhalf: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    dropout: Dropout,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dresidual, dweight, dln_bias, dbias) of :func:`_end`, of whose results one may have no gradient; dtype: that of x under
+    autocast. Without that dx may be dresidual itself."""
+    dy, dhalf = (None if gradient is None else contiguous_grad(gradient) for gradient in (dy, dhalf))
+    if z.dtype == dtype:
+        module = implementation_for("add_layer_norm_mixed", "auto", z, "backward")
+        return module.add_layer_norm_mixed_backward(dhalf, dy, z, mean, rstd, weight, True, *dropout)
+    total = dy if dhalf is None else dhalf.to(z.dtype) if dy is None else dy + dhalf
+    module = implementation_for("add_layer_norm", "auto", z, "backward", rows=len(z), hidden=z.shape[1])
+    dx, dresidual, *gradients = module.add_layer_norm_backward(total, z, mean, rstd, weight, True, *dropout)
+    dx = dresidual if dx is None else dx
+    return dx if dtype is None else dx.to(dtype), dresidual, *gradients
+
+
+def _feed_forward(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor) -> tuple[Tensor, ...]:
+    """gelu(x weight^T + bias) out_weight^T and what of it is kept: the pre-activation without its bias, and where the backward pass
+    does not make that again, gelu's result."""
+    name = backends.choose("linear_gelu", "auto", x.device, x.dtype, "forward")
+    y, u = backends.implementation("linear_gelu", name).linear_gelu_forward(x, weight, bias, True)
+    f = linear_forward(y, out_weight, None)
+    return (f, u) if name == "native" else (f, u, y)
+
+
+def _feed_forward_backward(
+    df: Tensor, x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, kept: list[Tensor], needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight, bias and out_weight; ``needs``: which are wanted."""
+    module = implementation_for("linear_gelu", "auto", x, "backward")
+    if len(kept) == 1:
+        return module.feed_forward_backward(df, x, weight, bias, kept[0], out_weight, needs)
+    u, y = kept
+    dout_weight = linear_dweight(df, y) if needs[3] else None
+    return *module.linear_gelu_backward(linear_dx(df, out_weight), x, weight, bias, u), dout_weight

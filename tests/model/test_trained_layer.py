@@ -1,0 +1,245 @@
+"""A layer as one node of autograd's graph gives the bits of the same layer op by op, and is taken only where all in it is plain."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import fastbert
+from fastbert.model import layer as layer_module
+from fastbert.ops import backends
+
+from ..ops.helpers import DEVICE
+from .helpers import inputs_for, mask, small_config
+
+pytestmark = pytest.mark.gpu
+MODES = {
+    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, False),
+    "autocast": (torch.float32, True),
+}
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each layer that was asked ran as one node."""
+    answers, trained_layer = [], layer_module.trained_layer
+
+    def asked(*arguments):
+        done = trained_layer(*arguments)
+        answers.append(done is not None)
+        return done
+
+    monkeypatch.setattr(layer_module, "trained_layer", asked)
+    return answers
+
+
+def op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_module, "trained_layer", lambda *_: None)
+
+
+def model_of(dropout: float = 0.1, name: str = "BertForTokenClassification", **options) -> nn.Module:
+    torch.manual_seed(11)
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return getattr(fastbert, name)(small_config(**rates, **options)).train().to(DEVICE)
+
+
+def batch_of(name: str = "BertForTokenClassification") -> dict[str, torch.Tensor]:
+    torch.manual_seed(2)
+    return {key: value.to(DEVICE) for key, value in inputs_for(name).items()}
+
+
+def results(model: nn.Module, autocast: bool = False, name: str = "BertForTokenClassification") -> dict[str, torch.Tensor]:
+    """Loss, logits and all gradients of a step, with the same dropout masks in every call."""
+    batch = batch_of(name)
+    model.zero_grad()
+    torch.manual_seed(5)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        output = model(**batch)
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": output.loss.detach(), "logits": output.logits.detach(), **gradients}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bit for bit on a CPU; a GPU's library may take another matmul for the same product."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        if DEVICE == "cpu":
+            assert torch.equal(value, expected[name]), name
+        else:
+            torch.testing.assert_close(value, expected[name], atol=1e-2 * float(expected[name].abs().max()), rtol=0.05)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_bits_as_op_by_op(mode, dropout, counted, monkeypatch):
+    dtype, autocast = MODES[mode]
+    model = model_of(dropout).to(dtype)
+    found = results(model, autocast)
+    assert counted == [True] * 3
+    op_by_op(monkeypatch)
+    assert_same(found, results(model, autocast))
+
+
+def test_only_one_of_the_dropouts(counted, monkeypatch):
+    model = model_of(0.0)
+    model.bert.encoder.layer[1].attention.output.dropout.p = 0.3
+    found = results(model)
+    assert counted == [True] * 3
+    op_by_op(monkeypatch)
+    assert_same(found, results(model))
+
+
+def test_kernels_of_other_backends(counted, monkeypatch):
+    """What is kept of the feed-forward network depends on whose kernels they are."""
+    if DEVICE != "cpu":
+        pytest.skip("a GPU has them anyway")
+    monkeypatch.setitem(backends.AUTO_ORDER, "cpu", ("reference",))
+    backends.select.cache_clear()
+    try:
+        model = model_of(0.1)
+        found = results(model)
+        assert counted == [True] * 3
+        op_by_op(monkeypatch)
+        assert_same(found, results(model))
+    finally:
+        backends.select.cache_clear()
+
+
+def frozen(pattern: str) -> Callable[[nn.Module], None]:
+    def freeze(model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(pattern not in name)
+
+    return freeze
+
+
+@pytest.mark.parametrize(
+    "change",
+    [frozen(pattern) for pattern in ("weight", "bias", "embeddings", "layer.1", "query", "LayerNorm", "intermediate")],
+    ids=["weights", "biases", "embeddings", "a layer", "queries", "norms", "intermediate"],
+)  # fmt: skip
+def test_frozen_parameters_get_no_gradient(change, counted, monkeypatch):
+    model = model_of()
+    change(model)
+    found = results(model)
+    assert any(counted)
+    op_by_op(monkeypatch)
+    assert_same(found, results(model))
+
+
+def with_hook(layer: nn.Module) -> None:
+    layer.output.dense.register_forward_hook(lambda *_: None)
+
+
+def without_bias(layer: nn.Module) -> None:
+    layer.attention.self.key.bias = None
+
+
+def with_another_activation(layer: nn.Module) -> None:
+    layer.intermediate.intermediate_act_fn = nn.ReLU()
+
+
+def with_weights_of_another_dtype(layer: nn.Module) -> None:
+    layer.output.LayerNorm.bias = nn.Parameter(layer.output.LayerNorm.bias.detach().double())
+
+
+@pytest.mark.parametrize("change", [with_hook, without_bias, with_another_activation, with_weights_of_another_dtype])
+def test_what_is_not_plain_goes_op_by_op(change, counted, monkeypatch):
+    model = model_of()
+    change(model.bert.encoder.layer[1])
+    found = results(model)
+    assert counted == [True, False, True][: len(counted)] or counted == [True, True]  # a hook sends the layer to padded rows
+    op_by_op(monkeypatch)
+    assert_same(found, results(model))
+
+
+def test_no_gradients_no_node(counted):
+    model = model_of()
+    with torch.no_grad():
+        model(**batch_of())
+    assert not any(counted)
+
+
+def test_a_second_derivative_is_refused(counted):
+    model = model_of()
+    loss = model(**batch_of()).loss
+    assert all(counted)
+    (gradient,) = torch.autograd.grad(loss, [model.bert.encoder.layer[1].output.dense.weight], create_graph=True)
+    with pytest.raises(
+        RuntimeError, match="fastbert::trained_layer_backward has no derivative: fastbert's ops can be differentiated"
+    ):
+        gradient.square().sum().backward()
+
+
+def test_weights_that_were_changed_since_are_noticed():
+    model = model_of()
+    loss = model(**batch_of()).loss
+    with torch.no_grad():
+        model.bert.encoder.layer[2].output.dense.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_weights_that_were_moved_apart_since(counted, monkeypatch):
+    """Between forward and backward pass, as ``.to()`` does it: gradients are those of the values."""
+    found = []
+    for one_node in (True, False):
+        if not one_node:
+            op_by_op(monkeypatch)
+        model = model_of(0.0)
+        loss = model(**batch_of()).loss
+        for layer in model.bert.encoder.layer:
+            for linear in (layer.attention.self.query, layer.attention.self.value):
+                linear.weight.data = linear.weight.data.clone()
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert all(counted)
+    assert_same(*found)
+
+
+def test_hidden_states_in_half_precision_go_from_layer_to_layer(counted):
+    """Under autocast the kernels write both; what somebody changes in between is converted anew."""
+    model = model_of(0.0)
+    seen = []
+    for layer in model.bert.encoder.layer:
+        original = layer.on_packed_rows
+        layer.on_packed_rows = lambda rows, packing, original=original: (
+            seen.append(layer_module.half_of(rows)) or original(rows, packing)
+        )
+    results(model, autocast=True)
+    assert [half.dtype for half in seen] == [torch.float32, torch.bfloat16, torch.bfloat16] and counted == [True] * 3
+
+    rows = torch.randn(4, 8, device=DEVICE)
+    layer_module.with_half(rows, rows.bfloat16())
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert layer_module.half_of(rows).dtype == torch.bfloat16
+        rows.add_(1.0)
+        assert layer_module.half_of(rows) is rows
+    with torch.autocast(DEVICE, torch.float16):
+        assert layer_module.half_of(rows) is rows
+
+
+def test_several_steps_of_an_optimizer(counted, monkeypatch):
+    """Weights stay side by side, and the steps are those of op by op."""
+    models = [model_of(0.1), copy.deepcopy(model_of(0.1))]
+    losses = []
+    for model, one_node in zip(models, (True, False), strict=True):
+        if not one_node:
+            op_by_op(monkeypatch)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            losses.append(results(model)["loss"])
+            optimizer.step()
+    assert counted == [True] * 9
+    assert_same({"losses": torch.stack(losses[:3])}, {"losses": torch.stack(losses[3:])})
+
+
+def test_padding_is_there():
+    """Or none of the above would show that rows are packed."""
+    assert not mask().all()
