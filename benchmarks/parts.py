@@ -86,10 +86,14 @@ _STRONG = {
     "fastbert::int8_linear": LINEAR,
     "_QKVLinear": LINEAR,
     "_QKVLinearBackward": LINEAR,
+    # What is no kernel of an op in there: sums of gradients.
+    "_TrainedLayer": LINEAR,
+    "_TrainedLayerBackward": LINEAR,
     **_named(ATTENTION, "bmm baddbmm baddbmm_ softmax _softmax _softmax_backward_data _safe_softmax"),
     **_named(LAYER_NORM, "layer_norm native_layer_norm native_layer_norm_backward"),
     **_named(LAYER_NORM, "dropout native_dropout native_dropout_backward"),
     **_named(LAYER_NORM, "add_layer_norm add_layer_norm_backward gelu_layer_norm gelu_layer_norm_backward", "fastbert"),
+    **_named(LAYER_NORM, "add_layer_norm_mixed add_layer_norm_mixed_backward", "fastbert"),
     **_named(GELU, "gelu gelu_backward"),
     **_named(GELU, "linear_gelu linear_gelu_backward feed_forward feed_forward_backward", "fastbert"),
     **_named(LOSS, "cross_entropy_loss nll_loss nll_loss_nd nll_loss_forward nll_loss_backward"),
@@ -116,8 +120,6 @@ _DISPATCH = {
     **_named(OUTSIDE, "resolve_conj resolve_neg result_type can_cast linear matmul to"),
     "fastbert::linear": OUTSIDE,
 }
-# Of a GPU's kernels, by the names that Triton gives them: linear_gelu's matmul with the GELU in its epilogue.
-_FUSED_KERNELS = {"_gemm_kernel": fused(LINEAR, GELU)}
 _AROUND_OPERATOR = "GeneratedBackwardFor_fastbert_"
 _ENGINE = "autograd::engine::evaluate_function: "
 _BACKWARD_SCOPE = 1  # torch's RecordScope::BACKWARD_FUNCTION
@@ -148,12 +150,6 @@ def part_of(event: Event, creators: Creators) -> str:
 def operator_of(event: Event) -> str:
     """The name of an operator, also where a node around it runs its forward pass."""
     return event.cpu_parent.name if event.name.startswith(_AROUND_OPERATOR) and not _is_dispatch(event) else event.name
-
-
-def kernel_part(kernel: str, launched_by: Event, creators: Creators) -> str:
-    """The part that a GPU's kernel of this operator works for."""
-    part = work_of(launched_by, creators)
-    return _FUSED_KERNELS.get(kernel, part) if part == GELU else part
 
 
 def work_of(event: Event, creators: Creators) -> str:

@@ -15,12 +15,13 @@ happens, and int8's conversions with the layer norms: such a sum is a part of it
 of the kernels, by the operators that launched them. ``outside`` is the rest of the run: Python, dispatch, threads that wait; on a
 GPU the time in which it waits for the host.
 
-The GPU's side is written against torch.profiler's documentation and has not run on a GPU.
+On a GPU the profiler has run, but not beside a recorded step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +31,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastbert.ops import native, native_encoder, native_inference
+from fastbert.ops import backends, native, native_encoder, native_inference
 
 from .harness import first_line, quiet, synchronize
 from .parts import (
@@ -46,9 +47,9 @@ from .parts import (
     creators_of,
     fused,
     in_order,
-    kernel_part,
     operator_of,
     part_of,
+    work_of,
 )
 
 # Turns without and with the profiler: at least so many, and more of a short run.
@@ -141,7 +142,7 @@ def device_times(events: Iterable[Any]) -> Spent:
     parts, operators = defaultdict[str, float](float), defaultdict[str, float](float)
     for event in launching:
         for kernel in event.kernels:
-            part = kernel_part(kernel.name, event, creators)
+            part = work_of(event, creators)
             parts[OTHER if part == OUTSIDE else part] += kernel.duration * _MICROSECOND
             operators[operator_of(event)] += kernel.duration * _MICROSECOND
     # An annotation is shown on the GPU, too, as long as all that was launched in it. Kernels that no operator launched count, too.
@@ -157,7 +158,21 @@ _NATIVE_CALLS = (
     (native, "matmul", OWN_MATMUL),
     (native_inference.PackedDense, "__call__", OWN_MATMUL),
     (native_inference.EmbeddingTables, "embed", OWN_EMBEDDINGS),
+    (native, "feed_forward_backward", "fastbert::feed_forward_backward"),
 )
+
+
+def _calls() -> list[tuple[Any, str, str]]:
+    """Of those and of every backend's kernels, which a layer in training calls past torch's dispatcher, the names of their ops."""
+    found = list(_NATIVE_CALLS)
+    for op, backend in itertools.product((*backends.OPS, *backends.MIXED_OPS), backends.BACKENDS):
+        if op in backends.MIXED_OPS and backend not in ("reference", "triton") or backends.unavailable_reason(backend):
+            continue
+        module = backends.implementation(op, backend)
+        for direction, ending in (("forward", ""), ("backward", "_backward")):
+            if hasattr(module, f"{op}_{direction}"):
+                found.append((module, f"{op}_{direction}", f"fastbert::{op}{ending}"))
+    return found
 
 
 @contextlib.contextmanager
@@ -171,13 +186,14 @@ def _named_calls() -> Iterator[None]:
 
         return run
 
-    functions = [getattr(owner, attribute) for owner, attribute, _ in _NATIVE_CALLS]
-    for (owner, attribute, name), function in zip(_NATIVE_CALLS, functions, strict=True):
+    calls = _calls()
+    functions = [getattr(owner, attribute) for owner, attribute, _ in calls]
+    for (owner, attribute, name), function in zip(calls, functions, strict=True):
         setattr(owner, attribute, named(function, name))
     try:
         yield
     finally:
-        for (owner, attribute, _), function in zip(_NATIVE_CALLS, functions, strict=True):
+        for (owner, attribute, _), function in zip(calls, functions, strict=True):
             setattr(owner, attribute, function)
 
 

@@ -31,7 +31,8 @@ PAIRS = [(op, name) for op in OPS for name in (BY_BACKEND if op in (*backends.OP
 def case_of(op: str, dtype: str, scale: str) -> Case:
     """The op's first: BERT-base's width, no dropout. Only the last one is kept, they are large."""
     torch.manual_seed(0)
-    return next(iter(cases(op, SCALES[scale], "cpu", getattr(torch, dtype))))
+    case = next(iter(cases(op, SCALES[scale], "cpu", getattr(torch, dtype))), None)
+    return case or pytest.skip(f"{op} has no case in {dtype}")
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,7 +12,6 @@ from benchmarks.parts import (
     creators_of,
     fused,
     in_order,
-    kernel_part,
     members,
     merged_rows,
     operator_of,
@@ -145,15 +144,6 @@ def test_an_operator_has_its_own_name_in_the_node_around_it():
     assert operator_of(recorder("fastbert::attention", node)) == "fastbert::attention"
     assert operator_of(recorder(backward=(f"{node}Backward", 1))) == f"{node}Backward"
     assert operator_of(recorder("aten::gelu")) == "aten::gelu"
-
-
-def test_kernels_that_do_the_work_of_two_parts():
-    recorder = Recorder()
-    forward = recorder("fastbert::linear_gelu")
-    assert kernel_part("_gemm_kernel", forward, {}) == "linear + gelu"
-    assert kernel_part("_pass_kernel", forward, {}) == "gelu"
-    assert kernel_part("_gemm_kernel", recorder("aten::mm"), {}) == "linear"
-    assert kernel_part("vectorized_elementwise_kernel", recorder("aten::linear"), {}) == "other"
 
 
 def test_names_of_fused_parts():
