@@ -12,7 +12,8 @@
 // Bounds of a tile on each quarter of a multiprocessor, from the instructions compiled for sm_90a, in cycles: products 256,
 // exponentials 272, instructions issued 200, with dropout 540 and 70 more for multiplications that take two. At 132 times
 // 1.75 GHz that is 890 and 400 TFLOP/s with nothing lost to latency; of bytes, at 4.3 TB/s, 1,090 for 512 tokens and 270 for
-// 128. No GPU has run this yet: estimates.
+// 128. An H200 reached 379 and 209 for 512 tokens, 203 and 160 for 128: the four warps of a scheduler have an instruction
+// ready in 43% of the cycles.
 
 #include "cuda/attention_hopper.cuh"
 

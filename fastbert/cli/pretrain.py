@@ -90,7 +90,7 @@ def pretrain(
     optimizer: Annotated[str, typer.Option(help=f"{' or '.join(OPTIMIZERS)}.")] = S.optimizer,
     optimizer_backend: Annotated[
         str,
-        typer.Option(help=f"{' or '.join(OPTIMIZER_BACKENDS)}: whose kernels take its steps; cuda has not run on a GPU yet."),
+        typer.Option(help=f"{' or '.join(OPTIMIZER_BACKENDS)}: whose kernels take its steps."),
     ] = S.optimizer_backend,
     schedule: Annotated[str, typer.Option(help=f"Of the learning rate, after its warmup: {', '.join(SCHEDULES)}.")] = S.schedule,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = S.learning_rate,
@@ -107,7 +107,7 @@ def pretrain(
     ] = False,
     cuda_graph: Annotated[
         bool,
-        typer.Option("--cuda-graph", help="Record the training step once and repeat it; not run on a GPU yet."),
+        typer.Option("--cuda-graph", help="Record the training step once and repeat it, for a fast GPU."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of weights, data order, masks and dropout.")] = S.seed,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = S.save_steps,

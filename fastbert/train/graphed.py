@@ -11,8 +11,8 @@ The first steps of a phase are real ones that run as usual, on another stream th
 them, Triton compiles, and the optimizer makes its state. Memory: what the recorded step has allocated (activations, gradients) is
 its own as long as it is kept, between steps, too.
 
-Not run on a GPU yet: the tests record with a stand-in that repeats torch's operators on the same memory. Several batches a step are
-not recorded: they would need two recordings and gradients that stay, and are for batches that keep the device busy anyway.
+Without a GPU the tests record with a stand-in that repeats torch's operators on the same memory. Several batches a step are not
+recorded: they would need two recordings and gradients that stay, and are for batches that keep the device busy anyway.
 """
 
 from __future__ import annotations
