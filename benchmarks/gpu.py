@@ -1,7 +1,7 @@
 """Tests and measures everything on a machine with an NVIDIA GPU, in under 9 minutes, without a network or an installation.
 
     python -m benchmarks.gpu [--budget 530]     # what `make gpu` runs
-    python -m benchmarks.gpu --steps build tests ops    # those alone whose names begin so
+    python -m benchmarks.gpu --steps build tests ops    # those alone whose names begin so, into gpu-steps.json
     python -m benchmarks.gpu --rehearse         # every step at toy size on the CPU, into a temporary folder
 
 Builds csrc in place for this GPU alone, runs the tests marked gpu, compute-sanitizer where it is there, and the benchmarks, each
@@ -83,11 +83,13 @@ def main() -> None:
             if unknown:
                 parser.error(f"no step begins with {', '.join(unknown)}; there are {', '.join(step.name for step in steps)}")
             steps = [step for step in steps if step.name.startswith(("machine", *arguments.steps))]
-        sys.exit(run_all(steps, arguments.budget, arguments.rehearse, Path(scratch)))
+        name = "gpu-steps.json" if arguments.steps else "gpu.json"
+        sys.exit(run_all(steps, arguments.budget, arguments.rehearse, Path(scratch), name))
 
 
-def run_all(steps: list[Step], budget_s: float, rehearse: bool, scratch: Path) -> int:
-    """Runs the steps in order; returns the exit code. ``scratch`` is gone afterwards; a rehearsal leaves nothing elsewhere."""
+def run_all(steps: list[Step], budget_s: float, rehearse: bool, scratch: Path, name: str = "gpu.json") -> int:
+    """Runs the steps in order; returns the exit code. ``scratch`` is gone afterwards; a rehearsal leaves nothing elsewhere. name:
+    of the document."""
     deadline = time.monotonic() + budget_s
     folder = scratch / "results" if rehearse else results_folder()
     document: dict[str, Any] = {
@@ -109,7 +111,7 @@ def run_all(steps: list[Step], budget_s: float, rehearse: bool, scratch: Path) -
         results = {name: done["result"] for name, done in document["steps"].items() if done["result"]}
         document["goals"] = goals.compare(gpu_goals.GOALS, gpu_goals.Measurements(results))
         document["seconds"] = round(budget_s - (deadline - time.monotonic()), 1)
-        write_json(folder / "gpu.json", document)
+        write_json(folder / name, document)
         print(f"{step.name:<28}{record['status']:<13}{record['seconds']:>7.1f} s  {note(record)}", file=sys.stderr, flush=True)
     print(steps_table(document))
     print()

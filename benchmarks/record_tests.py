@@ -65,10 +65,14 @@ def _append(file: Path, report: pytest.TestReport) -> None:
 
 
 def summarized(file: Path) -> dict[str, Any]:
-    """Counts, the failed tests with the first line of their errors, and the slowest. A test that ended its process has two lines,
-    its own and then xdist's, of which its own counts."""
+    """Counts, the failed tests with the first line of their errors, and the slowest. Of a test's lines the first failed counts: one
+    that ended its process has its own and then xdist's, and one may pass and fail while it is taken down."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    lines = list({line["test"]: line for line in reversed(lines)}.values())[::-1]
+    by_test: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if line["test"] not in by_test or (line["outcome"] == "failed" and by_test[line["test"]]["outcome"] != "failed"):
+            by_test[line["test"]] = line
+    lines = list(by_test.values())
     counts = Counter(line["outcome"] for line in lines)
     slowest = sorted(lines, key=lambda line: -line["seconds"])[:8]
     return {

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import goals, gpu, gpu_goals, model_work, op_cases, sanitized, tasks, work
+from benchmarks import goals, gpu, gpu_goals, model_work, op_cases, record_tests, sanitized, tasks, work
 from benchmarks.workloads import config_for, workload, workloads
 from fastbert.ops import backends, cuda
 
@@ -323,3 +323,24 @@ def test_tuning_modes_prepares_its_tasks(monkeypatch):
     monkeypatch.setattr(tasks, "prepare_task", lambda task, sources, settings, say: seen.update(settings.to_dict()))
     settings, _ = tasks.prepared("SST-2", Path("data"), learning_rate=None, limit=5)
     assert (settings.limit, settings.learning_rate, seen["limit"]) == (5, None, 5)
+
+
+def test_a_test_that_failed_anywhere_has_failed(tmp_path):
+    """It may pass and fail while it is taken down, or end its process: xdist then reports it once more."""
+    lines = [
+        ("a", "passed", None),
+        ("b", "failed", "illegal access"),
+        ("a", "failed", "at the end"),
+        ("b", "failed", "crashed"),
+        ("c", "passed", None),
+    ]
+    file = tmp_path / "tests.jsonl"
+    file.write_text("".join(json.dumps({"test": t, "outcome": o, "seconds": 1.0, "message": m}) + "\n" for t, o, m in lines))
+    found = record_tests.summarized(file)
+    assert (found["passed"], found["failed"]) == (1, 2)
+    assert found["failures"] == [{"test": "a", "message": "at the end"}, {"test": "b", "message": "illegal access"}]
+
+
+def test_make_gpu_runs_steps_by_name():
+    done = run("benchmarks.gpu", "--rehearse", "--steps", "optim", "nothing")
+    assert done.returncode == 2 and "no step begins with nothing; there are machine, build" in done.stderr

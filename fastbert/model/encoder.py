@@ -16,7 +16,7 @@ from ..ops.native_encoder import run_layers
 from ..ops.registration import transform_reasons
 from .embeddings import embed
 from .inputs import check_inputs, warn_of_first_position
-from .layer import FusedLayer
+from .layer import FusedLayer, take_half
 from .outputs import PooledEncoderOutput
 from .packed_ends import pool
 from .packed_layer import is_trained, packed_stack
@@ -133,6 +133,8 @@ class PackedEncoder:
                 hidden_states = layer.on_packed_rows(hidden_states, packing)
                 recorded.add(hidden_states)
 
+        if last_layer is None:
+            take_half(hidden_states)  # which no layer will
         output = self._output(hidden_states, packing, selection, last_layer)
         pooler = getattr(self, "pooler", None)
         if pooler is not None:

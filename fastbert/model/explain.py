@@ -19,20 +19,22 @@ from .lm_heads import LabelledRowsOnly
 from .packed_layer import packing_reasons
 from .plain import has_own_forward
 from .row_selection import all_rows_reasons
+from .trained_layer import op_by_op_reasons
 
 
 @dataclass
 class Explanation:
     """What runs where. ``str()`` gives a table, :meth:`to_dict` plain data.
 
-    name: the encoder's path in the model. encoder: reasons why whole calls run transformers' forward pass (empty: they run
-    packed). embeddings: notes on them. layers: notes per layer index (an empty list: fully fused). inference: on CPUs, per layer
-    index, why calls without gradients take the layer's ops one by one (an empty list: one call on packed weights). int8: per layer
-    index the Linears that multiply int8, where there are any. head: notes of the language-model head, None where the model has
-    none. last_layer: why the last layer computes all rows instead of those that somebody reads, of a model with a masked-LM head
-    in a call with labels, of one whose head reads the pooler's output alone in every call; None for others. ops: the backend that
-    ``"auto"`` picks for the device and dtype of the weights, with the reasons against the ones before it, and the sizes for which
-    it was measured that another is faster, which it then picks. others: the model's other encoders.
+    name: the encoder's path in the model. encoder: reasons why whole calls run transformers' forward pass (empty: they run packed).
+    embeddings: notes on them. layers: notes per layer index (an empty list: fully fused). inference: on CPUs, per layer index, why
+    calls without gradients take the layer's ops one by one (an empty list: one call on packed weights). training: per layer index,
+    why its ops are nodes of their own in autograd's graph (an empty list: the layer is one). int8: per layer index the Linears that
+    multiply int8, where there are any. head: notes of the language-model head, None where the model has none. last_layer: why the
+    last layer computes all rows instead of those that somebody reads, of a model with a masked-LM head in a call with labels, of
+    one whose head reads the pooler's output alone in every call; None for others. ops: the backend that ``"auto"`` picks for the
+    device and dtype of the weights, with the reasons against the ones before it, and the sizes for which it was measured that
+    another is faster, which it then picks. others: the model's other encoders.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Explanation:
     embeddings: list[str]
     layers: dict[int, list[str]]
     inference: dict[int, list[str]]
+    training: dict[int, list[str]]
     int8: dict[int, list[str]]
     head: list[str] | None
     last_layer: list[str] | None
@@ -73,6 +76,9 @@ class Explanation:
             indices = [index for index, others in self.inference.items() if tuple(others) == reasons]
             path = f"op by op, {'; '.join(reasons)}" if reasons else "one call per layer on packed weights"
             lines.append(f"inference  {_ranges(indices)}: {path}")
+        for reasons in dict.fromkeys(tuple(reasons) for reasons in self.training.values() if reasons):
+            indices = [index for index, others in self.training.items() if tuple(others) == reasons]
+            lines.append(f"training   {_ranges(indices)}: op by op, {'; '.join(reasons)}")
         for names in dict.fromkeys(map(tuple, self.int8.values())):
             indices = [index for index, parts in self.int8.items() if tuple(parts) == names]
             lines.append(f"int8       {_ranges(indices)}: {', '.join(names)}")
@@ -134,6 +140,13 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
             for index, layer in enumerate(encoder.encoder.layer)
             if isinstance(layer, FusedLayer)
         }
+    training = {}
+    if not reasons:
+        training = {
+            index: layer_fallback_reasons(layer) or op_by_op_reasons(layer) or _dtype_reasons(layer)
+            for index, layer in enumerate(encoder.encoder.layer)
+            if isinstance(layer, FusedLayer)
+        }
     head_dim = encoder.config.hidden_size // encoder.config.num_attention_heads
     return Explanation(
         name=name,
@@ -143,11 +156,17 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
         embeddings=notes,
         layers=layers,
         inference=inference,
+        training=training,
         int8=int8,
         head=None,
         last_layer=None,
         ops={op: _op_facts(op, weight, head_dim) for op in (*backends.OPS, *(backends.INFERENCE_OPS if int8 else ()))},
     )
+
+
+def _dtype_reasons(layer: nn.Module) -> list[str]:
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in layer.parameters()})
+    return [f"its parameters are {' and '.join(dtypes)}"] if len(dtypes) > 1 else []
 
 
 def _fallback_reasons(encoder: PackedEncoder, inputs: dict[str, Any]) -> list[str]:

@@ -142,8 +142,7 @@ class FusedLayer:
         modules = self.attention.self.dropout, self.attention.output.dropout, self.output.dropout
         dropouts = [packing.dropout_of(active_dropout_p(module), first_stream + i) for i, module in enumerate(modules)]
         arguments = tuple((dropout["dropout_p"], dropout["seed"], dropout["stream"]) for dropout in dropouts)
-        half = half_of(hidden_states)
-        done = trained_layer(self, hidden_states, None if half is hidden_states else half, packing, arguments, _are_adjacent)
+        done = trained_layer(self, hidden_states, take_half, packing, arguments, _are_adjacent)
         return None if done is None else with_half(*done) if done[1] is not None else done[0]
 
 
@@ -161,7 +160,7 @@ def _padding_mask(layer: nn.Module, rows: Tensor, packing: Packing) -> Tensor | 
 
 
 def _self_attention(module: nn.Module, hidden_states: Tensor, packing: Packing, stream: int) -> Tensor:
-    qkv = _project_qkv(module, half_of(hidden_states)).view(-1, 3, module.num_attention_heads, module.attention_head_size)
+    qkv = _project_qkv(module, hidden_states).view(-1, 3, module.num_attention_heads, module.attention_head_size)
     dropout = packing.dropout_of(active_dropout_p(module.dropout), stream)
     return attention(qkv, packing.cu_seqlens, packing.max_seqlen, softmax_scale=module.scaling, **dropout).flatten(1)
 
@@ -178,9 +177,9 @@ def _feed_forward(intermediate: nn.Module, output: nn.Module, x: Tensor, packing
     """BertIntermediate and BertOutput."""
     first, activation, second = intermediate.dense, intermediate.intermediate_act_fn, output.dense
     if is_plain_linear(first) and is_exact_gelu(activation) and is_plain_linear(second):
-        y = feed_forward(half_of(x), first.weight, first.bias, second.weight)
+        y = feed_forward(_for_matmul(x), first.weight, first.bias, second.weight)
         return _add_layer_norm(output, y, second.bias, x, packing, stream)
-    return _output(output, _intermediate(intermediate, half_of(x)), x, packing, stream)
+    return _output(output, _intermediate(intermediate, x), x, packing, stream)
 
 
 def _add_layer_norm(module: nn.Module, x: Tensor, bias: Tensor | None, residual: Tensor, packing: Packing, stream: int) -> Tensor:
@@ -195,22 +194,30 @@ def _add_layer_norm(module: nn.Module, x: Tensor, bias: Tensor | None, residual:
 
 
 def with_half(y: Tensor, half: Tensor) -> Tensor:
-    """``y`` itself, of which :func:`half_of` then knows what it is in half precision."""
-    if not torch.compiler.is_compiling():
-        y._fastbert_half = half, y._version
+    """``y`` itself, of which :func:`take_half` then knows what it is in half precision."""
+    if not (torch.compiler.is_compiling() or y.is_inference()):  # a tensor of inference mode does not tell when it is changed
+        y._fastbert_half = half, y._version, y.grad_fn
     return y
 
 
-def half_of(x: Tensor) -> Tensor:
-    """``x`` in half precision as the op that made it wrote that, too; else ``x``, which autocast then converts.
+def take_half(x: Tensor) -> Tensor | None:
+    """``x`` in half precision as the op that made it wrote that, too, once: it is forgotten then, as is memory for it.
 
-    What somebody changed since, or made of it anew, has none.
+    None where there is none, or where it is not what ``x`` is any more: somebody has changed ``x`` since, taken it out of
+    autograd's graph, or, as checkpointing does it, put it there.
     """
-    if torch.compiler.is_compiling():
-        return x
-    half, version = getattr(x, "_fastbert_half", (None, None))
-    known = half is not None and version == x._version and under_autocast(x)
-    return half if known and half.dtype == torch.get_autocast_dtype(x.device.type) else x
+    if torch.compiler.is_compiling() or "_fastbert_half" not in x.__dict__:
+        return None
+    half, version, grad_fn = x.__dict__.pop("_fastbert_half")
+    if version != x._version or grad_fn is not x.grad_fn or not under_autocast(x):
+        return None
+    return half if half.dtype == torch.get_autocast_dtype(x.device.type) else None
+
+
+def _for_matmul(x: Tensor) -> Tensor:
+    """For a Linear that is read instead of called; a module of somebody else gets what transformers gives it."""
+    half = take_half(x)
+    return x if half is None else half
 
 
 def _intermediate(module: nn.Module, x: Tensor) -> Tensor:
@@ -301,6 +308,7 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
         return int8_linear(x, *_joined_int8(linears))
     if not all(is_plain_linear(linear) for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
+    x = _for_matmul(x)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
     views_help = not torch.compiler.is_compiling() and (under_autocast(x) or x.dtype == weights[0].dtype)
     if views_help and _are_adjacent(weights, biases):

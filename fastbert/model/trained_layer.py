@@ -9,7 +9,7 @@ goes op by op.
     gelu(y1 W1 + b1)                                            y2 = add_layer_norm(. W2 + b2, y1)
 
 Under autocast matmuls have half precision and hidden states are float32 from layer to layer, as in transformers. The layer then
-takes and gives both (``half_of``), because the kernels that end its halves write both.
+takes and gives both (``take_half``), because the kernels that end its halves write both.
 """
 
 from __future__ import annotations
@@ -30,19 +30,23 @@ from .packing import Packing
 from .plain import has_plain_parameters, is_exact_gelu, is_plain_linear
 
 _HALVES = (torch.bfloat16, torch.float16)
-Dropout = tuple[float, Tensor | None, int]  # dropout_p, seed and stream, as the kernels take them
+Dropout = tuple[
+    float, Tensor | None, int
+]  # dropout_p, seed and stream, as the kernels take them: one seed, or None without dropout
 
 
 class Call(NamedTuple):
     """What a layer's kernels need beside tensors with gradients. dtype: that of matmuls under autocast, else None."""
 
-    cu_seqlens: Tensor
     max_seqlen: int
     num_heads: int
     softmax_scale: float
     eps: tuple[float, float]
-    dropouts: tuple[Dropout, Dropout, Dropout]  # of attention, and of its halves' ends
+    dropouts: tuple[tuple[float, int], ...]  # probability and stream, of attention and of the halves' ends
     dtype: torch.dtype | None
+
+    def dropouts_with(self, seed: Tensor | None) -> list[Dropout]:
+        return [(p, seed if p > 0.0 else None, stream) for p, stream in self.dropouts]
 
 
 class Ended(NamedTuple):
@@ -58,7 +62,7 @@ class Ended(NamedTuple):
 def trained_layer(
     layer: Any,
     x: Tensor,
-    half: Tensor | None,
+    take_half: Callable[[Tensor], Tensor | None],
     packing: Packing,
     dropouts: tuple[Dropout, Dropout, Dropout],
     adjacent: Callable[..., bool],
@@ -66,25 +70,27 @@ def trained_layer(
     """The layer's output for ``x`` (total, hidden), and that in half precision under autocast; None where it has to go op by op.
     To be asked where gradients are enabled and nothing is compiled.
 
-    half: x in half precision, where somebody has it; adjacent: whether queries', keys' and values' parameters lie side by side.
+    take_half: gives x in half precision where somebody has it; adjacent: whether queries', keys' and values' parameters lie side by
+    side.
     """
     if type(x) is not Tensor or x.shape[0] == 0:
         return None
-    attention, middle, output = layer.attention, layer.intermediate, layer.output
-    self_attention, projected = attention.self, attention.output
+    if op_by_op_reasons(layer) or dispatch_mode_is_on() or transform_reasons():
+        return None
+    self_attention = layer.attention.self
     qkv = self_attention.query, self_attention.key, self_attention.value
-    linears = (*qkv, projected.dense, middle.dense, output.dense)
-    if not (all(map(is_plain_linear, linears)) and is_exact_gelu(middle.intermediate_act_fn)):
-        return None
-    norms = projected.LayerNorm, output.LayerNorm
-    if not all(map(has_plain_parameters, norms)) or dispatch_mode_is_on() or transform_reasons():
-        return None
-    query, key, value, project, first, second = linears
+    project, first, second = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
+    norms = layer.attention.output.LayerNorm, layer.output.LayerNorm
     parameters = (
         *(linear.weight for linear in qkv), *(linear.bias for linear in qkv), project.weight, project.bias, norms[0].weight,
         norms[0].bias, first.weight, first.bias, second.weight, second.bias, norms[1].weight, norms[1].bias,
     )  # fmt: skip
-    if any(p is None or p.dtype != x.dtype or p.device != x.device for p in parameters):
+    if any(p.dtype != x.dtype or p.device != x.device or not p.is_contiguous() for p in parameters):
+        return None
+    hidden, wide = x.shape[1], first.weight.shape[0]
+    square, row = (hidden, hidden), (hidden,)
+    shapes = (square, square, square, row, row, row, square, row, row, row, (wide, hidden), (wide,), (hidden, wide), row, row, row)
+    if tuple(p.shape for p in parameters) != shapes:  # op by op says what is wrong
         return None
     if not (x.requires_grad or any(p.requires_grad for p in parameters)):
         return None
@@ -95,22 +101,47 @@ def trained_layer(
         return None
     if x.device.type == "cpu":
         check_sequences(packing.cu_seqlens, packing.max_seqlen, x.shape[0])
-    call = Call(
-        packing.cu_seqlens, packing.max_seqlen, self_attention.num_attention_heads, self_attention.scaling,
-        (norms[0].eps, norms[1].eps), dropouts, dtype,
-    )  # fmt: skip
-    return _TrainedLayer.apply(call, x.contiguous(), half if dtype is not None else None, *parameters)
+    eps, rates = (norms[0].eps, norms[1].eps), tuple((p, stream) for p, _, stream in dropouts)
+    call = Call(packing.max_seqlen, self_attention.num_attention_heads, self_attention.scaling, eps, rates, dtype)
+    seed = next((seed for _, seed, _ in dropouts if seed is not None), None)
+    half = None if dtype is None else take_half(x)
+    return _TrainedLayer.apply(call, packing.cu_seqlens.contiguous(), seed, x.contiguous(), half, *parameters)
+
+
+def op_by_op_reasons(layer: Any) -> list[str]:
+    """What in a layer of the expected parts is not plain, so that its training goes op by op; empty where nothing is."""
+    attention = layer.attention
+    linears = {
+        "attention.self.query": attention.self.query,
+        "attention.self.key": attention.self.key,
+        "attention.self.value": attention.self.value,
+        "attention.output.dense": attention.output.dense,
+        "intermediate.dense": layer.intermediate.dense,
+        "output.dense": layer.output.dense,
+    }
+    reasons = []
+    for name, linear in linears.items():
+        if not is_plain_linear(linear):
+            reasons.append(f"{name} is more than a Linear")
+        elif linear.bias is None:
+            reasons.append(f"{name} has no bias")
+    if not is_exact_gelu(layer.intermediate.intermediate_act_fn):
+        reasons.append("the activation is not the erf-GELU")
+    for name, norm in (("attention.output", attention.output.LayerNorm), ("output", layer.output.LayerNorm)):
+        if not has_plain_parameters(norm):
+            reasons.append(f"{name}.LayerNorm has parameters that are none, or more than parameters")
+    return reasons
 
 
 class _TrainedLayer(torch.autograd.Function):
     """See the module; ``half`` None under autocast is made of ``x`` here."""
 
     @staticmethod
-    def forward(ctx, call: Call, x: Tensor, half: Tensor | None, *parameters: Tensor):
+    def forward(ctx, call: Call, cu_seqlens: Tensor, seed: Tensor | None, x: Tensor, half: Tensor | None, *parameters: Tensor):
         query, key, value, query_bias, _, _, wo, bo, weight1, ln_bias1, w1, b1, w2, b2, weight2, ln_bias2 = parameters
         qkv_weights = [query, key, value]
         wqkv, bqkv = _joined(query), _joined(query_bias)
-        ctx.call, ctx.has_half = call, half is not None
+        ctx.call, ctx.has_half, dropouts = call, half is not None, call.dropouts_with(seed)
         if call.dtype is not None:
             wqkv, bqkv, wo, w1, b1, w2 = (t.to(call.dtype) for t in (wqkv, bqkv, wo, w1, b1, w2))
             x16 = x.to(call.dtype) if half is None else half
@@ -120,16 +151,16 @@ class _TrainedLayer(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             qkv = linear_forward(x16, wqkv, bqkv).view(len(x), 3, call.num_heads, -1)
             module = implementation_for("attention", "auto", qkv, "forward", **_attention_sizes(call, qkv))
-            context, lse = module.attention_forward(qkv, call.cu_seqlens, call.max_seqlen, call.softmax_scale, *call.dropouts[0])
+            context, lse = module.attention_forward(qkv, cu_seqlens, call.max_seqlen, call.softmax_scale, *dropouts[0])
             a = linear_forward(context.view(len(x), -1), wo, None)
-            ended1 = _end(a, bo, x, weight1, ln_bias1, call.eps[0], call.dropouts[1])
+            ended1 = _end(a, bo, x, weight1, ln_bias1, call.eps[0], dropouts[1])
             h = ended1.y if call.dtype is None else ended1.half
             f, *wide = _feed_forward(h, w1, b1, w2)
-            ended2 = _end(f, b2, ended1.y, weight2, ln_bias2, call.eps[1], call.dropouts[2])
+            ended2 = _end(f, b2, ended1.y, weight2, ln_bias2, call.eps[1], dropouts[2])
         ctx.num_weights = len(qkv_weights)
         statistics = (ended1.z, ended1.mean, ended1.rstd, ended2.z, ended2.mean, ended2.rstd)
         ctx.save_for_backward(
-            x16, qkv, context, lse, h, *statistics, wo, w1, b1, w2, weight1, weight2, *qkv_weights, *wide
+            cu_seqlens, seed, x16, qkv, context, lse, h, *statistics, wo, w1, b1, w2, weight1, weight2, *qkv_weights, *wide
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         return ended2.y, ended2.half
@@ -140,34 +171,36 @@ class _TrainedLayer(torch.autograd.Function):
             gradients = _TrainedLayer.gradients(ctx, dy, dhalf)
         if torch.is_grad_enabled():
             gradients = once_only("fastbert::trained_layer_backward", gradients)
-        return None, *gradients
+        return None, None, None, *gradients
 
     @staticmethod
     def gradients(ctx, dy: Tensor | None, dhalf: Tensor | None) -> list[Tensor | None]:
-        """Of all inputs but the first."""
-        needs, call = ctx.needs_input_grad[1:], ctx.call
+        """Of the inputs that can have one: x, half and the parameters."""
+        needs, call = ctx.needs_input_grad[3:], ctx.call
         if dy is None and dhalf is None:
             return [None] * len(needs)
-        x16, qkv, context, lse, h, z1, mean1, rstd1, z2, mean2, rstd2, wo, w1, b1, w2, weight1, weight2, *others = ctx.saved_tensors
+        cu_seqlens, seed, x16, qkv, context, lse, h, z1, mean1, rstd1, z2, mean2, rstd2, *others = ctx.saved_tensors
+        wo, w1, b1, w2, weight1, weight2, *others = others
+        dropouts = call.dropouts_with(seed)
         wqkv, wide = _rejoined(others[: ctx.num_weights]), others[ctx.num_weights :]
         (
             needs_x, needs_half, needs_query, needs_key, needs_value, needs_qb, needs_kb, needs_vb, needs_wo, _, _, _, needs_w1,
             needs_b1, needs_w2, *_,
         ) = needs  # fmt: skip
         with torch.autocast(x16.device.type, enabled=False):
-            df, dy1, dweight2, dln_bias2, db2 = _end_backward(dy, dhalf, z2, mean2, rstd2, weight2, call.dropouts[2], call.dtype)
+            df, dy1, dweight2, dln_bias2, db2 = _end_backward(dy, dhalf, z2, mean2, rstd2, weight2, dropouts[2], call.dtype)
             wanted = [True, needs_w1, needs_b1, needs_w2]
             dh, dw1, db1, dw2 = _feed_forward_backward(df, h, w1, b1, w2, wide, wanted)
             if call.dtype is None:
                 dy1, dh = dy1.add_(dh), None
-            da, dx, dweight1, dln_bias1, dbo = _end_backward(dy1, dh, z1, mean1, rstd1, weight1, call.dropouts[1], call.dtype)
+            da, dx, dweight1, dln_bias1, dbo = _end_backward(dy1, dh, z1, mean1, rstd1, weight1, dropouts[1], call.dtype)
             dwo = linear_dweight(da, context.view(da.shape)) if needs_wo else None
             dx16, dwqkv, dbqkv = None, (None,) * 3, (None,) * 3
             if needs_x or any(needs[1:8]):
                 dcontext = linear_dx(da, wo).view(context.shape)
                 module = implementation_for("attention", "auto", qkv, "backward", **_attention_sizes(call, qkv))
                 dqkv = module.attention_backward(
-                    dcontext, qkv, context, lse, call.cu_seqlens, call.max_seqlen, call.softmax_scale, *call.dropouts[0]
+                    dcontext, qkv, context, lse, cu_seqlens, call.max_seqlen, call.softmax_scale, *dropouts[0]
                 ).view(len(x16), -1)
                 dx16 = linear_dx(dqkv, wqkv) if needs_x or needs_half else None
                 dwqkv = linear_dweight(dqkv, x16).chunk(3) if needs_query or needs_key or needs_value else dwqkv

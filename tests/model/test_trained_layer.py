@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastbert
 from fastbert.model import layer as layer_module
@@ -153,6 +154,9 @@ def with_weights_of_another_dtype(layer: nn.Module) -> None:
 def test_what_is_not_plain_goes_op_by_op(change, counted, monkeypatch):
     model = model_of()
     change(model.bert.encoder.layer[1])
+    explanation = fastbert.explain(model)
+    assert explanation.training[0] == explanation.training[2] == [] != explanation.training[1]
+    assert f"training   1: op by op, {explanation.training[1][0]}" in str(explanation)
     found = results(model)
     assert counted == [True, False, True][: len(counted)] or counted == [True, True]  # a hook sends the layer to padded rows
     op_by_op(monkeypatch)
@@ -204,25 +208,118 @@ def test_weights_that_were_moved_apart_since(counted, monkeypatch):
 
 
 def test_hidden_states_in_half_precision_go_from_layer_to_layer(counted):
-    """Under autocast the kernels write both; what somebody changes in between is converted anew."""
+    """Under autocast the kernels write both, for one reader; what somebody changes in between is converted anew."""
     model = model_of(0.0)
     seen = []
     for layer in model.bert.encoder.layer:
-        original = layer.on_packed_rows
-        layer.on_packed_rows = lambda rows, packing, original=original: (
-            seen.append(layer_module.half_of(rows)) or original(rows, packing)
-        )
-    results(model, autocast=True)
-    assert [half.dtype for half in seen] == [torch.float32, torch.bfloat16, torch.bfloat16] and counted == [True] * 3
 
-    rows = torch.randn(4, 8, device=DEVICE)
-    layer_module.with_half(rows, rows.bfloat16())
+        def watched(rows, packing, original=layer.on_packed_rows):
+            seen.append("_fastbert_half" in rows.__dict__)
+            result = original(rows, packing)
+            seen.append("_fastbert_half" in rows.__dict__)
+            return result
+
+        layer.on_packed_rows = watched
+    results(model, autocast=True)
+    assert seen == [False, False, True, False, True, False] and counted == [True] * 3
+
+
+def test_what_is_known_in_half_precision():
+    def rows() -> torch.Tensor:
+        made = torch.randn(4, 8, device=DEVICE)
+        return layer_module.with_half(made, made.bfloat16())
+
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert layer_module.half_of(rows).dtype == torch.bfloat16
-        rows.add_(1.0)
-        assert layer_module.half_of(rows) is rows
+        x = rows()
+        assert layer_module.take_half(x).dtype == torch.bfloat16 and layer_module.take_half(x) is None
+        assert layer_module.take_half(rows().add_(1.0)) is None
+        assert layer_module.take_half(rows().requires_grad_() * 1.0) is None
+        with torch.inference_mode():
+            assert layer_module.take_half(rows()) is None
     with torch.autocast(DEVICE, torch.float16):
-        assert layer_module.half_of(rows) is rows
+        assert layer_module.take_half(rows()) is None
+    assert layer_module.take_half(rows()) is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_some_layers_are_computed_again_under_autocast(reentrant, counted):
+    """What reentrant checkpointing gives on comes out of no_grad and is put into the graph: its half precision is in none."""
+    model = model_of(0.1)
+    for layer in model.bert.encoder.layer:  # so large that gradients through queries, keys and values count
+        layer.attention.self.query.weight.data *= 8
+    expected = results(model, autocast=True)
+
+    def again(layer: nn.Module) -> None:
+        original = layer.on_packed_rows
+        layer.on_packed_rows = lambda rows, packing: checkpoint(original, rows, packing, use_reentrant=reentrant)
+
+    again(model.bert.encoder.layer[0])
+    assert_same(results(model, autocast=True), expected)
+    again(model.bert.encoder.layer[1])
+    assert_same(results(model, autocast=True), expected)
+    assert any(counted)
+
+
+def test_a_module_of_somebody_elses_gets_float32_under_autocast(counted):
+    """As from transformers, in every layer."""
+    model, seen = model_of(0.0), []
+
+    class Mine(nn.Linear):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return super().forward(x)
+
+    for layer in model.bert.encoder.layer:
+        for owner, name in ((layer.attention.self, "query"), (layer.intermediate, "dense")):
+            theirs = getattr(owner, name)
+            mine = Mine(theirs.in_features, theirs.out_features, device=DEVICE)
+            mine.load_state_dict(theirs.state_dict())
+            setattr(owner, name, mine)
+    results(model, autocast=True)
+    assert seen == [torch.float32] * 6 and not any(counted)
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForTokenClassification"])
+def test_inference_mode_under_autocast(name):
+    """Its tensors have no version. Labels have the last layer go on with some rows, op by op; active dropout has all layers."""
+    model, batch = model_of(0.1, name), batch_of(name)
+    batch["labels"][:, 2:] = -100
+    for train in (False, True):
+        model.train(train)
+        with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):
+            assert torch.isfinite(model(**batch).loss)
+
+
+def test_bounds_of_sequences_anywhere_in_memory(counted):
+    """Every second number of a tensor."""
+    model = model_of(0.0)
+    ids = torch.arange(12, device=DEVICE)[None] + 5
+    bounds = torch.tensor([0, 99, 5, 99, 12, 99], dtype=torch.int32, device=DEVICE)[::2]
+    logits = [model(input_ids=ids, cu_seq_lens_q=cu_seqlens, max_length_q=7).logits for cu_seqlens in (bounds, bounds.contiguous())]
+    assert torch.equal(*logits) and all(counted)
+
+
+def test_bounds_that_were_changed_since_are_noticed(counted):
+    model = model_of(0.0)
+    ids, bounds = torch.arange(12, device=DEVICE)[None] + 5, torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)
+    loss = model(input_ids=ids, cu_seq_lens_q=bounds, max_length_q=7).logits.sum()
+    assert all(counted)
+    bounds[1] = 6
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_parameters_that_lie_apart_or_do_not_fit(counted, monkeypatch):
+    model = model_of(0.0)
+    norm = model.bert.encoder.layer[1].output.LayerNorm
+    norm.weight.data = torch.stack([norm.weight.data, norm.weight.data + 6.0], 1)[:, 0]
+    found = results(model)
+    assert counted == [True, False, True]
+    op_by_op(monkeypatch)
+    assert_same(found, results(model))
+    norm.bias = nn.Parameter(norm.bias.detach()[:16])
+    with pytest.raises(ValueError, match=r"ln_bias has shape \(16,\), expected \(48,\)"):
+        results(model)
 
 
 def test_several_steps_of_an_optimizer(counted, monkeypatch):
