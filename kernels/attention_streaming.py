@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .attention_tiles import LN_2, LOG2_E, block_program, load_tile, probabilities, store_tile
 from .dropout import interleaved_columns, keep_tile
-from .precision import dot, round_to
+from .precision import dot, fma, round_to
 
 
 @triton.jit(do_not_specialize=["total", "num_blocks", "threshold", "stream"])
@@ -83,7 +83,7 @@ def forward_kernel(
     out_ptr += start.to(tl.int64) * hidden + head * head_dim
     store_tile(out_ptr, acc * normalizer[:, None], first_query, queries, length, hidden, head_dim, BLOCK_HEAD_DIM)
     lse_ptr += head.to(tl.int64) * total + start + first_query
-    lse = tl.fma(row_max, softmax_scale, tl.log2(row_sum) * LN_2)
+    lse = fma(row_max, softmax_scale, tl.log2(row_sum) * LN_2)
     tl.store(lse_ptr + queries, lse, mask=first_query + queries < length)
 
 
@@ -165,7 +165,8 @@ def backward_dq_kernel(
     rows = start + first_query + queries
     EXACT: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
     if EXACT:
-        delta = tl.zeros((BLOCK_QUERIES,), tl.float32)
+        # Of probabilities whose sum is off by the rounding of lse: what it is off by would come through as a part of delta.
+        delta, p_sum = tl.zeros((BLOCK_QUERIES,), tl.float32), tl.zeros((BLOCK_QUERIES,), tl.float32)
         for first_key in range(0, length, BLOCK_KEYS):
             k = load_tile(k_ptr, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
             v = load_tile(v_ptr, first_key, keys, length, 3 * hidden, head_dim, BLOCK_HEAD_DIM)
@@ -174,6 +175,8 @@ def backward_dq_kernel(
                 softmax_scale, threshold, dropout_scale, DROPOUT, EXACT, PRECISION, BLOCK_QUERIES, BLOCK_KEYS,
             )  # fmt: skip
             delta += tl.sum(p * dp, 1)
+            p_sum += tl.sum(p, 1)
+        delta /= p_sum
     else:
         out = load_tile(out_ptr + out_offset, first_query, queries, length, hidden, head_dim, BLOCK_HEAD_DIM)
         delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .precision import round_to
+from .precision import fma, round_to
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -63,5 +63,5 @@ def probabilities(scores, lse, softmax_scale, EXACT: tl.constexpr):
     some 1e-6 is nothing beside a 16-bit rounding.
     """
     if EXACT:
-        return tl.exp2(tl.fma(scores, softmax_scale, -lse[:, None]) * LOG2_E)
-    return tl.exp2(tl.fma(scores, softmax_scale * LOG2_E, -(lse * LOG2_E)[:, None]))
+        return tl.exp2(fma(scores, softmax_scale, -lse[:, None]) * LOG2_E)
+    return tl.exp2(fma(scores, softmax_scale * LOG2_E, -(lse * LOG2_E)[:, None]))

@@ -1,8 +1,8 @@
 """Products and roundings of tiles, the same on a GPU and in Triton's interpreter.
 
 The interpreter (``TRITON_INTERPRET=1`` when the module is imported) keeps bfloat16 as raw 16-bit integers: its ``tl.dot``
-would multiply those, and its casts cut the mantissa off instead of rounding to nearest even. These two functions give it
-the arithmetic of the hardware, so that what the tests measure there holds on a GPU.
+would multiply those, its casts cut the mantissa off instead of rounding to nearest even, and its ``tl.fma`` rounds the product.
+These functions give it the arithmetic of the hardware, so that what the tests measure there holds on a GPU.
 """
 
 from __future__ import annotations
@@ -40,3 +40,11 @@ def round_to(x, DTYPE: tl.constexpr):
             bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
             x = bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def fma(a, b, c):
+    """a * b + c of float32, rounded once."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    return tl.fma(a, b, c)
