@@ -132,7 +132,7 @@ def benchmark(name: str, *arguments: str) -> list[str]:
 
 
 def gpu_steps(scratch: Path) -> list[Step]:
-    """Limits are generous, their sum exceeds the budget: building and testing leave the benchmarks 235 s at the least, and what
+    """Limits are generous, their sum exceeds the budget: building and testing leave the benchmarks 205 s at the least, and what
     matters less comes last."""
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
@@ -176,7 +176,7 @@ def gpu_steps(scratch: Path) -> list[Step]:
         steps.append(Step(f"pretrain {model}", benchmark("pretrain", "--batches", *batches_of(tokens), *options), 80))
         steps.append(Step(f"finetune {model}", benchmark("finetune", *options), 50))
     steps += [backends_step(scale, 50) for scale in ("many", "few")]
-    # A process of its own, as a wrong recording could take all others' figures with it; few tokens are what it is for.
+    # Few tokens are what recording is for.
     graphed = ("--model", "base", *bfloat16, "--graphed", *rounds)
     steps.append(Step("graphed base", benchmark("pretrain", "--batches", "8x128", "32x128", "64x512", *graphed), 60))
     for model, tokens in MODEL_TOKENS.items():  # last: torch.compile takes a minute for each

@@ -11,7 +11,6 @@ takes part; what cannot be honoured inside the fused layer sends the whole layer
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -26,6 +25,7 @@ from ..ops.feed_forward import feed_forward
 from ..ops.linear import linear, linear_dweight, linear_dx, linear_forward
 from ..ops.native_encoder import run_layers
 from ..ops.registration import contiguous_grad, under_autocast
+from .adjacent import are_adjacent, joined, rejoined
 from .int8 import Int8Linear, join
 from .packed_layer import drop_if_trained, packed_again, packed_layer
 from .packing import Packing
@@ -35,7 +35,6 @@ from .trained_layer import trained_layer
 
 # Streams of the dropout generator: one for each op of each layer, and after them one for the embeddings.
 STREAMS_PER_LAYER = 3
-_flatten_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class FusedLayer:
         modules = self.attention.self.dropout, self.attention.output.dropout, self.output.dropout
         dropouts = [packing.dropout_of(active_dropout_p(module), first_stream + i) for i, module in enumerate(modules)]
         arguments = tuple((dropout["dropout_p"], dropout["seed"], dropout["stream"]) for dropout in dropouts)
-        done = trained_layer(self, hidden_states, take_half, packing, arguments, _are_adjacent)
+        done = trained_layer(self, hidden_states, take_half, packing, arguments)
         return None if done is None else with_half(*done) if done[1] is not None else done[0]
 
 
@@ -311,7 +310,7 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
     x = _for_matmul(x)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
     views_help = not torch.compiler.is_compiling() and (under_autocast(x) or x.dtype == weights[0].dtype)
-    if views_help and _are_adjacent(weights, biases):
+    if views_help and are_adjacent(weights, biases):
         return _QKVLinear.apply(x, *weights, *biases)
     if all(bias is None for bias in biases):
         return linear(x, torch.cat(weights), None)
@@ -322,70 +321,9 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
 def _joined_int8(linears: tuple[Int8Linear, Int8Linear, Int8Linear]) -> tuple[Tensor, Tensor, Tensor | None]:
     """(weight, weight_scale, bias) of queries, keys and values side by side, without a copy where they are neighbours."""
     groups = [[linear._buffers[name] for linear in linears] for name in ("weight", "weight_scale", "bias")]
-    if torch.compiler.is_compiling() or not _are_adjacent(*groups, kind=Tensor):
+    if torch.compiler.is_compiling() or not are_adjacent(*groups, kind=Tensor):
         return join(linears)
-    return tuple(group[0].as_strided((3 * group[0].shape[0], *group[0].shape[1:]), group[0].stride()) for group in groups)
-
-
-def _are_adjacent(*groups: list[Tensor | None], kind: type = nn.Parameter) -> bool:
-    """Whether the three tensors of each group lie one after the other in one storage, moving them there where that is safe.
-
-    kind: the class of what may be moved, nn.Parameter or, of buffers, Tensor: in a parameter's place somebody else has put that.
-
-    The idea of nn.RNN.flatten_parameters: one GEMM needs one matrix, the state dict three. ``.to()`` and optimizers that swap
-    storages undo it, so it is checked at each forward pass: six pointer comparisons.
-    """
-    for group in groups:
-        if any(p is None for p in group):
-            return False
-        if not _follow_each_other(group):
-            with _flatten_lock:
-                if not _follow_each_other(group) and not _flatten(group, kind):
-                    return False
-    return True
-
-
-def _follow_each_other(group: list[Tensor]) -> bool:
-    size = group[0].numel() * group[0].element_size()
-    start = group[0].data_ptr()
-    return (
-        group[1].data_ptr() == start + size
-        and group[2].data_ptr() == start + 2 * size
-        and group[0].untyped_storage().data_ptr() == group[2].untyped_storage().data_ptr()
-        and group[0].dtype == group[1].dtype == group[2].dtype
-    )
-
-
-def _flatten(group: list[Tensor], kind: type) -> bool:
-    """Moves three parameters (or buffers) of one shape into one buffer; False where their memory belongs to someone else."""
-    first = group[0]
-    ours_to_move = len({p.data_ptr() for p in group}) == 3 and all(
-        type(p) is kind
-        and p.shape == first.shape
-        and p.dtype == first.dtype
-        and p.device == first.device
-        and p.is_contiguous()
-        and not p.is_inference()
-        and p.device.type != "meta"
-        and not (p.device.type == "cpu" and p.is_shared())  # of a GPU's tensors torch always says so
-        and _owns_its_memory(p)
-        for p in group
-    )
-    if not ours_to_move:
-        return False
-    # Parameters whose memory was made in inference mode could never be trained again.
-    with torch.inference_mode(False), torch.no_grad():
-        buffer = torch.cat([p.detach() for p in group])
-        for parameter, part in zip(group, buffer.chunk(3), strict=True):
-            parameter.data = part
-    return True
-
-
-def _owns_its_memory(parameter: nn.Parameter) -> bool:
-    """Whether nobody else would miss this memory: not a part of more, no other tensor on it (FSDP's, which it gathers into)."""
-    storage = parameter.untyped_storage()
-    whole = storage.nbytes() == parameter.numel() * parameter.element_size()
-    return whole and torch._C._storage_Use_Count(storage._cdata) <= 2  # the parameter's and the one at hand
+    return tuple(joined(group[0]) for group in groups)
 
 
 class _QKVLinear(torch.autograd.Function):
@@ -393,9 +331,8 @@ class _QKVLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, query, key, value, query_bias, key_bias, value_bias):
-        weight, bias = _QKVLinear.fused_weight(query), query_bias.as_strided((3 * query_bias.numel(),), (1,))
-        ctx.converted = under_autocast(x)
-        if ctx.converted:
+        weight, bias = joined(query), joined(query_bias)
+        if under_autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
             ctx.save_for_backward(x, weight)
@@ -405,18 +342,10 @@ class _QKVLinear(torch.autograd.Function):
             return linear_forward(x, weight, bias)
 
     @staticmethod
-    def fused_weight(query: Tensor) -> Tensor:
-        return query.as_strided((3 * query.shape[0], query.shape[1]), (query.shape[1], 1))
-
-    @staticmethod
     def backward(ctx, dy):
         dy = contiguous_grad(dy)
-        if ctx.converted:
-            x, weight = ctx.saved_tensors
-        else:
-            x, query, key, value = ctx.saved_tensors
-            adjacent = _follow_each_other([query, key, value])
-            weight = _QKVLinear.fused_weight(query) if adjacent else torch.cat([query, key, value])
+        x, *weights = ctx.saved_tensors
+        weight = rejoined(weights)
         # Autograd converts gradients to the dtype of what they belong to.
         dx = linear_dx(dy, weight) if ctx.needs_input_grad[0] else None
         dweights = linear_dweight(dy, x).chunk(3) if any(ctx.needs_input_grad[1:4]) else (None,) * 3

@@ -26,13 +26,13 @@ from ..ops.attention import check_sequences
 from ..ops.backends import implementation_for
 from ..ops.linear import linear_dweight, linear_dx, linear_forward
 from ..ops.registration import contiguous_grad, dispatch_mode_is_on, once_only, transform_reasons, under_autocast
+from .adjacent import are_adjacent, joined, rejoined
 from .packing import Packing
 from .plain import has_plain_parameters, is_exact_gelu, is_plain_linear
 
 _HALVES = (torch.bfloat16, torch.float16)
-Dropout = tuple[
-    float, Tensor | None, int
-]  # dropout_p, seed and stream, as the kernels take them: one seed, or None without dropout
+# dropout_p, seed and stream, as the kernels take them: one seed for all, or None without dropout.
+Dropout = tuple[float, Tensor | None, int]
 
 
 class Call(NamedTuple):
@@ -65,13 +65,11 @@ def trained_layer(
     take_half: Callable[[Tensor], Tensor | None],
     packing: Packing,
     dropouts: tuple[Dropout, Dropout, Dropout],
-    adjacent: Callable[..., bool],
 ) -> tuple[Tensor, Tensor | None] | None:
     """The layer's output for ``x`` (total, hidden), and that in half precision under autocast; None where it has to go op by op.
     To be asked where gradients are enabled and nothing is compiled.
 
-    take_half: gives x in half precision where somebody has it; adjacent: whether queries', keys' and values' parameters lie side by
-    side.
+    take_half: gives x in half precision where somebody has it.
     """
     if type(x) is not Tensor or x.shape[0] == 0:
         return None
@@ -97,7 +95,7 @@ def trained_layer(
     dtype = torch.get_autocast_dtype(x.device.type) if under_autocast(x) else None
     if dtype is not None and not (x.dtype == torch.float32 and dtype in _HALVES):
         return None
-    if not adjacent([linear.weight for linear in qkv], [linear.bias for linear in qkv]):
+    if not are_adjacent([linear.weight for linear in qkv], [linear.bias for linear in qkv]):
         return None
     if x.device.type == "cpu":
         check_sequences(packing.cu_seqlens, packing.max_seqlen, x.shape[0])
@@ -140,7 +138,7 @@ class _TrainedLayer(torch.autograd.Function):
     def forward(ctx, call: Call, cu_seqlens: Tensor, seed: Tensor | None, x: Tensor, half: Tensor | None, *parameters: Tensor):
         query, key, value, query_bias, _, _, wo, bo, weight1, ln_bias1, w1, b1, w2, b2, weight2, ln_bias2 = parameters
         qkv_weights = [query, key, value]
-        wqkv, bqkv = _joined(query), _joined(query_bias)
+        wqkv, bqkv = joined(query), joined(query_bias)
         ctx.call, ctx.has_half, dropouts = call, half is not None, call.dropouts_with(seed)
         if call.dtype is not None:
             wqkv, bqkv, wo, w1, b1, w2 = (t.to(call.dtype) for t in (wqkv, bqkv, wo, w1, b1, w2))
@@ -182,7 +180,7 @@ class _TrainedLayer(torch.autograd.Function):
         cu_seqlens, seed, x16, qkv, context, lse, h, z1, mean1, rstd1, z2, mean2, rstd2, *others = ctx.saved_tensors
         wo, w1, b1, w2, weight1, weight2, *others = others
         dropouts = call.dropouts_with(seed)
-        wqkv, wide = _rejoined(others[: ctx.num_weights]), others[ctx.num_weights :]
+        wqkv, wide = rejoined(others[: ctx.num_weights]), others[ctx.num_weights :]
         (
             needs_x, needs_half, needs_query, needs_key, needs_value, needs_qb, needs_kb, needs_vb, needs_wo, _, _, _, needs_w1,
             needs_b1, needs_w2, *_,
@@ -212,21 +210,6 @@ class _TrainedLayer(torch.autograd.Function):
             dx, dx16, *dwqkv, *dbqkv, dwo, dbo, dweight1, dln_bias1, dw1, db1, dw2, db2, dweight2, dln_bias2,
         )  # fmt: skip
         return [gradient if needed else None for gradient, needed in zip(found, needs, strict=True)]
-
-
-def _joined(query: Tensor) -> Tensor:
-    """Queries', keys' and values' parameters, which lie side by side, as one."""
-    return query.as_strided((3 * query.shape[0], *query.shape[1:]), query.stride())
-
-
-def _rejoined(weights: list[Tensor]) -> Tensor:
-    """The same of saved ones: one that was converted, or three, which somebody may have moved apart since."""
-    if len(weights) == 1:
-        return weights[0]
-    size, start = weights[0].nbytes, weights[0].data_ptr()
-    in_place = all(weight.data_ptr() == start + i * size for i, weight in enumerate(weights))
-    same = all(weight.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr() for weight in weights)
-    return _joined(weights[0]) if in_place and same else torch.cat(weights)
 
 
 def _attention_sizes(call: Call, qkv: Tensor) -> dict[str, int]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastbert
-from fastbert.model.layer import _follow_each_other
+from fastbert.model.adjacent import follow_each_other
 
 from ..model.helpers import assert_same_gradients, inputs_for
 from .helpers import DOORS, assert_same_on_real_tokens, assert_same_training_step, fast, fast_pair, plain
@@ -227,7 +227,7 @@ def test_weights_of_a_used_model_go_into_safetensors(door, tmp_path):
     """safetensors refuses tensors that share memory; query, key and value share a buffer, but no element of it."""
     _, ours = fast_pair(door, NAME)
     expected = ours(**inputs_for(NAME)).logits
-    assert _follow_each_other([getattr(ours.bert.encoder.layer[0].attention.self, n).weight for n in ("query", "key", "value")])
+    assert follow_each_other([getattr(ours.bert.encoder.layer[0].attention.self, n).weight for n in ("query", "key", "value")])
     save_file(ours.state_dict(), tmp_path / "weights.safetensors")
     loaded = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in ours.state_dict().items())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert.model import layer as layer_module
+from fastbert.model import adjacent
 
 from ..model.helpers import inputs_for
 from ..model.test_packed_inputs import packed
@@ -34,7 +34,7 @@ def frequent_switches() -> Iterator[None]:
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(2e-6)
-    threading.settrace(lambda frame, event, _: wait if frame.f_code is layer_module._flatten.__code__ else None)
+    threading.settrace(lambda frame, event, _: wait if frame.f_code is adjacent._flatten.__code__ else None)
     yield
     threading.settrace(None)
     sys.setswitchinterval(before)
@@ -98,7 +98,7 @@ def test_the_results_of_one_thread(frequent_switches, door, mode):
         attention = fresh.bert.encoder.layer[0].attention.self
         projections = [attention.query.weight, attention.key.weight, attention.value.weight]
         # Without gradients the layer is packed, and they stay where they are.
-        assert layer_module._follow_each_other(projections) or mode is not torch.enable_grad
+        assert adjacent.follow_each_other(projections) or mode is not torch.enable_grad
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert.model.layer import _follow_each_other
+from fastbert.model.adjacent import follow_each_other
 from fastbert.ops import backends
 
 from .helpers import inputs_for, mask, pair, small_config
@@ -91,7 +91,7 @@ def test_query_key_and_value_become_one_buffer():
     before = {k: v.clone() for k, v in ours.state_dict().items()}
     parameters = list(ours.parameters())
     ours(**batch)
-    assert _follow_each_other(qkv(ours))
+    assert follow_each_other(qkv(ours))
     assert all(torch.equal(before[k], v) for k, v in ours.state_dict().items())
     assert all(a is b for a, b in zip(parameters, ours.parameters(), strict=True))
 
