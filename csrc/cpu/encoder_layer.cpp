@@ -110,9 +110,7 @@ struct Rows {
   void activate(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
     Inner* to = inner + first * wide;
     linear(p.intermediate, h, first, last, first_panel, last_panel, sums,
-           [&](int64_t row, int64_t column, Vec v, auto extent) {
-             store(to + row * wide + column, gelu(v, normal_distribution(v)), extent);
-           });
+           [&](int64_t row, int64_t column, Vec v, auto extent) { store(to + row * wide + column, activation(v), extent); });
   }
 
   void project_inner(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
@@ -128,6 +126,13 @@ struct Rows {
   }
 
  private:
+  static FASTBERT_INLINE Vec activation(Vec v) {
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(Inner) == 2) return gelu_for_bfloat16(v);
+#endif
+    return gelu(v, normal_distribution(v));
+  }
+
   template <typename T>
   void to_z(const PackedLinear& layer, const T* from, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
             void* sums) const {
