@@ -61,10 +61,9 @@ FASTBERT_INLINE Normal normal_distribution(Vec u) {
 FASTBERT_INLINE Vec gelu(Vec u, const Normal& normal) { return u * normal.cdf; }
 
 #if defined(__AVX512BF16__)
-// gelu(u) for what is then rounded to bfloat16, to a relative error of 2.5e-4 (a fifteenth of bfloat16's spacing) down to u
-// = -5.6, and below 2e-8 in absolute terms beyond; a third of the instructions. Phi(u) = 1 / (1 + 2^(u g(|u|))) with the
-// log-odds u g fitted to 1.2e-4; the reciprocal is the instruction's, good to 2^-14. -0 for a large negative u, NaN for NaN
-// and -inf.
+// gelu(u) for what is then rounded to bfloat16, to a relative error of 2.5e-4 (a sixteenth of the rounding's) down to u =
+// -5.6 and to 2e-8 in absolute terms beyond, in a third of the instructions. Phi(u) = 1 / (1 + 2^(u g(|u|))), the log-odds
+// u g fitted to 1.2e-4; the reciprocal is the instruction's, good to 2^-14. -0 for a large negative u, NaN for NaN and -inf.
 FASTBERT_INLINE Vec gelu_for_bfloat16(Vec u) {
   constexpr float g[] = {-2.29912292f,   -0.0168638312f,  -0.0744651484f, -0.0244651680f,
                          0.00926639296f, -0.00118091892f, 5.47380892e-05f};

@@ -320,3 +320,28 @@ def test_an_error_of_all_threads_is_raised_once_and_leaves_nothing_behind():
         finally:
             native.set_instruction_set(before)
         assert torch.equal(run_layers(layers, x, bounds((50,))), expected)
+
+
+def test_gelu_in_bfloat16_is_off_by_roundings_alone():
+    """Weights of 0 and 1 make y = +-gelu(intermediate.bias) times one factor: differences of one sign from the exact function,
+    rounded in the same places, over neighbouring arguments are the function's own error."""
+    count = 256  # arguments of a call
+    hidden, dtype = 2 * count, torch.bfloat16
+    arguments = torch.arange(0x3C80, 0x4110).to(torch.int16).view(dtype)  # all of bfloat16's from 1/64 to 9
+    arguments = torch.cat([-arguments[arguments <= 5.5].flip(0), arguments])
+    pairs = torch.cat([torch.eye(count), -torch.eye(count)]).to(dtype)  # a mean of 0
+    nothing = LinearWeights(torch.zeros(3 * hidden, hidden, dtype=dtype), None)
+    no_rows = LayerNormWeights(torch.zeros(hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype), 1e-12)
+    norm = no_rows._replace(weight=torch.ones(hidden, dtype=dtype))
+    for u in (*arguments.split(count)[:-1], arguments[-count:]):
+        weights = EncoderLayerWeights(
+            nothing, LinearWeights(nothing.weight[:hidden], None), no_rows,
+            LinearWeights(torch.zeros(count, hidden, dtype=dtype), u), LinearWeights(pairs, None), norm, 8, 0.125
+        )  # fmt: skip
+        skip_where_not_supported(weights, dtype)
+        y = encoder_layer(torch.ones(1, hidden, dtype=dtype), bounds((1,)), 1, weights, backend="native")[0, :count].double()
+        truth = u.double() * 0.5 * torch.erfc(-u.double() * 0.5**0.5)
+        rounded = truth.to(dtype).double()
+        rounded = (rounded / rounded.square().mean().sqrt()).to(dtype).double()  # as LayerNorm does
+        assert ((y - rounded) / rounded).abs().max() < 2 * 2**-7 + 5e-4  # a neighbour, twice
+        assert ((y - rounded) / rounded).unfold(0, 64, 16).mean(1).abs().max() < 1e-3
