@@ -331,11 +331,11 @@ def test_gelu_in_bfloat16_is_off_by_roundings_alone():
     arguments = torch.cat([-arguments[arguments <= 5.5].flip(0), arguments])
     pairs = torch.cat([torch.eye(count), -torch.eye(count)]).to(dtype)  # a mean of 0
     nothing = LinearWeights(torch.zeros(3 * hidden, hidden, dtype=dtype), None)
-    no_rows = LayerNormWeights(torch.zeros(hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype), 1e-12)
-    norm = no_rows._replace(weight=torch.ones(hidden, dtype=dtype))
+    zero_norm = LayerNormWeights(torch.zeros(hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype), 1e-12)
+    norm = zero_norm._replace(weight=torch.ones(hidden, dtype=dtype))
     for u in (*arguments.split(count)[:-1], arguments[-count:]):
         weights = EncoderLayerWeights(
-            nothing, LinearWeights(nothing.weight[:hidden], None), no_rows,
+            nothing, LinearWeights(nothing.weight[:hidden], None), zero_norm,
             LinearWeights(torch.zeros(count, hidden, dtype=dtype), u), LinearWeights(pairs, None), norm, 8, 0.125
         )  # fmt: skip
         skip_where_not_supported(weights, dtype)
@@ -343,5 +343,6 @@ def test_gelu_in_bfloat16_is_off_by_roundings_alone():
         truth = u.double() * 0.5 * torch.erfc(-u.double() * 0.5**0.5)
         rounded = truth.to(dtype).double()
         rounded = (rounded / rounded.square().mean().sqrt()).to(dtype).double()  # as LayerNorm does
-        assert ((y - rounded) / rounded).abs().max() < 2 * 2**-7 + 5e-4  # a neighbour, twice
-        assert ((y - rounded) / rounded).unfold(0, 64, 16).mean(1).abs().max() < 1e-3
+        errors = (y - rounded) / rounded
+        assert errors.abs().max() < 2 * 2**-7 + 5e-4  # a neighbour, twice
+        assert errors.unfold(0, 64, 16).mean(1).abs().max() < 1e-3
