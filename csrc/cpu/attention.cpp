@@ -1,7 +1,8 @@
 // Attention within each sequence of a packed batch, forward and backward.
 //
 // The keys and values of one head of one sequence are packed once, then blocks of queries pass by. The whole rows of scores
-// of a block stay in the second-level cache, so that the softmax needs no online rescaling: BERT's sequences are short.
+// of a block stay in the second-level cache, so that the softmax needs no online rescaling: BERT's sequences are short. In
+// bfloat16 inference it mostly needs no maxima either, nor scores in memory (bounded_softmax.h).
 // bfloat16 is multiplied as it is where the instruction set can (probabilities are rounded to it before they meet the
 // values; scores, softmax and sums are float32), otherwise as float32. The backward pass recomputes the probabilities from
 // the saved log-sum-exp (Dao et al., 2022, algorithm 4); one thread owns all of a head's dK and dV, so there are no atomics
@@ -9,6 +10,7 @@
 
 #include "cpu/attention_layout.h"
 #include "cpu/attention_schedule.h"
+#include "cpu/bounded_softmax.h"
 #include "cpu/kernels.h"
 #include "cpu/softmax.h"
 
@@ -65,30 +67,51 @@ size_t scratch_floats(const Shape& shape) {
   return static_cast<size_t>(arena.used());
 }
 
-// Overwrites the scores of a block of queries with unnormalised probabilities, A of the product with V, and sets lse (may be
-// null) and rows.out_scale. first_row: of the block, in the packed batch.
+// Overwrites the scores of a block of queries with unnormalised probabilities, A of the product with V, and the lanes of
+// rows with their sums. first_row: of the block, in the packed batch.
 template <typename Dot, bool kDropout>
-void softmax_block(const AttentionForwardParams& p, int64_t first_row, int64_t head, int64_t num_rows, const Shape& shape,
-                   const ForwardScratch& scratch) {
+void exponentiate_block(const AttentionForwardParams& p, int64_t first_row, int64_t head, int64_t num_rows,
+                        const Shape& shape, const ForwardScratch& scratch) {
   const SoftmaxRows& rows = scratch.rows;
   for (int64_t row = 0; row < num_rows; row += kWidth) {
-    store(rows.max + row, combine_lanes(rows.lanes + row * kWidth, maximum));
+    store(rows.shift + row, combine_lanes(rows.lanes + row * kWidth, maximum));
   }
   for (int64_t row = 0; row < num_rows; ++row) {
     float* scores = scratch.scores + row * shape.score_leading;
     if constexpr (kDropout) dropout_bits(scratch.bits, shape.length, first_row + row, head, p.dropout);
     // Probabilities are not wider than scores: they never overwrite what is still to be read.
     const Vec sums = exponentiate_row<kDropout>(
-        scores, shape.length, rows.max[row], scratch.bits, p.dropout.threshold,
+        scores, shape.length, rows.shift[row], scratch.bits, p.dropout.threshold,
         [&](int64_t column, Vec probability) { store_elements<Dot>(scores, column, probability); });
     store(rows.lanes + row * kWidth, sums);
   }
-  const float numerator = kDropout ? p.dropout.scale : 1.0f;
+}
+
+// scratch.scores = the unnormalised probabilities of a block of queries, A of the product with V; their normalisation is in
+// scratch.rows. bounded: whether scratch.rows.shift bounds the scores.
+template <typename Dot>
+void softmax_block(const AttentionForwardParams& p, int64_t first_row, int64_t head, int64_t num_rows, LeftMatrix queries,
+                   RightMatrix keys, bool bounded, const Shape& shape, const ForwardScratch& scratch,
+                   Prefetcher& prefetcher) {
+  const SoftmaxRows& rows = scratch.rows;
+  const float scale = p.softmax_scale * kLog2E;
+  const auto multiply_keys = [&](const auto& finish) {
+    multiply<Dot>(num_rows, shape.padded_length, groups<Dot>(p.head_dim), queries, keys,
+                  {scratch.scores, shape.score_leading}, finish, prefetcher);
+  };
+  if (Dot::kElements == 2 && bounded) {
+    multiply_keys(StoreProbabilities{scratch.scores, shape.score_leading, rows, shape.length, scale});
+  } else {
+    multiply_keys(StoreScores{scratch.scores, shape.score_leading, rows.lanes, shape.length, scale});
+    p.dropout.threshold > 0 ? exponentiate_block<Dot, true>(p, first_row, head, num_rows, shape, scratch)
+                            : exponentiate_block<Dot, false>(p, first_row, head, num_rows, shape, scratch);
+  }
+  const float numerator = p.dropout.threshold > 0 ? p.dropout.scale : 1.0f;
   float* lse = p.lse == nullptr ? nullptr : p.lse + head * p.total + first_row;
   for_columns(num_rows, [&](int64_t row, auto extent) {
     const Vec sum = combine_lanes(rows.lanes + row * kWidth, [](Vec a, Vec b) { return a + b; });
     store(rows.out_scale + row, numerator / sum);
-    if (lse != nullptr) store(lse + row, (load(rows.max + row) + log2(sum)) * kLn2, extent);
+    if (lse != nullptr) store(lse + row, (load(rows.shift + row) + log2(sum)) * kLn2, extent);
   });
 }
 
@@ -110,21 +133,18 @@ void forward_head(const AttentionForwardParams& p, const AttentionItem& item, in
   }
   const RightMatrix packed_keys = pack_transposed<Dot>(keys, shape, scratch.keys);
   const RightMatrix packed_values = pack_right<Dot>(values, shape.length, shape, scratch.values);
+  // lse is float32's: what is good enough for probabilities in bfloat16 is not for their sums.
+  const bool may_bound = Dot::kElements == 2 && p.lse == nullptr && p.dropout.threshold == 0;
+  const float key_norm =
+      may_bound ? largest_norm<Dot>(packed_keys, shape) * __builtin_fabsf(p.softmax_scale * kLog2E) : 0.0f;
 
   const int64_t end = item.first_query + item.num_queries;
   for (int64_t first = item.first_query; first < end; first += shape.query_block) {
     const int64_t rows = end - first < shape.query_block ? end - first : shape.query_block;
     const LeftMatrix block = as_left<Dot>(queries.from(first), rows, shape, scratch.queries);
-    const Partial scores{scratch.scores, shape.score_leading};
-    multiply<Dot>(rows, shape.padded_length, head_groups, block, packed_keys, scores,
-                  StoreScores{scores.data, scores.leading, scratch.rows.lanes, shape.length, p.softmax_scale * kLog2E},
-                  prefetcher);
-    if (p.dropout.threshold > 0) {
-      softmax_block<Dot, true>(p, item.start + first, head, rows, shape, scratch);
-    } else {
-      softmax_block<Dot, false>(p, item.start + first, head, rows, shape, scratch);
-    }
-    multiply<Dot>(rows, shape.padded_head_dim, key_groups, {scores.data, scores.leading, 1}, packed_values,
+    const bool bounded = may_bound && bound_scores<Dot>(block, rows, head_groups, key_norm, scratch.rows);
+    softmax_block<Dot>(p, item.start + first, head, rows, block, packed_keys, bounded, shape, scratch, prefetcher);
+    multiply<Dot>(rows, shape.padded_head_dim, key_groups, {scratch.scores, shape.score_leading, 1}, packed_values,
                   {scratch.out, shape.padded_head_dim},
                   StoreScaled<T>{out + first * hidden, hidden, p.head_dim, scratch.rows.out_scale, 1}, prefetcher);
   }

@@ -13,6 +13,7 @@
 #include "cpu/encoder_plan.h"
 #include "cpu/layer_norm.h"
 #include "cpu/packed_linear.h"
+#include "cpu/quantize_row.h"
 #include "cpu/vec_math.h"
 
 namespace fastbert::cpu::FASTBERT_ISA {

@@ -1,4 +1,4 @@
-// The linear layers of the encoder's inference: packing of weights, quantised rows, and x W^T + b on a block of rows.
+// The linear layers of the encoder's inference: packing of weights, and x W^T + b on a block of rows.
 
 #pragma once
 
@@ -59,33 +59,6 @@ inline void pack_panels(const void* weight, int64_t out_features, int64_t groups
     pack_panel_of_rows(static_cast<const float*>(weight) + first * groups, groups, out_features - first, groups,
                        packed + panel * groups * kPanelColumns);
   });
-}
-
-// q = round(x 127 / max |x|), ties to even, stored with Int8Group's zero point; returns max |x| / 127, NaN for a row that
-// has an infinity or a NaN, so that the results of the whole row are NaN.
-template <typename T>
-float quantize_row(const T* x, int64_t columns, uint8_t* q) {
-  Vec maxima[kSlots]{}, zeros[kSlots]{};
-  for_columns_in_slots(columns, [&](int64_t column, auto extent, int slot) {
-    const Vec v = load(x + column, extent);
-    maxima[slot] = maximum(v < 0.0f ? -v : v, maxima[slot]);
-    zeros[slot] += v * 0.0f;
-  });
-  const float largest = max_slots(maxima);
-  if (!(sum_slots(zeros) == 0.0f)) {
-    std::memset(q, 0, columns);
-    return __builtin_nanf("");
-  }
-  const float scale = largest > 0.0f ? 127.0f / largest : 0.0f;
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits, here with the zero point added.
-  constexpr float round_to_integer = 12582912.0f + 128.0f;
-  for_columns(columns, [&](int64_t column, auto extent) {
-    const VecInt bits = (VecInt)(load(x + column, extent) * scale + round_to_integer);
-    typedef uint8_t VecByte __attribute__((vector_size(kWidth)));
-    const VecByte bytes = __builtin_convertvector(bits & 0xFF, VecByte);
-    copy_elements(q + column, &bytes, extent, 1);
-  });
-  return largest / 127.0f;
 }
 
 }  // namespace fastbert::cpu::FASTBERT_ISA

@@ -61,18 +61,23 @@ FASTBERT_INLINE Normal normal_distribution(Vec u) {
 FASTBERT_INLINE Vec gelu(Vec u, const Normal& normal) { return u * normal.cdf; }
 
 #if defined(__AVX512BF16__)
+// 2^x for what is then rounded to bfloat16, to a relative error of 8.6e-5 (a twentieth of the rounding's); exactly 1 for 0,
+// NaN for NaN. x = n + f with 0 <= f < 1; the instruction that scales by 2^x takes n of it.
+FASTBERT_INLINE Vec exp2_for_bfloat16(Vec x) {
+  constexpr float q[] = {1.0f, 0.695116788f, 0.227644965f, 0.0770670623f};
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return (Vec)_mm512_scalef_ps((__m512)polynomial(f, q), (__m512)x);
+}
+
 // gelu(u) for what is then rounded to bfloat16, to a relative error of 2.5e-4 (a sixteenth of the rounding's) down to u =
 // -5.6 and to 2e-8 in absolute terms beyond, in a third of the instructions. Phi(u) = 1 / (1 + 2^(u g(|u|))), the log-odds
 // u g fitted to 1.2e-4; the reciprocal is the instruction's, good to 2^-14. -0 for a large negative u, NaN for NaN and -inf.
 FASTBERT_INLINE Vec gelu_for_bfloat16(Vec u) {
   constexpr float g[] = {-2.29912292f,   -0.0168638312f,  -0.0744651484f, -0.0244651680f,
                          0.00926639296f, -0.00118091892f, 5.47380892e-05f};
-  constexpr float q[] = {0.99992807f, 0.69326098f, 0.24261112f, 0.05517162f};  // 2^f for |f| <= 1/2, to 1.1e-4
   const Vec magnitude = (Vec)((VecInt)u & 0x7FFFFFFF);
   const Vec x = u * polynomial(minimum(splat(5.6f), magnitude), g);
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-  const Vec power = (Vec)_mm512_scalef_ps((__m512)polynomial(x - n, q), (__m512)n);
-  return u * (Vec)_mm512_rcp14_ps((__m512)(power + 1.0f));
+  return u * (Vec)_mm512_rcp14_ps((__m512)(exp2_for_bfloat16(x) + 1.0f));
 }
 #endif
 

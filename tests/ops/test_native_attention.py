@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -56,6 +58,57 @@ def test_any_softmax_scale(dtype, softmax_scale):
     scores = [x[:, 0].transpose(0, 1) @ x[:, 1].permute(1, 2, 0) * softmax_scale for x in qkv.double().split([21, 40])]
     truth = torch.cat([s.logsumexp(-1) for s in scores], dim=-1)
     torch.testing.assert_close(lse.double(), truth, rtol=1e-6, atol=1e-6)
+
+
+def without_lse(qkv: torch.Tensor, cu_seqlens: torch.Tensor, softmax_scale: float) -> torch.Tensor:
+    """What an encoder layer for inference calls: bfloat16 then does without maxima where bounds on the scores allow it."""
+    total, _, heads, head_dim = qkv.shape
+    out = qkv.new_full((total, heads, head_dim), torch.nan)
+    native._cpu.attention_forward(
+        qkv.data_ptr(), cu_seqlens.data_ptr(), out.data_ptr(), 0, total, cu_seqlens.numel() - 1, heads, head_dim,
+        softmax_scale, native._NO_DROPOUT, native.DTYPES[qkv.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+@both_dtypes
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("head_dim", [7, 32, 64, 160])
+def test_without_lse(dtype, head_dim, scale):
+    """Bounds on the scores below the limit, around it and above it, some blocks of a head's queries on each side."""
+    qkv, cu_seqlens, _ = test_attention.packed([1, 3, 0, 129, 515], 2, head_dim, scale)
+    qkv[300:, 0, 1] *= 3.0
+    qkv = qkv.to(dtype)
+    plain, truth = (test_attention.plain(x, cu_seqlens, -(head_dim**-0.5)) for x in (qkv, qkv.double()))
+    assert_within_budget([without_lse(qkv, cu_seqlens, -(head_dim**-0.5))], [plain], [truth], ["out"])
+
+
+@both_dtypes
+@pytest.mark.parametrize("bound", [47.0, 49.0, 200.0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_scores_at_their_bound_without_lse(dtype, bound, sign):
+    """All keys alike, the query like them or opposite: powers of two of +- bound, whose softmax is uniform."""
+    qkv, cu_seqlens, _ = test_attention.packed([1, 70], 1, 16)
+    qkv[:, 0], qkv[:, 1] = 2.0, 2.0
+    qkv = qkv.to(dtype)
+    out = without_lse(qkv, cu_seqlens, sign * bound * math.log(2) / (16 * 4))
+    means = [values.mean(0, keepdim=True).expand_as(values) for values in qkv[:, 2].double().split([1, 70])]
+    torch.testing.assert_close(out.double(), torch.cat(means), rtol=0, atol=2 * torch.finfo(dtype).eps)
+    assert torch.equal(out[0], qkv[0, 2]), "one key's value is the result to the last bit"
+
+
+@both_dtypes
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_not_finite_without_lse(dtype, place, value):
+    """As softmax has it: a query's row, and a key's or a value's sequence, in that head alone."""
+    qkv, cu_seqlens, _ = test_attention.packed([5, 40], 2, 16)
+    qkv[20, place, 1, 3] = value
+    qkv = qkv.to(dtype)
+    out, expected = without_lse(qkv, cu_seqlens, 0.25), test_attention.plain(qkv.double(), cu_seqlens, 0.25)
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    finite = expected.isfinite()
+    torch.testing.assert_close(out.double()[finite], expected[finite], rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
 @both_dtypes
@@ -128,13 +181,3 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype, dropout_p):
         torch.set_num_threads(threads)
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
-
-
-@both_dtypes
-def test_lse_may_be_left_out(dtype):
-    qkv = torch.randn(50, 3, 2, 32).to(dtype)
-    cu_seqlens, out = bounds([50]), torch.empty(50, 2, 32, dtype=dtype)
-    native._cpu.attention_forward(
-        qkv.data_ptr(), cu_seqlens.data_ptr(), out.data_ptr(), 0, 50, 1, 2, 32, 0.2, native._NO_DROPOUT, native.DTYPES[dtype], 1
-    )
-    assert torch.equal(out, native.attention_forward(qkv, cu_seqlens, 50, 0.2)[0])
