@@ -101,7 +101,9 @@ struct Rows {
   void project_qkv(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
     Inner* to = qkv + first * 3 * hidden;
     linear(p.qkv, x, first, last, first_panel, last_panel, sums,
-           [&](int64_t row, int64_t column, Vec v, auto extent) { store(to + row * 3 * hidden + column, v, extent); });
+           [to, stride = 3 * hidden](int64_t row, int64_t column, Vec v, auto extent) {
+             store(to + row * stride + column, v, extent);
+           });
   }
 
   void project_context(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
@@ -111,7 +113,9 @@ struct Rows {
   void activate(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
     Inner* to = inner + first * wide;
     linear(p.intermediate, h, first, last, first_panel, last_panel, sums,
-           [&](int64_t row, int64_t column, Vec v, auto extent) { store(to + row * wide + column, activation(v), extent); });
+           [to, stride = wide](int64_t row, int64_t column, Vec v, auto extent) {
+             store(to + row * stride + column, activation(v), extent);
+           });
   }
 
   void project_inner(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
@@ -139,7 +143,9 @@ struct Rows {
             void* sums) const {
     float* to = buffers.z + first * hidden;
     linear(layer, from, first, last, first_panel, last_panel, sums,
-           [&](int64_t row, int64_t column, Vec v, auto extent) { store(to + row * hidden + column, v, extent); });
+           [to, stride = hidden](int64_t row, int64_t column, Vec v, auto extent) {
+             store(to + row * stride + column, v, extent);
+           });
   }
 
   void add_norm(int64_t first, int64_t last, const Hidden* residual, const float* weight, const float* bias, float eps,

@@ -116,19 +116,15 @@ struct Product {
   template <typename Left>
   void multiply_panels(Left left, int64_t first_row, int64_t rows, int64_t first_panel, int64_t last_panel,
                        Vec* sums) const {
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      multiply_packed_panel<Group>(rows, groups, left, panel_of_b(panel), sums);
-      const int64_t column = panel * kPanelColumns, count = columns - column;
-      const float* bias = p.bias == nullptr ? nullptr : p.bias + first_column + column;
-      T* c = static_cast<T*>(p.c) + first_row * p.c_row_stride + first_column + column;
-      for (int64_t row = 0; row < rows; ++row) {
-        for_columns(count < kPanelColumns ? count : kPanelColumns, [&](int64_t offset, auto extent) {
-          Vec sum = sums[row * kPanelVectors + offset / kWidth];
-          if (bias != nullptr) sum += load(bias + offset, extent);
-          store(c + row * p.c_row_stride + offset, sum, extent);
+    const float* bias = p.bias == nullptr ? nullptr : p.bias + first_column;
+    T* c = static_cast<T*>(p.c) + first_row * p.c_row_stride + first_column;
+    const int64_t c_row_stride = p.c_row_stride;
+    multiply_packed_panels<Group>(
+        rows, groups, left, first_panel, last_panel, columns, [&](int64_t panel) { return panel_of_b(panel); }, sums,
+        [=](int64_t row, int64_t column, Vec sum, auto extent) {
+          if (bias != nullptr) sum += load(bias + column, extent);
+          store(c + row * c_row_stride + column, sum, extent);
         });
-      }
-    }
   }
 
   // As many blocks for each thread, of whole tiles; where there are too few rows, their columns are cut.

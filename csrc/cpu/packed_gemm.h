@@ -72,11 +72,18 @@ struct LeftColumns {
 // The vectors of sums of a block of rows and a panel.
 constexpr int64_t kSumVectors = kMaxBlockRows * kPanelVectors;
 
+// In the place of a function that finishes sums where none wait.
+struct NothingWaits {};
+
+template <typename FinishWaiting>
+constexpr bool kSumsWait = !std::is_same_v<FinishWaiting, NothingWaits>;
+
 // tile (Rows, kPanelColumns) = or += the products of one block of groups: its rounding errors grow with the block, not with
-// the depth. With each group it asks the memory for kLines cache lines from prefetch on.
-template <typename Group, int Rows, int kLines, typename Left>
+// the depth. With each group it asks the memory for kLines cache lines from prefetch on. Where sums wait in the tile to be
+// finished, finish_waiting(row, vector) is called for all of them before they are overwritten, spread over the block.
+template <typename Group, int Rows, int kLines, typename Left, typename FinishWaiting>
 __attribute__((noinline)) void packed_tile(int64_t groups, Left a, const uint32_t* panel, typename Group::Sum* tile,
-                                           bool accumulate, const char* prefetch) {
+                                           bool accumulate, const char* prefetch, const FinishWaiting& finish_waiting) {
   using Sum = typename Group::Sum;
   Sum sums[Rows][kPanelVectors];
 #pragma GCC unroll 8
@@ -84,19 +91,32 @@ __attribute__((noinline)) void packed_tile(int64_t groups, Left a, const uint32_
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = Sum{};
   }
-  for (int64_t group = 0; group < groups; ++group, a.data += Left::kGroupBytes, panel += kPanelColumns) {
-    VecUint w[kPanelVectors];
+  const auto multiply = [&](int64_t count) {
+    for (int64_t group = 0; group < count; ++group, a.data += Left::kGroupBytes, panel += kPanelColumns) {
+      VecUint w[kPanelVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) std::memcpy(&w[v], panel + v * kWidth, sizeof(VecUint));
+      for (int v = 0; v < kPanelVectors; ++v) std::memcpy(&w[v], panel + v * kWidth, sizeof(VecUint));
 #pragma GCC unroll 4
-    for (int line = 0; line < kLines; ++line, prefetch += kCacheLine) __builtin_prefetch(prefetch, 0, 2);
+      for (int line = 0; line < kLines; ++line, prefetch += kCacheLine) __builtin_prefetch(prefetch, 0, 2);
 #pragma GCC unroll 8
-    for (int row = 0; row < Rows; ++row) {
-      uint32_t element;
-      std::memcpy(&element, a.data + row * a.row_bytes, 4);
+      for (int row = 0; row < Rows; ++row) {
+        uint32_t element;
+        std::memcpy(&element, a.data + row * a.row_bytes, 4);
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = Group::multiply_add(sums[row][v], element, w[v]);
+        for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = Group::multiply_add(sums[row][v], element, w[v]);
+      }
     }
+  };
+  if constexpr (kSumsWait<FinishWaiting>) {
+    // A row at a time: its vectors do not wait for each other. For two rows the registers do not suffice.
+    for (int row = 0; row < Rows; ++row) {
+      multiply(groups / Rows);
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v) finish_waiting(row, v);
+    }
+    multiply(groups % Rows);
+  } else {
+    multiply(groups);
   }
 #pragma GCC unroll 8
   for (int row = 0; row < Rows; ++row) {
@@ -108,22 +128,30 @@ __attribute__((noinline)) void packed_tile(int64_t groups, Left a, const uint32_
   }
 }
 
-template <typename Group, int kLines, int Rows = kTileRows, typename Left>
+// Tiles of so many rows or more, of kFewestRowsThatWait rows in all, can have sums that wait.
+constexpr int kFewestTileRowsThatWait = kTileRows - 1;
+constexpr int64_t kFewestRowsThatWait = 4 * kTileRows;
+
+template <typename Group, int kLines, int Rows = kTileRows, typename Left, typename FinishWaiting>
 FASTBERT_INLINE void packed_rows(int64_t rows, int64_t groups, Left a, const uint32_t* panel, typename Group::Sum* tile,
-                                 bool accumulate, const char* prefetch) {
-  if constexpr (Rows > 1) {
+                                 bool accumulate, const char* prefetch, const FinishWaiting& finish_waiting) {
+  if constexpr (Rows > (kSumsWait<FinishWaiting> ? kFewestTileRowsThatWait : 1)) {
     if (rows < Rows) {
-      return packed_rows<Group, kLines, Rows - 1>(rows, groups, a, panel, tile, accumulate, prefetch);
+      return packed_rows<Group, kLines, Rows - 1>(rows, groups, a, panel, tile, accumulate, prefetch, finish_waiting);
     }
   }
-  packed_tile<Group, Rows, kLines>(groups, a, panel, tile, accumulate, prefetch);
+  packed_tile<Group, Rows, kLines>(groups, a, panel, tile, accumulate, prefetch, finish_waiting);
 }
 
 // sums (rows, kPanelColumns) = A (rows, groups) times one panel. The sums of an element do not depend on the rows beside it.
 // While a block of the panel is in use the one that follows in memory is asked for, a part by each of the first tiles, as
 // many as there are up to kLines: few rows wait for the memory as much as for the arithmetic.
-template <typename Group, typename Left>
-void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t* panel, typename Group::Sum* sums) {
+//
+// Where the sums of an earlier panel wait to be finished, finish_waiting(row, vector) does it; there are at least
+// kFewestRowsThatWait rows then.
+template <typename Group, typename Left, typename FinishWaiting>
+void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t* panel, typename Group::Sum* sums,
+                           const FinishWaiting& finish_waiting) {
   constexpr int kLines = kPanelColumns * 4 / kCacheLine;  // of a group
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t lines = tiles == 1 ? kLines : tiles < kLines ? (kLines + 1) / 2 : 1;  // with each group of a tile
@@ -138,7 +166,14 @@ void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t*
       typename Group::Sum* to = sums + first * kPanelVectors;
       const char* part = next_block + tile * lines * block * kCacheLine;
       const auto run = [&](auto count) {
-        packed_rows<Group, decltype(count)::value>(last - first, block, tile_rows, block_start, to, first_group > 0, part);
+        constexpr int line_count = decltype(count)::value;
+        const auto multiply_rows = [&](const auto& finish) {
+          packed_rows<Group, line_count>(last - first, block, tile_rows, block_start, to, first_group > 0, part, finish);
+        };
+        if constexpr (kSumsWait<FinishWaiting> && line_count <= 1) {
+          if (first_group == 0) return multiply_rows([=](int row, int v) { finish_waiting(first + row, v); });
+        }
+        multiply_rows(NothingWaits());
       };
       if (tile * lines >= kLines) {
         run(std::integral_constant<int, 0>());
@@ -149,6 +184,40 @@ void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t*
       } else {
         run(std::integral_constant<int, kLines>());
       }
+    }
+  }
+}
+
+// Calls finish(row, column, sums, extent) for A (rows, groups), at most kMaxBlockRows rows, times the panels [first_panel,
+// last_panel) of a B of so many columns, whose panel i is at panel_at(i). sums: kSumVectors vectors of scratch memory.
+//
+// What finish does with one panel happens among the multiplications of the next: between the panels each would wait for its
+// own results, and the units that multiply would be idle. It is copied, so that what it captured is at hand, and so should
+// not capture by reference.
+template <typename Group, typename Left, typename PanelAt, typename Finish>
+void multiply_packed_panels(int64_t rows, int64_t groups, Left a, int64_t first_panel, int64_t last_panel, int64_t columns,
+                            const PanelAt& panel_at, typename Group::Sum* sums, const Finish& finish) {
+  // 16 registers are full of a tile's sums, and float32's multiplications take so long that it makes no difference.
+  constexpr bool worthwhile = kVectorRegisters == 32 && Group::kElements > 1;
+  const bool may_wait = worthwhile && rows >= kFewestRowsThatWait;
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const int64_t column = panel * kPanelColumns;
+    const auto multiply = [&](const auto& finish_waiting) {
+      multiply_packed_panel<Group>(rows, groups, a, panel_at(panel), sums, finish_waiting);
+    };
+    const auto finish_previous = [=](int64_t row, int v) {
+      finish(row, column - kPanelColumns + v * kWidth, sums[row * kPanelVectors + v], Whole{});
+    };
+    if (panel == first_panel || !may_wait) {
+      multiply(NothingWaits());
+    } else if constexpr (worthwhile) {
+      multiply(finish_previous);
+    }
+    if (may_wait && panel + 1 < last_panel) continue;
+    for (int64_t row = 0; row < rows; ++row) {
+      for_columns(columns - column < kPanelColumns ? columns - column : kPanelColumns, [&](int64_t offset, auto extent) {
+        finish(row, column + offset, sums[row * kPanelVectors + offset / kWidth], extent);
+      });
     }
   }
 }

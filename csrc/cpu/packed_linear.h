@@ -22,33 +22,27 @@ template <typename Group, typename Finish>
 void packed_linear(int64_t rows, LeftMatrixRows x, const PackedLinear& linear, int64_t first_panel, int64_t last_panel,
                    void* sum_scratch, const Finish& finish) {
   using Sum = typename Group::Sum;
-  Sum* sums = static_cast<Sum*>(sum_scratch);
   const int64_t groups = linear.in_features / Group::kElements;
   const uint32_t* packed = static_cast<const uint32_t*>(linear.weight);
-  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    const int64_t first_column = panel * kPanelColumns;
-    const int64_t columns =
-        linear.out_features - first_column < kPanelColumns ? linear.out_features - first_column : kPanelColumns;
-    for (int64_t first = 0; first < rows; first += kMaxBlockRows) {
-      const int64_t block = rows - first < kMaxBlockRows ? rows - first : kMaxBlockRows;
-      const LeftRows left{static_cast<const char*>(x.data) + first * x.row_bytes, x.row_bytes};
-      multiply_packed_panel<Group>(block, groups, left, packed + panel * groups * kPanelColumns, sums);
-      for (int64_t row = 0; row < block; ++row) {
-        const Sum* row_sums = sums + row * kPanelVectors;
-        for_columns(columns, [&](int64_t offset, auto extent) {
-          const int64_t column = first_column + offset;
+  const auto panel_at = [&](int64_t panel) { return packed + panel * groups * kPanelColumns; };
+  for (int64_t first = 0; first < rows; first += kMaxBlockRows) {
+    const int64_t block = rows - first < kMaxBlockRows ? rows - first : kMaxBlockRows;
+    const LeftRows left{static_cast<const char*>(x.data) + first * x.row_bytes, x.row_bytes};
+    multiply_packed_panels<Group>(
+        block, groups, left, first_panel, last_panel, linear.out_features, panel_at, static_cast<Sum*>(sum_scratch),
+        [=](int64_t row, int64_t column, Sum sum, auto extent) {
+          // One expression, so that it is rounded alike wherever it is compiled to.
+          const Vec bias = linear.bias == nullptr ? Vec{} : load(linear.bias + column, extent);
           Vec value;
           if constexpr (Group::kElements == 4) {
-            const VecInt sum = row_sums[offset / kWidth] - load_int(linear.zero_point_sums + column, extent);
-            value = __builtin_convertvector(sum, Vec) * (load(linear.scale + column, extent) * x.scale[first + row]);
+            const VecInt shifted = sum - load_int(linear.zero_point_sums + column, extent);
+            value =
+                __builtin_convertvector(shifted, Vec) * (load(linear.scale + column, extent) * x.scale[first + row]) + bias;
           } else {
-            value = row_sums[offset / kWidth];
+            value = sum + bias;
           }
-          if (linear.bias != nullptr) value += load(linear.bias + column, extent);
           finish(first + row, column, value, extent);
         });
-      }
-    }
   }
 }
 
