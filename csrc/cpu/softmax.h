@@ -10,27 +10,6 @@ namespace fastbert::cpu::FASTBERT_ISA {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// 2^x for x up to 127, to 1.5 units in the last place; exactly 1 for 0; 0 below -126, where results would be denormal; NaN
-// for NaN. x = n + f with |f| <= 1/2, and 2^f = 1 + f q(f) with q good to 9.1e-8.
-FASTBERT_INLINE Vec exp2(Vec x) {
-  constexpr float q[] = {0.6931469775983881f, 0.240222420848647f, 0.0555073374436362f, 0.00967151266306757f,
-                         0.0013264726863273582f};
-  constexpr float smallest = -126.0f;
-#if defined(__AVX512F__)
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-  const Vec f = x - n;
-  const Vec y = polynomial(f, q) * f + 1.0f;
-  const __mmask16 large = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(smallest), _CMP_NLT_UQ);
-  return (Vec)_mm512_maskz_scalef_ps(large, (__m512)y, (__m512)n);
-#else
-  constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the lowest bits
-  const Vec shifted = x + round_to_integer;
-  const Vec f = x - (shifted - round_to_integer);
-  const Vec y = polynomial(f, q) * f + 1.0f;
-  return x < smallest ? Vec{} : (Vec)((VecInt)y + ((VecInt)shifted << 23));
-#endif
-}
-
 // log2(x) of normal positive x, to a relative error of 1e-7; exactly 0 for 1, NaN for NaN. x = 2^n (1 + z) with 1 + z
 // between sqrt(1/2) and sqrt(2), and log2(1 + z) = z q(z) with q good to 2.6e-8.
 FASTBERT_INLINE Vec log2(Vec x) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -38,6 +39,21 @@ def test_every_instruction_set_is_right(instruction_set, dtype, nan_filled_memor
         test_gelu_layer_norm.test_shapes("native", dtype, 21, hidden, True, 2.0)
     test_linear_gelu.check_gradients("native", dtype, 40, 96, 130, with_bias=True, recompute=False)
     test_mlm_loss.test_loss_and_gradients("native", dtype, "mean", True, 0.1, False)
+
+
+def test_gelu_and_its_derivative_over_the_whole_range(instruction_set):
+    """Against float64, relative to gelu itself, from the last normal numbers of its left tail to where it is the identity."""
+    u = torch.cat([torch.linspace(-13, 13, 200_001), torch.logspace(-38, 0, 20_000), -torch.logspace(-38, 0, 20_000)])[:, None]
+    u.requires_grad_()
+    y = linear_gelu(u, torch.ones(1, 1), None, backend="native")
+    y.backward(torch.ones_like(y))
+    v = u.detach().double()
+    cdf, pdf = 0.5 * torch.erfc(-v * 0.5**0.5), (-0.5 * v * v).exp() / math.tau**0.5
+    error = (y.detach().double() - v * cdf).abs()
+    budget = 4e-7 + 1.2e-7 * torch.where(v < 0, v * v / 2, 0.0)  # exp(-u^2 / 2) is as exact as its argument
+    smallest = torch.finfo(torch.float32).tiny  # normal number: a denormal one may be 0
+    assert (error <= budget * (v * cdf).abs() + smallest).all(), (error / (v * cdf).abs() - budget).max()
+    assert (u.grad.double() - (cdf + v * pdf)).abs().max() < 2e-7
 
 
 @pytest.mark.parametrize("op", backends.OPS)
