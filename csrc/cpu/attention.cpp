@@ -74,24 +74,24 @@ void exponentiate_block(const AttentionForwardParams& p, int64_t first_row, int6
                         const Shape& shape, const ForwardScratch& scratch) {
   const SoftmaxRows& rows = scratch.rows;
   for (int64_t row = 0; row < num_rows; row += kWidth) {
-    store(rows.shift + row, combine_lanes(rows.lanes + row * kWidth, maximum));
+    store(rows.max + row, combine_lanes(rows.lanes + row * kWidth, maximum));
   }
   for (int64_t row = 0; row < num_rows; ++row) {
     float* scores = scratch.scores + row * shape.score_leading;
     if constexpr (kDropout) dropout_bits(scratch.bits, shape.length, first_row + row, head, p.dropout);
     // Probabilities are not wider than scores: they never overwrite what is still to be read.
     const Vec sums = exponentiate_row<kDropout>(
-        scores, shape.length, rows.shift[row], scratch.bits, p.dropout.threshold,
+        scores, shape.length, rows.max[row], scratch.bits, p.dropout.threshold,
         [&](int64_t column, Vec probability) { store_elements<Dot>(scores, column, probability); });
     store(rows.lanes + row * kWidth, sums);
   }
 }
 
 // scratch.scores = the unnormalised probabilities of a block of queries, A of the product with V; their normalisation is in
-// scratch.rows. bounded: whether scratch.rows.shift bounds the scores.
+// scratch.rows. bound: of the scores, infinity where it is not known.
 template <typename Dot>
 void softmax_block(const AttentionForwardParams& p, int64_t first_row, int64_t head, int64_t num_rows, LeftMatrix queries,
-                   RightMatrix keys, bool bounded, const Shape& shape, const ForwardScratch& scratch,
+                   RightMatrix keys, float bound, const Shape& shape, const ForwardScratch& scratch,
                    Prefetcher& prefetcher) {
   const SoftmaxRows& rows = scratch.rows;
   const float scale = p.softmax_scale * kLog2E;
@@ -99,9 +99,14 @@ void softmax_block(const AttentionForwardParams& p, int64_t first_row, int64_t h
     multiply<Dot>(num_rows, shape.padded_length, groups<Dot>(p.head_dim), queries, keys,
                   {scratch.scores, shape.score_leading}, finish, prefetcher);
   };
-  if (Dot::kElements == 2 && bounded) {
-    multiply_keys(StoreProbabilities{scratch.scores, shape.score_leading, rows, shape.length, scale});
-  } else {
+  bool bounded = false;
+  if constexpr (Dot::kElements == 2) {
+    bounded = bound <= kLargestBound;
+    if (bounded) {
+      multiply_keys(StoreProbabilities{scratch.scores, shape.score_leading, rows.lanes, shape.length, scale, bound});
+    }
+  }
+  if (!bounded) {
     multiply_keys(StoreScores{scratch.scores, shape.score_leading, rows.lanes, shape.length, scale});
     p.dropout.threshold > 0 ? exponentiate_block<Dot, true>(p, first_row, head, num_rows, shape, scratch)
                             : exponentiate_block<Dot, false>(p, first_row, head, num_rows, shape, scratch);
@@ -111,7 +116,7 @@ void softmax_block(const AttentionForwardParams& p, int64_t first_row, int64_t h
   for_columns(num_rows, [&](int64_t row, auto extent) {
     const Vec sum = combine_lanes(rows.lanes + row * kWidth, [](Vec a, Vec b) { return a + b; });
     store(rows.out_scale + row, numerator / sum);
-    if (lse != nullptr) store(lse + row, (load(rows.shift + row) + log2(sum)) * kLn2, extent);
+    if (lse != nullptr) store(lse + row, (load(rows.max + row) + log2(sum)) * kLn2, extent);
   });
 }
 
@@ -133,17 +138,19 @@ void forward_head(const AttentionForwardParams& p, const AttentionItem& item, in
   }
   const RightMatrix packed_keys = pack_transposed<Dot>(keys, shape, scratch.keys);
   const RightMatrix packed_values = pack_right<Dot>(values, shape.length, shape, scratch.values);
-  // lse is float32's: what is good enough for probabilities in bfloat16 is not for their sums.
-  const bool may_bound = Dot::kElements == 2 && p.lse == nullptr && p.dropout.threshold == 0;
-  const float key_norm =
-      may_bound ? largest_norm<Dot>(packed_keys, shape) * __builtin_fabsf(p.softmax_scale * kLog2E) : 0.0f;
+  float bound = __builtin_inff();
+  if constexpr (Dot::kElements == 2) {
+    // lse is float32's: what is good enough for probabilities in bfloat16 is not for their sums.
+    if (p.lse == nullptr && p.dropout.threshold == 0) {
+      bound = bound_scores<Dot>(queries, packed_keys, shape, p.softmax_scale * kLog2E, scratch.rows.lanes);
+    }
+  }
 
   const int64_t end = item.first_query + item.num_queries;
   for (int64_t first = item.first_query; first < end; first += shape.query_block) {
     const int64_t rows = end - first < shape.query_block ? end - first : shape.query_block;
     const LeftMatrix block = as_left<Dot>(queries.from(first), rows, shape, scratch.queries);
-    const bool bounded = may_bound && bound_scores<Dot>(block, rows, head_groups, key_norm, scratch.rows);
-    softmax_block<Dot>(p, item.start + first, head, rows, block, packed_keys, bounded, shape, scratch, prefetcher);
+    softmax_block<Dot>(p, item.start + first, head, rows, block, packed_keys, bound, shape, scratch, prefetcher);
     multiply<Dot>(rows, shape.padded_head_dim, key_groups, {scratch.scores, shape.score_leading, 1}, packed_values,
                   {scratch.out, shape.padded_head_dim},
                   StoreScaled<T>{out + first * hidden, hidden, p.head_dim, scratch.rows.out_scale, 1}, prefetcher);

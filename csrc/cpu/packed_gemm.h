@@ -108,7 +108,7 @@ __attribute__((noinline)) void packed_tile(int64_t groups, Left a, const uint32_
     }
   };
   if constexpr (kSumsWait<FinishWaiting>) {
-    // A row at a time: its vectors do not wait for each other. For two rows the registers do not suffice.
+    // A row at a time: its vectors do not wait for each other. For two rows the compiler runs out of registers.
     for (int row = 0; row < Rows; ++row) {
       multiply(groups / Rows);
 #pragma GCC unroll 4
@@ -128,9 +128,14 @@ __attribute__((noinline)) void packed_tile(int64_t groups, Left a, const uint32_
   }
 }
 
-// Tiles of so many rows or more, of kFewestRowsThatWait rows in all, can have sums that wait.
-constexpr int kFewestTileRowsThatWait = kTileRows - 1;
+constexpr int kLinesOfGroup = kPanelColumns * 4 / kCacheLine;
+
+// From so many rows on sums can wait. Tiles of nearly equal size then have as many rows as a tile can have or one less, and
+// are so many that none asks the memory for more than a line with each group: code that finishes exists for such tiles only.
 constexpr int64_t kFewestRowsThatWait = 4 * kTileRows;
+constexpr int kFewestTileRowsThatWait = kTileRows - 1;
+static_assert(kFewestRowsThatWait >= kLinesOfGroup * kTileRows);
+static_assert((kFewestRowsThatWait + 1) / (kFewestRowsThatWait / kTileRows + 1) >= kFewestTileRowsThatWait);
 
 template <typename Group, int kLines, int Rows = kTileRows, typename Left, typename FinishWaiting>
 FASTBERT_INLINE void packed_rows(int64_t rows, int64_t groups, Left a, const uint32_t* panel, typename Group::Sum* tile,
@@ -152,7 +157,7 @@ FASTBERT_INLINE void packed_rows(int64_t rows, int64_t groups, Left a, const uin
 template <typename Group, typename Left, typename FinishWaiting>
 void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t* panel, typename Group::Sum* sums,
                            const FinishWaiting& finish_waiting) {
-  constexpr int kLines = kPanelColumns * 4 / kCacheLine;  // of a group
+  constexpr int kLines = kLinesOfGroup;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t lines = tiles == 1 ? kLines : tiles < kLines ? (kLines + 1) / 2 : 1;  // with each group of a tile
   for (int64_t first_group = 0; first_group < groups; first_group += kGroupBlock) {

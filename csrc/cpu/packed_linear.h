@@ -31,7 +31,8 @@ void packed_linear(int64_t rows, LeftMatrixRows x, const PackedLinear& linear, i
     multiply_packed_panels<Group>(
         block, groups, left, first_panel, last_panel, linear.out_features, panel_at, static_cast<Sum*>(sum_scratch),
         [=](int64_t row, int64_t column, Sum sum, auto extent) {
-          // One expression, so that it is rounded alike wherever it is compiled to.
+          // No branch between the product and the sum: the compiler makes one rounding of both only where there is none, and
+          // this is compiled for sums that wait and for others.
           const Vec bias = linear.bias == nullptr ? Vec{} : load(linear.bias + column, extent);
           Vec value;
           if constexpr (Group::kElements == 4) {

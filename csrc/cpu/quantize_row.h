@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <limits>
 #include <type_traits>
 
 #include "cpu/vec.h"
@@ -22,7 +21,7 @@ float largest_magnitude(const T* x, int64_t columns) {
   using Element = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
   typedef Element Bits __attribute__((vector_size(sizeof(Vec))));
   constexpr int elements = sizeof(Bits) / sizeof(T), slots = 2;
-  constexpr Element no_sign = std::numeric_limits<Element>::max() / 2;
+  constexpr Element no_sign = static_cast<Element>(-1) / 2;
   Bits maxima[slots]{};
   int64_t column = 0;
   for (; column + slots * elements <= columns; column += slots * elements) {
@@ -48,7 +47,7 @@ float largest_magnitude(const T* x, int64_t columns) {
 template <typename T>
 float quantize_row(const T* x, int64_t columns, uint8_t* q) {
   const float largest = largest_magnitude(x, columns);
-  if (!(largest <= std::numeric_limits<float>::max())) {
+  if (!(largest < __builtin_inff())) {
     std::memset(q, 0, columns);
     return __builtin_nanf("");
   }

@@ -44,7 +44,7 @@ FASTBERT_INLINE Vec combine_lanes(const float* vectors, Combine combine) {
 // What is known of a block of rows, each array as long as a whole number of vectors.
 struct SoftmaxRows {
   float* lanes;      // (rows, kWidth): the maxima of each row's scores by lane, then the sums
-  float* shift;      // (rows,): what is subtracted from a row's scores, their maximum or a bound
+  float* max;        // (rows,)
   float* out_scale;  // (rows,): what a row of the product with V is to be multiplied with
 };
 

@@ -1,4 +1,5 @@
-// exp and the normal distribution on vectors. The polynomials are minimax fits (Lawson's algorithm) made for this file.
+// exp, powers of two and the normal distribution on vectors. The polynomials are minimax fits (Lawson's algorithm) made for
+// this file.
 
 #pragma once
 
@@ -31,11 +32,6 @@ FASTBERT_INLINE Vec exp(Vec x) {
   return x < -87.0f ? Vec{} : y;
 }
 
-struct Normal {
-  Vec cdf;  // Phi(u)
-  Vec pdf;  // phi(u)
-};
-
 // 2^x for x up to 127, to 1.5 units in the last place; exactly 1 for 0; 0 below -126, where results would be denormal; NaN
 // for NaN. x = n + f with |f| <= 1/2, and 2^f = 1 + f q(f) with q good to 9.1e-8.
 FASTBERT_INLINE Vec exp2(Vec x) {
@@ -56,6 +52,11 @@ FASTBERT_INLINE Vec exp2(Vec x) {
   return x < smallest ? Vec{} : (Vec)((VecInt)y + ((VecInt)shifted << 23));
 #endif
 }
+
+struct Normal {
+  Vec cdf;  // Phi(u)
+  Vec pdf;  // phi(u)
+};
 
 // The standard normal distribution, both tails to a relative error of a few 1e-7 (more where a^2 / 2 is large and its own
 // rounding counts): Phi is not made of 1 + erf, which loses all its digits for u below -3. Phi(-a) = exp(-a^2 / 2) p(a) /
@@ -84,8 +85,9 @@ FASTBERT_INLINE Vec exp2_for_bfloat16(Vec x) {
 }
 
 // gelu(u) for what is then rounded to bfloat16, to a relative error of 2.5e-4 (a sixteenth of the rounding's) down to u =
-// -5.6 and to 2e-8 in absolute terms beyond, in a third of the instructions. Phi(u) = 1 / (1 + 2^(u g(|u|))), the log-odds
-// u g fitted to 1.2e-4; the reciprocal is the instruction's, good to 2^-14. -0 for a large negative u, NaN for NaN and -inf.
+// -5.6 and to 2e-8 in absolute terms beyond, in two thirds of the instructions. Phi(u) = 1 / (1 + 2^(u g(|u|))), the
+// log-odds u g fitted to 1.2e-4; the reciprocal is the instruction's, good to 2^-14. -0 for a large negative u, NaN for NaN
+// and -inf.
 FASTBERT_INLINE Vec gelu_for_bfloat16(Vec u) {
   constexpr float g[] = {-2.29912292f,   -0.0168638312f,  -0.0744651484f, -0.0244651680f,
                          0.00926639296f, -0.00118091892f, 5.47380892e-05f};

@@ -73,11 +73,11 @@ def without_lse(qkv: torch.Tensor, cu_seqlens: torch.Tensor, softmax_scale: floa
 
 @both_dtypes
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
-@pytest.mark.parametrize("head_dim", [7, 32, 64, 160])
+@pytest.mark.parametrize("head_dim", [7, 32, 64, 160, 256])
 def test_without_lse(dtype, head_dim, scale):
-    """Bounds on the scores below the limit, around it and above it, some blocks of a head's queries on each side."""
-    qkv, cu_seqlens, _ = test_attention.packed([1, 3, 0, 129, 515], 2, head_dim, scale)
-    qkv[300:, 0, 1] *= 3.0
+    """Bounds on the scores below the limit, around it and above it; panels of keys of 1 to 4 vectors; blocks of the depth."""
+    qkv, cu_seqlens, _ = test_attention.packed([1, 3, 0, 32, 50, 64, 129, 515], 2, head_dim, scale)
+    qkv[200:, 0, 1] *= 3.0
     qkv = qkv.to(dtype)
     plain, truth = (test_attention.plain(x, cu_seqlens, -(head_dim**-0.5)) for x in (qkv, qkv.double()))
     assert_within_budget([without_lse(qkv, cu_seqlens, -(head_dim**-0.5))], [plain], [truth], ["out"])
@@ -95,6 +95,42 @@ def test_scores_at_their_bound_without_lse(dtype, bound, sign):
     means = [values.mean(0, keepdim=True).expand_as(values) for values in qkv[:, 2].double().split([1, 70])]
     torch.testing.assert_close(out.double(), torch.cat(means), rtol=0, atol=2 * torch.finfo(dtype).eps)
     assert torch.equal(out[0], qkv[0, 2]), "one key's value is the result to the last bit"
+
+
+@both_dtypes
+@pytest.mark.parametrize(("query", "key"), [(0.0, 3e19), (1e-19, 1e19), (1e19, 1e-19), (0.0, 0.0)])
+def test_norms_that_overflow_or_vanish_without_lse(dtype, query, key):
+    """Squares that are infinite or taken as 0: the scores are finite, one for all keys."""
+    qkv, cu_seqlens, _ = test_attention.packed([7, 40], 1, 1)
+    qkv[:, 0], qkv[:, 1] = query, key
+    qkv = qkv.to(dtype)
+    out = without_lse(qkv, cu_seqlens, 200.0)
+    means = [values.mean(0, keepdim=True).expand_as(values) for values in qkv[:, 2].double().split([7, 40])]
+    torch.testing.assert_close(out.double(), torch.cat(means), rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@both_dtypes
+def test_without_lse_neither_threads_nor_neighbours_change_a_bit(dtype):
+    """One query of a head is beyond the limit, the others are not: whoever computes them, all take the same way."""
+    lengths = [400, 30]
+    qkv, cu_seqlens, _ = test_attention.packed(lengths, 2, 64)
+    qkv[390, 0] *= 8.0
+    qkv = qkv.to(dtype)
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            runs.append(without_lse(qkv, cu_seqlens, 0.125)[:400])
+            runs.append(without_lse(qkv[:400].clone(), bounds(lengths[:1]), 0.125))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
+
+
+def test_lse_may_be_left_out():
+    qkv, cu_seqlens, longest = test_attention.packed([50], 2, 32)
+    qkv = qkv.float()
+    assert torch.equal(without_lse(qkv, cu_seqlens, 0.2), native.attention_forward(qkv, cu_seqlens, longest, 0.2)[0])
 
 
 @both_dtypes
