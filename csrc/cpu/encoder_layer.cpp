@@ -99,11 +99,7 @@ struct Rows {
   }
 
   void project_qkv(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
-    Inner* to = qkv + first * 3 * hidden;
-    linear(p.qkv, x, first, last, first_panel, last_panel, sums,
-           [to, stride = 3 * hidden](int64_t row, int64_t column, Vec v, auto extent) {
-             store(to + row * stride + column, v, extent);
-           });
+    linear(p.qkv, x, first, last, first_panel, last_panel, sums, store_rows(qkv + first * 3 * hidden, 3 * hidden));
   }
 
   void project_context(int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, void* sums) const {
@@ -141,11 +137,7 @@ struct Rows {
   template <typename T>
   void to_z(const PackedLinear& layer, const T* from, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
             void* sums) const {
-    float* to = buffers.z + first * hidden;
-    linear(layer, from, first, last, first_panel, last_panel, sums,
-           [to, stride = hidden](int64_t row, int64_t column, Vec v, auto extent) {
-             store(to + row * stride + column, v, extent);
-           });
+    linear(layer, from, first, last, first_panel, last_panel, sums, store_rows(buffers.z + first * hidden, hidden));
   }
 
   void add_norm(int64_t first, int64_t last, const Hidden* residual, const float* weight, const float* bias, float eps,

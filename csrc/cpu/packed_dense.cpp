@@ -10,11 +10,9 @@ template <typename Group, typename T>
 void run(const PackedDenseParams& p, int num_threads) {
   const LeftMatrixRows x{p.x, p.x_row_stride * static_cast<int64_t>(sizeof(T)), nullptr};
   T* y = static_cast<T*>(p.y);
-  const int64_t columns = p.linear.out_features;
   parallel_for(count_panels(p.linear.out_features), num_threads, [&](int64_t panel) {
-    packed_linear<Group>(
-        p.rows, x, p.linear, panel, panel + 1, thread_scratch(kSumVectors * kWidth),
-        [=](int64_t row, int64_t column, Vec v, auto extent) { store(y + row * columns + column, v, extent); });
+    packed_linear<Group>(p.rows, x, p.linear, panel, panel + 1, thread_scratch(kSumVectors * kWidth),
+                         store_rows(y, p.linear.out_features));
   });
 }
 

@@ -47,6 +47,12 @@ void packed_linear(int64_t rows, LeftMatrixRows x, const PackedLinear& linear, i
   }
 }
 
+// The simplest end of a linear layer: its elements are stored in rows that are `stride` apart.
+template <typename T>
+auto store_rows(T* to, int64_t stride) {
+  return [=](int64_t row, int64_t column, Vec v, auto extent) { store(to + row * stride + column, v, extent); };
+}
+
 // Packs a weight (out_features, in_features) into panels; what pads the last one is 0. in_features are whole groups.
 inline void pack_panels(const void* weight, int64_t out_features, int64_t groups, uint32_t* packed, int num_threads) {
   parallel_for(count_panels(out_features), num_threads, [&](int64_t panel) {

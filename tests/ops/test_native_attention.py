@@ -127,10 +127,13 @@ def test_without_lse_neither_threads_nor_neighbours_change_a_bit(dtype):
     assert all(torch.equal(run, runs[0]) for run in runs[1:])
 
 
-def test_lse_may_be_left_out():
+@pytest.mark.parametrize(("dtype", "softmax_scale"), [(torch.float32, 0.2), (torch.bfloat16, 20.0)])
+def test_lse_may_be_left_out(dtype, softmax_scale):
+    """The same bits in float32, and in bfloat16 where no bound on the scores is small enough."""
     qkv, cu_seqlens, longest = test_attention.packed([50], 2, 32)
-    qkv = qkv.float()
-    assert torch.equal(without_lse(qkv, cu_seqlens, 0.2), native.attention_forward(qkv, cu_seqlens, longest, 0.2)[0])
+    qkv = qkv.to(dtype)
+    out, _ = native.attention_forward(qkv, cu_seqlens, longest, softmax_scale)
+    assert torch.equal(without_lse(qkv, cu_seqlens, softmax_scale), out)
 
 
 @both_dtypes
