@@ -180,7 +180,7 @@ def matmul_and_layer(cpu: Any, memory: Memory) -> Iterator[tuple[str, int, tuple
     yield "packed_dense", total * hidden * wide, dense
 
     multiply_adds = total * (4 * hidden * hidden + 2 * hidden * wide)
-    yield "encoder_layer", multiply_adds, (layers, x, bounds, y, 0, workspace, total, batch, THREADS)
+    yield "encoder_layer", multiply_adds, (layers, x, bounds, y, workspace, total, batch, THREADS, [])
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "cpu/dispatch.h"
 #include "cpu/embed_tokens.h"
 #include "cpu/encoder_plan.h"
@@ -317,8 +319,7 @@ PYBIND11_MODULE(_cpu, m) {
                                   pointer<int64_t>(nanoseconds)};
       }));
 
-  // The layers of an encoder one after the other: x -> y, through between where there are several. All have the
-  // same hidden size and dtype of rows.
+  // The layers of an encoder one after the other: x -> y. All have the same hidden size and dtype of rows.
   py::class_<EncoderLayers>(m, "EncoderLayers", py::module_local())
       .def(py::init([](const std::vector<const EncoderLayerParams*>& layers) {
         EncoderLayers copies;
@@ -330,12 +331,16 @@ PYBIND11_MODULE(_cpu, m) {
              return cpu::encoder_layers_workspace_bytes(encoder.layers, pointer<const int32_t>(cu_seqlens), total, batch,
                                                         num_threads);
            })
-      .def(
-          "forward",
-          [](const EncoderLayers& encoder, Address x, Address cu_seqlens, Address y, Address between, Address workspace,
-             int64_t total, int64_t batch, int num_threads) {
-            cpu::encoder_layers(encoder.layers, pointer<const void>(x), pointer<const int32_t>(cu_seqlens), pointer<void>(y),
-                                pointer<void>(between), pointer<void>(workspace), total, batch, num_threads);
-          },
-          Release());
+      // snapshots: compared while the other threads begin, which nobody waits for then. False where one has changed.
+      .def("forward", [](const EncoderLayers& encoder, Address x, Address cu_seqlens, Address y, Address workspace,
+                         int64_t total, int64_t batch, int num_threads, const std::vector<const Snapshot*>& snapshots) {
+        std::optional<py::gil_scoped_release> released;
+        const auto wanted = [&] {
+          if (!all_unchanged(snapshots)) return false;
+          released.emplace();
+          return true;
+        };
+        return cpu::encoder_layers(encoder.layers, pointer<const void>(x), pointer<const int32_t>(cu_seqlens),
+                                   pointer<void>(y), pointer<void>(workspace), total, batch, num_threads, wanted);
+      });
 }

@@ -157,7 +157,7 @@ struct Rows {
   }
 };
 
-constexpr int64_t kPiecesPerThread = 4;
+constexpr int64_t kPiecesPerThread = 16;
 
 // Pieces of the panels of a weight: as many for each thread and, where that divides them, of the same size, because threads
 // that take turns at pieces of 4 and 5 panels end a ninth apart.
@@ -176,7 +176,7 @@ void for_pieces(int64_t rows, int64_t out_features, int num_threads, const Body&
   const int64_t wanted = column_pieces % num_threads == 0 ? column_pieces : kPiecesPerThread * num_threads;
   const int64_t row_pieces_wanted = (wanted + column_pieces - 1) / column_pieces, most = rows / kFewestRows;
   const int64_t row_pieces = row_pieces_wanted < most ? row_pieces_wanted : most > 0 ? most : 1;
-  parallel_for(column_pieces * row_pieces, num_threads, [&](int64_t piece) {
+  parallel_shares(column_pieces * row_pieces, num_threads, [&](int64_t piece) {
     const int64_t column_piece = piece / row_pieces, row_piece = piece % row_pieces;
     void* sums = thread_scratch(kSumVectors * kWidth);
     body(row_piece * rows / row_pieces, (row_piece + 1) * rows / row_pieces, column_piece * panels / column_pieces,
@@ -221,9 +221,13 @@ template <typename P>
 void run_rows_by_column(const Rows<P>& all, int64_t rows, int num_threads, bool after_attention) {
   const EncoderLayerParams& p = all.p;
   const int64_t hidden = all.hidden;
+  const auto for_some_rows = [&](const auto& body) {
+    const int64_t pieces = rows < kPiecesPerThread * num_threads ? rows : kPiecesPerThread * num_threads;
+    parallel_shares(pieces, num_threads, [&](int64_t piece) { body(piece * rows / pieces, (piece + 1) * rows / pieces); });
+  };
   const auto enter = [&](const auto* from, int64_t columns) {
     if constexpr (P::template kConverts<std::remove_cv_t<std::remove_pointer_t<decltype(from)>>>) {
-      for_rows(rows, columns, num_threads, [&](int64_t row) { all.enter(from, columns, row, row + 1); });
+      for_some_rows([&](int64_t first, int64_t last) { all.enter(from, columns, first, last); });
     }
   };
   if (!after_attention) {
@@ -233,12 +237,14 @@ void run_rows_by_column(const Rows<P>& all, int64_t rows, int num_threads, bool 
   }
   enter(all.context, hidden);
   for_pieces(rows, hidden, num_threads, [&](auto... piece) { all.project_context(piece...); });
-  for_rows(rows, hidden, num_threads, [&](int64_t row) { all.normalise_attention(row, row + 1); });
-  enter(all.h, hidden);
+  for_some_rows([&](int64_t first, int64_t last) {
+    all.normalise_attention(first, last);
+    all.enter(all.h, hidden, first, last);
+  });
   for_pieces(rows, all.wide, num_threads, [&](auto... piece) { all.activate(piece...); });
   enter(all.inner, all.wide);
   for_pieces(rows, hidden, num_threads, [&](auto... piece) { all.project_inner(piece...); });
-  for_rows(rows, hidden, num_threads, [&](int64_t row) { all.normalise_output(row, row + 1); });
+  for_some_rows([&](int64_t first, int64_t last) { all.normalise_output(first, last); });
 }
 
 template <typename P>

@@ -1,6 +1,7 @@
 #include "cpu/encoder_plan.h"
 
 #include <algorithm>
+#include <thread>
 
 #include "cpu/runtime.h"
 
@@ -11,6 +12,15 @@ namespace {
 int64_t inner_bytes(const EncoderLayerParams& p) { return p.weight_dtype == DType::float32 ? 4 : 2; }
 
 int64_t hidden_bytes(const EncoderLayerParams& p) { return p.dtype == DType::float32 ? 4 : 2; }
+
+int64_t bytes_between(const EncoderLayerParams& p, int64_t total) {
+  Memory measure(nullptr);
+  measure.take(total * p.qkv.in_features * hidden_bytes(p));
+  return measure.used();
+}
+
+// Thrown, because that is what stops the other threads of a region.
+struct NotWanted {};
 
 }  // namespace
 
@@ -79,12 +89,16 @@ int64_t encoder_layers_workspace_bytes(const std::vector<EncoderLayerParams>& la
     EncoderWorkspace(measure, layer, EncoderChunks(layer, num_threads).longest(), num_threads);
     bytes = std::max(bytes, measure.used());
   }
-  return bytes;
+  return bytes + (layers.size() > 1 ? bytes_between(layers.front(), total) : 0);
 }
 
-void encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x, const int32_t* cu_seqlens, void* y,
-                    void* between, void* workspace, int64_t total, int64_t batch, int num_threads) {
-  together(num_threads, [&] {
+bool encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x, const int32_t* cu_seqlens, void* y,
+                    void* workspace, int64_t total, int64_t batch, int num_threads, const std::function<bool()>& wanted) {
+  const std::thread::id caller = std::this_thread::get_id();
+  void* between = workspace;  // where one layer's rows wait for the next, where there are several
+  if (layers.size() > 1) workspace = static_cast<char*>(workspace) + bytes_between(layers.front(), total);
+  const auto run_layers = [&] {
+    if (std::this_thread::get_id() == caller && !wanted()) throw NotWanted();
     const void* from = x;
     for (size_t i = 0; i < layers.size(); ++i) {
       EncoderLayerParams layer = layers[i];
@@ -98,7 +112,13 @@ void encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x
       encoder_layer(layer, num_threads);
       from = to;
     }
-  });
+  };
+  try {
+    together(num_threads, run_layers);
+  } catch (const NotWanted&) {
+    return false;
+  }
+  return true;
 }
 
 }  // namespace fastbert::cpu

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "fastbert.h"
@@ -66,12 +67,14 @@ struct EncoderWorkspace {
   EncoderWorkspace(Memory& memory, const EncoderLayerParams& p, int64_t longest_chunk, int num_threads);
 };
 
-// What the most demanding of some layers needs.
+// What the most demanding of some layers needs, and the rows between two of them.
 int64_t encoder_layers_workspace_bytes(const std::vector<EncoderLayerParams>& layers, const int32_t* cu_seqlens,
                                        int64_t total, int64_t batch, int num_threads);
 
-// Layers of the same hidden size and dtype of rows, one after the other: x -> y, through between where there are several.
-void encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x, const int32_t* cu_seqlens, void* y,
-                    void* between, void* workspace, int64_t total, int64_t batch, int num_threads);
+// Layers of the same hidden size and dtype of rows, one after the other: x -> y.
+// The calling thread asks wanted() before it takes part, while the others begin. Where that is false, they stop, y holds
+// nothing, and so is what this returns.
+bool encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x, const int32_t* cu_seqlens, void* y,
+                    void* workspace, int64_t total, int64_t batch, int num_threads, const std::function<bool()>& wanted);
 
 }  // namespace fastbert::cpu

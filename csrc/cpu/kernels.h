@@ -48,10 +48,17 @@ FASTBERT_FOR_EACH_KERNEL(FASTBERT_DECLARE_KERNEL)
 #if defined(FASTBERT_ISA)
 namespace fastbert::cpu::FASTBERT_ISA {
 
-// body(index) for every index below count; see cpu/runtime.h.
+// body(index) for every index below count: both see cpu/runtime.h.
 template <typename Body>
 void parallel_for(int64_t count, int num_threads, const Body& body) {
   cpu::parallel_for(
+      count, num_threads, [](void* context, int64_t index) { (*static_cast<const Body*>(context))(index); },
+      const_cast<Body*>(&body));
+}
+
+template <typename Body>
+void parallel_shares(int64_t count, int num_threads, const Body& body) {
+  cpu::parallel_shares(
       count, num_threads, [](void* context, int64_t index) { (*static_cast<const Body*>(context))(index); },
       const_cast<Body*>(&body));
 }

@@ -10,9 +10,11 @@ template <typename Group, typename T>
 void run(const PackedDenseParams& p, int num_threads) {
   const LeftMatrixRows x{p.x, p.x_row_stride * static_cast<int64_t>(sizeof(T)), nullptr};
   T* y = static_cast<T*>(p.y);
-  parallel_for(count_panels(p.linear.out_features), num_threads, [&](int64_t panel) {
-    packed_linear<Group>(p.rows, x, p.linear, panel, panel + 1, thread_scratch(kSumVectors * kWidth),
-                         store_rows(y, p.linear.out_features));
+  // Neighbouring panels, each of which asks the memory for the next: few rows wait for nothing else.
+  const int64_t panels = count_panels(p.linear.out_features), pieces = panels < 2 * num_threads ? panels : 2 * num_threads;
+  parallel_for(pieces, num_threads, [&](int64_t piece) {
+    packed_linear<Group>(p.rows, x, p.linear, piece * panels / pieces, (piece + 1) * panels / pieces,
+                         thread_scratch(kSumVectors * kWidth), store_rows(y, p.linear.out_features));
   });
 }
 

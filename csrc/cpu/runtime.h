@@ -18,7 +18,11 @@ void set_openmp_parallel(uintptr_t gomp_parallel);
 // start. An exception that a body throws is thrown again here, once all threads are done.
 void parallel_for(int64_t count, int num_threads, void (*body)(void* context, int64_t index), void* context);
 
-// Calls body(context) on num_threads threads at once. They share the indices of each parallel_for that they come to, all of
+// The same in a region of threads (together), where each of them begins with neighbouring indices of its own and helps the
+// others when those are done: for work on memory that one thread reads faster in a row. Elsewhere it is parallel_for.
+void parallel_shares(int64_t count, int num_threads, void (*body)(void* context, int64_t index), void* context);
+
+// Calls body(context) on num_threads threads at once. They share the indices of each parallel loop that they come to, all of
 // them in the same order, whatever num_threads it is given, and go on when all of its indices are done; what else body does,
 // every thread does for itself. A thread that is late finds what the others have done and catches up.
 //

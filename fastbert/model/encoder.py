@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import output_capturing
 
-from ..ops.native_encoder import run_layers
 from ..ops.registration import transform_reasons
 from .embeddings import embed
 from .inputs import check_inputs, warn_of_first_position
 from .layer import FusedLayer, take_half
 from .outputs import PooledEncoderOutput
 from .packed_ends import pool
-from .packed_layer import is_trained, packed_stack
+from .packed_layer import is_trained, run_stack
 from .packing import Packing
 from .plain import is_watched
 from .row_selection import RowSelection, SelectedRows, all_rows_reasons, few_are_worth_it, reads_first_rows
@@ -114,7 +113,7 @@ class PackedEncoder:
         hidden_states = embed(self, packing, input_ids, token_type_ids, position_ids, inputs_embeds)
 
         config = self.config
-        recorded = _HiddenStates(hidden_states_wanted(config, kwargs), config.num_hidden_layers)
+        recorded = _HiddenStates(hidden_states_wanted(config, kwargs), config)
         recorded.add(hidden_states)
         selection, total, has_pooler = None, hidden_states.shape[0], getattr(self, "pooler", None) is not None
         known = (labels is not None or (first_only and has_pooler)) and total > 0 and not torch.compiler.is_compiling()
@@ -125,16 +124,16 @@ class PackedEncoder:
         layers = list(self.encoder.layer)
         worth_it = selection is not None and selection.is_worth_it(is_trained(layers[-1], hidden_states))
         last_layer = layers.pop() if worth_it else None
-        stack = packed_stack(layers, hidden_states) if recorded.states is None else None
-        if stack is not None:
-            hidden_states = run_layers(stack, hidden_states, packing.cu_seqlens)
+        rows = run_stack(layers, hidden_states, packing) if recorded.states is None else None
+        if rows is not None:
+            hidden_states = rows
         else:
             for layer in layers:
                 hidden_states = layer.on_packed_rows(hidden_states, packing)
                 recorded.add(hidden_states)
+            if last_layer is None:
+                take_half(hidden_states)  # which no layer will
 
-        if last_layer is None:
-            take_half(hidden_states)  # which no layer will
         output = self._output(hidden_states, packing, selection, last_layer)
         pooler = getattr(self, "pooler", None)
         if pooler is not None:
@@ -254,11 +253,11 @@ def hidden_states_wanted(config: Any, arguments: dict[str, Any]) -> bool | int |
 class _HiddenStates:
     """Keeps the packed rows after the embeddings and after each layer, all of them or those whose index was asked for."""
 
-    def __init__(self, wanted: bool | int | list[int] | None, num_layers: int) -> None:
+    def __init__(self, wanted: bool | int | list[int] | None, config: Any) -> None:
         self.states: list[Tensor | None] | None = [] if wanted else None  # 0 asks for none in transformers, too
         self._selected = None
         if self.states is not None and not isinstance(wanted, bool):
-            indices = [wanted] if isinstance(wanted, int) else wanted
+            indices, num_layers = [wanted] if isinstance(wanted, int) else wanted, config.num_hidden_layers
             self._selected = {i % (num_layers + 1) for i in indices if -num_layers - 1 <= i <= num_layers}
 
     def add(self, state: Tensor) -> None:

@@ -29,23 +29,25 @@ def check_inputs(
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if input_ids is not None and input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (batch, length)")
-    width = getattr(config, "embedding_size", config.hidden_size)
-    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width):
-        raise ValueError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {width})")
+    if inputs_embeds is not None:
+        width = getattr(config, "embedding_size", config.hidden_size)
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width:
+            raise ValueError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch, length, {width})")
     tokens = inputs_embeds if input_ids is None else input_ids
     batch, length = tokens.shape[:2]
     if kwargs.get("cu_seq_lens_q") is not None:
         _check_packed(model, tokens, attention_mask, position_ids, kwargs)
     elif kwargs.get("cu_seq_lens_k") is not None:
         raise ValueError("cu_seq_lens_k is given without cu_seq_lens_q: packed inputs need both, or cu_seq_lens_q alone")
-    elif length > config.max_position_embeddings and position_ids is None and model.first_position == 0:
+    elif position_ids is None and model.first_position == 0 and length > config.max_position_embeddings:
         raise ValueError(
             f"the sequences have {length} tokens, the model has positions for {config.max_position_embeddings} "
             "(config.max_position_embeddings); truncate them, e.g. tokenizer(..., truncation=True)"
         )
-    covers_cache = config.is_decoder or past_key_values is not None  # PEFT's prefixes are a cache for an encoder
-    if attention_mask is not None and attention_mask.dim() == 2 and not covers_cache:
-        _check_same_shape("attention_mask", attention_mask, batch, length)
+    if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != (batch, length):
+        covers_cache = config.is_decoder or past_key_values is not None  # PEFT's prefixes are a cache for an encoder
+        if not covers_cache:
+            _check_same_shape("attention_mask", attention_mask, batch, length)
     if token_type_ids is not None:
         _check_same_shape("token_type_ids", token_type_ids, batch, length)
     if position_ids is not None and (

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from ..ops import calibration, native
 from ..ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWeights
 from ..ops.linear import MEASURED_FLOPS
-from ..ops.native_encoder import PackedEncoderLayer, PackedEncoderLayers, not_supported_reasons, run_layers
+from ..ops.native_encoder import (
+    PackedEncoderLayer,
+    PackedEncoderLayers,
+    not_supported_reasons,
+    run_layers,
+    run_layers_if_unchanged,
+)
 from ..ops.registration import under_autocast
 from .int8 import Int8Linear, join
 from .packing import Packing
@@ -61,13 +67,13 @@ class _Stack:
     snapshots: list[Any]  # of the extension
     packed: PackedEncoderLayers
 
-    def is_current(self, layers: list[nn.Module], dtypes: _Dtypes, instruction_set: str) -> bool:
+    def is_of(self, layers: list[nn.Module], dtypes: _Dtypes, instruction_set: str) -> bool:
+        """Whether these layers have been packed for such calls, as they are unless one of the snapshots has changed."""
         return (
             self.dtypes == dtypes
             and self.instruction_set == instruction_set
             and [other() for other in self.behind_first] == layers[1:]
             and self.types == list(map(type, layers))
-            and native.EXTENSION.all_unchanged(self.snapshots)
         )
 
 
@@ -84,21 +90,25 @@ def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayers | None:
     return None if entry is None else entry.packed
 
 
-def packed_stack(layers: list[nn.Module], x: Tensor) -> PackedEncoderLayers | None:
-    """What runs a call of these layers one after the other, where all were packed before and nobody watches them; else None."""
+def run_stack(layers: list[nn.Module], x: Tensor, packing: Packing) -> Tensor | None:
+    """What the layers make of rows x (total, hidden), one after the other in one call; None where not all of them were packed
+    before, or somebody watches one."""
     if not layers or not native.AVAILABLE or torch.is_grad_enabled() or not _takes(x):
         return None
     dtypes, instruction_set = _dtypes(x), native.instruction_set()
     stack = _stacks.get(layers[0])
-    if stack is None or not stack.is_current(layers, dtypes, instruction_set):
-        entries = [_current_entry(layer, dtypes, instruction_set) for layer in layers]
-        if not all(_runs_in_stack(layer, entry) for layer, entry in zip(layers, entries, strict=True)):
-            return None
-        stack = _stacks[layers[0]] = _Stack(
-            list(map(ref, layers[1:])), list(map(type, layers)), dtypes, instruction_set,
-            [entry.snapshot.handle for entry in entries], PackedEncoderLayers.joined(entry.packed for entry in entries),
-        )  # fmt: skip
-    return stack.packed
+    if stack is not None and stack.is_of(layers, dtypes, instruction_set):
+        rows = run_layers_if_unchanged(stack.packed, x, packing.cu_seqlens, stack.snapshots)
+        if rows is not None:
+            return rows
+    entries = [_current_entry(layer, dtypes, instruction_set) for layer in layers]
+    if not all(_runs_in_stack(layer, entry) for layer, entry in zip(layers, entries, strict=True)):
+        return None
+    stack = _stacks[layers[0]] = _Stack(
+        list(map(ref, layers[1:])), list(map(type, layers)), dtypes, instruction_set,
+        [entry.snapshot.handle for entry in entries], PackedEncoderLayers.joined(entry.packed for entry in entries),
+    )  # fmt: skip
+    return run_layers(stack.packed, x, packing.cu_seqlens)
 
 
 def _runs_in_stack(layer: nn.Module, entry: _Entry | None) -> bool:

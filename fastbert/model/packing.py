@@ -123,7 +123,7 @@ class Packing:
         if x.shape[0] == 0:
             return x.new_zeros(self.num_sequences, *x.shape[1:])
         if self.indices is None and self._is_batch:
-            return x.view(*self.shape, *x.shape[1:])[:, 0]
+            return x[:: self.shape[1]]
         rows, exists = self.first_rows(x.shape[0])
         first = x.index_select(0, rows)
         return first if exists is None else first * exists.unsqueeze(-1)

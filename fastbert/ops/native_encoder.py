@@ -7,7 +7,7 @@ elsewhere bfloat16 goes through oneDNN, op by op.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,16 +58,22 @@ def run_layers(layers: PackedEncoderLayers, x: Tensor, cu_seqlens: Tensor) -> Te
 
     Returns (total, hidden).
     """
+    return run_layers_if_unchanged(layers, x, cu_seqlens, [])
+
+
+def run_layers_if_unchanged(layers: PackedEncoderLayers, x: Tensor, cu_seqlens: Tensor, snapshots: list[Any]) -> Tensor | None:
+    """:func:`run_layers`, or None where one of the extension's ``snapshots`` has changed.
+
+    The calling thread compares them while the others are at work, and they stop where it finds a change: of a short request the
+    comparison is a thirtieth, most of it waiting for memory.
+    """
     x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
-    y, between = torch.empty_like(x), torch.empty_like(x) if len(layers) > 1 else None
+    y = torch.empty_like(x)
     threads, rows, batch, bounds = torch.get_num_threads(), x.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr()
     size = layers.handle.workspace_bytes(bounds, rows, batch, threads)
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
-    layers.handle.forward(
-        x.data_ptr(), bounds, y.data_ptr(), 0 if between is None else between.data_ptr(), workspace.data_ptr(),
-        rows, batch, threads,
-    )  # fmt: skip
-    return y
+    unchanged = layers.handle.forward(x.data_ptr(), bounds, y.data_ptr(), workspace.data_ptr(), rows, batch, threads, snapshots)
+    return y if unchanged else None
 
 
 class PackedEncoderLayers:

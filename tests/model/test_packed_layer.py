@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert.model import encoder as encoder_module
 from fastbert.model import layer as layer_module
 from fastbert.model import packed_layer
 from fastbert.ops import calibration, native
-from fastbert.ops.native_encoder import PackedEncoderLayer, run_layers
+from fastbert.ops.native_encoder import PackedEncoderLayer, run_layers, run_layers_if_unchanged
 
 from .helpers import LENGTHS, inputs_for, mask, on_real_tokens, pair
 
@@ -29,12 +28,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry per packed layer that is run: its rows."""
     rows: list[int] = []
 
-    def counted(layers, x, cu_seqlens):
-        rows.extend([x.shape[0]] * len(layers))
-        return run_layers(layers, x, cu_seqlens)
+    def counted(run):
+        def run_and_count(layers, x, *rest):
+            y = run(layers, x, *rest)
+            rows.extend([] if y is None else [x.shape[0]] * len(layers))
+            return y
 
-    for module in (layer_module, encoder_module, packed_layer):
-        monkeypatch.setattr(module, "run_layers", counted)
+        return run_and_count
+
+    for module in (layer_module, packed_layer):
+        monkeypatch.setattr(module, "run_layers", counted(run_layers))
+    monkeypatch.setattr(packed_layer, "run_layers_if_unchanged", counted(run_layers_if_unchanged))
     return rows
 
 
@@ -161,6 +165,22 @@ def test_changed_weights_are_packed_again(calls, change):
     assert len(calls) == 9  # of three layers, before, after and of the copy
 
 
+@pytest.mark.parametrize("change", [_step, _through_data, _load, _swap, _swap_data, _bias, _norm, _module])
+def test_changed_weights_of_layers_that_were_one_call_are_packed_again(calls, change):
+    _, model = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        before = [output(model, batch) for _ in range(3)]
+    assert torch.equal(before[0], before[2])
+    change(model)
+    with torch.no_grad():
+        after = [output(model, batch) for _ in range(3)]
+        fresh = output(copy.deepcopy(model), batch)
+    assert not torch.equal(before[0], after[0])
+    assert all(torch.equal(y, fresh) for y in after)
+    assert len(calls) == 3 * 7
+
+
 def test_the_same_weights_are_packed_once(monkeypatch):
     _, model = pair(NAME)
     made = []
@@ -197,7 +217,7 @@ def test_layers_that_nobody_watches_are_one_call(monkeypatch):
     _, model = pair(NAME)
     batch, single, several = inputs_for(NAME), [], []
     monkeypatch.setattr(layer_module, "run_layers", lambda stack, *args: single.append(1) or run_layers(stack, *args))
-    monkeypatch.setattr(encoder_module, "run_layers", lambda stack, *args: several.append(len(stack)) or run_layers(stack, *args))
+    monkeypatch.setattr(packed_layer, "run_layers", lambda stack, *args: several.append(len(stack)) or run_layers(stack, *args))
     with torch.no_grad():
         first = output(model, batch)
         assert (len(single), several) == (3, [])

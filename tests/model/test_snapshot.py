@@ -12,6 +12,8 @@ from torch import nn
 from fastbert.model import snapshot as snapshot_module
 from fastbert.model.snapshot import Snapshot
 from fastbert.ops import native
+from fastbert.ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWeights
+from fastbert.ops.native_encoder import PackedEncoderLayer, PackedEncoderLayers, run_layers, run_layers_if_unchanged
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=f"the native extension is not built: {native.unavailable_reason()}")
 
@@ -174,10 +176,41 @@ def test_what_comparing_keys_raises_is_raised():
             return False
 
     snapshot = _snapshot([{Key(): None}], [Key()])
+    layers, x, cu_seqlens = _layers()
     assert native.EXTENSION.all_unchanged([snapshot])
+    assert run_layers_if_unchanged(layers, x, cu_seqlens, [snapshot]) is not None
     Key.fails = True
     with pytest.raises(ArithmeticError):
         native.EXTENSION.all_unchanged([snapshot])
+    with pytest.raises(ArithmeticError):
+        run_layers_if_unchanged(layers, x, cu_seqlens, [snapshot])
+
+
+def _layers() -> tuple[PackedEncoderLayers, torch.Tensor, torch.Tensor]:
+    qkv, out, wide, back = (
+        LinearWeights(torch.randn(shape) / 10, None) for shape in ((384, 128), (128, 128), (512, 128), (128, 512))
+    )
+    norm = LayerNormWeights(torch.ones(128), torch.zeros(128), 1e-12)
+    layer = PackedEncoderLayer(EncoderLayerWeights(qkv, out, norm, wide, back, norm, 2, 0.125), torch.float32)
+    return PackedEncoderLayers([layer] * 3), torch.randn(40, 128), torch.tensor([0, 7, 40], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_layers_run_where_nothing_has_changed(threads):
+    """The comparison happens while other threads are at work: they stop, and the next call is as if nothing had been."""
+    roots = [module() for _ in range(3)]
+    snapshots = [Snapshot(root, {}).handle for root in roots]
+    layers, x, cu_seqlens = _layers()
+    expected, before = run_layers(layers, x, cu_seqlens), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(20):
+            assert torch.equal(run_layers_if_unchanged(layers, x, cu_seqlens, snapshots), expected)
+            hook = roots[2][1].register_forward_hook(_hook)
+            assert run_layers_if_unchanged(layers, x, cu_seqlens, snapshots) is None
+            hook.remove()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_snapshot_keeps_no_module_alive():
