@@ -1,4 +1,8 @@
-"""Parameters of queries, keys and values side by side in memory: one matrix for the GEMM, three for the state dict."""
+"""Parameters of queries, keys and values side by side in memory: one matrix for the GEMM, three for the state dict.
+
+Each of the three has a storage of its own, which is a part of the buffer that they lie in: tools that write checkpoints
+(accelerate, safetensors, huggingface_hub) take tensors of one storage for the same weight and write one of them alone.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _flatten_lock = threading.Lock()
+_buffers: dict[int, StorageWeakRef] = {}  # by the address where they begin
 
 
 def are_adjacent(*groups: list[Tensor | None], kind: type = nn.Parameter) -> bool:
-    """Whether the three tensors of each group lie one after the other in one storage, moving them there where that is safe.
+    """Whether the three tensors of each group lie one after the other in one buffer, moving them there where that is safe.
 
     kind: the class of what may be moved, nn.Parameter or, of buffers, Tensor: in a parameter's place somebody else has put that.
 
     The idea of nn.RNN.flatten_parameters: one GEMM needs one matrix, the state dict three. ``.to()`` and optimizers that swap
-    storages undo it, so it is checked at each forward pass: six pointer comparisons.
+    storages undo it, so it is checked at each forward pass: a few pointer comparisons.
     """
     for group in groups:
         if any(p is None for p in group):
@@ -29,15 +35,20 @@ def are_adjacent(*groups: list[Tensor | None], kind: type = nn.Parameter) -> boo
     return True
 
 
-def follow_each_other(group: list[Tensor]) -> bool:
-    size = group[0].numel() * group[0].element_size()
-    start = group[0].data_ptr()
-    return (
-        group[1].data_ptr() == start + size
-        and group[2].data_ptr() == start + 2 * size
-        and group[0].untyped_storage().data_ptr() == group[2].untyped_storage().data_ptr()
-        and group[0].dtype == group[1].dtype == group[2].dtype
-    )
+def follow_each_other(group: Sequence[Tensor]) -> bool:
+    return _buffer_of(group) is not None
+
+
+def _buffer_of(group: Sequence[Tensor]) -> torch.UntypedStorage | None:
+    """The buffer that three tensors of one dtype fill, one after the other."""
+    start, size = group[0].data_ptr(), group[0].numel() * group[0].element_size()
+    reference = _buffers.get(start)
+    if reference is None or group[1].data_ptr() != start + size or group[2].data_ptr() != start + 2 * size:
+        return None
+    if not group[0].dtype == group[1].dtype == group[2].dtype:
+        return None
+    buffer = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)  # None where it is gone, with all its parts
+    return buffer if buffer is not None and buffer.nbytes() == 3 * size else None
 
 
 def _flatten(group: list[Tensor], kind: type) -> bool:
@@ -59,9 +70,15 @@ def _flatten(group: list[Tensor], kind: type) -> bool:
         return False
     # Parameters whose memory was made in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
-        buffer = torch.cat([p.detach() for p in group])
-        for parameter, part in zip(group, buffer.chunk(3), strict=True):
-            parameter.data = part
+        buffer = torch.cat([p.detach() for p in group]).untyped_storage()
+        size = buffer.nbytes() // 3
+        for index, parameter in enumerate(group):
+            part = buffer[index * size : (index + 1) * size]  # a storage that keeps the buffer alive
+            parameter.data = first.new_empty(0).set_(part, 0, first.shape)
+    for address, reference in list(_buffers.items()):
+        if reference.expired():
+            _buffers.pop(address, None)
+    _buffers[buffer.data_ptr()] = StorageWeakRef(buffer)
     return True
 
 
@@ -72,13 +89,10 @@ def _owns_its_memory(parameter: nn.Parameter) -> bool:
     return whole and torch._C._storage_Use_Count(storage._cdata) <= 2  # the parameter's and the one at hand
 
 
-def joined(first: Tensor) -> Tensor:
-    """The three tensors that lie one after the other from this one on, as one."""
-    return first.as_strided((3 * first.shape[0], *first.shape[1:]), first.stride())
-
-
-def rejoined(weights: Sequence[Tensor]) -> Tensor:
-    """The same of saved ones: one tensor that was converted, or three, which somebody may have moved apart since."""
-    if len(weights) == 1:
-        return weights[0]
-    return joined(weights[0]) if follow_each_other(weights) else torch.cat(list(weights))
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Three tensors (n, ...) as one (3 * n, ...): what they lie in, or a copy where somebody has moved them apart."""
+    buffer = _buffer_of(tensors)
+    if buffer is None:
+        return torch.cat(list(tensors))
+    first = tensors[0]
+    return first.new_empty(0).set_(buffer, 0, (3 * first.shape[0], *first.shape[1:]))

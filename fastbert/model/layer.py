@@ -25,7 +25,7 @@ from ..ops.feed_forward import feed_forward
 from ..ops.linear import linear, linear_dweight, linear_dx, linear_forward
 from ..ops.native_encoder import run_layers
 from ..ops.registration import contiguous_grad, under_autocast
-from .adjacent import are_adjacent, joined, rejoined
+from .adjacent import are_adjacent, joined
 from .int8 import Int8Linear, join
 from .packed_layer import drop_if_trained, packed_again, packed_layer
 from .packing import Packing
@@ -323,15 +323,15 @@ def _joined_int8(linears: tuple[Int8Linear, Int8Linear, Int8Linear]) -> tuple[Te
     groups = [[linear._buffers[name] for linear in linears] for name in ("weight", "weight_scale", "bias")]
     if torch.compiler.is_compiling() or not are_adjacent(*groups, kind=Tensor):
         return join(linears)
-    return tuple(joined(group[0]) for group in groups)
+    return tuple(joined(group) for group in groups)
 
 
 class _QKVLinear(torch.autograd.Function):
-    """x [Wq; Wk; Wv]^T + [bq; bk; bv] for parameters that are adjacent views of one buffer: one GEMM in each direction."""
+    """x [Wq; Wk; Wv]^T + [bq; bk; bv] for parameters that are adjacent parts of one buffer: one GEMM in each direction."""
 
     @staticmethod
     def forward(ctx, x, query, key, value, query_bias, key_bias, value_bias):
-        weight, bias = joined(query), joined(query_bias)
+        weight, bias = joined((query, key, value)), joined((query_bias, key_bias, value_bias))
         if under_autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
@@ -345,7 +345,7 @@ class _QKVLinear(torch.autograd.Function):
     def backward(ctx, dy):
         dy = contiguous_grad(dy)
         x, *weights = ctx.saved_tensors
-        weight = rejoined(weights)
+        weight = weights[0] if len(weights) == 1 else joined(weights)
         # Autograd converts gradients to the dtype of what they belong to.
         dx = linear_dx(dy, weight) if ctx.needs_input_grad[0] else None
         dweights = linear_dweight(dy, x).chunk(3) if any(ctx.needs_input_grad[1:4]) else (None,) * 3

@@ -11,7 +11,8 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import fastbert
@@ -224,7 +225,7 @@ def test_a_model_made_for_inference(door):
 
 @pytest.mark.parametrize("door", DOORS)
 def test_weights_of_a_used_model_go_into_safetensors(door, tmp_path):
-    """safetensors refuses tensors that share memory; query, key and value share a buffer, but no element of it."""
+    """safetensors refuses tensors that share memory; query, key and value lie in one buffer, each with its own part of it."""
     _, ours = fast_pair(door, NAME)
     expected = ours(**inputs_for(NAME)).logits
     assert follow_each_other([getattr(ours.bert.encoder.layer[0].attention.self, n).weight for n in ("query", "key", "value")])
@@ -232,6 +233,30 @@ def test_weights_of_a_used_model_go_into_safetensors(door, tmp_path):
     loaded = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in ours.state_dict().items())
     assert expected.shape == ours(**inputs_for(NAME)).logits.shape
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_trained_models_weights_share_no_storage(door, tmp_path):
+    """Tensors of one storage are one weight to these tools: accelerate keeps one of them and leaves the others out."""
+    _, ours = fast_pair(door, NAME)
+    ours(**inputs_for(NAME)).logits.sum().backward()
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(ours)
+    accelerator.save_model(prepared, tmp_path / "model")
+    accelerator.save_state(tmp_path / "state")
+    save_model(ours, tmp_path / "whole.safetensors")
+    torch.save(ours.state_dict()[f"{QUERY}.weight"], tmp_path / "one.pt")
+    expected = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    for path in ("model/model.safetensors", "state/model.safetensors", "whole.safetensors"):
+        written = load_file(tmp_path / path)
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    assert (tmp_path / "one.pt").stat().st_size < 2 * expected[f"{QUERY}.weight"].nbytes + 4096
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    accelerator.load_state(tmp_path / "state")
+    assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
 # --- the table of words and the matrix of the vocabulary --------------------------------------------------------------------
