@@ -26,6 +26,7 @@ _HOMES = {
     "restore": "fastbert.model.accelerate",
     "quantize": "fastbert.model.quantize",
     "explain": "fastbert.model.explain",
+    "refresh": "fastbert.model.refresh",
     "register": "fastbert.model.register",
     "unregister": "fastbert.model.register",
     "DataCollatorWithPacking": "fastbert.data.collator",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     )
     from .model.lm_heads import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
     from .model.quantize import quantize
+    from .model.refresh import refresh
     from .model.register import register, unregister
     from .tasks.predictor import Predictor
 

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
 from ..ops import attention, backends
@@ -36,6 +37,14 @@ def register_attention() -> None:
     """Makes ``attn_implementation="fastbert"`` known to transformers. Calling it again changes nothing."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_attention_mask)
+
+
+def is_known_attention(name: str | None) -> bool:
+    """Whether transformers' registry has no function of somebody else under this name: then it is attention as all know it."""
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function is None or (getattr(function, "__module__", None) or "").startswith(("transformers.", "fastbert."))
 
 
 # --- the mask, once per forward pass ---------------------------------------------------------------------------------------

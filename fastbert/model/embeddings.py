@@ -16,7 +16,7 @@ from .inputs import check_token_ids
 from .layer import STREAMS_PER_LAYER, active_dropout_p
 from .packed_ends import TABLES, embed_at_once, forget, keep_tables, tables_of, takes
 from .packing import Packing
-from .plain import is_watched
+from .plain import class_was_changed, is_watched
 
 
 def embed(
@@ -60,7 +60,7 @@ def _fused_embeddings(model, packing, input_ids, token_type_ids, position_ids) -
         position_ids = model.default_positions(packing, input_ids)
     position_ids = packing.unpad(position_ids.expand(packing.shape))
     input_ids = packing.unpad(input_ids)
-    token_type_ids = None if token_type_ids is None else packing.unpad(token_type_ids)
+    token_type_ids = None if token_type_ids is None else packing.unpad(token_type_ids.expand(packing.shape))
     check_token_ids(model, input_ids, token_type_ids, position_ids, unpadded=packing.indices is not None)
     module = model.embeddings
     dropout_p, norm = active_dropout_p(module.dropout), module.LayerNorm
@@ -105,10 +105,13 @@ def embedding_notes(model: nn.Module) -> list[str]:
         reasons = [f"they are {type(embeddings).__module__}.{type(embeddings).__qualname__}"]
     else:
         reasons = ["they have hooks, or another forward than their class"] if is_watched(embeddings) else []
+        reasons += ["the forward of their class was replaced"] if class_was_changed(embeddings) else []
         for name, expected in _EXPECTED_TYPES.items():
             part = getattr(embeddings, name, None)
             if type(part) is not expected:
                 reasons.append(f"{name} is {type(part).__module__}.{type(part).__qualname__}")
+            elif class_was_changed(part):
+                reasons.append(f"the forward of {name}'s class was replaced")
             elif is_watched(part) and not _asks_for_gradients(part):
                 reasons.append(f"{name} has hooks, or another forward than its class")
         reasons = reasons or _parameter_reasons(embeddings)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from ..ops.registration import transform_reasons
+from .attention_interface import is_known_attention
 from .embeddings import embed
 from .inputs import check_inputs, warn_of_first_position
 from .layer import FusedLayer, take_half
@@ -70,6 +71,7 @@ class PackedEncoder:
             past_key_values=past_key_values,
             output_attentions=kwargs.get("output_attentions"),
             output_hidden_states=kwargs.get("output_hidden_states"),
+            is_causal=kwargs.get("is_causal"),
         )
         if not reasons:
             return self._packed_forward(packing, attention_mask, read, kwargs, **inputs)
@@ -114,7 +116,7 @@ class PackedEncoder:
 
         config = self.config
         recorded = _HiddenStates(hidden_states_wanted(config, kwargs), config)
-        recorded.add(hidden_states)
+        hidden_states = recorded.add(hidden_states, packing)
         selection, total, has_pooler = None, hidden_states.shape[0], getattr(self, "pooler", None) is not None
         known = (labels is not None or (first_only and has_pooler)) and total > 0 and not torch.compiler.is_compiling()
         if known and labels is None:  # first, because a short request is a fifth Python
@@ -129,8 +131,7 @@ class PackedEncoder:
             hidden_states = rows
         else:
             for layer in layers:
-                hidden_states = layer.on_packed_rows(hidden_states, packing)
-                recorded.add(hidden_states)
+                hidden_states = recorded.add(layer.on_packed_rows(hidden_states, packing), packing)
             if last_layer is None:
                 take_half(hidden_states)  # which no layer will
 
@@ -147,10 +148,9 @@ class PackedEncoder:
             if pooled is not None:
                 output["pooler_output"] = pooled
         if recorded.states is not None:
-            last = output.last_hidden_state
-            output.hidden_states = tuple(
-                None if state is None else last if state is hidden_states else packing.pad(state) for state in recorded.states
-            )
+            if recorded.states[-1] is not None:
+                output.last_hidden_state = recorded.states[-1]
+            output.hidden_states = tuple(recorded.states)
         return output.to_tuple() if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False else output
 
     def default_positions(self, packing: Packing, input_ids: Tensor | None) -> Tensor:
@@ -216,12 +216,18 @@ def model_fallback_reasons(
     past_key_values: Any = None,
     output_attentions: bool | None = None,
     output_hidden_states: bool | int | list[int] | None = None,
+    is_causal: bool | None = None,
 ) -> list[str]:
     """Why a call runs transformers' own forward pass, padding included; empty where it runs packed."""
     config = model.config
     reasons = []
-    if config._attn_implementation == "eager":
+    attention = config._attn_implementation
+    if attention == "eager":
         reasons.append("attn_implementation is 'eager' (the one that returns attention weights)")
+    elif not is_known_attention(attention):
+        reasons.append(f"attn_implementation is {attention!r}, under which somebody registered a function of their own")
+    if is_causal:
+        reasons.append("is_causal asks for attention to earlier tokens alone")
     if output_attentions or (output_attentions is None and getattr(config, "output_attentions", False)):
         reasons.append("output_attentions asks for attention weights, which fused attention never stores")
     if not (_TAKES_INDICES or output_hidden_states is None or isinstance(output_hidden_states, bool)):
@@ -251,7 +257,7 @@ def hidden_states_wanted(config: Any, arguments: dict[str, Any]) -> bool | int |
 
 
 class _HiddenStates:
-    """Keeps the packed rows after the embeddings and after each layer, all of them or those whose index was asked for."""
+    """Keeps, with padding, the rows after the embeddings and after each layer, all of them or those whose index was asked for."""
 
     def __init__(self, wanted: bool | int | list[int] | None, config: Any) -> None:
         self.states: list[Tensor | None] | None = [] if wanted else None  # 0 asks for none in transformers, too
@@ -260,7 +266,11 @@ class _HiddenStates:
             indices, num_layers = [wanted] if isinstance(wanted, int) else wanted, config.num_hidden_layers
             self._selected = {i % (num_layers + 1) for i in indices if -num_layers - 1 <= i <= num_layers}
 
-    def add(self, state: Tensor) -> None:
-        if self.states is not None:
-            keep = self._selected is None or len(self.states) in self._selected
-            self.states.append(state if keep else None)
+    def add(self, rows: Tensor, packing: Packing) -> Tensor:
+        """The rows (total, hidden) to go on with: where what is kept may be asked for its gradient, they are made of that."""
+        if self.states is None:
+            return rows
+        keep = self._selected is None or len(self.states) in self._selected
+        padded = packing.pad(rows) if keep else None
+        self.states.append(padded)
+        return packing.unpad(padded) if keep and padded.requires_grad else rows

@@ -173,7 +173,7 @@ def _fallback_reasons(encoder: PackedEncoder, inputs: dict[str, Any]) -> list[st
     return model_fallback_reasons(encoder, **{key: value for key, value in inputs.items() if key in _DECISIVE})
 
 
-_DECISIVE = ("attention_mask", "encoder_hidden_states", "past_key_values", "output_attentions", "output_hidden_states")
+_DECISIVE = ("attention_mask", "encoder_hidden_states", "past_key_values", "output_attentions", "output_hidden_states", "is_causal")
 
 
 def _has_language_model_head(module: nn.Module) -> bool:

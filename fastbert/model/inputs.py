@@ -48,7 +48,7 @@ def check_inputs(
         covers_cache = config.is_decoder or past_key_values is not None  # PEFT's prefixes are a cache for an encoder
         if not covers_cache:
             _check_same_shape("attention_mask", attention_mask, batch, length)
-    if token_type_ids is not None:
+    if token_type_ids is not None and token_type_ids.shape != (1, length):  # which transformers takes for all sequences
         _check_same_shape("token_type_ids", token_type_ids, batch, length)
     if position_ids is not None and (
         position_ids.dim() != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch)

@@ -24,12 +24,20 @@ from ..ops.add_layer_norm import add_layer_norm_mixed
 from ..ops.feed_forward import feed_forward
 from ..ops.linear import linear, linear_dweight, linear_dx, linear_forward
 from ..ops.native_encoder import run_layers
-from ..ops.registration import contiguous_grad, under_autocast
+from ..ops.registration import contiguous_grad, refuse_batched_gradients, under_autocast
 from .adjacent import are_adjacent, joined
 from .int8 import Int8Linear, join
 from .packed_layer import drop_if_trained, packed_again, packed_layer
 from .packing import Packing
-from .plain import has_hooks, has_own_forward, has_plain_parameters, is_exact_gelu, is_int8_linear, is_plain_linear
+from .plain import (
+    class_was_changed,
+    has_hooks,
+    has_own_forward,
+    has_plain_parameters,
+    is_exact_gelu,
+    is_int8_linear,
+    is_plain_linear,
+)
 from .swap import replaces
 from .trained_layer import trained_layer
 
@@ -97,10 +105,11 @@ class FusedLayer:
 
     def on_packed_rows(self, rows: Tensor, packing: Packing) -> Tensor:
         """A call of this layer on (total, hidden); who watches it sees padded (batch, length, hidden), as in transformers."""
-        if has_own_forward(self):
-            # Whoever replaced it may have kept transformers' own, which knows tensors only.
+        if has_own_forward(self) or (has_hooks(self) and _hooks_see_arguments(self)):
+            # They know the arguments that transformers gives a layer; whoever replaced forward may have kept transformers' own.
             mask = _padding_mask(self, rows, packing)
-            return packing.from_sequences(self(packing.to_sequences(rows), mask))
+            padded = self(packing.to_sequences(rows), mask, None, encoder_attention_mask=None, past_key_values=None)
+            return packing.from_sequences(padded)
         if has_hooks(self):
             return packing.from_sequences(self(packing.to_sequences(rows), packing))
         return self(rows, packing)
@@ -150,6 +159,11 @@ class BertLayer(FusedLayer, hf.BertLayer):
     """transformers' BertLayer; see :class:`FusedLayer`."""
 
     expected_parts = expected_parts(hf, "Bert")
+
+
+def _hooks_see_arguments(layer: nn.Module) -> bool:
+    """Whether hooks may change what a layer is called with, or look at its keyword arguments."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks_with_kwargs)
 
 
 def _padding_mask(layer: nn.Module, rows: Tensor, packing: Packing) -> Tensor | None:
@@ -255,6 +269,8 @@ def layer_fallback_reasons(layer: nn.Module) -> list[str]:
             reasons.append(f"{part.path} has hooks")
         elif expected is not None and has_own_forward(module):
             reasons.append(f"{part.path} has another forward than its class")
+        elif expected is not None and class_was_changed(module):
+            reasons.append(f"{part.path} has a class whose forward was replaced, {expected.__module__}.{expected.__qualname__}")
         elif expected is nn.LayerNorm and not has_plain_parameters(module):
             reasons.append(f"{part.path} has no weight or no bias, or they are more than parameters")
     return reasons
@@ -267,7 +283,11 @@ def layer_notes(layer: nn.Module) -> list[str]:
     reasons = layer_fallback_reasons(layer)
     if reasons:
         return [f"the whole layer runs transformers' forward on padded rows: {'; '.join(reasons)}"]
-    notes = ["has hooks, which are shown padded rows"] if has_hooks(layer) else []
+    notes = []
+    if has_hooks(layer):
+        if _hooks_see_arguments(layer):
+            return ["has hooks that see its arguments: transformers' forward on padded rows"]
+        notes.append("has hooks, which are shown padded rows")
     attention_module = layer.attention.self
     projections = {name: getattr(attention_module, name) for name in ("query", "key", "value")}
     changed = [_what_is(name, module) for name, module in projections.items() if not is_plain_linear(module)]
@@ -293,6 +313,8 @@ def _what_is(name: str, module: nn.Module) -> str:
     if has_own_forward(module):
         return f"{name} has another forward than its class"
     if type(module) is nn.Linear:
+        if class_was_changed(module):
+            return f"{name} is a torch.nn.Linear, whose forward was replaced"
         return f"{name} has a weight of type {type(module.weight).__module__}.{type(module.weight).__qualname__}"
     return f"{name} is {type(module).__module__}.{type(module).__qualname__}"
 
@@ -343,6 +365,7 @@ class _QKVLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        refuse_batched_gradients(dy)
         dy = contiguous_grad(dy)
         x, *weights = ctx.saved_tensors
         weight = weights[0] if len(weights) == 1 else joined(weights)

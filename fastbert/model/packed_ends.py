@@ -18,7 +18,7 @@ from ..ops.native_inference import EmbeddingTables, PackedDense, are_readable_id
 from ..ops.registration import dispatch_mode_is_on, under_autocast
 from .layer import active_dropout_p
 from .packing import Packing
-from .plain import is_plain_linear, is_watched
+from .plain import class_was_changed, is_plain_linear, is_watched
 from .snapshot import Snapshot, attributes_of
 
 TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
@@ -106,7 +106,7 @@ def embed_at_once(
     columns = model.first_position == 0 and packing.shape[0] == packing.num_sequences
     if position_ids is None and not columns:
         position_ids = model.default_positions(packing, input_ids)
-    if position_ids is not None and position_ids.shape != input_ids.shape:
+    if any(x is not None and x.shape != input_ids.shape for x in (token_type_ids, position_ids)):
         return None
     return tables.embed(input_ids, token_type_ids, position_ids, packing.indices)
 
@@ -127,7 +127,9 @@ def pool(pooler: nn.Module, first: Tensor) -> Tensor | None:
 
 def _keep_dense(pooler: nn.Module) -> PackedDense | None:
     linear, activation = pooler.dense, pooler.activation
-    if not is_plain_linear(linear) or type(activation) is not nn.Tanh or is_watched(activation) or is_watched(pooler):
+    if not is_plain_linear(linear) or type(activation) is not nn.Tanh:
+        return None
+    if any(is_watched(module) or class_was_changed(module) for module in (pooler, activation)):
         return None
     weight, bias = linear.weight, linear.bias
     tensors = [weight] if bias is None else [weight, bias]

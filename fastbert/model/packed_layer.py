@@ -132,7 +132,7 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayers | None:
         if elsewhere := {str(tensor.device) for tensor in _held(layer) if tensor.device != x.device}:
             raise RuntimeError(f"an encoder layer has weights on {', '.join(sorted(elsewhere))}, its input is on {x.device}")
         with _lock:
-            _forget(layer)
+            forget(layer)
             entry = _entries[layer] = _pack(layer, _dtypes(x))
     return entry.packed
 
@@ -142,7 +142,7 @@ def _current_entry(layer: nn.Module, dtypes: _Dtypes, instruction_set: str) -> _
     return entry if entry is not None and entry.is_current(layer, dtypes, instruction_set) else None
 
 
-def _forget(layer: nn.Module) -> None:
+def forget(layer: nn.Module) -> None:
     """Frees what is packed of a layer."""
     known = _entries.pop(layer, None) is not None
     if known or _stacks:  # which another thread may have made since it was forgotten
@@ -157,7 +157,7 @@ def drop_if_trained(layer: nn.Module, x: Tensor) -> bool:
     """Whether a call of this layer on x trains it, or has dropout: then there is no packed copy of it from now on."""
     trained = is_trained(layer, x)
     if trained:
-        _forget(layer)
+        forget(layer)
     return trained
 
 
@@ -213,7 +213,8 @@ def _measured_fastest(layer: nn.Module, packed: PackedEncoderLayers, weights: En
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             return layer.op_by_op(x, packing)
 
-    x = torch.randn(total, weights.hidden, dtype=rows, device="cpu")
+    generator = torch.Generator().manual_seed(0)  # of its own: what the caller draws from torch's depends on no first call
+    x = torch.randn(total, weights.hidden, generator=generator, device="cpu").to(rows)
     op_by_op(x)  # its matmuls are calibrated first
     candidates = {_ONE_CALL: lambda x: run_layers(packed, x, bounds), _OP_BY_OP: op_by_op}
     return calibration.fastest(_kind(weights, rows), candidates, lambda: (x,), flops)

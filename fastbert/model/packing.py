@@ -53,16 +53,17 @@ class Packing:
         """The sequences of one row whose ``position_ids`` (1, length) say where each starts; None where they say nothing.
 
         A packed row's positions begin somewhere (0 in BERT, after the padding token's id in RoBERTa), rise by one, and begin again
-        there at least once: what transformers' DataCollatorWithFlattening makes. Looking waits for a GPU. Compiled code cannot know
-        the number of sequences: there such a row is an error when it runs.
+        there at least once: what transformers' DataCollatorWithFlattening makes. Positions that never rise are those of one
+        sequence. Looking waits for a GPU. Compiled code cannot know the number of sequences: there such a row is an error when it
+        runs.
         """
         batch, length = shape
         if batch != 1 or length < 2 or position_ids.shape != shape:
             return None
         positions = position_ids[0]
         starts = positions == positions[0]
-        rises = starts[1:] | (positions[1:] == positions[:-1] + 1)
-        starts = starts & rises.all()
+        rises = positions[1:] == positions[:-1] + 1
+        starts = starts & (starts[1:] | rises).all() & rises.any()
         if torch.compiler.is_compiling():
             message = "position_ids start again within the row: compiled code needs cu_seq_lens_q and max_length_q, too"
             torch._assert_async(~starts[1:].any(), message)

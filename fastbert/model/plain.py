@@ -32,6 +32,12 @@ def has_own_forward(module: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
+def class_was_changed(module: nn.Module) -> bool:
+    """Whether somebody put another ``forward`` on the class itself, which is defined elsewhere then."""
+    kind = type(module)
+    return getattr(kind.forward, "__module__", None) != kind.__module__
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether a module does more than its class says: it has hooks, or somebody put another ``forward`` on the instance."""
     return has_own_forward(module) or has_hooks(module)
@@ -43,7 +49,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     PEFT's LoRA class is also *named* Linear, and quantisers put tensor subclasses in the place of the weight: reading
     ``weight`` would ignore the one and break the other.
     """
-    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and not is_watched(module)
+    plain = type(module) is nn.Linear and not class_was_changed(module)
+    return plain and type(module.weight) in (nn.Parameter, Tensor) and not is_watched(module)
 
 
 def is_int8_linear(module: nn.Module) -> bool:
@@ -60,4 +67,4 @@ def has_plain_parameters(norm: nn.LayerNorm) -> bool:
 def is_exact_gelu(activation: nn.Module) -> bool:
     """Whether an activation is the erf-GELU of the BERT paper and nothing else."""
     exact = type(activation) is GELUActivation or (type(activation) is nn.GELU and activation.approximate == "none")
-    return exact and not is_watched(activation)
+    return exact and not (class_was_changed(activation) or is_watched(activation))

@@ -25,7 +25,14 @@ from ..ops.add_layer_norm import has_mixed_kernel
 from ..ops.attention import check_sequences
 from ..ops.backends import implementation_for
 from ..ops.linear import linear_dweight, linear_dx, linear_forward
-from ..ops.registration import contiguous_grad, dispatch_mode_is_on, once_only, transform_reasons, under_autocast
+from ..ops.registration import (
+    contiguous_grad,
+    dispatch_mode_is_on,
+    once_only,
+    refuse_batched_gradients,
+    transform_reasons,
+    under_autocast,
+)
 from .adjacent import are_adjacent, joined
 from .packing import Packing
 from .plain import has_plain_parameters, is_exact_gelu, is_plain_linear
@@ -167,6 +174,7 @@ class _TrainedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor | None, dhalf: Tensor | None):
+        refuse_batched_gradients(dy, dhalf)
         with torch.no_grad():
             gradients = _TrainedLayer.gradients(ctx, dy, dhalf)
         if torch.is_grad_enabled():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -49,7 +50,11 @@ def register(
         def backward(ctx, *grads):
             raise _no_derivative(qualified)
 
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    def checked_backward(ctx, *grads):
+        refuse_batched_gradients(*grads)
+        return backward(ctx, *grads)
+
+    torch.library.register_autograd(qualified, checked_backward, setup_context=setup_context, lib=_library)
 
 
 def _no_derivative(name: str) -> RuntimeError:
@@ -78,6 +83,15 @@ def once_only(name: str, gradients: Sequence[torch.Tensor | None]) -> list[torch
     there = [gradient.detach().requires_grad_() for gradient in gradients if gradient is not None]
     watched = iter(_Once.apply(name, *there))
     return [None if gradient is None else next(watched) for gradient in gradients]
+
+
+def refuse_batched_gradients(*gradients: torch.Tensor | None) -> None:
+    """RuntimeError in a backward pass for several gradients at once, which have no memory that a kernel could read."""
+    if any(gradient is not None and (is_batchedtensor(gradient) or is_legacy_batchedtensor(gradient)) for gradient in gradients):
+        raise RuntimeError(
+            "fastbert's layers take one gradient at a time, not a batch of them (is_grads_batched=True, vectorize=True): ask for "
+            "them one by one, or use fastbert.restore(model)"
+        )
 
 
 def _check_devices(name: str, args: tuple[Any, ...]) -> None:

@@ -219,3 +219,12 @@ def test_forward_mode_derivatives(door):
         assert any("forward-mode" in note for note in notes_of(ours))
         got = forward_ad.unpack_dual(ours(inputs_embeds=dual).pooler_output).tangent
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_batch_of_gradients_is_a_clear_error(door):
+    _, ours = fast_pair(door, NAME)
+    embeds = torch.randn(1, 5, 48, requires_grad=True)
+    logits = ours(inputs_embeds=embeds).logits[0]
+    with pytest.raises(RuntimeError, match="take one gradient at a time"):
+        torch.autograd.grad(logits, embeds, torch.eye(len(logits)), is_grads_batched=True)  # also vectorize=True of jacobian

@@ -176,6 +176,19 @@ def test_gradients_through_hidden_states(door):
     assert_same_gradients(ours, theirs, 1e-4)
 
 
+@pytest.mark.parametrize("index", [0, 1, -1])
+@pytest.mark.parametrize("door", DOORS)
+def test_gradients_of_hidden_states(door, index):
+    """What saliency maps are made of: the loss depends on the states that the caller gets."""
+    theirs, ours = fast_pair(door, NAME, hidden_dropout_prob=0.0)
+    batch, gradients = inputs_for(NAME), []
+    for model in (ours, theirs):
+        output = model(**batch, output_hidden_states=True)
+        gradients += torch.autograd.grad(output.loss, output.hidden_states[index])
+    assert gradients[1].abs().max() > 0
+    torch.testing.assert_close(*map(on_real_tokens, gradients), atol=1e-7, rtol=1e-4)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("door", DOORS)
 def test_hidden_states_of_a_checkpointed_model(door, reentrant):

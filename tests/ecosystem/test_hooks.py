@@ -10,12 +10,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from transformers.activations import GELUActivation
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 
 from ..model.helpers import BATCH, LENGTH, inputs_for
-from .helpers import DOORS, assert_same_training_step, fast_pair, notes_of
+from .helpers import DOORS, assert_same_on_real_tokens, assert_same_training_step, fast_pair, notes_of
 
 NAME = "BertForSequenceClassification"
 LAYER = "bert.encoder.layer.1"
@@ -189,3 +191,40 @@ def test_hooks_for_all_modules(door):
             handle.remove()
     assert seen[ours] == seen[theirs]
     assert notes_of(ours) == []
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_hook_before_a_layer_sees_what_transformers_gives_it(door):
+    theirs, ours = fast_pair(door, NAME)
+    seen = {theirs: [], ours: []}
+    for model, calls in seen.items():
+
+        def hook(module, args, kwargs, calls=calls):
+            calls.append([None if x is None else (x.shape, x.dtype) for x in args])
+            assert kwargs["encoder_attention_mask"] is None and kwargs["past_key_values"] is None
+            return tuple(None if x is None else x.contiguous() for x in args), kwargs
+
+        model.get_submodule(LAYER).register_forward_pre_hook(hook, with_kwargs=True)
+    assert_same_training_step(ours, theirs, NAME)
+    assert seen[ours] == seen[theirs] != []
+    assert "has hooks that see its arguments" in str(notes_of(ours))
+
+
+CLASSES = [
+    hf.BertEmbeddings, hf.BertSelfAttention, hf.BertAttention, hf.BertSelfOutput, hf.BertIntermediate, hf.BertOutput,
+    hf.BertPooler, GELUActivation, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, nn.Tanh,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("door", DOORS)
+def test_a_forward_replaced_on_a_class_is_called(door, kind, monkeypatch):
+    theirs, ours = fast_pair(door, "BertModel")
+    original, batch = kind.forward, inputs_for("BertModel")
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: scaled(original(*args, **kwargs)))
+    for gradients in (torch.no_grad, torch.enable_grad):
+        with gradients():
+            got, expected = (model(**batch) for model in (ours, theirs))
+        assert_same_on_real_tokens(got.last_hidden_state, expected.last_hidden_state)
+        torch.testing.assert_close(got.pooler_output, expected.pooler_output, atol=2e-5, rtol=2e-5)
+    assert notes_of(ours) or kind in (hf.BertPooler, nn.Tanh)

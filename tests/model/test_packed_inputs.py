@@ -198,6 +198,7 @@ def test_the_row_of_transformers_collator():
         [0, 1, 3, 0, 1, 2],  # leaves one out
         [0, 1, 1, 0, 1, 2],  # repeats one
         [5, 4, 3, 2, 1, 0],
+        [0, 0, 0, 0, 0, 0],  # never rises
     ],
 )
 def test_positions_that_say_nothing_about_sequences(positions):

@@ -417,3 +417,25 @@ def test_weights_whose_rows_are_apart_or_all_one():
     with torch.no_grad():
         got, expected = (on_real_tokens(model(**batch).last_hidden_state) for model in (ours, theirs))
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+def test_refresh_shows_what_leaves_no_trace():
+    _, model = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        for _ in range(3):
+            output(model, batch)
+        model.encoder.layer[1].output.dense.weight.data[5] = 0.3
+        model.pooler.dense.weight.data[5] = 0.3
+        assert fastbert.refresh(model) is model
+        fresh = copy.deepcopy(model)
+        assert torch.equal(output(model, batch), output(fresh, batch))
+        assert torch.equal(model(**batch).pooler_output, fresh(**batch).pooler_output)
+
+
+def test_a_first_call_draws_nothing_from_torchs_generator():
+    _, model = pair(NAME, hidden_size=256, intermediate_size=1024, num_attention_heads=4)
+    batch, before = inputs_for(NAME), torch.get_rng_state()
+    with torch.no_grad():
+        model(**batch)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -7,6 +7,9 @@ import inspect
 import pytest
 import torch
 import transformers
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import fastbert
 
@@ -256,3 +259,39 @@ def test_compiles_without_a_mask():
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids).last_hidden_state, ours(ids).last_hidden_state)
+
+
+def test_token_types_of_all_sequences_at_once():
+    theirs, ours = pair("BertModel")
+    batch = {**inputs_for("BertModel"), "token_type_ids": torch.ones(1, LENGTH, dtype=torch.int64)}
+    for gradients in (torch.enable_grad, torch.no_grad):
+        with gradients():
+            torch.testing.assert_close(
+                *(on_real_tokens(model(**batch).last_hidden_state) for model in (ours, theirs)), atol=2e-5, rtol=2e-5
+            )
+
+
+def test_attention_of_somebody_else_is_called():
+    def uniform(module, query, key, value, mask, **arguments):
+        return sdpa_attention_forward(module, 0 * query, key, value, mask, **arguments)
+
+    AttentionInterface.register("uniform", uniform)
+    AttentionMaskInterface.register("uniform", sdpa_mask)
+    try:
+        theirs, ours = pair("BertModel", attn_implementation="uniform")
+        batch = inputs_for("BertModel")
+        torch.testing.assert_close(
+            *(on_real_tokens(model(**batch).last_hidden_state) for model in (ours, theirs)), atol=2e-5, rtol=2e-5
+        )
+        assert "attn_implementation is 'uniform'" in str(fastbert.explain(ours))
+    finally:
+        del AttentionInterface._global_mapping["uniform"], AttentionMaskInterface._global_mapping["uniform"]
+
+
+def test_causal_attention_runs_as_transformers_does():
+    theirs, ours = pair("BertModel")
+    ids = inputs_for("BertModel")["input_ids"]
+    expected, got = (model(ids, is_causal=True).last_hidden_state for model in (theirs, ours))
+    assert (expected - theirs(ids).last_hidden_state).abs().max() > 0.01
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+    assert "is_causal" in str(fastbert.explain(ours, input_ids=ids, is_causal=True))
