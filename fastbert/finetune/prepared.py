@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import random
 from collections.abc import Callable
@@ -39,13 +38,6 @@ class Split:
     @cached_property
     def tokens(self) -> int:
         return sum(_tokens(row["input_ids"]) for row in self.features.rows)
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the examples with their labels: what a resumed run must find again."""
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(repr(example).encode())
-        return digest.hexdigest()
 
     def facts(self, task: Task) -> dict[str, Any]:
         """Counts, JSON-ready."""

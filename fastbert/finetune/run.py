@@ -98,7 +98,9 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
     _refuse_several_gpus(device)
     prepared = prepare_task(task_of(settings), sources_of(settings), settings, say)
     metric = main_metric(settings, prepared.task)
-    data = {name: {**split.facts(prepared.task), "fingerprint": split.fingerprint()} for name, split in prepared.splits.items()}
+    data = {
+        name: {**split.facts(prepared.task), "fingerprint": split.examples.fingerprint()} for name, split in prepared.splits.items()
+    }
     if run is not None:
         _refuse_other_data(output, run, data)
         if _is_adapted(output):

@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.finetune.folder import RUN_NAME, check_folder, check_outside, delete_folder, read_run
 from fastbert.finetune.modes import check_packages
+from fastbert.finetune.prepared import drawn
 from fastbert.finetune.run import finetune
 from fastbert.one_writer import one_writer
 from fastbert.tasks.glue_data import (
@@ -39,7 +40,7 @@ from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 from fastbert.whole_file import whole_file
 
-from .document import glue_document
+from .document import Results, glue_document
 from .picture import plot_scores
 from .report import markdown_report, terminal_table
 from .settings import GlueSettings
@@ -80,6 +81,7 @@ def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
     asked = set(settings.tasks or (task.name for task in GLUE_TASKS))
     found, left_out, notes = _read_all(Path(settings.data), asked | set(results))
     results = {name: by_seed for name, by_seed in results.items() if name in found}
+    _refuse_other_data(settings, found, results)
     for line in [f"{glue_task(name).title} is left out: {reason}" for name, reason in left_out.items()]:
         say(line)
     for line in [note for of_task in notes.values() for note in of_task]:
@@ -103,7 +105,7 @@ def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
         start = _start(settings, name, current["tasks"].get("mnli"))
         results.setdefault(name, {})[seed] = _finetune(settings, found[name], seed, start, lambda line: say(f"  {line}"))
         current = document(current["submission"])
-    current = document(_submit(settings, found, current))
+    current = document(_submit(settings, found, results, current))
     write_report(current, output)
     say(terminal_table(current))
     say(f"Report, picture, models and predictions: {output}")
@@ -182,6 +184,30 @@ def _read_all(root: Path, asked: set[str]) -> tuple[dict[str, GlueSplits], dict[
     return found, left_out, notes
 
 
+def _refuse_other_data(settings: GlueSettings, found: dict[str, GlueSplits], results: Results) -> None:
+    """Raises SettingsError where a task's train or dev examples are not those of its seeds that are done: the scores of seeds make
+    no mean then."""
+    for name, by_seed in results.items():
+        task, splits = glue_task(name), found[name]
+        for split in ("train", *task.dev):
+            now = None
+            if split in splits.files:
+                examples = glue_text_task(name).read(Source(path=splits.files[split]))
+                now = (examples if settings.limit is None else drawn(examples, settings.limit)).fingerprint()
+            changed = [seed for seed, run in by_seed.items() if _fingerprint(run, finetune_names(task)[split]) != now]
+            if changed:
+                path = splits.files.get(split, splits.folder / f"{split}.tsv")
+                raise SettingsError(
+                    f"cannot resume {settings.output}: {task.title}: the examples of {path} are not those that seed "
+                    f"{min(changed)} began with; put the old file back, or start anew with --overwrite"
+                )
+
+
+def _fingerprint(run: Mapping[str, Any], split: str) -> str | None:
+    """Of the examples that a fine-tuning had in a split; None where it had no such split."""
+    return run["data"].get(split, {}).get("fingerprint")
+
+
 def _start(settings: GlueSettings, name: str, mnli: dict[str, Any] | None) -> str:
     """The checkpoint that a task starts from; ``mnli``: the entry of MNLI, where it was trained."""
     if name in _FROM_MNLI and mnli is not None and settings.mode != "head":
@@ -202,7 +228,7 @@ def _finetune(settings: GlueSettings, splits: GlueSplits, seed: int, start: str,
     return read_run(folder)  # type: ignore[return-value]
 
 
-def _submit(settings: GlueSettings, found: dict[str, GlueSplits], document: dict[str, Any]) -> dict[str, Any]:
+def _submit(settings: GlueSettings, found: dict[str, GlueSplits], results: Results, document: dict[str, Any]) -> dict[str, Any]:
     """Writes the submission's files and zip; returns ``files``, ``missing`` (what GLUE's server wants besides) and ``zip``."""
     if settings.limit is not None:
         return no_submission("--limit cuts the test sets")
@@ -210,14 +236,17 @@ def _submit(settings: GlueSettings, found: dict[str, GlueSplits], document: dict
     files = []
     for name, entry in document["tasks"].items():
         task, folder = glue_task(name), pair_folder(output, name, entry["best_seed"])
+        names = finetune_names(task)
         for split, file_name in task.submissions.items():
             if split in found[name].files:
                 source = Source(path=found[name].files[split])
                 index = read_index(task, source)
-                predictions = _read_predictions(folder / f"predictions_{finetune_names(task)[split]}.jsonl")
+                examples = glue_text_task(name).read(source)
+                known = examples.fingerprint() == _fingerprint(results[name][entry["best_seed"]], names[split])
+                predictions = _read_predictions(folder / f"predictions_{names[split]}.jsonl") if known else []
                 if len(predictions) != len(index):  # the file is a new one since the model was trained
                     predictor = Predictor.from_pretrained(folder, device=settings.device)
-                    predictions = [_answer(row) for row in predictor.predict(predictor.task.read_unlabelled(source))]
+                    predictions = [_answer(row) for row in predictor.predict(examples)]
                 write_submission(output / SUBMISSION_FOLDER, file_name, submission_text(task, index, predictions))
                 files.append(file_name)
     if not files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -80,6 +81,13 @@ class Examples(Generic[E]):
 
     def __iter__(self) -> Iterator[E]:
         return iter(self.items)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the examples with their labels: what a resumed run must find again."""
+        digest = hashlib.sha256()
+        for example in self.items:
+            digest.update(repr(example).encode())
+        return digest.hexdigest()
 
     def error(self, example: E | None, field: str | None, problem: str) -> DataError:
         """The error of ``problem`` in a field of an example, or of all of them."""

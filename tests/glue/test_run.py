@@ -289,6 +289,32 @@ def test_what_is_missing_is_left_out_and_said(make_settings, tmp_path):
     assert len((tmp_path / "run/submission/WNLI.tsv").read_text(encoding="utf-8").splitlines()) == 10
 
 
+def test_other_files_are_not_resumed_on(make_settings, tmp_path):
+    """Rows of a test file in another order are predicted again; of train or dev they are another run's."""
+    root, said = write_toy_glue(tmp_path / "GLUE"), []
+    settings = make_settings(tmp_path / "run", data=str(root), tasks=("sst2",))
+    glue(settings, said.append)
+    first = (tmp_path / "run/submission/SST-2.tsv").read_text(encoding="utf-8").splitlines()
+    assert len({line.split("\t")[1] for line in first[1:]}) == 2
+    again = dataclasses.replace(settings, resume=True, seeds=(0, 1))
+
+    for split in ("train", "dev"):
+        path = root / f"SST-2/{split}.tsv"
+        before = path.read_text(encoding="utf-8")
+        path.write_text("\n".join(before.splitlines()[:-1]) + "\n", encoding="utf-8")
+        with pytest.raises(SettingsError, match=f"SST-2: the examples of .*SST-2/{split}.tsv are not those that seed 0 began with"):
+            glue(again, said.append)
+        path.write_text(before, encoding="utf-8")
+    assert not pair_folder(tmp_path / "run", "sst2", 1).exists()
+
+    header, *rows = (root / "SST-2/test.tsv").read_text(encoding="utf-8").splitlines()
+    (root / "SST-2/test.tsv").write_text("\n".join([header, *reversed(rows)]) + "\n", encoding="utf-8")
+    glue(dataclasses.replace(settings, resume=True), said.append)
+    assert said[-3] == "  done before"
+    reversed_ones = (tmp_path / "run/submission/SST-2.tsv").read_text(encoding="utf-8").splitlines()
+    assert reversed_ones == [first[0], *reversed(first[1:])]
+
+
 def test_without_any_task_nothing_begins(make_settings, tmp_path):
     root, said = write_toy_glue(tmp_path / "GLUE"), []
     (root / "RTE/dev.tsv").unlink()
