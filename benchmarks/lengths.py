@@ -105,7 +105,7 @@ def _glue(task: str) -> Count:
         from fastbert.tasks.glue_data import read_glue
         from fastbert.tasks.glue_tasks import glue_task
 
-        examples, _ = read_glue(glue_task(task), Source(path), labelled=False)
+        examples = read_glue(glue_task(task), Source(path), labelled=False)
         texts = [tuple(text for text in (example.text, example.text_pair) if text is not None) for example in examples]
         return tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=GLUE_LENGTH)["input_ids"]
 

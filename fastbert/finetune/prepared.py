@@ -86,6 +86,9 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
     check_length(max_seq_length, longest, settings.model)
 
     examples = {name: task.read(source) for name, source in sources.items()}
+    for split in examples.values():
+        for note in split.notes:
+            say(note)
     # Of all training data: a label that is only in the part held out, or that --limit leaves out, is a known one.
     task = task.with_labels_of(examples[TRAIN])
     for module in task.score_modules:

@@ -175,7 +175,7 @@ def _read_all(root: Path, asked: set[str]) -> tuple[dict[str, GlueSplits], dict[
         found[task.name] = splits
         notes[task.name] = [*splits.notes, *(f"{task.title}: {missing}" for missing in splits.missing.values())]
         for split, path in splits.files.items():
-            notes[task.name] += read_glue(task, Source(path=path))[1]
+            notes[task.name] += read_glue(task, Source(path=path)).notes
             if split in task.submissions:
                 read_index(task, Source(path=path))
     if not found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,9 @@ def finetune_names(task: GlueTask) -> dict[str, str]:
     return {split: first.get(split, split) for split in task.splits}
 
 
-def read_glue(task: GlueTask, source: Source, *, labelled: bool = True) -> tuple[Examples[TextExample], list[str]]:
-    """A split of a task (train, dev or test: the file's columns tell) and what was unusual about it, counted. Without ``labelled``
-    labels are not looked at.
+def read_glue(task: GlueTask, source: Source, *, labelled: bool = True) -> Examples[TextExample]:
+    """A split of a task (train, dev or test: the file's columns tell); its notes count what was unusual about it. Without
+    ``labelled`` labels are not looked at.
 
     Raises DataError for columns that are not GLUE's, labels out of the label set or range, and rows without any text. Rows with
     one empty text of two are kept: QQP has a few, in test files, too, where every row needs its answer.
@@ -140,7 +140,7 @@ def read_glue(task: GlueTask, source: Source, *, labelled: bool = True) -> tuple
         notes.append(
             f"{task.title}: {_rows(empty)} of {Path(table.source).name} {'has' if empty == 1 else 'have'} an empty text; kept"
         )
-    return examples, notes
+    return replace(examples, notes=tuple(notes))
 
 
 def read_index(task: GlueTask, source: Source) -> list[str]:
@@ -166,14 +166,14 @@ class GlueTextTask(TextClassification):
             raise SettingsError(f"--task {self.name} reads GLUE's files, whose columns are known: leave {given} out")
 
     def read(self, source: Source) -> Examples[TextExample]:
-        return read_glue(glue_task(self.name), source)[0]
+        return read_glue(glue_task(self.name), source)
 
     def read_unlabelled(self, source: Source) -> Examples[TextExample]:
         """A file of GLUE, or any other table whose columns of texts are known by their names."""
         if source.path is not None and file_kind(source.path) == ".tsv":
             task, first = glue_task(self.name), _first_fields(source.path)
             if all(column in first for column in task.texts) or len(first) == len(task.header or ()):
-                return read_glue(task, source, labelled=False)[0]
+                return read_glue(task, source, labelled=False)
         return super().read_unlabelled(source)
 
     def check(self, examples: Examples[TextExample], *, labelled: bool) -> None:

@@ -85,12 +85,13 @@ class Predictor:
     def predict(
         self, examples: Examples, *, progress: str | None = None, say: Callable[[str], None] = lambda line: None
     ) -> list[dict[str, Any]]:
-        """``progress``: the title of a progress bar on stderr; ``say`` gets a line on what the model does not see as it is."""
+        """``progress``: the title of a progress bar on stderr; ``say`` gets a line on what the model does not see as it is, rows
+        that were left out of a file among it."""
         self.task.check(examples, labelled=False)
         features = self.task.features(examples, self.loaded.tokenizer, self.max_seq_length, labelled=False)
         if features.truncated:
             say(f"{features.truncated:,} of {len(examples):,} inputs are longer than {self.max_seq_length} tokens and were cut")
-        for notice in features.notices:
+        for notice in (*examples.notes, *features.notices):
             say(notice)
         outputs = model_outputs(
             self.loaded,

@@ -335,6 +335,32 @@ def test_a_bad_file_ends_the_run_before_it_begins(make_settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_rows_that_are_left_out_are_said(data, toy_model, tmp_path):
+    """By finetune, and by predict, whose rows say their line."""
+    said, output = [], tmp_path / "run"
+    finetune(
+        FinetuneSettings(
+            task="qqp",
+            model=str(toy_model),
+            data=str(data / "QQP"),
+            output=str(output),
+            max_steps=1,
+            max_seq_length=32,
+            device="cpu",
+        ),
+        said.append,
+    )
+    notes = [
+        "QQP: 2 rows of train.tsv without the 6 fields of the header; left out",
+        "QQP: 1 row of train.tsv has an empty text; kept",
+    ]
+    assert said[:2] == notes
+    predictor, heard = Predictor.from_pretrained(output, device="cpu"), []
+    examples = predictor.read(data / "QQP/train.tsv")
+    assert len(predictor.predict(examples, say=heard.append)) == 25 and heard == notes
+    assert examples.items[-1].place == "line 26"
+
+
 def test_finetune_reads_a_task_s_folder(data, toy_model, tmp_path):
     settings = FinetuneSettings(
         task="MNLI",

@@ -51,7 +51,7 @@ def toy(tmp_path_factory):
 @pytest.mark.parametrize("task", GLUE_TASKS, ids=lambda task: task.name)
 def test_the_real_files(task, data_folder):
     splits = find_glue_splits(task, find_folders(data_folder / "glue")[task.name])
-    examples = {split: read_glue(task, Source(path=path))[0] for split, path in splits.files.items()}
+    examples = {split: read_glue(task, Source(path=path)) for split, path in splits.files.items()}
     assert {split: len(items) for split, items in examples.items()} == REAL_ROWS[task.name]
     for split, items in examples.items():
         labelled = split == "train" or split in task.dev
@@ -105,16 +105,16 @@ def test_files_as_glue_has_them(task, toy):
 
 
 def test_quirks_of_glue_s_files(toy):
-    examples, notes = read_glue(glue_task("qqp"), Source(path=toy / "QQP/train.tsv"))
+    examples = read_glue(glue_task("qqp"), Source(path=toy / "QQP/train.tsv"))
     assert (examples.items[-1].text, examples.items[-1].text_pair, examples.items[-1].label) == ("", "house", "0")
-    assert notes == [
+    assert examples.notes == (
         "QQP: 2 rows of train.tsv without the 6 fields of the header; left out",
         "QQP: 1 row of train.tsv has an empty text; kept",
-    ]
+    )
     cola = glue_task("cola")
-    assert read_glue(cola, Source(path=toy / "CoLA/dev.tsv"))[0].items[0].place == "line 1"
-    assert read_glue(cola, Source(path=toy / "CoLA/test.tsv"))[0].items[0].place == "line 2"
-    quoted = read_glue(glue_task("mrpc"), Source(path=toy / "MRPC/train.tsv"))[0]
+    assert read_glue(cola, Source(path=toy / "CoLA/dev.tsv")).items[0].place == "line 1"
+    assert read_glue(cola, Source(path=toy / "CoLA/test.tsv")).items[0].place == "line 2"
+    quoted = read_glue(glue_task("mrpc"), Source(path=toy / "MRPC/train.tsv"))
     assert all(example.text.startswith('"') for example in quoted)
 
 
@@ -209,11 +209,11 @@ def test_other_tables_than_tsv(tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
     for name in ("test.jsonl", "test.parquet"):
-        examples, _ = read_glue(glue_task("rte"), Source(tmp_path / name))
+        examples = read_glue(glue_task("rte"), Source(tmp_path / name))
         assert [example.label for example in examples] == ["entailment", None]
     (tmp_path / "null.jsonl").write_text('{"sentence1": null, "sentence2": "b", "label": "entailment"}', encoding="utf-8")
     with pytest.raises(DataError, match="null.jsonl, line 1, column 'sentence1': expected a text, found None"):
         read_glue(glue_task("rte"), Source(tmp_path / "null.jsonl"))
     (tmp_path / "cola.csv").write_text('sentence,label\n"a, b",1\n', encoding="utf-8")
-    examples, _ = read_glue(glue_task("cola"), Source(tmp_path / "cola.csv"))
+    examples = read_glue(glue_task("cola"), Source(tmp_path / "cola.csv"))
     assert [(example.text, example.label) for example in examples] == [("a, b", "1")]
