@@ -361,6 +361,27 @@ def test_rows_that_are_left_out_are_said(data, toy_model, tmp_path):
     assert examples.items[-1].place == "line 26"
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_finetune_needs_no_dev_file_in_the_folder(named, data, toy_model, tmp_path):
+    """One may be named, and a share of the training examples serves else."""
+    folder, said = tmp_path / "RTE", []
+    folder.mkdir()
+    shutil.copy(data / "RTE/train.tsv", folder)
+    settings = FinetuneSettings(
+        task="rte",
+        model=str(toy_model),
+        data=str(folder),
+        dev=str(data / "RTE/dev.tsv") if named else None,
+        output=str(tmp_path / "run"),
+        max_steps=1,
+        max_seq_length=32,
+        device="cpu",
+    )
+    result = finetune(settings, said.append)
+    assert [result.data[split]["examples"] for split in ("train", "dev")] == ([24, 12] if named else [22, 2])
+    assert any(line.startswith("No dev data: 2 of the training examples are held out") for line in said) is not named
+
+
 def test_finetune_reads_a_task_s_folder(data, toy_model, tmp_path):
     settings = FinetuneSettings(
         task="MNLI",
