@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,13 @@ class Parts:
     def path(self, index: int) -> Path:
         return self.folder / f"chunk-{index:06d}-{self._key}.npz"
 
-    def read(self, index: int) -> Embedded:
-        """Raises DataError for a part that is damaged, after deleting it: the next run makes it again."""
+    @contextlib.contextmanager
+    def _arrays(self, index: int) -> Iterator[Mapping[str, NDArray[Any]]]:
+        """Of a part. Raises DataError for one that is damaged, after deleting it: the next run makes it again."""
         path = self.path(index)
         try:
             with np.load(path, allow_pickle=False) as part:
-                names = [str(name) for name in part["names"]] if "names" in part else None
-                return Embedded(part["rows"], part["counts"], names, int(part["tokens"]), int(part["truncated"]))
+                yield part
         except (ValueError, KeyError, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -74,13 +74,19 @@ class Parts:
         except Exception as error:  # zipfile's and zlib's own, which have no class in common
             raise self._damaged(path, error) from error
 
+    def read(self, index: int) -> Embedded:
+        """Raises DataError for a part that is damaged, as counts and totals do."""
+        with self._arrays(index) as part:
+            names = [str(name) for name in part["names"]] if "names" in part else None
+            return Embedded(part["rows"], part["counts"], names, int(part["tokens"]), int(part["truncated"]))
+
     def counts(self, index: int) -> NDArray[np.int64]:
         """The rows of each text of a chunk, without reading the rows."""
-        with np.load(self.path(index), allow_pickle=False) as part:
+        with self._arrays(index) as part:
             return part["counts"]
 
     def totals(self, index: int) -> Totals:
-        with np.load(self.path(index), allow_pickle=False) as part:
+        with self._arrays(index) as part:
             return Totals(int(part["tokens"]), int(part["truncated"]), int(part["counts"].sum()))
 
     def progress(self) -> str:

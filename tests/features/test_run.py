@@ -299,19 +299,21 @@ def test_overwrite_keeps_the_old_file_until_the_new_one_is_whole(checkpoint, man
     assert result.resumed_chunks == 0 and len(np.load(output)) == 600
 
 
-def test_a_damaged_part_is_named_and_made_again(checkpoint, many_lines, tmp_path, monkeypatch):
-    output = tmp_path / "out.npy"
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("name", ["out.npy", "out.jsonl"])
+def test_a_damaged_part_is_named_and_made_again(checkpoint, many_lines, tmp_path, monkeypatch, name, cut):
+    output = tmp_path / name
     with fails_at(monkeypatch, 4, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         embed(settings_for(checkpoint, many_lines, output), quiet)
     part = sorted(parts_folder(output).glob("chunk*"))[1]
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 0xFF
-    part.write_bytes(content)
+    part.write_bytes(content[: len(content) // 2] if cut else content)
     with pytest.raises(DataError, match=f"{part.name}: the chunk was damaged"):
         embed(settings_for(checkpoint, many_lines, output, resume=True), quiet)
     embed(settings_for(checkpoint, many_lines, output, resume=True), quiet)
-    embed(settings_for(checkpoint, many_lines, tmp_path / "whole.npy"), quiet)
-    assert output.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    embed(settings_for(checkpoint, many_lines, tmp_path / f"whole-{name}"), quiet)
+    assert output.read_bytes() == (tmp_path / f"whole-{name}").read_bytes()
 
 
 def test_folders_that_hold_other_files_are_left_alone(checkpoint, lines, tmp_path):
