@@ -190,6 +190,22 @@ class Embedder:
             characters += size
         return [*bounds, len(texts)] if texts else [0]
 
+    def check_texts(self, texts: Sequence[Text], text_pairs: Sequence[str] | None) -> None:
+        """Raises TextError for a text of which the tokenizer keeps nothing, before anything is computed.
+
+        No tokenizer of BERT's kind drops letters or digits, so that only texts without any are tokenized: nearly none. Where one
+        does, :meth:`embed` finds out.
+        """
+        bounds = self.chunk_bounds(texts, text_pairs)
+        for start, end in zip(bounds, bounds[1:]):
+            doubtful = [index for index in range(start, end) if not any(map(str.isalnum, texts[index]))]
+            pairs = None if text_pairs is None else [text_pairs[index] for index in doubtful]
+            try:
+                if doubtful:
+                    self._encode([texts[index] for index in doubtful], pairs, False)
+            except TextError as error:
+                raise TextError(doubtful[error.index], error.problem) from error
+
     def embed(self, texts: Sequence[Text], text_pairs: Sequence[str] | None = None, *, names: bool = False) -> Embedded:
         """One chunk, all of it in memory at a time; ``names``: with the token or word of each row, at level "token"."""
         encoded = self._encode(texts, text_pairs, names)

@@ -94,6 +94,10 @@ def embed(settings: EmbedSettings, say: Say) -> EmbedResult:
     if (hint := checkpoint_hint(settings.model, embedder)) is not None:
         say(hint)
         notes.append(hint)
+    try:
+        embedder.check_texts(texts.texts, texts.pairs)
+    except TextError as error:
+        raise texts.error(error.index, f"the text {error.problem}") from error
     bounds = embedder.chunk_bounds(texts.texts, texts.pairs)
     manifest = {
         "format": _FORMAT,

@@ -337,6 +337,17 @@ def test_a_bad_text_is_named_by_its_file_and_line(tmp_path, lines):
         embed(settings_for(folder, lines, tmp_path / "out.npy"), quiet)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_text_of_which_nothing_is_kept_is_named_before_the_first_chunk(checkpoint, tmp_path, processes):
+    path, output = tmp_path / "many.txt", tmp_path / "out.npy"
+    path.write_text("\n".join([*MANY[:300], "...", *MANY[300:], "\ufe0f", "word1"]) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="many.txt, line 602: the text has nothing that the tokenizer keeps"):
+        embed(settings_for(checkpoint, path, output, num_processes=processes), quiet)
+    assert not parts_folder(output).exists()
+    path.write_text(path.read_text(encoding="utf-8").replace("\ufe0f", "."), encoding="utf-8")
+    assert embed(settings_for(checkpoint, path, output), quiet).sequences == 603
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
