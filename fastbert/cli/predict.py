@@ -59,7 +59,8 @@ def predict(
             if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes that are no UTF-8
                 raise SettingsError(f"text {number} is not UTF-8")
         if input_file not in (None, "-") and not Path(input_file).is_file():
-            raise SettingsError(f"--input {input_file}: no such file")
+            found = "a folder, expected a file" if Path(input_file).is_dir() else "no such file"
+            raise SettingsError(f"--input {input_file}: {found}")
         from fastbert.data.tables import read_stream
         from fastbert.tasks.predictor import Predictor
 
@@ -93,6 +94,8 @@ def check_output(path: Path, overwrite: bool) -> Path:
     """Raises SettingsError or PermissionError, before any work, for a file that must not or cannot be written."""
     if path.suffix not in _FORMATS:
         raise SettingsError(f"--output {path}: the name must end in {' or '.join(_FORMATS)}")
+    if path.is_dir():
+        raise SettingsError(f"--output {path} is a folder; give the name of a file")
     if path.exists() and not overwrite:
         raise SettingsError(f"--output {path} is there already; --overwrite replaces it")
     if not path.absolute().parent.is_dir():

@@ -63,9 +63,14 @@ def test_texts_and_files(trained, tmp_path):
         (["--model", "nowhere"], 2, "give either texts or --input FILE"),
         (["--model", "nowhere", "--input", "absent.txt"], 2, "--input absent.txt: no such file"),
         (["--model", "nowhere", "x", "--output", "a.xml"], 2, "must end in .jsonl or .csv"),
+        (["--model", "nowhere", "--input", "folder.csv"], 2, "--input folder.csv: a folder, expected a file"),
+        (["--model", "nowhere", "x", "--output", "folder.csv"], 2, "--output folder.csv is a folder; give the name of a file"),
+        (["--model", "nowhere", "x", "--output", "folder.csv", "--overwrite"], 2, "--output folder.csv is a folder"),
     ],
 )
-def test_wrong_usage_of_predict(arguments, code, message):
+def test_wrong_usage_of_predict(arguments, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.csv").mkdir()
     done = run("predict", *arguments)
     assert done.exit_code == code
     assert message in done.stderr
