@@ -52,6 +52,9 @@ def predict(
     def body(say: Say) -> CommandResult:
         if bool(texts) == (input_file is not None):
             raise SettingsError("give either texts or --input FILE")
+        for option, column in (("--text-column", text_column), ("--text-pair-column", text_pair_column)):
+            if column is not None and input_file in (None, "-"):
+                raise SettingsError(f"{option} {column} is for a file with columns: give --input FILE, or leave {option} out")
         target = None if output is None else check_output(Path(output), overwrite)
         if target is not None and input_file is not None and target.resolve() == Path(input_file).resolve():
             raise SettingsError(f"--output {output} is the input; give another name")

@@ -63,6 +63,8 @@ def test_texts_and_files(trained, tmp_path):
         (["--model", "nowhere"], 2, "give either texts or --input FILE"),
         (["--model", "nowhere", "--input", "absent.txt"], 2, "--input absent.txt: no such file"),
         (["--model", "nowhere", "x", "--output", "a.xml"], 2, "must end in .jsonl or .csv"),
+        (["--model", "nowhere", "x", "--text-column", "a"], 2, "--text-column a is for a file with columns: give --input FILE"),
+        (["--model", "nowhere", "--input", "-", "--text-pair-column", "b"], 2, "--text-pair-column b is for a file with columns"),
         (["--model", "nowhere", "--input", "folder.csv"], 2, "--input folder.csv: a folder, expected a file"),
         (["--model", "nowhere", "x", "--output", "folder.csv"], 2, "--output folder.csv is a folder; give the name of a file"),
         (["--model", "nowhere", "x", "--output", "folder.csv", "--overwrite"], 2, "--output folder.csv is a folder"),
