@@ -77,7 +77,7 @@ class Parts:
     def read(self, index: int) -> Embedded:
         """Raises DataError for a part that is damaged, as counts and totals do."""
         with self._arrays(index) as part:
-            names = [str(name) for name in part["names"]] if "names" in part else None
+            names = json.loads(part["names"].tobytes()) if "names" in part else None
             return Embedded(part["rows"], part["counts"], names, int(part["tokens"]), int(part["truncated"]))
 
     def counts(self, index: int) -> NDArray[np.int64]:
@@ -113,8 +113,8 @@ def write_part(path: Path, embedded: Embedded) -> None:
     arrays: dict[str, Any] = {
         "rows": embedded.rows, "counts": embedded.counts, "tokens": embedded.tokens, "truncated": embedded.truncated
     }  # fmt: skip
-    if embedded.names is not None:
-        arrays["names"] = np.array(embedded.names, dtype=np.str_)
+    if embedded.names is not None:  # as JSON: numpy's strings lose NULs at their end
+        arrays["names"] = np.frombuffer(json.dumps(embedded.names).encode(), np.uint8)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:

@@ -29,7 +29,7 @@ from .workers import Chunk, Done, WorkerDied, make_chunk, make_chunks
 
 Outcomes = Generator[Done | tuple[Chunk, Exception], None, None]
 Say = Callable[[str], None]
-_FORMAT = 1
+_FORMAT = 2
 
 
 class EmbeddingStopped(TrainingError):

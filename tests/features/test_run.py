@@ -122,7 +122,7 @@ def test_tables(checkpoint, tmp_path, kind, smallest_chunks):
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_tables_of_words(checkpoint, tmp_path, kind, smallest_chunks):
-    words = [["word1", "word2word3"], ["word4"], ["word5", "\u200b", "word6"]]
+    words = [["word1", "word2word3"], ["word4\0"], ["word5", "\u200b", "word6"]]
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"words": row}) for row in words), encoding="utf-8")
     output = tmp_path / f"out.{kind}"
     embed(settings_for(checkpoint, tmp_path / "in.jsonl", output, level="token", words_column="words"), quiet)
