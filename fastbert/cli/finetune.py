@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,10 +122,10 @@ def finetune(
         except KeyboardInterrupt as interrupt:
             if read_run(Path(settings.output)) is None:
                 raise
-            message = (
-                f"interrupted; what is done stays, and this goes on from it: fastbert finetune --output {settings.output} --resume"
-            )
-            raise CommandFailure(message, INTERRUPTED) from interrupt
+            command = shlex.join(["fastbert", "finetune", "--output", settings.output, "--resume"])
+            raise CommandFailure(
+                f"interrupted; what is done stays, and this goes on from it: {command}", INTERRUPTED
+            ) from interrupt
 
     run_command("finetune", body, json_output=json_output, debug=debug)
 

@@ -163,9 +163,9 @@ def test_ctrl_c_says_how_to_go_on(toy_model, sentiment_folder, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fastbert.finetune.run.train_seed", interrupted)
-    output = tmp_path / "run"
+    output = tmp_path / "a run"
     words = ["finetune", "--task", "sentiment", "--model", toy_model, "--data", sentiment_folder, "--output", output, "--json"]
     done = run(*words)
     assert done.exit_code == 130
     error = json.loads(done.stdout.splitlines()[-1])["error"]
-    assert error.startswith("interrupted; what is done stays") and error.endswith(f"--output {output} --resume")
+    assert error.startswith("interrupted; what is done stays") and error.endswith(f"--output '{output}' --resume")
