@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from fastbert import BertForMaskedLM, BertModel
 from fastbert.data.collator import DataCollatorWithPacking
-from fastbert.data.corpus import read_documents
+from fastbert.data.corpus import corpus_parts, read_documents
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
 from fastbert.tasks.model import check_vocabulary, load_config, quiet_transformers
@@ -184,6 +184,12 @@ def check_corpus(adapted: Path, name: str, corpus: Sequence[str], say: Say) -> N
             f"It had {before['documents']:,} documents and {num_tokens:,} tokens, it now has {tokens.num_documents:,} documents "
             f"and {tokens.num_tokens:,} tokens: put the earlier text back, or --overwrite starts the run anew"
         )
+
+
+def check_adaptation(name: str, corpus: Sequence[str], max_seq_length: int) -> None:
+    """Raises what :func:`adapt` raises of the checkpoint, and of sources that stand for nothing, without reading the text."""
+    _masked_lm(name, load_tokenizer(name), max_seq_length)
+    list(corpus_parts(corpus))
 
 
 def _tokens(corpus: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> TokenizedCorpus:

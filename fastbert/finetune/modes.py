@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastbert.model.int8 import Int8Linear
 from fastbert.tasks.model import TaskModel
 from fastbert.tasks.task import Outputs
 from fastbert.train.errors import SettingsError
@@ -74,24 +75,31 @@ def check_packages(mode: str) -> None:
 def prepare_mode(loaded: TaskModel, rows: dict[str, Rows], settings: FinetuneSettings, *, family: str, say: Say) -> Tuning:
     """Makes ``loaded`` train what ``settings.mode`` says; ``rows``: the features of all splits; ``family``: the task's.
 
-    Raises SettingsError where the model's encoder is none that fastbert knows, and where it has fewer layers than are to train.
+    Raises SettingsError where the model's encoder is none that fastbert knows, where it has fewer layers than are to train, and
+    for int8 weights.
     """
-    model, mode = loaded.model, settings.mode
-    if mode == "lora":
-        adapted = with_lora(model, family, settings.lora_r or LORA_R, settings.lora_alpha or LORA_ALPHA)
-        tuning = Tuning(replace(loaded, model=adapted), rows, loaded)
-    elif mode == "head":
-        freeze_below(model, 0, mode)
+    model = in_mode(loaded.model, settings, family)
+    tuning = Tuning(loaded if model is loaded.model else replace(loaded, model=model), rows, loaded)
+    if settings.mode == "head":
         autocast = autocast_dtype(settings)
-        with_states = {name: rows_of_states(model, split, family, autocast, name, say) for name, split in rows.items()}
+        with_states = {name: rows_of_states(loaded.model, split, family, autocast, name, say) for name, split in rows.items()}
         tuning = Tuning(head_model(loaded, family), with_states, loaded)
-    else:
-        if mode == "top-k":
-            freeze_below(model, settings.top_k_layers or TOP_K_LAYERS, mode)
-        tuning = Tuning(loaded, rows, loaded)
     trained, everything = trained_parameters(tuning.trained.model)[0], trained_parameters(loaded.model)[1]
-    say(f"  {mode}: {trained:,} of {everything:,} parameters train")
+    say(f"  {settings.mode}: {trained:,} of {everything:,} parameters train")
     return tuning
+
+
+def in_mode(model: PreTrainedModel, settings: FinetuneSettings, family: str) -> nn.Module:
+    """``model`` with what does not train frozen, or under its adapters. Raises SettingsError as :func:`prepare_mode` does."""
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise SettingsError(f"--model {settings.model} holds int8 weights, which cannot train: give the model it was made of")
+    if settings.mode == "lora":
+        return with_lora(model, family, settings.lora_r or LORA_R, settings.lora_alpha or LORA_ALPHA)
+    if settings.mode == "head":
+        freeze_below(model, 0, settings.mode)
+    elif settings.mode == "top-k":
+        freeze_below(model, settings.top_k_layers or TOP_K_LAYERS, settings.mode)
+    return model
 
 
 def trained_parameters(model: nn.Module) -> tuple[int, int]:

@@ -34,9 +34,9 @@ from fastbert.train.prepare import pick_device
 from fastbert.train.run_folder import write_json
 from fastbert.whole_file import whole_file
 
-from .adapt import ADAPTATION_NAME, LONGEST, adapt, check_corpus, effect
+from .adapt import ADAPTATION_NAME, LONGEST, adapt, check_adaptation, check_corpus, effect
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, check_outside, delete_folder, move_in, new_folder, read_run
-from .modes import Tuning, autocast_dtype, check_packages, prepare_mode
+from .modes import Tuning, autocast_dtype, check_packages, in_mode, prepare_mode
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .report import write_report
 from .settings import FinetuneSettings
@@ -101,7 +101,9 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
     data = {
         name: {**split.facts(prepared.task), "fingerprint": split.examples.fingerprint()} for name, split in prepared.splits.items()
     }
-    if run is not None:
+    if run is None:
+        check_model(settings, prepared.task, prepared.max_seq_length)
+    else:
         _refuse_other_data(output, run, data)
         if _is_adapted(output):
             check_corpus(output / ADAPTED, settings.model, settings.adapt, say)
@@ -139,6 +141,14 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         write_json(output / RUN_NAME, document)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return _finish(settings, prepared, document, without, say)
+
+
+def check_model(settings: FinetuneSettings, task: Task, max_seq_length: int) -> None:
+    """Raises SettingsError or CorpusError, before anything is deleted or written, where the checkpoint cannot be loaded, cannot
+    train as ``settings.mode`` says, or cannot be adapted to ``settings.adapt``."""
+    in_mode(load_model(settings.model, task).model, settings, task.family)
+    if settings.adapt:
+        check_adaptation(settings.model, settings.adapt, min(LONGEST, max_seq_length))
 
 
 def train_without_adaptation(settings: FinetuneSettings, say: Say) -> FinetuneResult:

@@ -18,7 +18,7 @@ from typing import Any
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.finetune.folder import RUN_NAME, check_folder, check_outside, delete_folder, read_run
-from fastbert.finetune.modes import check_packages
+from fastbert.finetune.modes import check_packages, in_mode
 from fastbert.finetune.prepared import drawn
 from fastbert.finetune.run import finetune
 from fastbert.one_writer import one_writer
@@ -32,7 +32,7 @@ from fastbert.tasks.glue_data import (
     read_index,
 )
 from fastbert.tasks.glue_tasks import GLUE_TASKS, SUBMISSION_NAMES, glue_task
-from fastbert.tasks.model import check_length, load_config, load_task_tokenizer, longest_sequence
+from fastbert.tasks.model import check_length, load_config, load_model, load_task_tokenizer, longest_sequence
 from fastbert.tasks.predictor import Predictor
 from fastbert.train.errors import SettingsError
 from fastbert.train.launch import refuse_several_processes
@@ -133,11 +133,13 @@ def _check_installed() -> None:
 
 
 def _check_model(settings: GlueSettings) -> None:
-    """Raises SettingsError for a model, a length or a device that no task could be trained with."""
+    """Raises SettingsError for a model, a mode, a length or a device that no task could be trained with."""
     pick_device(settings.device)
-    config = load_config(settings.model)
-    tokenizer = load_task_tokenizer(settings.model, config, glue_text_task("cola"))
+    config, task = load_config(settings.model), glue_text_task("cola")
+    tokenizer = load_task_tokenizer(settings.model, config, task)
     check_length(settings.max_seq_length, longest_sequence(config, tokenizer), settings.model)
+    pair = settings.of_pair(glue_task("cola"), 0, model=settings.model, data=Path(settings.data), output=Path(settings.output))
+    in_mode(load_model(settings.model, task).model, pair, task.family)
 
 
 def _finished(output: Path) -> dict[str, dict[int, dict[str, Any]]]:

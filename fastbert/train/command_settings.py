@@ -9,6 +9,8 @@ from typing import Any, ClassVar, TypeVar
 
 from .errors import SettingsError
 
+LARGEST_SEED = 2**32 - 1  # that NumPy takes, whose generator transformers' set_seed sets, too
+
 S = TypeVar("S", bound="CommandSettings")
 
 
@@ -49,6 +51,8 @@ class CommandSettings:
     def check_seeds(self, seeds: tuple[int, ...]) -> None:
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise SettingsError(f"--seeds is {' '.join(map(str, seeds)) or 'empty'}; it must be different numbers from 0 on")
+        if max(seeds) > LARGEST_SEED:
+            raise SettingsError(f"--seeds holds {max(seeds)}; the largest seed is {LARGEST_SEED}")
 
     def check_resume_or_overwrite(self) -> None:
         if self.resume and self.overwrite:  # type: ignore[attr-defined]

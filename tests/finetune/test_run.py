@@ -13,7 +13,9 @@ import pytest
 import torch
 import transformers
 
-from fastbert.data.errors import DataError
+import fastbert
+from fastbert.data.errors import CorpusError, DataError
+from fastbert.data.tokenizer import load_tokenizer
 from fastbert.features.run import embed
 from fastbert.features.settings import EmbedSettings
 from fastbert.finetune import run as module
@@ -133,11 +135,23 @@ def test_nothing_is_written_for_bad_data(toy_model, sentiment_folder, tmp_path):
         ({"task": "weather"}, r"--task weather is unknown; known are text-classification, .*multiple-choice"),
         ({"metric": "beauty"}, r"--metric beauty is no score of sentiment; it has accuracy, f1"),
         ({"device": "cuda:9"}, r"--device cuda:9 cannot be used"),
+        ({"mode": "top-k", "top_k_layers": 9}, r"--top-k-layers is 9; .* has \d layers"),
+        ({"seeds": (0, 2**32)}, r"--seeds holds 4294967296; the largest seed is 4294967295"),
     ],
 )
 def test_settings_that_do_not_fit(changes, message, toy_model, sentiment_folder, tmp_path):
     with pytest.raises(SettingsError, match=message):
         finetune(settings(toy_model, sentiment_folder, tmp_path / "run", **changes), **SILENT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_int8_weights_are_refused(toy_model, sentiment_folder, tmp_path):
+    model = fastbert.quantize(fastbert.BertForSequenceClassification.from_pretrained(toy_model).eval())
+    model.save_pretrained(tmp_path / "int8")
+    load_tokenizer(str(toy_model)).save_pretrained(tmp_path / "int8")
+    for mode in ("full", "head", "top-k", "lora"):
+        with pytest.raises(SettingsError, match="int8 holds int8 weights, which cannot train"):
+            finetune(settings(tmp_path / "int8", sentiment_folder, tmp_path / "run", mode=mode), **SILENT)
     assert not (tmp_path / "run").exists()
 
 
@@ -191,6 +205,10 @@ def test_a_run_is_not_overwritten_by_accident(toy_model, sentiment_folder, tmp_p
     with pytest.raises(SettingsError, match=r"--overwrite deletes the run in .*, but notes.txt there is none of its files"):
         finetune(settings(toy_model, sentiment_folder, tmp_path / "run", overwrite=True), **SILENT)
     (tmp_path / "run" / "notes.txt").unlink()
+    for changes in ({"mode": "top-k", "top_k_layers": 9}, {"adapt": (str(tmp_path / "nowhere.txt"),)}):
+        with pytest.raises((SettingsError, CorpusError), match="--top-k-layers is 9|nowhere.txt"):
+            finetune(settings(toy_model, sentiment_folder, tmp_path / "run", overwrite=True, **changes), **SILENT)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     finetune(settings(toy_model, sentiment_folder, tmp_path / "run", max_steps=1, overwrite=True), **SILENT)
     stranger = tmp_path / "mine"
     stranger.mkdir()

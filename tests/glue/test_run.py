@@ -255,6 +255,10 @@ def test_a_folder_with_a_run_is_left_alone(run, make_settings, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SettingsError, match="choose another --output"):
         glue(make_settings(tmp_path), lambda line: None)
+    before = sorted(path.name for path in run[0].rglob("*"))
+    with pytest.raises(SettingsError, match="--top-k-layers is 9"):
+        glue(make_settings(run[0], mode="top-k", top_k_layers=9, overwrite=True), lambda line: None)
+    assert sorted(path.name for path in run[0].rglob("*")) == before
 
 
 def test_a_quick_look_is_marked(make_settings, data, tmp_path):
