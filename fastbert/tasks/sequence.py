@@ -93,12 +93,15 @@ class TextClassification(Task):
         if self.problem == REGRESSION:
             return lambda example, row: _number(row[name], example, examples)
         if self.problem == MULTI:
-            return lambda example, row: self._several(row[name])
+            return lambda example, row: self._several(row[name], example, examples)
         return lambda example, row: _one_class(row[name], example, examples)
 
-    def _several(self, value: Any) -> tuple[str, ...]:
-        values = value if isinstance(value, (list, tuple)) else str("" if value is None else value).split(self.label_separator)
-        return tuple(label for item in values if (label := str(item).strip()))
+    def _several(self, value: Any, example: TextExample, examples: Examples) -> tuple[str, ...]:
+        if isinstance(value, (list, tuple)):
+            found = [_label(item, example, examples) for item in value]
+        else:
+            found = [] if value is None else _label(value, example, examples).split(self.label_separator)
+        return tuple(dict.fromkeys(label for item in found if (label := item.strip())))
 
     def examples_from(self, inputs: Sequence[Any]) -> Examples[TextExample]:
         """inputs: texts, or pairs of texts."""
@@ -260,9 +263,26 @@ def _order(label: str) -> tuple[bool, float, str]:
 
 def _text(table: Table, number: int, column: str) -> str:
     value = table.rows[number][column]
-    if isinstance(value, (list, dict)):
-        raise table.error(number, column, f"expected a text, found {'a list' if isinstance(value, list) else 'an object'}")
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    if (found := _without_text(value)) is not None:
+        raise table.error(number, column, f"expected a text, found {found}")
+    return str(value)
+
+
+def _without_text(value: Any) -> str | None:
+    """What a cell holds, in words, where that is neither a text nor a number to write as one."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return {type(None): "null", bytes: "bytes", list: "a list", dict: "an object"}.get(type(value))
+
+
+def _label(value: Any, example: TextExample, examples: Examples) -> str:
+    """A class by its name; a whole number is 1 in all files of a data set, though it is 1.0 in columns of floats."""
+    if (found := _without_text(value)) is not None:
+        hint = "; lists are for multi-label-classification" if found == "a list" else ""
+        raise examples.error(example, "label", f"expected one label, found {found}{hint}")
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
 def _is_true(value: Any, column: str, example: TextExample, examples: Examples) -> bool:
@@ -275,10 +295,7 @@ def _is_true(value: Any, column: str, example: TextExample, examples: Examples) 
 
 def _one_class(value: Any, example: TextExample, examples: Examples) -> str | None:
     """None for a label that is held back, as those of test sets are."""
-    if isinstance(value, (list, dict)):
-        kind = "a list" if isinstance(value, list) else "an object"
-        raise examples.error(example, "label", f"expected one label, found {kind}; lists are for multi-label-classification")
-    return (str(value).strip() or None) if value is not None else None
+    return None if value is None else _label(value, example, examples) or None
 
 
 def _number(value: Any, example: TextExample, examples: Examples) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from sklearn.metrics import f1_score
 
@@ -166,6 +167,39 @@ def test_labels_that_only_look_like_numbers(tmp_path):
 def test_lists_are_not_taken_for_what_they_print_as(cells, message, tmp_path):
     with pytest.raises(DataError, match=message):
         read(tmp_path, "{" + cells + "}\n", name="train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("task", "cells", "message"),
+    [
+        ("sentiment", {"text": "ab", "label": [0.0, float("nan")]}, "row 2, column 'label': expected one label, found nan"),
+        ("text-classification", {"text": [b"a", b"b"], "label": "xy"}, "row 1, column 'text': expected a text, found bytes"),
+        ("text-classification", {"text": "ab", "label": [b"0", b"1"]}, "row 1, column 'label': expected one label, found bytes"),
+        ("text-classification", {"text": [1.5, float("inf")], "label": "xy"}, "row 2, column 'text': expected a text, found inf"),
+        ("multi-label-classification", {"text": "ab", "label": [["x"], ["y", None]]}, "row 2, column 'label': .*, found null"),
+        ("multi-label-classification", {"text": "ab", "label": [b"x", b"y"]}, "row 1, column 'label': .*, found bytes"),
+    ],
+)
+def test_cells_without_a_text_are_refused(task, cells, message, tmp_path):
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({name: list(values) for name, values in cells.items()}), path)
+    with pytest.raises(DataError, match=f"train.parquet, {message}"):
+        task_for(task).read(Source(path))
+
+
+def test_whole_numbers_are_one_label_however_they_are_written(tmp_path):
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "label": [0.0, 1.0, 2.5]}), path)
+    task = task_for("text-classification")
+    task = task.with_labels_of(task.read(Source(path)))
+    assert task.labels == ("0", "1", "2.5")
+    _, dev = read(tmp_path, "text,label\na,0\nb,1\n", name="dev.csv")
+    task.check(dev, labelled=True)
+    lines = '{"text": "a", "label": 1}\n{"text": "b", "label": 1.0}\n{"text": "c", "label": 0}\n'
+    task, examples = read(tmp_path, lines, name="train.jsonl")
+    assert task.with_labels_of(examples).labels == ("0", "1")
+    _, examples = read(tmp_path, '{"text": "a", "label": [1, 1.0, 2]}\n', "multi-label-classification", name="train.jsonl")
+    assert examples.items[0].label == ("1", "2")
 
 
 def test_several_label_columns_are_for_several_labels(tmp_path):
