@@ -96,9 +96,11 @@ def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSetti
     if DEV not in examples:
         examples[TRAIN], examples[DEV] = held_out(examples[TRAIN], settings.dev_fraction)
         say(f"No dev data: {len(examples[DEV]):,} of the training examples are held out for it, the same in every run")
+    elif all(getattr(example, "label", None) == () for example in examples[DEV]):
+        raise examples[DEV].error(None, "label", f"names no label in {len(examples[DEV])} rows: there is nothing to score")
+    labelled = {name: name in (TRAIN, DEV) or _has_labels(split) for name, split in examples.items()}
     if settings.limit is not None:
         examples = {name: drawn(split, settings.limit) for name, split in examples.items()}
-    labelled = {name: name in (TRAIN, DEV) or _has_labels(split) for name, split in examples.items()}
     for name, split in examples.items():
         task.check(split, labelled=labelled[name])
     splits = {}
@@ -143,8 +145,10 @@ def drawn(examples: Examples, count: int) -> Examples:
 
 
 def _has_labels(examples: Examples) -> bool:
-    """Whether any example has: where some have, all must."""
-    return any(getattr(example, field, None) is not None for example in examples for field in ("label", "tags", "answers"))
+    """Whether any example has: where some have, all must. No label of several in all of them is how those of a test set are held
+    back; no answer in the context (SQuAD 2.0) is known."""
+    absent = {"label": (None, ()), "tags": (None,), "answers": (None,)}
+    return any(getattr(example, field, None) not in values for example in examples for field, values in absent.items())
 
 
 def _line(facts: dict[str, Any], name: str, max_seq_length: int) -> str:

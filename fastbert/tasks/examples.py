@@ -70,12 +70,13 @@ E = TypeVar("E")
 class Examples(Generic[E]):
     """One split. ``source``: its file or dataset, for messages; ``columns``: what the source calls the fields of an example, so
     that messages can name a column (``{"text": "sentence", "label": "gold_label"}``); ``available``: all columns of a table;
-    ``notes``: what was unusual about the source, for people."""
+    ``label_columns``: those that are a label each; ``notes``: what was unusual about the source, for people."""
 
     source: str
     items: list[E]
     columns: dict[str, str]
     available: tuple[str, ...] = ()
+    label_columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:

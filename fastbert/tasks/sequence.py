@@ -72,7 +72,7 @@ class TextClassification(Task):
     def _examples(self, table: Table, names: list[str]) -> Examples[TextExample]:
         text, pair = find_text_columns(table, self.columns)
         columns = {"text": text, **({"text_pair": pair} if pair else {}), **({"label": ", ".join(names)} if names else {})}
-        examples = Examples(table.source, [], columns, table.columns)
+        examples = Examples(table.source, [], columns, table.columns, tuple(names) if len(names) > 1 else ())
         label = self._label_reader(table, names, examples)
         for number, (place, row) in enumerate(zip(table.places, table.rows, strict=True)):
             example = TextExample(place, _text(table, number, text), _text(table, number, pair) if pair else None)
@@ -122,11 +122,26 @@ class TextClassification(Task):
                     None, "label", f"holds {train.items[0].label} in all {len(train)} rows: there is nothing to learn"
                 )
             return replace(self, pairs=pairs)
+        labels = train.label_columns or tuple(sorted(self.label_counts(train), key=_order))
+        self._check_learnable(train, labels)
+        return replace(self, labels=labels, pairs=pairs)
+
+    def _check_learnable(self, train: Examples[TextExample], labels: tuple[str, ...]) -> None:
+        """Raises DataError for a label that never changes, for none at all, and for a column of 0 and 1 that names none."""
+        if not labels:
+            raise train.error(None, "label", f"names no label in {len(train)} rows: there is nothing to learn")
         counts = self.label_counts(train)
-        if not counts or (self.problem == SINGLE and len(counts) == 1):
-            held = f"holds {next(iter(counts))!r} in all {len(train)} rows" if counts else f"names no label in {len(train)} rows"
-            raise train.error(None, "label", f"{held}: there is nothing to learn")
-        return replace(self, labels=tuple(sorted(counts, key=_order)), pairs=pairs)
+        for label in labels:
+            if (count := counts.get(label, 0)) in (0, len(train)):
+                if train.label_columns:
+                    problem = f"holds {'1' if count else '0'} in all {len(train)} rows: there is nothing to learn"
+                    raise DataError.at(train.source, None, label, problem)
+                raise train.error(None, "label", f"holds {label!r} in all {len(train)} rows: there is nothing to learn")
+        alone = self.problem == MULTI and not any(len(example.label) > 1 for example in train)  # type: ignore[arg-type]
+        if alone and not train.label_columns and {label.lower() for label in labels} <= {*_FALSE, *_TRUE}:
+            held = " or ".join(map(repr, labels))
+            problem = f"holds {held}, expected names of labels; a single column of 0 and 1 is for --task text-classification"
+            raise train.error(None, "label", problem)
 
     def check(self, examples: Examples[TextExample], *, labelled: bool) -> None:
         self.check_pairs(examples)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from fastbert.data.errors import DataError
-from fastbert.finetune.prepared import drawn, held_out
+from fastbert.data.sources import Source
+from fastbert.finetune.prepared import drawn, held_out, prepare_task
+from fastbert.finetune.settings import FinetuneSettings
 from fastbert.tasks.examples import Examples, QuestionExample, TextExample
+from fastbert.tasks.registry import task_for
 
 
 def texts(count: int) -> Examples:
@@ -34,6 +37,20 @@ def test_too_few_to_hold_out():
     items = [QuestionExample(f"question {n}", str(n), "who?", "one context") for n in range(5)]
     with pytest.raises(DataError, match="holds 5 examples about one context"):
         held_out(Examples("train.json", items, {}), 0.1)
+
+
+@pytest.mark.parametrize(("tags", "labelled"), [(("", ""), False), (("a", ""), True)])
+def test_a_test_set_without_any_of_several_labels_is_not_labelled(tags, labelled, toy_model, tmp_path):
+    for name, cells in (("train", ("a", "b")), ("dev", ("a", "b")), ("test", tags)):
+        rows = "".join(f"good film\t{cell}\n" for cell in cells)
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + rows, encoding="utf-8")
+    sources = {name: Source(tmp_path / f"{name}.tsv") for name in ("train", "dev", "test")}
+    settings = FinetuneSettings(task="multi-label-classification", model=str(toy_model), data=str(tmp_path))
+    task = task_for(settings.task)
+    assert prepare_task(task, sources, settings, lambda line: None).splits["test"].labelled == labelled
+    if not labelled:
+        with pytest.raises(DataError, match="test.tsv, column 'label': names no label in 2 rows: there is nothing to score"):
+            prepare_task(task, {**sources, "dev": sources["test"]}, settings, lambda line: None)
 
 
 def test_a_limit_draws_and_keeps_the_order():

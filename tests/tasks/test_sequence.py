@@ -118,10 +118,10 @@ def test_scores_of_each_problem(tmp_path):
     assert scores["f1"] == f1_score([0, 1, 1, 0], [0, 1, 0, 1])
     assert scores["matthews_correlation"] == 0.0
 
-    task, examples = read(tmp_path, "text\tlabel\na\tx\nb\tx,y\n", "multi-label-classification")
-    outputs = [np.array(x, np.float32) for x in ([1, -1], [1, -1])]
+    task, examples = read(tmp_path, "text\tlabel\na\tx\nb\tx,y\nc\t\n", "multi-label-classification")
+    outputs = [np.array(x, np.float32) for x in ([1, -1], [1, -1], [-1, -1])]
     scores = task.with_labels_of(examples).scores(outputs, None, examples)
-    assert scores["accuracy"] == 0.5
+    assert scores["accuracy"] == pytest.approx(2 / 3)
     assert scores["f1_micro"] == pytest.approx(0.8)
 
     task, examples = read(tmp_path, "text\tscore\na\t1\nb\t2\nc\t4\n", "regression")
@@ -138,7 +138,7 @@ def test_predictions_are_probabilities(tmp_path):
     first, second = task.predictions([np.array([0.0, 0.0]), np.array([-1000.0, 1000.0])], None, examples)
     assert first["probabilities"] == {"neg": pytest.approx(0.5), "pos": pytest.approx(0.5)}
     assert second == {"label": "pos", "probability": 1.0, "probabilities": {"neg": 0.0, "pos": 1.0}}
-    task, examples = read(tmp_path, "text\tlabel\na\tx\nb\tx,y\n", "multi-label-classification")
+    task, examples = read(tmp_path, "text\tlabel\na\tx\nb\ty\n", "multi-label-classification")
     (prediction,) = task.with_labels_of(examples).predictions([np.array([1000.0, -1000.0])], None, examples)
     assert prediction == {"labels": ["x"], "probabilities": {"x": 1.0, "y": 0.0}}
 
@@ -234,6 +234,36 @@ def test_pairs_and_single_texts_are_not_mixed(tmp_path):
     _, train = read(tmp_path, "sentence1\tsentence2\tlabel\na\tb\tentailment\n", "rte")
     with pytest.raises(DataError, match="inputs, input 1: has no second text"):
         glue.with_labels_of(train).check(glue.examples_from(["a"]), labelled=False)
+
+
+def test_columns_that_are_labels_are_all_labels_in_their_order(tmp_path):
+    task, examples = read(tmp_path, "text\tb\ta\nx\t1\t0\ny\t0\t1\n", "multi-label-classification", label="b,a")
+    task = task.with_labels_of(examples)
+    assert task.labels == ("b", "a")
+    _, dev = read(tmp_path, "text\tb\ta\nx\t1\t1\n", task.name, name="dev.tsv", label="b,a")
+    task.check(dev, labelled=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "message"),
+    [
+        ("text\ta\tb\tc\nx\t1\t0\t0\ny\t0\t1\t0\n", "a,b,c", "train.tsv, column 'c': holds 0 in all 2 rows: there is nothing"),
+        ("text\ta\tb\nx\t1\t1\ny\t0\t1\n", "a,b", "train.tsv, column 'b': holds 1 in all 2 rows: there is nothing to learn"),
+        ("text\ttags\nx\ta\ny\ta,b,b\n", "tags", "train.tsv, column 'tags': holds 'a' in all 2 rows: there is nothing to learn"),
+        ("text\ttags\nx\t\ny\t\n", "tags", "train.tsv, column 'tags': names no label in 2 rows: there is nothing to learn"),
+        ("text\ta\nx\t1\ny\t0\n", "a", "train.tsv, column 'a': holds '0' or '1', expected names of labels; a single column"),
+        ("text\ta\nx\tTrue\ny\t\n", "a", "train.tsv, column 'a': holds 'True', expected names of labels; a single column"),
+    ],
+)
+def test_several_labels_that_cannot_be_learned(content, columns, message, tmp_path):
+    task, examples = read(tmp_path, content, "multi-label-classification", label=columns)
+    with pytest.raises(DataError, match=message):
+        task.with_labels_of(examples)
+
+
+def test_labels_may_be_called_0_and_1(tmp_path):
+    task, examples = read(tmp_path, "text\tlabel\nx\t0,1\ny\t1\nz\t\n", "multi-label-classification")
+    assert task.with_labels_of(examples).labels == ("0", "1")
 
 
 def test_columns_that_are_labels_hold_0_or_1(tmp_path):
