@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Encoding
 
 from fastbert.data.errors import DataError
 from fastbert.data.lines import read_lines, without_line_end
@@ -184,6 +187,12 @@ class GlueTextTask(TextClassification):
                 raise examples.error(example, "text", "is empty")
         if labelled:
             self.check_present(examples)
+
+    def check_tokens(self, examples: Examples[TextExample], encodings: Sequence[Encoding]) -> None:
+        """As for other texts, but the tokenizer may keep nothing of one text of a pair."""
+        for example, encoding in zip(examples, encodings, strict=True):
+            if {0, 1}.isdisjoint(encoding.sequence_ids):
+                raise examples.error(example, "text", f"holds {example.text!a}, of which the tokenizer keeps nothing")
 
 
 def glue_text_fields(task: GlueTask) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from fastbert.data.errors import DataError
@@ -202,7 +203,7 @@ class TextClassification(Task):
         texts = [example.text for example in examples]
         pairs = [example.text_pair for example in examples] if examples.items[0].text_pair is not None else None
         encoded = tokenizer(texts, pairs, truncation=True, max_length=max_seq_length, return_attention_mask=False)
-        self._check_tokens(examples, tokenizer, encoded)
+        self.check_tokens(examples, encoded.encodings)
         rows = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
         if labelled:
             for row, example in zip(rows, examples, strict=True):
@@ -210,12 +211,13 @@ class TextClassification(Task):
         truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
         return Features(rows, list(range(len(rows))), truncated=truncated)
 
-    def _check_tokens(self, examples: Examples[TextExample], tokenizer: PreTrainedTokenizerBase, encoded: Any) -> None:
+    def check_tokens(self, examples: Examples[TextExample], encodings: Sequence[Encoding]) -> None:
         """Raises DataError for a text of which the tokenizer keeps nothing (control characters alone, ...)."""
-        fewest = tokenizer.num_special_tokens_to_add(pair=examples.items[0].text_pair is not None)
-        for example, encoding in zip(examples, encoded.encodings, strict=True):
-            if len(encoding.ids) <= fewest:
-                raise examples.error(example, "text", f"holds {example.text!r}, of which the tokenizer keeps nothing")
+        for example, encoding in zip(examples, encodings, strict=True):
+            kept = set(encoding.sequence_ids)
+            for number, (field, text) in enumerate((("text", example.text), ("text_pair", example.text_pair))):
+                if text is not None and number not in kept:
+                    raise examples.error(example, field, f"holds {text!a}, of which the tokenizer keeps nothing")
 
     def _target(self, example: TextExample) -> int | float | list[float]:
         if self.problem == REGRESSION:

@@ -176,6 +176,14 @@ def test_bad_files_are_named(path, rows, message, tmp_path):
         read_glue(glue_task(path.partition("/")[0]), Source(path=write_tsv(tmp_path / path, rows)))
 
 
+def test_one_text_of_a_pair_may_be_one_that_the_tokenizer_drops(toy_tokenizer):
+    task = glue_text_task("qqp")
+    features = task.features(task.examples_from([("good", "\ufe0f"), ("", "bad")]), toy_tokenizer, 16, labelled=False)
+    assert len(features.rows) == 2
+    with pytest.raises(DataError, match="input 1, column 'text': holds .* of which the tokenizer keeps nothing"):
+        task.features(task.examples_from([("\ufe0f", "\u200d")]), toy_tokenizer, 16, labelled=False)
+
+
 def test_a_pair_without_any_text_is_refused(tmp_path):
     path = write_tsv(tmp_path / "dev.tsv", [("index", "sentence1", "sentence2", "label"), (0, " ", "", "entailment")])
     task = glue_text_task("rte")

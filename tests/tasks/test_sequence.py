@@ -98,6 +98,15 @@ def test_a_text_that_the_tokenizer_drops(tmp_path, toy_tokenizer):
         task.features(examples, toy_tokenizer, 16, labelled=True)
 
 
+@pytest.mark.parametrize("column", ["sentence1", "sentence2"])
+def test_a_text_of_a_pair_that_the_tokenizer_drops(column, tmp_path, toy_tokenizer):
+    texts = ("\ufe0f", "good") if column == "sentence1" else ("good", "\ufe0f")
+    task, examples = read(tmp_path, "sentence1\tsentence2\tlabel\ngood\tbad\t0\n{}\t{}\t1\n".format(*texts))
+    task = task.with_labels_of(examples)
+    with pytest.raises(DataError, match=rf"line 3, column '{column}': holds '\\ufe0f', of which the tokenizer keeps nothing"):
+        task.features(examples, toy_tokenizer, 16, labelled=True)
+
+
 def test_features_are_what_the_tokenizer_gives_and_truncation_is_counted(tmp_path, toy_tokenizer):
     task, examples = read(tmp_path, f"text\ttext_pair\tlabel\ngood film\tbad\t1\n{'house ' * 40}\tbad\t0\n")
     features = task.with_labels_of(examples).features(examples, toy_tokenizer, 16, labelled=True)
