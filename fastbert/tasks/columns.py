@@ -30,9 +30,10 @@ def find_text_columns(table: Table, columns: Mapping[str, str]) -> tuple[str, st
 
 
 def find_label_columns(table: Table, columns: Mapping[str, str]) -> list[str]:
-    """The columns of the labels, none where the table has no labels."""
+    """The columns of the labels, none where the table has no labels; a column's own name may have commas in it."""
     if "label" in columns:
-        names = columns["label"].split(",")
+        whole = columns["label"]
+        names = [whole] if whole in table.columns else whole.split(",")
         present = [name for name in names if name in table.columns]
         if present and present != names:
             _named(table, next(name for name in names if name not in present), "label")

@@ -37,6 +37,11 @@ def test_named_columns(tmp_path):
     assert [(e.text, e.text_pair, e.label) for e in examples] == [("y", "z", "x")]
 
 
+def test_a_column_whose_name_has_a_comma(tmp_path):
+    _, examples = read(tmp_path, "text\tmy,label\nx\ty\n", label="my,label")
+    assert [(e.text, e.label) for e in examples] == [("x", "y")]
+
+
 def test_several_labels_in_a_cell_or_in_columns(tmp_path):
     task, examples = read(tmp_path, "text\tlabel\nx\tred, blue\ny\t\n", "multi-label-classification")
     assert [e.label for e in examples] == [("red", "blue"), ()]
