@@ -27,6 +27,7 @@ SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classifi
 _METRICS = {SINGLE: metrics.CLASSIFICATION, MULTI: metrics.MULTI_LABEL, REGRESSION: metrics.REGRESSION}
 _LABELS_SHOWN = 12
 _NUMBER = re.compile("-?[0-9]+")
+_LARGEST = math.sqrt(np.finfo(np.float32).max)  # of a number that is learned by its squared error
 _FALSE, _TRUE = ("", "0", "0.0", "false", "no"), ("1", "1.0", "true", "yes")
 
 
@@ -325,4 +326,7 @@ def _number(value: Any, example: TextExample, examples: Examples) -> float | Non
         raise examples.error(example, "label", f"holds {value!r}, expected a number") from None
     if not math.isfinite(number):
         raise examples.error(example, "label", f"holds {value!r}, expected a finite number")
+    if abs(number) > _LARGEST:
+        problem = f"holds {value!r}, expected a number up to {_LARGEST:.1e}: the square of its error would be no float32"
+        raise examples.error(example, "label", problem)
     return number

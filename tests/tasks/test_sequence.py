@@ -63,6 +63,11 @@ def test_several_labels_in_a_cell_or_in_columns(tmp_path):
         ("text\tscore\na\t1\nb\t1.0\n", "regression", r"train.tsv, column 'score': holds 1.0 in all 2 rows"),
         ("text\tscore\na\t1\nb\tmuch\n", "regression", r"train.tsv, line 3, column 'score': holds 'much', expected a number"),
         ("text\tscore\na\t1\nb\tinf\n", "regression", r"line 3, column 'score': holds 'inf', expected a finite number"),
+        (
+            "text\tscore\na\t1\nb\t-1e300\n",
+            "regression",
+            r"line 3, column 'score': holds '-1e300', expected a number up to 1.8e\+19",
+        ),
         ("text\tlabel\na\t1\nb\t\n", "text-classification", r"train.tsv, line 3, column 'label': is empty"),
         (
             "text\tother\na\t1\nb\t2\n",
