@@ -67,7 +67,7 @@ class MultipleChoice(Task):
             asked = None if question is None else _text(table, number, question).strip() or None
             right = None if label is None else _label(table, number, label, len(texts))
             items.append(ChoiceExample(place, _text(table, number, context), texts, asked, right))
-        return Examples(table.source, items, {field: name for field, name in names.items() if name is not None})
+        return Examples(table.source, items, {field: name for field, name in names.items() if name is not None}, table.columns)
 
     def examples_from(self, inputs: Sequence[Any]) -> Examples[ChoiceExample]:
         """inputs: dicts with context, choices and, if wanted, question; or pairs (context, choices)."""
@@ -106,6 +106,9 @@ class MultipleChoice(Task):
             self._check_present(examples)
 
     def _check_present(self, examples: Examples[ChoiceExample]) -> None:
+        if "label" not in examples.columns:
+            problem = f"no column of labels ({', '.join(_LABELS)}); it has {', '.join(examples.available)}"
+            raise examples.error(None, None, f"{problem}; --label-column names the column of the labels")
         for example in examples:
             if example.label is None:
                 raise examples.error(example, "label", "has no label")

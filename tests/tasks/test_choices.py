@@ -141,6 +141,16 @@ def test_a_named_column_must_be_there(tmp_path: Path) -> None:
             MultipleChoice(name="multiple-choice", columns=columns).read(source)
 
 
+def test_labels_to_learn_must_be_there(tmp_path: Path) -> None:
+    examples = TASK.read(rows(tmp_path / "a.jsonl", {"context": "A.", "choices": ["x", "y"]}))
+    message = r"a.jsonl: no column of labels \(label, answer, answerKey\); it has context, choices; --label-column names"
+    with pytest.raises(DataError, match=message):
+        TASK.with_labels_of(examples)
+    with pytest.raises(DataError, match=message):
+        TASK.check(examples, labelled=True)
+    TASK.check(examples, labelled=False)
+
+
 @pytest.mark.parametrize(
     ("example", "message"),
     [
@@ -154,7 +164,7 @@ def test_a_named_column_must_be_there(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_example_is_named(example: ChoiceExample, message: str) -> None:
-    examples = Examples("made up", [ChoiceExample("row 1", "A.", ("x", "y"), None, 0), example], {})
+    examples = Examples("made up", [ChoiceExample("row 1", "A.", ("x", "y"), None, 0), example], {"label": "label"})
     with pytest.raises(DataError, match=message):
         TASK.check(examples, labelled=True)
     if "label" in message:
