@@ -109,8 +109,10 @@ class TextClassification(Task):
         """inputs: texts, or pairs of texts."""
         items = []
         for number, value in enumerate(inputs, 1):
-            first, second = (value, None) if isinstance(value, str) else value
-            items.append(TextExample(f"input {number}", first, second))
+            pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(text, str) for text in value)
+            if not pair and not isinstance(value, str):
+                raise DataError.at("inputs", f"input {number}", None, f"holds {value!r}, expected a text or a pair of texts")
+            items.append(TextExample(f"input {number}", *(value if pair else (value,))))
         return Examples("inputs", items, {})
 
     def with_labels_of(self, train: Examples[TextExample]) -> TextClassification:

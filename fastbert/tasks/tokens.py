@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.data.tables import file_kind, read_table
 
@@ -76,8 +77,10 @@ class TokenClassification(Task):
                 spans = tuple(match.span() for match in _WORD.finditer(value))
                 words = tuple(value[start:end] for start, end in spans)
                 items.append(WordsExample(f"input {number}", words, text=value, spans=spans))
-            else:
+            elif isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value):
                 items.append(WordsExample(f"input {number}", tuple(value)))
+            else:
+                raise DataError.at("inputs", f"input {number}", None, f"holds {value!r}, expected a text or a list of words")
         return Examples("inputs", items, {})
 
     def with_labels_of(self, train: Examples[WordsExample]) -> TokenClassification:

@@ -151,6 +151,14 @@ def test_scores_of_each_problem(tmp_path):
     assert constant["pearson_spearman"] == 0.0
 
 
+def test_inputs_that_are_no_texts():
+    task = task_for("text-classification")
+    assert [(e.text, e.text_pair) for e in task.examples_from(["a", ("b", "c")])] == [("a", None), ("b", "c")]
+    for wrong in (1, None, b"a", ("a",), ("a", None), ("a", "b", "c"), {"a": 1, "b": 2}):
+        with pytest.raises(DataError, match=r"inputs, input 2: holds .*, expected a text or a pair of texts"):
+            task.examples_from(["a", wrong])
+
+
 def test_predictions_are_probabilities(tmp_path):
     task, examples = read(tmp_path, "text\tlabel\na\tneg\nb\tpos\n")
     task = task.with_labels_of(examples)

@@ -131,3 +131,14 @@ def test_real_files(task, path, count, data_folder):
     examples = task_for(task).read(Source(data_folder / path))
     assert len(examples) == count
     assert len(task_for(task).with_labels_of(examples).labels) == (13 if task == "ner" else 17)
+
+
+def test_inputs_that_are_no_words():
+    task = task_for("ner")
+    assert [example.words for example in task.examples_from(["Anna left.", ["Bob", "ran"]])] == [
+        ("Anna", "left", "."),
+        ("Bob", "ran"),
+    ]
+    for wrong in (1, None, ["a", 1], {"a": 1}, b"a"):
+        with pytest.raises(DataError, match=r"inputs, input 2: holds .*, expected a text or a list of words"):
+            task.examples_from(["a", wrong])
