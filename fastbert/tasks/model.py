@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +70,26 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise SettingsError(f"--model {name} cannot be loaded as {task.auto_class}: {first_line(error)}") from error
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
-    notes = [f"New weights, not in the checkpoint: {', '.join(new)}"] if new else []
+    notes = [f"New weights, not in the checkpoint: {', '.join(new)}"] if new else other_head(config, changes)
     if fast:
         notes += accelerated(model)
     check_vocabulary(name, model.config, tokenizer)
     packed = fast and not task.pads and takes_packed_rows(model)
     return TaskModel(model, tokenizer, packed, collator(model, tokenizer, task.family, packed), tuple(notes), tuple(new))
+
+
+def other_head(config: PretrainedConfig, changes: dict[str, Any]) -> list[str]:
+    """A note on a head of the checkpoint that fits in size and was trained on something else than what ``changes`` say."""
+    held, wanted = config.id2label, changes.get("id2label", config.id2label)
+    problem = changes.get("problem_type", config.problem_type)
+    if held != wanted:
+        labels = [textwrap.shorten(", ".join(map(str, names.values())), 80, placeholder=" ...") for names in (held, wanted)]
+        other = f"labels {labels[0]}; the task's are {labels[1]}"
+    elif config.problem_type not in (None, problem):
+        other = f"{config.problem_type}; the task is {problem}"
+    else:
+        return []
+    return [f"The head is the checkpoint's, of another task: {other}. Training begins with its weights"]
 
 
 @contextlib.contextmanager

@@ -115,6 +115,18 @@ def test_a_head_of_another_size_is_a_new_one(toy_model, toy_tokenizer, tmp_path)
     assert load_model(str(tmp_path), TASKS["text"]).notes == ()
 
 
+def test_a_head_of_another_task_and_the_same_size_is_named(toy_model, toy_tokenizer, tmp_path):
+    loaded = load_model(str(toy_model), task_for("sentiment", labels=("0", "1")))
+    loaded.model.save_pretrained(tmp_path)
+    toy_tokenizer.save_pretrained(tmp_path)
+    other = load_model(str(tmp_path), task_for("sentiment", labels=("no", "yes")))
+    note = "The head is the checkpoint's, of another task: {}. Training begins with its weights"
+    assert other.notes == (note.format("labels 0, 1; the task's are no, yes"),)
+    assert torch.equal(other.model.classifier.weight, loaded.model.classifier.weight)
+    several = load_model(str(tmp_path), task_for("multi-label-classification", labels=("0", "1")))
+    assert several.notes == (note.format("single_label_classification; the task is multi_label_classification"),)
+
+
 def test_checkpoints_that_cannot_be_used(toy_model, toy_tokenizer, tmp_path):
     with pytest.raises(SettingsError, match="the folder holds no config.json"):
         load_model(str(tmp_path), TASKS["text"])
