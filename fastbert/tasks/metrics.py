@@ -30,11 +30,12 @@ def classification_scores(predicted: NDArray[np.integer], labels: NDArray[np.int
     classes = list(range(num_labels))
     f1_macro = metrics.f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)
     f1 = metrics.f1_score(labels, predicted, labels=classes, zero_division=0) if num_labels == 2 else f1_macro
+    varied = np.ptp(labels) > 0 and np.ptp(predicted) > 0  # of one class throughout scikit-learn warns
     return {
         "accuracy": float(metrics.accuracy_score(labels, predicted)),
         "f1": float(f1),
         "f1_macro": float(f1_macro),
-        "matthews_correlation": float(metrics.matthews_corrcoef(labels, predicted)),
+        "matthews_correlation": float(metrics.matthews_corrcoef(labels, predicted)) if varied else 0.0,
     }
 
 

@@ -128,6 +128,13 @@ def test_features_are_what_the_tokenizer_gives_and_truncation_is_counted(tmp_pat
     assert features.truncated == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_class_throughout_has_no_correlation(tmp_path):
+    _, examples = read(tmp_path, "text\tlabel\na\t0\nb\t0\n")
+    scores = task_for("text-classification", labels=("0", "1")).scores([np.array([1.0, 0.0])] * 2, None, examples)
+    assert (scores["accuracy"], scores["matthews_correlation"]) == (1.0, 0.0)
+
+
 def test_scores_of_each_problem(tmp_path):
     task, examples = read(tmp_path, "text\tlabel\na\t0\nb\t1\nc\t1\nd\t0\n")
     task = task.with_labels_of(examples)
