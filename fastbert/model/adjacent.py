@@ -90,7 +90,10 @@ def _owns_its_memory(parameter: nn.Parameter) -> bool:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Three tensors (n, ...) as one (3 * n, ...): what they lie in, or a copy where somebody has moved them apart."""
+    """Three tensors (n, ...) as one (3 * n, ...): what they lie in, or a copy where somebody has moved them apart. One that is
+    joined already is itself."""
+    if len(tensors) == 1:
+        return tensors[0]
     buffer = _buffer_of(tensors)
     if buffer is None:
         return torch.cat(list(tensors))

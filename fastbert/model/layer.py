@@ -368,7 +368,7 @@ class _QKVLinear(torch.autograd.Function):
         refuse_batched_gradients(dy)
         dy = contiguous_grad(dy)
         x, *weights = ctx.saved_tensors
-        weight = weights[0] if len(weights) == 1 else joined(weights)
+        weight = joined(weights)
         # Autograd converts gradients to the dtype of what they belong to.
         dx = linear_dx(dy, weight) if ctx.needs_input_grad[0] else None
         dweights = linear_dweight(dy, x).chunk(3) if any(ctx.needs_input_grad[1:4]) else (None,) * 3

@@ -143,11 +143,9 @@ class _TrainedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: Call, cu_seqlens: Tensor, seed: Tensor | None, x: Tensor, half: Tensor | None, *parameters: Tensor):
-        query, key, value, query_bias, key_bias, value_bias, wo, bo, weight1, ln_bias1, w1, b1, w2, b2, weight2, ln_bias2 = (
-            parameters
-        )
-        qkv_weights = [query, key, value]
-        wqkv, bqkv = joined(qkv_weights), joined((query_bias, key_bias, value_bias))
+        qkv_weights, qkv_biases = parameters[:3], parameters[3:6]
+        wo, bo, weight1, ln_bias1, w1, b1, w2, b2, weight2, ln_bias2 = parameters[6:]
+        wqkv, bqkv = joined(qkv_weights), joined(qkv_biases)
         ctx.call, ctx.has_half, dropouts = call, half is not None, call.dropouts_with(seed)
         if call.dtype is not None:
             wqkv, bqkv, wo, w1, b1, w2 = (t.to(call.dtype) for t in (wqkv, bqkv, wo, w1, b1, w2))
@@ -190,8 +188,7 @@ class _TrainedLayer(torch.autograd.Function):
         cu_seqlens, seed, x16, qkv, context, lse, h, z1, mean1, rstd1, z2, mean2, rstd2, *others = ctx.saved_tensors
         wo, w1, b1, w2, weight1, weight2, *others = others
         dropouts = call.dropouts_with(seed)
-        qkv_weights, wide = others[: ctx.num_weights], others[ctx.num_weights :]
-        wqkv = qkv_weights[0] if len(qkv_weights) == 1 else joined(qkv_weights)
+        wqkv, wide = joined(others[: ctx.num_weights]), others[ctx.num_weights :]
         (
             needs_x, needs_half, needs_query, needs_key, needs_value, needs_qb, needs_kb, needs_vb, needs_wo, _, _, _, needs_w1,
             needs_b1, needs_w2, *_,
