@@ -28,6 +28,13 @@ PyObject* value_of(PyObject* dict, PyObject* key) {
   return found == nullptr ? Py_None : found;
 }
 
+// As it stands in the class or one of its bases; None where it stands in none.
+PyObject* forward_of(py::handle type) {
+  static PyObject* const name = PyUnicode_InternFromString("forward");
+  PyObject* found = _PyType_Lookup(reinterpret_cast<PyTypeObject*>(type.ptr()), name);
+  return found == nullptr ? Py_None : found;
+}
+
 uint64_t call_for_number(py::handle object, PyObject* name) {
   const py::object number = checked(PyObject_CallMethodNoArgs(object.ptr(), name));
   const auto value = PyLong_AsUnsignedLongLong(number.ptr());
@@ -100,8 +107,9 @@ class Lines {
 
 }  // namespace
 
-Snapshot::Snapshot(const py::list& dicts, const py::list& keys, const py::list& objects, const py::list& counted,
-                   const py::list& tensors, bool count_versions, const Memory& arrays, const Memory& read)
+Snapshot::Snapshot(const py::list& dicts, const py::list& keys, const py::list& objects, const py::list& classes,
+                   const py::list& counted, const py::list& tensors, bool count_versions, const Memory& arrays,
+                   const Memory& read)
     : count_versions_(count_versions), words_(arrays), fingerprint_(words_.fingerprint()) {
   if (dicts.size() != keys.size()) throw std::invalid_argument("dicts and keys differ in length");
   Lines lines;
@@ -115,6 +123,11 @@ Snapshot::Snapshot(const py::list& dicts, const py::list& keys, const py::list& 
   for (const py::handle object : objects) {
     types_.push_back({py::reinterpret_borrow<py::object>(object), py::type::of(object)});
     lines.add(object.ptr(), sizeof(PyObject));
+  }
+  for (const py::handle type : classes) {
+    if (!PyType_Check(type.ptr())) throw std::invalid_argument("not a class");
+    classes_.push_back({py::reinterpret_borrow<py::object>(type), py::reinterpret_borrow<py::object>(forward_of(type))});
+    lines.add_object(type);
   }
   for (const py::handle dict : counted) {
     counts_.push_back({py::reinterpret_borrow<py::object>(dict), PyDict_Size(checked_dict(dict))});
@@ -138,6 +151,9 @@ void Snapshot::prefetch() const {
 bool Snapshot::unchanged() const {
   for (const auto& [object, type] : types_) {
     if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return false;
+  }
+  for (const auto& [type, forward] : classes_) {
+    if (forward_of(type) != forward.ptr()) return false;
   }
   for (const auto& [dict, count] : counts_) {
     if (PyDict_Size(dict.ptr()) != count) return false;

@@ -14,16 +14,16 @@ namespace fastbert {
 
 using Memory = std::vector<std::pair<uintptr_t, int64_t>>;  // (address, bytes) each
 
-// What some dicts hold under some keys, the classes of some objects, how many entries some dicts have, and of tensors where
-// they are, their version counters and a few words, of matrices also how large they are and whether contiguous, all as it is
-// when this is made.
+// What some dicts hold under some keys, the classes of some objects, what `forward` is in some classes, how many entries
+// some dicts have, and of tensors where they are, their version counters and a few words, of matrices also how large they
+// are and whether contiguous, all as it is when this is made.
 class Snapshot {
  public:
   // keys[i] belongs to dicts[i]; a key need not be there. tensors: torch's, whose memory is arrays; count_versions: whether
   // they have version counters. read: memory that torch reads when it is asked about the tensors.
   Snapshot(const pybind11::list& dicts, const pybind11::list& keys, const pybind11::list& objects,
-           const pybind11::list& counted, const pybind11::list& tensors, bool count_versions, const Memory& arrays,
-           const Memory& read);
+           const pybind11::list& classes, const pybind11::list& counted, const pybind11::list& tensors, bool count_versions,
+           const Memory& arrays, const Memory& read);
 
   // Compares all of it, objects by identity. Raises what comparing keys raises.
   bool unchanged() const;
@@ -38,6 +38,9 @@ class Snapshot {
   };
   struct Typed {
     pybind11::object object, type;
+  };
+  struct Class {
+    pybind11::object type, forward;
   };
   struct Counted {
     pybind11::object dict;
@@ -54,6 +57,7 @@ class Snapshot {
 
   std::vector<Place> places_;
   std::vector<Typed> types_;
+  std::vector<Class> classes_;
   std::vector<Counted> counts_;
   std::vector<Tensor> tensors_;
   bool count_versions_;

@@ -18,7 +18,7 @@ from ..ops.native_inference import EmbeddingTables, PackedDense, are_readable_id
 from ..ops.registration import dispatch_mode_is_on, under_autocast
 from .layer import active_dropout_p
 from .packing import Packing
-from .plain import class_was_changed, is_plain_linear, is_watched
+from .plain import is_plain, is_plain_linear
 from .snapshot import Snapshot, attributes_of
 
 TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
@@ -127,9 +127,7 @@ def pool(pooler: nn.Module, first: Tensor) -> Tensor | None:
 
 def _keep_dense(pooler: nn.Module) -> PackedDense | None:
     linear, activation = pooler.dense, pooler.activation
-    if not is_plain_linear(linear) or type(activation) is not nn.Tanh:
-        return None
-    if any(is_watched(module) or class_was_changed(module) for module in (pooler, activation)):
+    if not (is_plain_linear(linear) and type(activation) is nn.Tanh and is_plain(activation) and is_plain(pooler)):
         return None
     weight, bias = linear.weight, linear.bias
     tensors = [weight] if bias is None else [weight, bias]

@@ -43,14 +43,18 @@ def is_watched(module: nn.Module) -> bool:
     return has_own_forward(module) or has_hooks(module)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module does what its class did when that was written, and nothing else."""
+    return not (class_was_changed(module) or is_watched(module))
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether reading ``weight`` and ``bias`` is all there is to this Linear.
 
     PEFT's LoRA class is also *named* Linear, and quantisers put tensor subclasses in the place of the weight: reading
     ``weight`` would ignore the one and break the other.
     """
-    plain = type(module) is nn.Linear and not class_was_changed(module)
-    return plain and type(module.weight) in (nn.Parameter, Tensor) and not is_watched(module)
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, Tensor) and is_plain(module)
 
 
 def is_int8_linear(module: nn.Module) -> bool:
@@ -67,4 +71,4 @@ def has_plain_parameters(norm: nn.LayerNorm) -> bool:
 def is_exact_gelu(activation: nn.Module) -> bool:
     """Whether an activation is the erf-GELU of the BERT paper and nothing else."""
     exact = type(activation) is GELUActivation or (type(activation) is nn.GELU and activation.approximate == "none")
-    return exact and not (class_was_changed(activation) or is_watched(activation))
+    return exact and is_plain(activation)

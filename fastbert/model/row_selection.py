@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops.mlm_loss import IGNORE_INDEX
 from .layer import int8_parts, layer_notes
 from .packing import Packing
-from .plain import class_was_changed, is_watched
+from .plain import is_plain
 
 # Gathering rows and scattering their gradients costs a few passes over them: not worth it for the last few rows.
 _LARGEST_SHARE = 0.9
@@ -160,4 +160,4 @@ def reads_first_rows(encoder: nn.Module) -> bool:
     """
     pooler = getattr(encoder, "pooler", None)
     theirs = type(pooler).__module__ == encoder.embeddings_class.__module__
-    return pooler is None or (theirs and not (class_was_changed(pooler) or is_watched(pooler)))
+    return pooler is None or (theirs and is_plain(pooler))

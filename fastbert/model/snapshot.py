@@ -15,10 +15,10 @@ _TENSOR_BYTES, _STORAGE_BYTES = 208, 96
 
 
 class Snapshot:
-    """What :meth:`unchanged` compares: submodules and their classes, parameters, buffers, hooks, replaced ``forward`` methods and
-    the attributes that are named, by identity; of the ``tensors``, which are on the CPU, also where they are, their version
-    counters (those made in inference mode have none), and a few words of each, because an update through ``.data`` leaves the
-    counters alone; of matrices also how large they are, and whether contiguous.
+    """What :meth:`unchanged` compares: submodules and their classes, parameters, buffers, hooks, ``forward`` methods, put on a
+    module or on its class, and the attributes that are named, by identity; of the ``tensors``, which are on the CPU, also where
+    they are, their version counters (those made in inference mode have none), and a few words of each, because an update through
+    ``.data`` leaves the counters alone; of matrices also how large they are, and whether contiguous.
 
     The native extension keeps and compares all of it. The extension must be available.
     """
@@ -40,7 +40,7 @@ class Snapshot:
         self.handle = native.EXTENSION.Snapshot(
             [holder for holder, _ in places], [key for _, key in places],
             modules[1:],  # who holds the snapshot must not keep the root alive
-            hooks, list(tensors), not any(map(Tensor.is_inference, tensors)), arrays, read,
+            list(dict.fromkeys(map(type, modules))), hooks, list(tensors), not any(map(Tensor.is_inference, tensors)), arrays, read,
         )  # fmt: skip
 
     def unchanged(self) -> bool:

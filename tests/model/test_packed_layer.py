@@ -181,6 +181,21 @@ def test_changed_weights_of_layers_that_were_one_call_are_packed_again(calls, ch
     assert len(calls) == 3 * 7
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, nn.Tanh])
+def test_a_class_that_gets_another_forward_after_the_first_calls(monkeypatch, kind):
+    theirs, model = pair(NAME)
+    batch, forward = inputs_for(NAME), kind.forward
+    with torch.no_grad():
+        before = [model(**batch).pooler_output for _ in range(3)]
+        monkeypatch.setattr(kind, "forward", lambda self, x: 2 * forward(self, x))
+        expected, changed = theirs(**batch).pooler_output, [model(**batch).pooler_output for _ in range(2)]
+        monkeypatch.undo()
+        after = [model(**batch).pooler_output for _ in range(2)]
+    for y in changed:
+        torch.testing.assert_close(y, expected)
+    assert all(torch.equal(y, before[0]) for y in (*before, *after))
+
+
 def test_the_same_weights_are_packed_once(monkeypatch):
     _, model = pair(NAME)
     made = []

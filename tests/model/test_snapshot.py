@@ -73,6 +73,17 @@ def test_a_change_is_seen(change):
     assert not snapshot.unchanged()
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Sequential, nn.BatchNorm1d.__base__])
+def test_another_forward_of_a_class_is_seen(monkeypatch, kind):
+    """Of the root's, of a module's inside, and of a class that it has its forward from."""
+    snapshot = Snapshot(module(), {})
+    assert snapshot.unchanged()
+    monkeypatch.setattr(kind, "forward", lambda self, x: x)
+    assert not snapshot.unchanged()
+    monkeypatch.undo()
+    assert snapshot.unchanged()
+
+
 def test_what_is_taken_back_is_no_change():
     root = module()
     snapshot = Snapshot(root, {})
@@ -146,8 +157,8 @@ def test_several_at_once():
         assert native.EXTENSION.all_unchanged(snapshots[changed + 1 :])
 
 
-def _snapshot(dicts, keys, counted=(), tensors=(), count_versions=True):
-    return native.EXTENSION.Snapshot(dicts, keys, [], list(counted), list(tensors), count_versions, [], [])
+def _snapshot(dicts, keys, classes=(), counted=(), tensors=(), count_versions=True):
+    return native.EXTENSION.Snapshot(dicts, keys, [], list(classes), list(counted), list(tensors), count_versions, [], [])
 
 
 def test_what_does_not_fit_is_an_error():
@@ -157,6 +168,8 @@ def test_what_does_not_fit_is_an_error():
         _snapshot([()], [1])
     with pytest.raises(ValueError, match="not a dict"):
         _snapshot([], [], counted=[()])
+    with pytest.raises(ValueError, match="not a class"):
+        _snapshot([], [], classes=[nn.Linear(1, 1)])
     with pytest.raises(TypeError, match="unhashable"):
         _snapshot([{1: 1}], [[]])
     with pytest.raises(AttributeError, match="data_ptr"):
