@@ -13,7 +13,10 @@ int64_t inner_bytes(const EncoderLayerParams& p) { return p.weight_dtype == DTyp
 
 int64_t hidden_bytes(const EncoderLayerParams& p) { return p.dtype == DType::float32 ? 4 : 2; }
 
-int64_t bytes_between(const EncoderLayerParams& p, int64_t total) {
+// Where one layer's rows wait for the next.
+int64_t bytes_between(const std::vector<EncoderLayerParams>& layers, int64_t total) {
+  if (layers.size() < 2) return 0;
+  const EncoderLayerParams& p = layers.front();
   Memory measure(nullptr);
   measure.take(total * p.qkv.in_features * hidden_bytes(p));
   return measure.used();
@@ -89,14 +92,14 @@ int64_t encoder_layers_workspace_bytes(const std::vector<EncoderLayerParams>& la
     EncoderWorkspace(measure, layer, EncoderChunks(layer, num_threads).longest(), num_threads);
     bytes = std::max(bytes, measure.used());
   }
-  return bytes + (layers.size() > 1 ? bytes_between(layers.front(), total) : 0);
+  return bytes + bytes_between(layers, total);
 }
 
 bool encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x, const int32_t* cu_seqlens, void* y,
                     void* workspace, int64_t total, int64_t batch, int num_threads, const std::function<bool()>& wanted) {
   const std::thread::id caller = std::this_thread::get_id();
-  void* between = workspace;  // where one layer's rows wait for the next, where there are several
-  if (layers.size() > 1) workspace = static_cast<char*>(workspace) + bytes_between(layers.front(), total);
+  void* between = workspace;
+  workspace = static_cast<char*>(workspace) + bytes_between(layers, total);
   const auto run_layers = [&] {
     if (std::this_thread::get_id() == caller && !wanted()) throw NotWanted();
     const void* from = x;
