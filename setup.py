@@ -75,10 +75,14 @@ INSTRUCTION_SETS = {
         "baseline": ["-march=x86-64"],
         "avx2": ["-mavx2", "-mfma"],
         "avx512": AVX512_FLAGS,
+        "avx512_vnni": [*AVX512_FLAGS, "-mavx512vnni"],
         "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
     },
     "aarch64": {"baseline": []},
 }
+
+# Of a set that differs from the one before it in these alone.
+OPS_OF = {"avx512_vnni": ("encoder_layer",)}
 
 CUDA_SOURCES = ("csrc/cuda/bindings.cpp", *(path.as_posix() for path in sorted(Path("csrc/cuda").glob("*.cu"))))
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -185,7 +189,9 @@ def build_cpu(temp: Path, target: str) -> dict[str, object]:
     units = [(source, "common", [f"-DFASTBERT_WITHOUT_{name}" for name in unknown]) for source in CPU_COMMON]
     for name, isa_flags in sets.items():
         if name not in unknown:
-            units += [(source, name, [*isa_flags, f"-DFASTBERT_ISA={name}"]) for source in sources("cpu", ".cpp", OPS)]
+            units += [
+                (source, name, [*isa_flags, f"-DFASTBERT_ISA={name}"]) for source in sources("cpu", ".cpp", OPS_OF.get(name, OPS))
+            ]
     objects = [str(temp / f"{Path(source).stem}.{name}.o") for source, name, _ in units]
     # The slowest to compile are those of the widest vectors, which come last: start with them.
     run_parallel([[*cxx, *flags, *extra, "-c", source, "-o", obj] for (source, _, extra), obj in zip(units, objects)][::-1])

@@ -222,7 +222,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
                     bool, const Memory&, const Memory&>());
   m.def("all_unchanged", &all_unchanged);
-  m.def("packs", &cpu::packs);
+  m.def("multiplies", &cpu::multiplies);
+  m.def("packed_weight_bytes", &cpu::packed_weight_bytes);
 
   m.def(
       "read_mask",
@@ -277,7 +278,8 @@ PYBIND11_MODULE(_cpu, m) {
                             pointer<const float>(scale),
                             pointer<const int32_t>(zero_point_sums),
                             out_features,
-                            in_features};
+                            in_features,
+                            cpu::instruction_set()};
       }));
 
   m.def(

@@ -238,11 +238,12 @@ struct PackedLinear {
   const float* scale;              // (out_features,) of an int8 weight's rows; null for other dtypes
   const int32_t* zero_point_sums;  // (out_features,) 128 times the sums of an int8 weight's rows; null for other dtypes
   int64_t out_features, in_features;
+  const char* instruction_set;  // that pack_weight has written it for: each has an order of its own
 };
 
 struct PackWeightParams {
   const void* weight;  // (out_features, in_features), rows of whole groups of 4 bytes
-  void* packed;        // the weight's bytes, out_features rounded up to a multiple of 64
+  void* packed;        // packed_weight_bytes()
   int64_t out_features, in_features;
   DType dtype;
 };
@@ -320,8 +321,12 @@ constexpr int64_t kOptimizerChunk = 16384;
 
 namespace cpu {
 
-// Whether the instruction set in use multiplies weights of this dtype: in the encoder layer and, but for int8, in matmul.
-bool packs(DType weight_dtype);
+// Whether the instruction set in use has an instruction that multiplies this dtype and adds the products. The encoder layer
+// has kernels without one; matmul has none, and none for int8 at all.
+bool multiplies(DType dtype);
+
+// What pack_weight writes: a multiple of 64.
+int64_t packed_weight_bytes(int64_t out_features, int64_t in_features, DType dtype);
 
 // Sums over all rows (gradients of weights and biases) are made of the sums of this many chunks of rows, in order: it
 // depends on the shape alone, so results do not depend on the number of threads.

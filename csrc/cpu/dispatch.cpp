@@ -13,7 +13,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  bool dot_products;  // of bfloat16 and of 8-bit integers
+  bool multiplies_bfloat16, multiplies_int8;  // in an instruction that adds the products
 #define FASTBERT_TABLE_ENTRY(kernel, Params) void (*kernel)(const Params&, int);
   FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_ENTRY)
 };
@@ -22,24 +22,35 @@ struct InstructionSet {
 
 const InstructionSet baseline_set = [] {
   namespace isa = baseline;
-  return InstructionSet{"baseline", false, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+  return InstructionSet{"baseline", false, false, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
 
 #if defined(__x86_64__)
 const InstructionSet avx2_set = [] {
   namespace isa = avx2;
-  return InstructionSet{"avx2", false, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+  return InstructionSet{"avx2", false, false, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
 
 const InstructionSet avx512_set = [] {
   namespace isa = avx512;
-  return InstructionSet{"avx512", false, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+  return InstructionSet{"avx512", false, false, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
+
+#if !defined(FASTBERT_WITHOUT_avx512_vnni)
+const InstructionSet avx512_vnni_set = [] {
+  InstructionSet set = avx512_set;
+  set.name = "avx512_vnni";
+  set.multiplies_int8 = true;
+  set.encoder_layer = avx512_vnni::encoder_layer;
+  set.pack_weight = avx512_vnni::pack_weight;
+  return set;
+}();
+#endif
 
 #if !defined(FASTBERT_WITHOUT_avx512_bf16)
 const InstructionSet avx512_bf16_set = [] {
   namespace isa = avx512_bf16;
-  return InstructionSet{"avx512_bf16", true, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
+  return InstructionSet{"avx512_bf16", true, true, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
 #endif
 #endif
@@ -54,6 +65,9 @@ std::vector<const InstructionSet*> supported_sets() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       sets.push_back(&avx512_set);
+#if !defined(FASTBERT_WITHOUT_avx512_vnni)
+      if (__builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512_vnni_set);
+#endif
 #if !defined(FASTBERT_WITHOUT_avx512_bf16)
       if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512_bf16_set);
 #endif
@@ -72,26 +86,39 @@ void require_supported(const Params& params) {
   }
 }
 
+bool is_weight(DType dtype) { return dtype == DType::float32 || dtype == DType::bfloat16 || dtype == DType::int8; }
+
 void require_supported(const PackWeightParams& params) {
-  if (!packs(params.dtype)) throw std::invalid_argument("this instruction set packs no weights of this dtype");
+  if (!is_weight(params.dtype)) throw std::invalid_argument("weights of float32, bfloat16 and int8 are packed");
 }
 
-// Of operands of one dtype: int8 has its products in the encoder layer alone.
-void require_product(const char* name, DType dtype) {
-  if (!packs(dtype) || dtype == DType::int8) {
-    throw std::invalid_argument("this instruction set has no " + std::string(name) + " of this dtype");
+void require_supported(const MatmulParams& params) {
+  if (!multiplies(params.dtype) || params.dtype == DType::int8) {
+    throw std::invalid_argument("this instruction set has no matmul of this dtype");
   }
 }
 
-void require_supported(const MatmulParams& params) { require_product("matmul", params.dtype); }
+void require_packed_for_this(const PackedLinear& linear) {
+  if (linear.instruction_set != current->name) {
+    throw std::invalid_argument(std::string("these weights are packed for the instruction set ") + linear.instruction_set +
+                                ", the one in use is " + current->name);
+  }
+}
 
-void require_supported(const PackedDenseParams& params) { require_product("packed linear layer", params.dtype); }
+void require_supported(const PackedDenseParams& params) {
+  require_packed_for_this(params.linear);
+  if (params.dtype != DType::float32 && params.dtype != DType::bfloat16) {
+    throw std::invalid_argument("packed linear layers are float32 or bfloat16");
+  }
+}
 
 void require_supported(const EncoderLayerParams& params) {
+  for (const PackedLinear* linear : {&params.qkv, &params.attention_output, &params.intermediate, &params.output})
+    require_packed_for_this(*linear);
   const bool activations = params.dtype == DType::float32 || params.dtype == DType::bfloat16;
   const bool wider = params.weight_dtype == DType::float32 && params.dtype != DType::float32;
-  if (!packs(params.weight_dtype) || !activations || wider) {
-    throw std::invalid_argument("this instruction set has no encoder layer for these dtypes");
+  if (!is_weight(params.weight_dtype) || !activations || wider) {
+    throw std::invalid_argument("there is no encoder layer for these dtypes");
   }
 }
 
@@ -107,7 +134,7 @@ std::vector<std::string> supported_instruction_sets() {
   return names;
 }
 
-std::string instruction_set() { return current->name; }
+const char* instruction_set() { return current->name; }
 
 void set_instruction_set(const std::string& name) {
   std::string names;
@@ -121,9 +148,15 @@ void set_instruction_set(const std::string& name) {
   throw std::invalid_argument("no instruction set '" + name + "' here: this CPU supports " + names);
 }
 
-bool packs(DType weight_dtype) {
-  const bool dot_product = weight_dtype == DType::bfloat16 || weight_dtype == DType::int8;
-  return weight_dtype == DType::float32 || (dot_product && current->dot_products);
+bool multiplies(DType dtype) {
+  return dtype == DType::float32 || (dtype == DType::bfloat16 && current->multiplies_bfloat16) ||
+         (dtype == DType::int8 && current->multiplies_int8);
+}
+
+int64_t packed_weight_bytes(int64_t out_features, int64_t in_features, DType dtype) {
+  constexpr int64_t panel = 64;  // no instruction set packs more rows of a weight side by side
+  const int64_t bytes = dtype == DType::float32 ? 4 : dtype == DType::int8 && multiplies(DType::int8) ? 1 : 2;
+  return (out_features + panel - 1) / panel * panel * in_features * bytes;
 }
 
 int64_t matmul_chunk_columns(int64_t depth, int64_t columns, DType dtype) {

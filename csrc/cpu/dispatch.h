@@ -1,5 +1,5 @@
-// Which instruction set the kernels use: baseline (SSE2 or NEON), avx2, avx512 or avx512_bf16 (with
-// VNNI: the dot products of bfloat16 and of 8-bit integers).
+// Which instruction set the kernels use: baseline (SSE2 or NEON), avx2, avx512, avx512_vnni (with the dot product of 8-bit
+// integers) or avx512_bf16 (with that and the one of bfloat16).
 
 #pragma once
 
@@ -11,7 +11,7 @@ namespace fastbert::cpu {
 // Those that this CPU supports, from the narrowest to the widest; the widest is used unless another one is set.
 std::vector<std::string> supported_instruction_sets();
 
-std::string instruction_set();
+const char* instruction_set();  // the same address for the same one
 
 // Throws std::invalid_argument where the CPU does not support it.
 void set_instruction_set(const std::string& name);

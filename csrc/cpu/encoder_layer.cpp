@@ -46,10 +46,10 @@ struct Precision {
   using Group = GroupType;
   using Hidden = HiddenType;
   using Inner = InnerType;
-  static constexpr bool kQuantizes = Group::kElements == 4;
+  using Element = typename Group::Element;  // of what enters a linear layer
   // Whether rows of T become another dtype before a linear layer can read them.
   template <typename T>
-  static constexpr bool kConverts = kQuantizes || (Group::kElements == 2 && sizeof(T) == 4);
+  static constexpr bool kConverts = !std::is_same_v<T, Element>;
 };
 
 // The rows of a chunk that one set of buffers holds, and the steps of the layer on some of them (first, last: counted from
@@ -59,6 +59,7 @@ struct Rows {
   using Hidden = typename P::Hidden;
   using Inner = typename P::Inner;
   using Group = typename P::Group;
+  using Element = typename P::Element;
 
   const EncoderLayerParams& p;
   const EncoderBuffers& buffers;
@@ -76,10 +77,10 @@ struct Rows {
       const Stopwatch watch(p, kRest);
       for (int64_t row = first; row < last; ++row) {
         const T* from_row = from + row * columns;
-        if constexpr (P::kQuantizes) {
-          buffers.scales[row] = quantize_row(from_row, columns, static_cast<uint8_t*>(buffers.converted) + row * columns);
+        Element* to = static_cast<Element*>(buffers.converted) + row * columns;
+        if constexpr (kQuantizes<Group>) {
+          buffers.scales[row] = quantize_row(from_row, columns, to);
         } else {
-          BFloat16* to = static_cast<BFloat16*>(buffers.converted) + row * columns;
           for_columns(columns,
                       [&](int64_t column, auto extent) { store(to + column, load(from_row + column, extent), extent); });
         }
@@ -91,10 +92,10 @@ struct Rows {
   void linear(const PackedLinear& layer, const T* from, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
               void* sums, const Finish& finish) const {
     const Stopwatch watch(p, kLinear);
-    const int64_t row_bytes = layer.in_features * (4 / Group::kElements);
+    const int64_t row_bytes = layer.in_features * static_cast<int64_t>(sizeof(Element));
     const void* rows = P::template kConverts<T> ? buffers.converted : static_cast<const void*>(from);
     const LeftMatrixRows left{static_cast<const char*>(rows) + first * row_bytes, row_bytes,
-                              P::kQuantizes ? buffers.scales + first : nullptr};
+                              kQuantizes<Group> ? buffers.scales + first : nullptr};
     packed_linear<Group>(last - first, left, layer, first_panel, last_panel, sums, finish);
   }
 
@@ -293,21 +294,25 @@ void run_layer(const EncoderLayerParams& p, int num_threads) {
 }  // namespace
 
 void pack_weight(const PackWeightParams& p, int num_threads) {
-  const int64_t row_bytes = p.in_features * (p.dtype == DType::float32 ? 4 : p.dtype == DType::int8 ? 1 : 2);
-  pack_panels(p.weight, p.out_features, row_bytes / 4, static_cast<uint32_t*>(p.packed), num_threads);
+  uint32_t* packed = static_cast<uint32_t*>(p.packed);
+  const auto pack = [&](auto group, const auto* weight) {
+    pack_panels<decltype(group)>(weight, p.out_features, p.in_features, packed, num_threads);
+  };
+  if (p.dtype == DType::float32) return pack(FloatGroup(), static_cast<const float*>(p.weight));
+  if (p.dtype == DType::bfloat16) return pack(BFloat16Group(), static_cast<const BFloat16*>(p.weight));
+  pack(Int8Group(), static_cast<const int8_t*>(p.weight));
 }
 
 void encoder_layer(const EncoderLayerParams& p, int num_threads) {
-  // dispatch.cpp lets pass what the instruction set can do.
+  // What is inside of a layer whose weights are not float32: what the linear layers of bfloat16 read.
+  using Inner = BFloat16Group::Element;
   if (p.weight_dtype == DType::float32) return run_layer<Precision<FloatGroup, float, float>>(p, num_threads);
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
   if (p.weight_dtype == DType::bfloat16) {
-    return p.dtype == DType::float32 ? run_layer<Precision<BFloat16Group, float, BFloat16>>(p, num_threads)
-                                     : run_layer<Precision<BFloat16Group, BFloat16, BFloat16>>(p, num_threads);
+    return p.dtype == DType::float32 ? run_layer<Precision<BFloat16Group, float, Inner>>(p, num_threads)
+                                     : run_layer<Precision<BFloat16Group, BFloat16, Inner>>(p, num_threads);
   }
-  p.dtype == DType::float32 ? run_layer<Precision<Int8Group, float, BFloat16>>(p, num_threads)
-                            : run_layer<Precision<Int8Group, BFloat16, BFloat16>>(p, num_threads);
-#endif
+  p.dtype == DType::float32 ? run_layer<Precision<Int8Group, float, Inner>>(p, num_threads)
+                            : run_layer<Precision<Int8Group, BFloat16, Inner>>(p, num_threads);
 }
 
 }  // namespace fastbert::cpu::FASTBERT_ISA

@@ -9,7 +9,15 @@ namespace fastbert::cpu {
 
 namespace {
 
-int64_t inner_bytes(const EncoderLayerParams& p) { return p.weight_dtype == DType::float32 ? 4 : 2; }
+// Of an element that enters a linear layer.
+int64_t left_bytes(DType weight_dtype) {
+  if (weight_dtype == DType::int8) return multiplies(DType::int8) ? 1 : 2;
+  return weight_dtype == DType::bfloat16 && multiplies(DType::bfloat16) ? 2 : 4;
+}
+
+int64_t inner_bytes(const EncoderLayerParams& p) {
+  return left_bytes(p.weight_dtype == DType::int8 ? DType::bfloat16 : p.weight_dtype);
+}
 
 int64_t hidden_bytes(const EncoderLayerParams& p) { return p.dtype == DType::float32 ? 4 : 2; }
 
@@ -67,7 +75,8 @@ void* Memory::take(int64_t bytes) {
 EncoderBuffers::EncoderBuffers(Memory& memory, const EncoderLayerParams& p, int64_t rows) {
   const int64_t hidden = p.qkv.in_features, wide = p.output.in_features;
   const bool quantizes = p.weight_dtype == DType::int8;
-  const int64_t converted_bytes = quantizes ? std::max(hidden, wide) : p.weight_dtype != p.dtype ? hidden * 2 : 0;
+  const int64_t left = left_bytes(p.weight_dtype);
+  const int64_t converted_bytes = quantizes ? std::max(hidden, wide) * left : left != hidden_bytes(p) ? hidden * left : 0;
   z = static_cast<float*>(memory.take(rows * hidden * 4));
   h = memory.take(rows * hidden * hidden_bytes(p));
   inner = memory.take(rows * wide * inner_bytes(p));

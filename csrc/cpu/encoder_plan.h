@@ -46,8 +46,8 @@ class Memory {
   int64_t used_ = 0;
 };
 
-// What the steps after attention keep of some rows; and the rows that enter a linear layer where its weights are of another
-// dtype: int8, or bfloat16 under float32 rows.
+// What the steps after attention keep of some rows; and the rows that enter a linear layer where that reads another dtype:
+// integers, or bfloat16 under float32 rows, or, of an instruction set that does not multiply bfloat16, the other way round.
 struct EncoderBuffers {
   float* z;         // (rows, hidden), the input of a LayerNorm without its residual
   void* h;          // (rows, hidden), the output of the first LayerNorm
@@ -58,7 +58,8 @@ struct EncoderBuffers {
   EncoderBuffers(Memory& memory, const EncoderLayerParams& p, int64_t rows);
 };
 
-// What a chunk keeps between the parts of the layer. Inside it is float32 for float32 weights and bfloat16 for others.
+// What a chunk keeps between the parts of the layer. Inside it is bfloat16 where the weights are not float32 and the
+// instruction set multiplies bfloat16, otherwise float32.
 struct EncoderWorkspace {
   void* qkv;               // (rows, 3, num_heads, head_dim)
   void* context;           // (rows, hidden)

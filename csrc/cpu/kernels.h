@@ -38,6 +38,12 @@ FASTBERT_FOR_EACH_KERNEL(FASTBERT_DECLARE_KERNEL)
 namespace avx512 {
 FASTBERT_FOR_EACH_KERNEL(FASTBERT_DECLARE_KERNEL)
 }
+// Has the others from avx512, in dispatch.cpp.
+namespace avx512_vnni {
+using avx512::attention_forward;
+FASTBERT_DECLARE_KERNEL(pack_weight, PackWeightParams)
+FASTBERT_DECLARE_KERNEL(encoder_layer, EncoderLayerParams)
+}  // namespace avx512_vnni
 namespace avx512_bf16 {
 FASTBERT_FOR_EACH_KERNEL(FASTBERT_DECLARE_KERNEL)
 }

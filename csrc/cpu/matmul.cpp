@@ -103,8 +103,8 @@ struct Product {
     float* scratch = thread_scratch(static_cast<size_t>(sums_size + (a_is_transposed ? groups * kMaxBlockRows : 0)));
     Vec* sums = reinterpret_cast<Vec*>(scratch);
     if (!a_is_transposed) {
-      const LeftRows left{reinterpret_cast<const char*>(a + first_row * p.a_row_stride),
-                          p.a_row_stride * static_cast<int64_t>(sizeof(T))};
+      const LeftRows<Group> left{reinterpret_cast<const char*>(a + first_row * p.a_row_stride),
+                                 p.a_row_stride * static_cast<int64_t>(sizeof(T))};
       return multiply_panels(left, first_row, rows, first_panel, last_panel, sums);
     }
     pack_columns<Group, kMaxBlockRows>(a + first_row, p.a_depth_stride, p.depth, rows, 0, groups,

@@ -1,8 +1,11 @@
 // Sums of A B with B packed: the microkernel of the large products, one for three dtypes.
 //
-// The depth is counted in groups of 4 bytes: 1 float32, 2 bfloat16 or 4 int8 elements of a row of A, which lie side by side
-// in memory and are broadcast together; one instruction multiplies a group with the groups of a vector of B's columns (of
-// a weight's rows, where B is its transpose). B is packed in panels of kPanelColumns, [group][column].
+// The depth is counted in groups of 4 bytes of B: 1 float32, 2 bfloat16 or 4 int8 elements of a column (of a weight's row,
+// where B is its transpose). As many neighbours in a row of A are broadcast together, and one instruction multiplies them
+// with the groups of a vector of columns. B is packed in panels of kPanelColumns, [group][column].
+//
+// An instruction set without such an instruction has groups of the same names all the same: bfloat16 becomes float32 in the
+// registers, which is as fast as float32 and half as much to read; 8-bit integers become 16-bit ones as they are packed.
 
 #pragma once
 
@@ -13,10 +16,12 @@
 
 namespace fastbert::cpu::FASTBERT_ISA {
 
-// What a group holds and how it is multiplied.
+// What a group holds, in which form a row of A has as many elements, and how both are multiplied, in one part or in two.
 struct FloatGroup {
   using Sum = Vec;
+  using Element = float;
   static constexpr int kElements = 1;
+  static FASTBERT_INLINE VecUint part(VecUint w, int) { return w; }
   static FASTBERT_INLINE Sum multiply_add(Sum sum, uint32_t a, VecUint w) {
     float element;
     std::memcpy(&element, &a, 4);
@@ -27,9 +32,24 @@ struct FloatGroup {
 #if defined(__AVX512BF16__)
 struct BFloat16Group {
   using Sum = Vec;
+  using Element = BFloat16;
   static constexpr int kElements = 2;
+  static FASTBERT_INLINE VecUint part(VecUint w, int) { return w; }
   static FASTBERT_INLINE Sum multiply_add(Sum sum, uint32_t a, VecUint w) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)w, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)));
+  }
+};
+#else
+struct BFloat16Group : FloatGroup {
+  static constexpr int kElements = 2;
+  static FASTBERT_INLINE VecUint part(VecUint w, int part) {
+    if (part == 0) return w << 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // A mask would take the register that the sums of a tile leave.
+    return (VecUint)_mm256_slli_epi32(_mm256_srli_epi32((__m256i)w, 16), 16);
+#else
+    return w & 0xFFFF0000;
+#endif
   }
 };
 #endif
@@ -38,13 +58,41 @@ struct BFloat16Group {
 // A's elements are unsigned: kZeroPoint more than the numbers that they stand for.
 struct Int8Group {
   using Sum = VecInt;
-  static constexpr int kElements = 4;
-  static constexpr int kZeroPoint = 128;
+  using Element = uint8_t;
+  static constexpr int kElements = 4, kZeroPoint = 128;
+  static FASTBERT_INLINE VecUint part(VecUint w, int) { return w; }
   static FASTBERT_INLINE Sum multiply_add(Sum sum, uint32_t a, VecUint w) {
     return (VecInt)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)w);
   }
 };
+#else
+// Pairs of 16-bit integers: products of unsigned and signed bytes would overflow 16 bits where two of them are added.
+struct Int8Group {
+  using Sum = VecInt;
+  using Element = int16_t;
+  static constexpr int kElements = 2, kZeroPoint = 0;
+  static FASTBERT_INLINE VecUint part(VecUint w, int) { return w; }
+  static FASTBERT_INLINE Sum multiply_add(Sum sum, uint32_t a, VecUint w) {
+#if defined(__AVX512BW__)
+    return sum + (VecInt)_mm512_madd_epi16(_mm512_set1_epi32(static_cast<int>(a)), (__m512i)w);
+#elif defined(__AVX2__)
+    return sum + (VecInt)_mm256_madd_epi16(_mm256_set1_epi32(static_cast<int>(a)), (__m256i)w);
+#elif defined(__x86_64__)
+    return sum + (VecInt)_mm_madd_epi16(_mm_set1_epi32(static_cast<int>(a)), (__m128i)w);
+#else
+    const VecInt both = (VecInt)w;
+    return sum + static_cast<int16_t>(a) * (both << 16 >> 16) + (static_cast<int32_t>(a) >> 16) * (both >> 16);
 #endif
+  }
+};
+#endif
+
+// What lies on the left of a group.
+template <typename Group>
+constexpr int64_t kLeftBytes = Group::kElements * sizeof(typename Group::Element);
+
+template <typename Group>
+constexpr int kParts = kLeftBytes<Group> / 4;
 
 // A block of a panel of this many groups (32 KB with 512-bit vectors) stays in the first-level cache while the rows of A
 // pass.
@@ -52,11 +100,12 @@ constexpr int64_t kGroupBlock = 128;
 constexpr int kCacheLine = 64;
 
 // Rows of A, or a part of them: group k of row i is at data + i * row_bytes + k * kGroupBytes. In LeftRows the groups of a
-// row lie side by side, in LeftColumns those of kMaxBlockRows rows.
+// row lie side by side, in LeftColumns those of kMaxBlockRows rows, 4 bytes each.
+template <typename Group>
 struct LeftRows {
   const char* data;
   int64_t row_bytes;
-  static constexpr int64_t kGroupBytes = 4;
+  static constexpr int64_t kGroupBytes = kLeftBytes<Group>;
 
   LeftRows from(int64_t row, int64_t group) const { return {data + row * row_bytes + group * kGroupBytes, row_bytes}; }
 };
@@ -98,12 +147,18 @@ __attribute__((noinline)) void packed_tile(int64_t groups, Left a, const uint32_
       for (int v = 0; v < kPanelVectors; ++v) std::memcpy(&w[v], panel + v * kWidth, sizeof(VecUint));
 #pragma GCC unroll 4
       for (int line = 0; line < kLines; ++line, prefetch += kCacheLine) __builtin_prefetch(prefetch, 0, 2);
-#pragma GCC unroll 8
-      for (int row = 0; row < Rows; ++row) {
-        uint32_t element;
-        std::memcpy(&element, a.data + row * a.row_bytes, 4);
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts<Group>; ++part) {
+        VecUint b[kPanelVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = Group::multiply_add(sums[row][v], element, w[v]);
+        for (int v = 0; v < kPanelVectors; ++v) b[v] = Group::part(w[v], part);
+#pragma GCC unroll 8
+        for (int row = 0; row < Rows; ++row) {
+          uint32_t element;
+          std::memcpy(&element, a.data + row * a.row_bytes + part * 4, 4);
+#pragma GCC unroll 4
+          for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = Group::multiply_add(sums[row][v], element, b[v]);
+        }
       }
     }
   };

@@ -133,7 +133,7 @@ def _keep_dense(pooler: nn.Module) -> PackedDense | None:
     tensors = [weight] if bias is None else [weight, bias]
     fits = weight.dim() == 2 and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype))
     whole_groups = weight.shape[-1] * weight.element_size() % 4 == 0
-    if not (all(map(_is_readable, tensors)) and fits and native.packs(weight.dtype) and whole_groups):
+    if not (all(map(_is_readable, tensors)) and fits and whole_groups):
         return None
     snapshot = Snapshot(pooler, {}, tensors)
     with torch.no_grad():

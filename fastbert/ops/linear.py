@@ -40,6 +40,13 @@ def onednn_unavailable_reason() -> str | None:
     return None
 
 
+@functools.cache
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's linear takes this dtype on this CPU: bfloat16 needs AVX-512, and fails elsewhere."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return dtype != torch.bfloat16 or (supported is not None and supported())
+
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -75,12 +82,14 @@ def candidates(product: str, dtype: torch.dtype) -> Mapping[str, Callable[..., T
 
     That is our own in float32, whose results do not depend on the number of threads, and in bfloat16 torch's, which is oneDNN's.
     """
-    return _usable(product, dtype, backends.unavailable_reason("native") is None and _native().packs(dtype))
+    return _usable(product, dtype, backends.unavailable_reason("native") is None and _native().multiplies(dtype))
 
 
 @functools.cache
 def _usable(product: str, dtype: torch.dtype, own: bool) -> Mapping[str, Callable[..., Tensor]]:
-    usable = {name: function for name, function in PRODUCTS[product].items() if own or name != "fastbert"}
+    there = {"fastbert": own, "torch": True}
+    onednn = onednn_multiplies(dtype)
+    usable = {name: function for name, function in PRODUCTS[product].items() if there.get(name, onednn)}
     return usable if dtype == torch.float32 else {"torch": usable["torch"], **usable}
 
 

@@ -5,7 +5,8 @@ stride. Arithmetic, statistics and sums are float32, except that attention and m
 products in float32, with avx512_bf16. Results do not depend on the number of threads, which is torch's.
 
 The extension links no OpenMP runtime: it is handed the entry point of the one that torch uses, so the process has one.
-FASTBERT_CPU_ISA=baseline|avx2|avx512|avx512_bf16 forces an instruction set; the widest that the CPU supports is the default.
+FASTBERT_CPU_ISA=baseline|avx2|avx512|avx512_vnni|avx512_bf16 forces an instruction set; the default is the widest that the CPU
+supports.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ NAMES = (
     "add_layer_norm_backward", "add_layer_norm_forward", "all_unchanged", "attention_backward", "attention_forward",
     "bias_gelu_backward", "bias_gelu_forward", "embed_tokens", "embedding_layer_norm_backward", "embedding_layer_norm_forward",
     "gelu_layer_norm_backward", "gelu_layer_norm_forward", "instruction_set", "matmul", "matmul_workspace_bytes",
-    "mlm_loss_backward", "mlm_loss_forward", "pack_weight", "packed_dense", "packs", "read_mask", "row_chunks",
-    "set_instruction_set", "set_openmp_parallel", "supported_instruction_sets", "table_gradient",
+    "mlm_loss_backward", "mlm_loss_forward", "multiplies", "pack_weight", "packed_dense", "packed_weight_bytes", "read_mask",
+    "row_chunks", "set_instruction_set", "set_openmp_parallel", "supported_instruction_sets", "table_gradient",
 )  # fmt: skip
 _TORCH_LIBRARY = re.compile(r"/libtorch_cpu\.so[.\d]*$")
 
@@ -77,7 +78,10 @@ def unavailable_reason() -> str | None:
 
 
 def instruction_set() -> str:
-    """The one in use: "baseline" (SSE2 or NEON), "avx2", "avx512" or "avx512_bf16" (with VNNI). The extension must be available."""
+    """The one in use: "baseline" (SSE2 or NEON), "avx2", "avx512", "avx512_vnni" or "avx512_bf16" (with VNNI).
+
+    The extension must be available.
+    """
     return _cpu.instruction_set()
 
 
@@ -91,9 +95,12 @@ def set_instruction_set(name: str) -> None:
     _cpu.set_instruction_set(name)
 
 
-def packs(weight_dtype: torch.dtype) -> bool:
-    """Whether the instruction set in use multiplies weights of this dtype, in the encoder layer and, but for int8, in matmul."""
-    return _cpu.packs(WEIGHT_DTYPES[weight_dtype])
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the instruction set in use has an instruction that multiplies this dtype and adds the products.
+
+    Matmul needs one; the encoder layer takes another way where there is none.
+    """
+    return _cpu.multiplies(WEIGHT_DTYPES[dtype])
 
 
 def cpu_features() -> list[str]:

@@ -1,7 +1,7 @@
 """The encoder layer of ``csrc/cpu/encoder_layer.cpp``: weights packed once, then one call per layer. Inference only.
 
-Weights of float32 run with every instruction set, bfloat16 and int8 where the CPU multiplies them (AVX-512 with BF16 and VNNI):
-elsewhere bfloat16 goes through oneDNN, op by op.
+Weights of float32, bfloat16 and int8 run with every instruction set. One that does not multiply bfloat16 makes float32 of it in its
+registers; without a product of 8-bit integers those of 16 bits take their place: the same sums in half the rate or less.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .encoder_layer import EncoderLayerWeights, LinearWeights
 
 _GROUP_BYTES = 4  # of neighbours in a row of a weight, which one instruction multiplies
-_ROWS_OF_PANEL = 64  # no instruction set packs more rows of a weight side by side
 _WORK = ("linear", "attention", "rest")
 _nanoseconds = torch.zeros(len(_WORK), dtype=torch.int64, device="cpu")
 
@@ -35,9 +34,6 @@ def not_supported_reasons(weights: EncoderLayerWeights, dtype: torch.dtype, devi
         reasons.append(f"the weights are {weights.dtype}, x is {dtype}")
     if dtype not in native.DTYPES or weights.dtype not in native.WEIGHT_DTYPES:
         reasons.append(f"it has no kernels for {dtype} with weights of {weights.dtype}")
-    elif not native.packs(weights.dtype):
-        name = str(weights.dtype).removeprefix("torch.")
-        reasons.append(f"the instruction set {native.instruction_set()} does not multiply {name} (avx512_bf16 does)")
     if weights.head_dim > MAX_HEAD_DIM:
         reasons.append(f"head_dim is {weights.head_dim}, its attention goes up to {MAX_HEAD_DIM}")
     bytes_of_element = weights.qkv.weight.element_size()
@@ -102,7 +98,10 @@ class PackedWeights:
 
     def __init__(self, linears: Sequence[LinearWeights]) -> None:
         self._kept: list[Tensor] = []
-        sizes = [_packed_bytes(linear) for linear in linears]
+        sizes = [
+            native.EXTENSION.packed_weight_bytes(*linear.weight.shape, native.WEIGHT_DTYPES[linear.weight.dtype])
+            for linear in linears
+        ]
         places = huge_pages.empty(sum(sizes)).split(sizes)
         self.linears = [self._packed(linear, place) for linear, place in zip(linears, places, strict=True)]
 
@@ -115,7 +114,7 @@ class PackedWeights:
         )  # fmt: skip
         sums = None
         if weight.dtype == torch.int8:
-            # The kernel multiplies unsigned activations, 128 too large.
+            # With VNNI the kernel multiplies unsigned activations, 128 too large.
             sums = (weight.sum(1, dtype=torch.int32) * 128).contiguous()
             self._kept.append(sums)
         self._kept.append(packed)
@@ -146,9 +145,3 @@ class PackedEncoderLayer:
             *packed.linears, *norms, weights.attention_norm.eps, weights.output_norm.eps, weights.num_heads, weights.head_dim,
             weights.softmax_scale, native.DTYPES[dtype], native.WEIGHT_DTYPES[weights.dtype], _nanoseconds.data_ptr(),
         )  # fmt: skip
-
-
-def _packed_bytes(linear: LinearWeights) -> int:
-    """A multiple of 64, since panels have so many rows."""
-    out_features, in_features = linear.weight.shape
-    return -(-out_features // _ROWS_OF_PANEL) * _ROWS_OF_PANEL * in_features * linear.weight.element_size()

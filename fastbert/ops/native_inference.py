@@ -70,7 +70,7 @@ class EmbeddingTables:
 
 
 class PackedDense:
-    """x W^T + b on a packed copy of a weight of float32 or bfloat16 that :func:`native.packs`, for x of its dtype."""
+    """x W^T + b on a packed copy of a weight of float32 or bfloat16, for x of its dtype."""
 
     def __init__(self, weights: LinearWeights) -> None:
         self.dtype = weights.weight.dtype

@@ -65,7 +65,7 @@ def test_bfloat16(calls):
         truth = output(theirs.double(), batch)
         error = (output(ours.bfloat16(), batch).double() - truth).abs().max()
         assert error <= 2 * (output(theirs.bfloat16(), batch).double() - truth).abs().max()
-    assert len(calls) == (3 if native.packs(torch.bfloat16) else 0)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,7 +79,7 @@ def test_int8(calls, dtype):
             layer.attention.self.query.register_forward_hook(lambda *_: None)  # takes the ops one by one
         one_by_one = output(model, batch)
     assert (before - one_by_one).abs().max() < 0.1
-    assert packed == len(calls) == (3 if native.packs(torch.int8) else 0)
+    assert packed == len(calls) == 3
 
 
 def test_training_and_gradients_take_the_ops_and_drop_the_copies(calls):
@@ -307,7 +307,7 @@ def test_autocast(calls, dtype):
                 result, expected = output(ours, batch), output(theirs, batch)
             assert result.dtype == torch.float32
             assert (result - truth).abs().max() <= 2 * (expected - truth).abs().max()
-        assert len(calls) == (6 if dtype == torch.bfloat16 and native.packs(dtype) else 0)
+        assert len(calls) == (6 if dtype == torch.bfloat16 else 0)
         assert (output(ours, batch) - truth).abs().max() < 2e-5  # packed again, in float32
 
 

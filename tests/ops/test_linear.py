@@ -75,7 +75,7 @@ def dtypes_of_native_matmul():
         return []
     from fastbert.ops import native
 
-    return [dtype for dtype in products.DTYPES if native.packs(dtype)]
+    return [dtype for dtype in products.DTYPES if native.multiplies(dtype)]
 
 
 @no_native
@@ -163,7 +163,7 @@ def test_matmul_stays_within_its_workspace(depth, columns, dtype):
         for name in native.supported_instruction_sets():
             native.set_instruction_set(name)
             workspace = torch.full((size + 4096,), 0x5A, dtype=torch.uint8)
-            if native.packs(dtype):
+            if native.multiplies(dtype):
                 native._cpu.matmul(
                     a.data_ptr(), b.data_ptr(), 0, c.data_ptr(), workspace.data_ptr(), 2, depth, columns, *a.stride(), *b.stride(),
                     columns, number, 2,
@@ -188,7 +188,7 @@ def test_matmul_on_every_instruction_set():
                     torch.testing.assert_close(native.matmul(left, right, bias), torch.addmm(bias, a, b), rtol=1e-5, atol=1e-4)
             halves = [t.bfloat16() for t in (a, b, bias)]
             own = "fastbert" in products.candidates("dx", torch.bfloat16)
-            assert own == native.packs(torch.bfloat16)
+            assert own == native.multiplies(torch.bfloat16)
             if own:
                 expected = torch.addmm(*(t.double() for t in (halves[2], *halves[:2])))
                 torch.testing.assert_close(native.matmul(*halves).double(), expected, rtol=1e-2, atol=1e-2)

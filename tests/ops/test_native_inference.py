@@ -83,16 +83,10 @@ def test_columns_behind_the_last_position_are_refused():
     assert form.embed(ids, None, None, None) is None
 
 
-def skip_where_not_packed(dtype: torch.dtype) -> None:
-    if not native.packs(dtype):
-        pytest.skip(f"{native.instruction_set()} does not multiply {dtype}")
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("out_features", "in_features"), [(768, 768), (64, 8), (65, 30), (3, 2), (200, 130)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_dense(instruction_set, dtype, out_features, in_features, bias, nan_filled_memory):  # noqa: F811
-    skip_where_not_packed(dtype)
     weight = (torch.randn(out_features, in_features, dtype=torch.float64) * in_features**-0.5).to(dtype)
     b = torch.randn(out_features, dtype=torch.float64).to(dtype) if bias else None
     dense = PackedDense(LinearWeights(weight, b))
