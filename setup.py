@@ -74,6 +74,7 @@ INSTRUCTION_SETS = {
     "x86_64": {
         "baseline": ["-march=x86-64"],
         "avx2": ["-mavx2", "-mfma"],
+        "avx2_vnni": ["-mavx2", "-mfma", "-mavxvnni"],
         "avx512": AVX512_FLAGS,
         "avx512_vnni": [*AVX512_FLAGS, "-mavx512vnni"],
         "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
@@ -82,7 +83,7 @@ INSTRUCTION_SETS = {
 }
 
 # Of a set that differs from the one before it in these alone.
-OPS_OF = {"avx512_vnni": ("encoder_layer",)}
+OPS_OF = dict.fromkeys(("avx2_vnni", "avx512_vnni"), ("encoder_layer",))
 
 CUDA_SOURCES = ("csrc/cuda/bindings.cpp", *(path.as_posix() for path in sorted(Path("csrc/cuda").glob("*.cu"))))
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

@@ -2,6 +2,10 @@
 
 #include "cpu/dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <stdexcept>
 
@@ -36,15 +40,28 @@ const InstructionSet avx512_set = [] {
   return InstructionSet{"avx512", false, false, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
 
+// The same set with VNNI.
+#define FASTBERT_VNNI_SET(set_name, base_set)    \
+  const InstructionSet set_name##_set = [] {     \
+    InstructionSet set = base_set;               \
+    set.name = #set_name;                        \
+    set.multiplies_int8 = true;                  \
+    set.pack_weight = set_name::pack_weight;     \
+    set.encoder_layer = set_name::encoder_layer; \
+    return set;                                  \
+  }();
+
+#if !defined(FASTBERT_WITHOUT_avx2_vnni)
+FASTBERT_VNNI_SET(avx2_vnni, avx2_set)
+
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 1u << 4) != 0;
+}
+#endif
+
 #if !defined(FASTBERT_WITHOUT_avx512_vnni)
-const InstructionSet avx512_vnni_set = [] {
-  InstructionSet set = avx512_set;
-  set.name = "avx512_vnni";
-  set.multiplies_int8 = true;
-  set.encoder_layer = avx512_vnni::encoder_layer;
-  set.pack_weight = avx512_vnni::pack_weight;
-  return set;
-}();
+FASTBERT_VNNI_SET(avx512_vnni, avx512_set)
 #endif
 
 #if !defined(FASTBERT_WITHOUT_avx512_bf16)
@@ -62,6 +79,9 @@ std::vector<const InstructionSet*> supported_sets() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     sets.push_back(&avx2_set);
+#if !defined(FASTBERT_WITHOUT_avx2_vnni)
+    if (has_avx_vnni()) sets.push_back(&avx2_vnni_set);
+#endif
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       sets.push_back(&avx512_set);

@@ -38,12 +38,15 @@ FASTBERT_FOR_EACH_KERNEL(FASTBERT_DECLARE_KERNEL)
 namespace avx512 {
 FASTBERT_FOR_EACH_KERNEL(FASTBERT_DECLARE_KERNEL)
 }
-// Has the others from avx512, in dispatch.cpp.
-namespace avx512_vnni {
-using avx512::attention_forward;
-FASTBERT_DECLARE_KERNEL(pack_weight, PackWeightParams)
-FASTBERT_DECLARE_KERNEL(encoder_layer, EncoderLayerParams)
-}  // namespace avx512_vnni
+// Those of a set with VNNI that differ from those of the set without.
+#define FASTBERT_DECLARE_VNNI(set, base)                     \
+  namespace set {                                            \
+  using base::attention_forward;                             \
+  FASTBERT_DECLARE_KERNEL(pack_weight, PackWeightParams)     \
+  FASTBERT_DECLARE_KERNEL(encoder_layer, EncoderLayerParams) \
+  }
+FASTBERT_DECLARE_VNNI(avx2_vnni, avx2)
+FASTBERT_DECLARE_VNNI(avx512_vnni, avx512)
 namespace avx512_bf16 {
 FASTBERT_FOR_EACH_KERNEL(FASTBERT_DECLARE_KERNEL)
 }

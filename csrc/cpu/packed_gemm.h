@@ -54,7 +54,7 @@ struct BFloat16Group : FloatGroup {
 };
 #endif
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 // A's elements are unsigned: kZeroPoint more than the numbers that they stand for.
 struct Int8Group {
   using Sum = VecInt;
@@ -62,7 +62,11 @@ struct Int8Group {
   static constexpr int kElements = 4, kZeroPoint = 128;
   static FASTBERT_INLINE VecUint part(VecUint w, int) { return w; }
   static FASTBERT_INLINE Sum multiply_add(Sum sum, uint32_t a, VecUint w) {
+#if defined(__AVX512VNNI__)
     return (VecInt)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)w);
+#else
+    return (VecInt)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(static_cast<int>(a)), (__m256i)w);
+#endif
   }
 };
 #else

@@ -5,8 +5,8 @@ stride. Arithmetic, statistics and sums are float32, except that attention and m
 products in float32, with avx512_bf16. Results do not depend on the number of threads, which is torch's.
 
 The extension links no OpenMP runtime: it is handed the entry point of the one that torch uses, so the process has one.
-FASTBERT_CPU_ISA=baseline|avx2|avx512|avx512_vnni|avx512_bf16 forces an instruction set; the default is the widest that the CPU
-supports.
+FASTBERT_CPU_ISA=baseline|avx2|avx2_vnni|avx512|avx512_vnni|avx512_bf16 forces an instruction set; the default is the widest that
+the CPU supports.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def unavailable_reason() -> str | None:
 
 
 def instruction_set() -> str:
-    """The one in use: "baseline" (SSE2 or NEON), "avx2", "avx512", "avx512_vnni" or "avx512_bf16" (with VNNI).
+    """The one in use: "baseline" (SSE2 or NEON), "avx2", "avx2_vnni", "avx512", "avx512_vnni" or "avx512_bf16" (with VNNI).
 
     The extension must be available.
     """
