@@ -80,8 +80,10 @@ class Schedule:
         if self._name == "linear":
             return get_linear_schedule_with_warmup(self._optimizer, cycle.warmup_steps, cycle.steps, last_epoch=done - 1)
         if self._name == "polynomial":
+            # transformers divides by the length of the way down, of which a warmup over all steps leaves nothing.
+            steps = max(cycle.steps, cycle.warmup_steps + 1)
             return get_polynomial_decay_schedule_with_warmup(
-                self._optimizer, cycle.warmup_steps, cycle.steps, lr_end=0.0, power=POLYNOMIAL_POWER, last_epoch=done - 1
+                self._optimizer, cycle.warmup_steps, steps, lr_end=0.0, power=POLYNOMIAL_POWER, last_epoch=done - 1
             )
         # torch divides by the length of the rise, which is 0 for a rise of one step: there is none then. The rate after the last
         # step, which torch wants to have, is that of one step more.

@@ -53,6 +53,13 @@ def test_polynomial_decay_goes_by_the_square_root():
     assert [rate for rate, _ in rates(settings(schedule="polynomial"))] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "polynomial"])
+@pytest.mark.parametrize("start", [0, 5, 12])
+def test_warmup_over_all_steps(schedule: str, start: int):
+    run = settings(schedule=schedule, warmup_steps=12)
+    assert [rate for rate, _ in rates(run, start)] == pytest.approx([PEAK * step / 12 for step in range(start, 12)])
+
+
 @pytest.mark.parametrize("build", [build_optimizer, build_lamb])
 def test_one_cycle_of_the_rate_and_of_beta(build):
     seen = rates(settings(schedule="one-cycle"), build=build)
