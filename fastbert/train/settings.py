@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fastbert.data.streams import LARGEST_SEED
+
 from .command_settings import CommandSettings, option
 from .errors import SettingsError
 
@@ -141,13 +143,15 @@ class PretrainSettings(CommandSettings):
         **dict.fromkeys(("steps", "save_steps", "keep_checkpoints", "log_steps", "compare_steps", "batches_per_step"), 1),
         **dict.fromkeys(("warmup_steps", "second_phase_steps", "max_skipped_steps", "workers", "seed"), 0),
         **dict.fromkeys(("max_seq_length", "second_phase_seq_length"), 8),
-        "vocab_size": 100,
+        "vocab_size": 200,
     }
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpus", tuple(self.corpus))
         object.__setattr__(self, "report_to", tuple(self.report_to))
         self.check_least()
+        if self.seed > LARGEST_SEED:
+            raise SettingsError(f"--seed is {self.seed}; the largest seed is {LARGEST_SEED}")
         self.check_positive("learning_rate", "second_phase_learning_rate", "max_grad_norm")
         self.check_not_negative("weight_decay")
         for name, allowed in (
