@@ -274,6 +274,8 @@ def _json_row(line: str, text_column: str, where: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise CorpusError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of more digits, or brackets in more brackets, than Python reads
+        raise CorpusError(f"{where}: JSON that Python cannot read ({error})") from error
     if not isinstance(row, dict):
         raise CorpusError(f"{where}: expected a JSON object with {text_column!r}, found {type(row).__name__}")
     return row

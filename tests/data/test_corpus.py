@@ -117,6 +117,8 @@ def test_report_counts(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "x"}\n{"text": 7}\n', r"line 2: column 'text' must hold a string, found int"),
         ("a.jsonl.gz", '{"text": "x"}\n{"text": null}\n', r"line 2: column 'text' must hold a string, found NoneType"),
         ("a.jsonl", '{"text": "x"}\n{"text": "\\ud83d"}\n', r"line 2: column 'text' holds a lone surrogate"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "y", "id": ' + "1" * 5000 + "}\n", r"line 2: JSON that Python cannot read \(.*digits"),
+        ("a.jsonl", '{"text": "x"}\n' + "[" * 200_000, r"line 2: JSON that Python cannot read \(.*recursion"),
         ("a.parquet", b"PAR1 not parquet", r"a\.parquet, row 1: not a readable Parquet file"),
         ("a.parquet", b"", r"a\.parquet, row 1: not a readable Parquet file"),
         ("a.csv", "text\nx\n", r"a\.csv: unknown file type; a corpus is made of \.txt, \.txt\.gz, \.jsonl"),
