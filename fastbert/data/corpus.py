@@ -7,6 +7,7 @@ names the place, and no text is skipped or cut without a word: :class:`Reading` 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,8 @@ def read_documents(sources: Sequence[str | Path], *, text_column: str = "text") 
     - a ``.txt`` or ``.txt.gz`` file: UTF-8, a paragraph per line; a blank line or the file's end closes a document;
     - a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file: a row is a document, ``text_column`` holds its text, a newline in
       the text separates paragraphs, and a row without text is no document;
-    - a folder: all files of these types in it and below it, sorted by path, hidden ones (``.name``) left out;
+    - a folder: all files of these types in it and below it, sorted by path, hidden ones (``.name``) left out; symbolic links are
+      followed;
     - else the name of a Hugging Face dataset, ``name`` or ``name:config``, whose train split is streamed; ``wikipedia`` and
       ``bookcorpus`` stand for the datasets that hold them today.
 
@@ -191,14 +193,21 @@ class _OpenDocument:
 
 
 def _files_in(folder: Path) -> list[Path]:
+    def fail(error: OSError) -> None:
+        raise CorpusError(f"{error.filename}: the folder cannot be read ({error.strerror})") from error
+
     files = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.name.lower().endswith(FILE_TYPES) and not hidden and path.is_file():
-            files.append(path)
+    for place, below, names in os.walk(folder, onerror=fail, followlinks=True):
+        above = [Path(place), *Path(place).parents]
+        # A link to a folder that it is in would be followed for ever.
+        below[:] = [name for name in below if not name.startswith(".") and not any(map(Path(place, name).samefile, above))]
+        files += [Path(place, name) for name in names if name.lower().endswith(FILE_TYPES) and not name.startswith(".")]
     if not files:
         raise CorpusError(f"{folder}: the folder holds no file of a known type ({', '.join(FILE_TYPES)})")
-    return files
+    for file in files:
+        if not file.exists():
+            raise CorpusError(f"{file}: a symbolic link to a file that is not there")
+    return sorted(file for file in files if file.is_file())
 
 
 def _read_text(path: Path, reading: Reading) -> Iterator[Document]:

@@ -63,6 +63,18 @@ def test_a_folder_is_read_recursively_in_order_and_other_files_are_left_alone(tm
     assert paragraphs(tmp_path) == [["First."], ["Second."], ["Third."]]
 
 
+def test_links_in_a_folder_are_followed(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    write(elsewhere / "deep" / "b.txt", "Second.")
+    write(tmp_path / "corpus" / "a.txt", "First.")
+    (tmp_path / "corpus" / "more").symlink_to(elsewhere)
+    (elsewhere / "deep" / "round").symlink_to(tmp_path / "corpus")
+    assert paragraphs(tmp_path / "corpus") == [["First."], ["Second."]]
+    (elsewhere / "gone.txt").symlink_to("nowhere.txt")
+    with pytest.raises(CorpusError, match=r"more.gone\.txt: a symbolic link to a file that is not there"):
+        paragraphs(tmp_path / "corpus")
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 def test_a_row_of_json_lines_is_a_document(tmp_path: Path, name: str) -> None:
     rows = [{"body": "One.\nTwo.\n", "id": 1}, {"body": " \n", "id": 2}, {"body": "Thr\u00e9e.", "id": 3}]
