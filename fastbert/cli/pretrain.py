@@ -10,7 +10,7 @@ import typer
 from fastbert.train.checkpoint import checkpoint_folders, latest_checkpoint
 from fastbert.train.errors import TrainingError, TrainingInterrupted
 from fastbert.train.launch import launch, only_main_speaks
-from fastbert.train.run_folder import check_output_folder, read_run, read_state
+from fastbert.train.run_folder import check_folders, check_output_folder, read_run, read_state
 from fastbert.train.settings import (
     DTYPES,
     MASKINGS,
@@ -156,7 +156,7 @@ def run(given: dict[str, Any], say: Say) -> CommandResult:
     settings = settings_from_options(given)
     # Before torch and transformers are imported: a refusal comes at once. Several processes ask the first of them, later.
     if launch() is None:
-        check_output_folder(Path(settings.output), resume=settings.resume, overwrite=settings.overwrite)
+        check_folders(settings)
     from fastbert.train.memory import keep_freed_memory
     from fastbert.train.pretrain import pretrain as train
 

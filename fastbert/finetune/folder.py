@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -57,13 +56,6 @@ def _strangers(output: Path, command: str) -> list[str]:
     """What lies in ``output`` and a run does not write; hidden files are what an interrupted run was writing."""
     names = [path.name for path in output.iterdir() if not path.name.startswith(".")]
     return [name for name in names if not any(fnmatch(name, own) for own in _OWN[command])]
-
-
-def check_outside(output: Path, inputs: Iterable[str]) -> None:
-    """Raises SettingsError for an input (a path, or a name) that lies in a folder that is to be deleted."""
-    for name in inputs:
-        if Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
-            raise SettingsError(f"--overwrite deletes {output}, and {name}, which the run needs, is in it: choose another --output")
 
 
 def read_run(output: Path) -> dict[str, Any] | None:

@@ -31,11 +31,11 @@ from fastbert.tasks.task import Outputs, Task
 from fastbert.train.errors import SettingsError
 from fastbert.train.launch import refuse_several_processes
 from fastbert.train.prepare import pick_device
-from fastbert.train.run_folder import write_json
+from fastbert.train.run_folder import check_outside, write_json
 from fastbert.whole_file import whole_file
 
 from .adapt import ADAPTATION_NAME, LONGEST, adapt, check_adaptation, check_corpus, effect
-from .folder import CHECKPOINTS, RUN_NAME, check_folder, check_outside, delete_folder, move_in, new_folder, read_run
+from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
 from .modes import Tuning, autocast_dtype, check_packages, in_mode, prepare_mode
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .report import write_report

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
-from fastbert.finetune.folder import RUN_NAME, check_folder, check_outside, delete_folder, read_run
+from fastbert.finetune.folder import RUN_NAME, check_folder, delete_folder, read_run
 from fastbert.finetune.modes import check_packages, in_mode
 from fastbert.finetune.prepared import drawn
 from fastbert.finetune.run import finetune
@@ -37,7 +37,7 @@ from fastbert.tasks.predictor import Predictor
 from fastbert.train.errors import SettingsError
 from fastbert.train.launch import refuse_several_processes
 from fastbert.train.prepare import pick_device
-from fastbert.train.run_folder import write_json
+from fastbert.train.run_folder import check_outside, write_json
 from fastbert.whole_file import whole_file
 
 from .document import Results, glue_document

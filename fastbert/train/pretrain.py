@@ -42,7 +42,7 @@ from .run_folder import (
     METRICS_NAME,
     PLOT_NAME,
     RUN_NAME,
-    check_output_folder,
+    check_folders,
     delete_run,
     read_run,
     whole_files,
@@ -129,7 +129,7 @@ def _settings_to_run(settings: PretrainSettings, started: Launch | None) -> Pret
     """``settings``, checked against the output folder; with ``resume`` where torchrun has started the run anew.
 
     A run that is there with the same settings is the run that failed: it goes on from its newest checkpoint, or from the beginning
-    where there is none yet. Raises as ``check_output_folder`` does.
+    where there is none yet. Raises as ``check_folders`` does.
     """
     output = Path(settings.output)
     # torchrun counts restarts after failures, not those after machines came or went.
@@ -141,7 +141,7 @@ def _settings_to_run(settings: PretrainSettings, started: Launch | None) -> Pret
             pass  # another run's folder: what was asked for counts
         else:
             settings = replace(settings, resume=True, overwrite=False)
-    check_output_folder(output, resume=settings.resume, overwrite=settings.overwrite)
+    check_folders(settings)
     return settings
 
 

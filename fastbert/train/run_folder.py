@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastbert.data.shards import is_prepared
 from fastbert.whole_file import whole_file
 
 from .checkpoint import UNFINISHED_PREFIX, checkpoint_folders, delete_checkpoints, sync_path, sync_tree
 from .errors import SettingsError, TrainingError
+from .settings import PretrainSettings
 
 RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
@@ -31,6 +33,24 @@ OWN_FILES = (RUN_NAME, METRICS_NAME, PLOT_NAME, CARD_NAME, COMPARISON_NAME, *_MO
 def own_files(output: Path) -> list[Path]:
     """The files in ``output`` whose names a run writes (checkpoint folders not among them)."""
     return [path for name in OWN_FILES if (path := output / name).is_file()]
+
+
+def check_folders(settings: PretrainSettings) -> None:
+    """Refuses, before any work, an output folder as :func:`check_output_folder` does, and one that has to do with what is read.
+
+    Raises :class:`SettingsError` where ``overwrite`` would delete the model or the tokenizer that the run starts from, and where
+    the run's own files would be text of a ``corpus`` folder.
+    """
+    output = Path(settings.output)
+    check_output_folder(output, resume=settings.resume, overwrite=settings.overwrite)
+    if settings.overwrite:
+        check_outside(output, [name for name in (settings.model, settings.tokenizer) if name is not None])
+    for source in settings.corpus:
+        if Path(source).is_dir() and not is_prepared(source) and output.resolve().is_relative_to(Path(source).resolve()):
+            raise SettingsError(
+                f"--output {output} lies in --corpus {source}, a folder of which all is read as text, {METRICS_NAME} of the run "
+                "too: choose another --output"
+            )
 
 
 def check_output_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
@@ -57,6 +77,13 @@ def check_output_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
                 f"{output} holds {', '.join(path.name for path in strangers)} but no {RUN_NAME}, so these are not from a "
                 "run of fastbert and are left alone; choose another --output"
             )
+
+
+def check_outside(output: Path, inputs: Iterable[str]) -> None:
+    """Raises SettingsError for an input (a path, or a name) that lies in a folder that is to be deleted."""
+    for name in inputs:
+        if Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
+            raise SettingsError(f"--overwrite deletes {output}, and {name}, which the run needs, is in it: choose another --output")
 
 
 def read_run(output: Path) -> dict[str, Any]:

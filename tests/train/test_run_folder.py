@@ -8,7 +8,8 @@ import pytest
 
 from fastbert.train.checkpoint import write_checkpoint
 from fastbert.train.errors import SettingsError
-from fastbert.train.run_folder import check_output_folder, delete_run, write_json
+from fastbert.train.run_folder import check_folders, check_output_folder, delete_run, write_json
+from fastbert.train.settings import PretrainSettings
 
 
 @pytest.fixture
@@ -65,6 +66,25 @@ def test_files_of_others_are_left_alone(tmp_path, overwrite):
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     with pytest.raises(SettingsError, match=r"README\.md but no run\.json"):
         check(tmp_path, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("source", [{"model": ""}, {"model": "checkpoint-5"}, {"tokenizer": ""}])
+def test_a_run_is_not_deleted_that_another_one_starts_from(run_folder, source):
+    settings = {name: str(run_folder / below) for name, below in source.items()}
+    with pytest.raises(SettingsError, match="--overwrite deletes .*, which the run needs, is in it"):
+        check_folders(PretrainSettings(output=str(run_folder), overwrite=True, **settings))
+    check_folders(PretrainSettings(output=str(run_folder.parent / "other"), overwrite=True, **settings))
+
+
+def test_a_run_lies_outside_of_the_text_that_it_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for corpus in (".", "texts", str(tmp_path)):
+        with pytest.raises(SettingsError, match="metrics.jsonl of the run too"):
+            check_folders(PretrainSettings(output="texts/run", corpus=(corpus,)))
+    check_folders(PretrainSettings(output="run", corpus=("texts", "texts/file.txt", "wikipedia")))
+    (tmp_path / "texts" / "prepared.json").write_text("{}", encoding="utf-8")
+    check_folders(PretrainSettings(output="texts/run", corpus=("texts",)))
 
 
 def test_an_output_that_is_a_file(tmp_path):
