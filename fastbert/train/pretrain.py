@@ -118,6 +118,8 @@ def _run(settings: PretrainSettings, device: torch.device, processes: Processes,
     _check_same_everywhere(data, processes)
     torch.manual_seed(settings.seed)
     model = build_model(settings, data.tokenizer, checkpoint).to(device)
+    # It is saved with the model, for whoever says truncation=True: one that was trained here knows no limit.
+    data.tokenizer.model_max_length = min(data.tokenizer.model_max_length, model.config.max_position_embeddings)
     if state is not None:
         _check_same_data(state, data)
     elif processes.is_main:

@@ -39,6 +39,7 @@ def test_from_text_to_a_model_that_transformers_loads(toy_settings):
     assert len(tokenizer) == model.config.vocab_size == result.data["vocab_size"]
     logits = model(**tokenizer("Time [MASK] light.", return_tensors="pt")).prediction_logits
     assert logits.isfinite().all()
+    assert tokenizer("time " * 600, truncation=True, return_tensors="pt").input_ids.shape == (1, 512)
 
     rows = read_metrics(output / "metrics.jsonl")
     assert [row["step"] for row in rows if "held_out" not in row] == list(range(3, 61, 3))
