@@ -106,6 +106,16 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes the files that :func:`load_tokenizer` and ``AutoTokenizer`` read. Raises OSError where they cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower, of a full disk neither
+        raise OSError(f"cannot write {folder / 'tokenizer.json'}: {error}") from error
+
+
 def _load_folder(folder: Path) -> PreTrainedTokenizerFast:
     config = _tokenizer_config(folder)
     options: dict[str, Any] = {"model_max_length": config["model_max_length"]} if "model_max_length" in config else {}

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from fastbert.data.corpus import CorpusPart, Reading, check_enough, corpus_parts, read_part
 from fastbert.data.errors import CorpusError
 from fastbert.data.shards import open_shards, tokenizer_fingerprint
-from fastbert.data.tokenizer import load_tokenizer, train_wordpiece
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
 from fastbert.one_writer import one_writer
 from fastbert.train.errors import TrainingError
 from fastbert.train.interrupt import stop_on_signals
@@ -192,7 +192,7 @@ def _tokenizer(settings: PrepareSettings, parts: Sequence[CorpusPart], folder: P
         "fingerprint": tokenizer_fingerprint(tokenizer),
     }
     if made is None:
-        tokenizer.save_pretrained(folder.path)
+        save_tokenizer(tokenizer, folder.path)
         folder.manifest["tokenizer"] = found
         folder.write()
     elif made != found:

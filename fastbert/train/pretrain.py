@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fastbert.data.tokenizer import save_tokenizer
 from fastbert.one_writer import one_writer
 
 from .checkpoint import checkpoint_folders, checkpoint_step, latest_checkpoint, set_aside, unfinished_folders
@@ -322,7 +323,7 @@ def _write_results(
     output = Path(settings.output)
     with whole_files(output, last=MODEL_NAME) as folder:
         save_model(model, folder)
-        data.tokenizer.save_pretrained(folder)
+        save_tokenizer(data.tokenizer, folder)
         (folder / CARD_NAME).write_text(model_card(settings, result, model.config), encoding="utf-8")
     if report is not None:
         write_json(output / COMPARISON_NAME, report.to_dict())

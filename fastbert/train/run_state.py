@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from fastbert.data.loader import Position
+from fastbert.data.tokenizer import save_tokenizer
 
 from .checkpoint import Snapshot
 from .compare import Comparison
@@ -67,7 +68,7 @@ class RunState:
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
 
 
-def snapshot_run(state: RunState, learner: Learner, tokenizer: PreTrainedTokenizerBase, comparison: Comparison | None) -> Snapshot:
+def snapshot_run(state: RunState, learner: Learner, tokenizer: PreTrainedTokenizerFast, comparison: Comparison | None) -> Snapshot:
     """The run as it stands now, for a checkpoint. ``comparison``: the one that is still under way, if any.
 
     Its memory on the host is that of the weights and the optimizer's two moments once more, until it has been written.
@@ -79,7 +80,7 @@ def snapshot_run(state: RunState, learner: Learner, tokenizer: PreTrainedTokeniz
 
     def write(folder: Path) -> None:
         learners.write(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         with os_errors(folder / RNG_NAME):
             save_file(rng_states, folder / RNG_NAME)
         if comparisons is not None:

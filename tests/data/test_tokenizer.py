@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
 from fastbert.data.corpus import CorpusError, Document
-from fastbert.data.tokenizer import SPECIAL_TOKENS, TokenizerError, load_tokenizer, train_wordpiece
+from fastbert.data.tokenizer import SPECIAL_TOKENS, TokenizerError, load_tokenizer, save_tokenizer, train_wordpiece
 
 SENTENCE = "Every SAILOR remembered the quiet sea, didn't he? Café 1912."
 VOCABULARY = [*SPECIAL_TOKENS.values(), *"abcdefgh", *("##" + letter for letter in "abcdefgh"), "bad", "##ed"]
@@ -104,6 +104,13 @@ def test_a_saved_tokenizer_is_loaded_by_transformers_and_by_us(
         assert loaded.model_max_length == 96
     load_tokenizer(tmp_path).save_pretrained(tmp_path / "again")
     assert AutoTokenizer.from_pretrained(tmp_path / "again")(SENTENCE).data == tokenizer(SENTENCE).data
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_an_os_error(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write .*tokenizer\.json: No space left on device"):
+        save_tokenizer(tokenizer, tmp_path)
 
 
 def test_padding_and_truncation_baked_into_a_tokenizer_json_are_turned_off(
