@@ -87,8 +87,11 @@ def _open_prepared(settings: PretrainSettings, say: Say, checkpoint: Path | None
 
 
 def _read(settings: PretrainSettings, say: Say, checkpoint: Path | None) -> CorpusTokens:
+    name = _tokenizer_name(settings, checkpoint)
+    tokenizer = None if name is None else load_tokenizer(name)  # before any text is read: it may not be there
     documents, report = _documents(settings, say)
-    tokenizer = _tokenizer(settings, documents, say, checkpoint)
+    if tokenizer is None:
+        tokenizer = _train_tokenizer(settings, documents, say)
     corpus = _tokenize(documents, tokenizer)
     train, held_out = corpus.split(settings.effective_held_out_fraction, settings.seed)
     facts = {
@@ -129,10 +132,7 @@ def _tokenizer_name(settings: PretrainSettings, checkpoint: Path | None) -> str 
     return checkpoint or settings.tokenizer or (settings.model if settings.continues_checkpoint else None)
 
 
-def _tokenizer(settings: PretrainSettings, documents: list[Document], say: Say, checkpoint: Path | None) -> PreTrainedTokenizerFast:
-    name = _tokenizer_name(settings, checkpoint)
-    if name is not None:
-        return load_tokenizer(name)
+def _train_tokenizer(settings: PretrainSettings, documents: list[Document], say: Say) -> PreTrainedTokenizerFast:
     vocab_size = settings.vocab_size or DEFAULT_VOCAB_SIZE
     say(f"Training a WordPiece vocabulary of at most {vocab_size:,} entries on the corpus ...")
     texts = (paragraph for document in documents for paragraph in document.paragraphs)

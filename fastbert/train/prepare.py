@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from fastbert import BertConfig, BertForMaskedLM, BertForPreTraining
 from fastbert.data.batches import PackedBatch, PretrainingBatches
@@ -82,11 +83,42 @@ def _batches(
         raise SettingsError(f"{length}, --tokens-per-batch, --masking: {error}") from error
 
 
+def check_model(settings: PretrainSettings) -> None:
+    """Looks at ``--model``, where it is a checkpoint, before any text is read.
+
+    Raises :class:`SettingsError` where it is not there, is none of BERT's, has too few positions or segments, or cannot train.
+    """
+    if not settings.continues_checkpoint:
+        return
+    name = f"--model {settings.model}"
+    try:
+        config = AutoConfig.from_pretrained(settings.model)
+    except (OSError, ValueError) as error:
+        why = (
+            "cannot be loaded"
+            if Path(settings.model).exists()
+            else "no such folder, and loading it from the Hugging Face hub failed"
+        )
+        raise SettingsError(f"{name}: {why} ({str(error).splitlines()[0]})") from error
+    if config.model_type != "bert":
+        raise SettingsError(f"{name} holds a model of type {config.model_type!r}, which is not BERT's")
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method")
+        raise SettingsError(f"{name} holds quantized weights ({method}), which cannot train: give the model it was made of")
+    if settings.longest_sequence > config.max_position_embeddings:
+        raise SettingsError(
+            f"sequences have up to {settings.longest_sequence} tokens, {name} has positions for "
+            f"{config.max_position_embeddings} tokens"
+        )
+    if settings.objective == "mlm-nsp" and config.type_vocab_size < 2:
+        raise SettingsError(f"{name} knows no second segment (type_vocab_size 1): give --objective mlm")
+
+
 def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None) -> PretrainingModel:
     """The model for the objective, in float32 on the CPU: of the ``checkpoint``'s shape for a continued run, from ``--model`` else.
 
-    Fresh weights follow torch's seed. Raises :class:`SettingsError` where tokenizer, lengths and model do not fit together,
-    and for a checkpoint of another architecture.
+    Fresh weights follow torch's seed. Raises :class:`SettingsError` where tokenizer and model do not fit together, and for a
+    checkpoint that cannot be read.
     """
     if checkpoint is not None:
         return _model_class(settings)(BertConfig.from_pretrained(checkpoint))
@@ -132,16 +164,11 @@ def _pretrained_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizer
             hidden_dropout_prob=settings.effective_dropout,
             attention_probs_dropout_prob=settings.effective_dropout,
         )
-    except ValueError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise SettingsError(f"--model {settings.model}: {error}") from error
     if len(tokenizer) > model.config.vocab_size:
         raise SettingsError(
             f"the tokenizer has {len(tokenizer)} entries, --model {settings.model} has {model.config.vocab_size}; "
             "use the tokenizer that the model was trained with"
-        )
-    if settings.longest_sequence > model.config.max_position_embeddings:
-        raise SettingsError(
-            f"sequences have up to {settings.longest_sequence} tokens, --model {settings.model} has positions for "
-            f"{model.config.max_position_embeddings} tokens"
         )
     return model

@@ -35,7 +35,7 @@ from .metrics import MetricsFile, read_metrics
 from .model_card import model_card
 from .optimizer import check_optimizer_backend
 from .plot import plot_losses
-from .prepare import PreparedData, Say, build_model, pick_device, prepare_data
+from .prepare import PreparedData, Say, build_model, check_model, pick_device, prepare_data
 from .run_facts import device_name, versions
 from .run_folder import (
     CARD_NAME,
@@ -115,6 +115,8 @@ def _run(settings: PretrainSettings, device: torch.device, processes: Processes,
     checkpoint, state = find_run(output, settings, processes, say) if settings.resume else (None, None)
     if processes.count > 1:
         say(_processes_text(settings, device, processes, state))
+    if checkpoint is None:
+        check_model(settings)
     data = prepare_data(settings, say, checkpoint)
     _check_same_everywhere(data, processes)
     torch.manual_seed(settings.seed)

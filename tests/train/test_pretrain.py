@@ -11,9 +11,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertForPreTraining
+from transformers import AutoTokenizer, BertConfig, BertForPreTraining
 
-from fastbert.data.corpus import CorpusError
+from fastbert.data.errors import CorpusError, TokenizerError
 from fastbert.train.checkpoint import checkpoint_folders
 from fastbert.train.errors import SettingsError, TrainingError, TrainingInterrupted
 from fastbert.train.metrics import read_metrics
@@ -186,6 +186,29 @@ def test_training_on_from_a_checkpoint(toy_settings, tmp_path):
     with pytest.raises(SettingsError, match="roberta"):
         pretrain(toy_settings(output=str(tmp_path / "never"), model=str(other), **sizes), quiet)
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"nothing: no such folder, and loading it"),
+        ({"max_position_embeddings": 16}, "sequences have up to 32 tokens, --model .* has positions for 16"),
+        ({"type_vocab_size": 1}, "knows no second segment .*--objective mlm"),
+        ({"quantization_config": {"quant_method": "fastbert_int8"}}, "quantized weights .fastbert_int8., which cannot train"),
+    ],
+)
+def test_a_model_that_cannot_train_is_refused_before_any_text_is_read(toy_settings, tmp_path, config, message):
+    if config is not None:
+        BertConfig(**config).save_pretrained(tmp_path / "nothing")
+    sizes = {"num_hidden_layers": None, "hidden_size": None, "num_attention_heads": None, "vocab_size": None}
+    settings = toy_settings(model=str(tmp_path / "nothing"), tokenizer=str(tmp_path), corpus=("no-such.txt",), **sizes)
+    with pytest.raises(SettingsError, match=message):
+        pretrain(settings, quiet)
+
+
+def test_a_tokenizer_that_is_not_there_is_named_before_any_text_is_read(toy_settings, tmp_path):
+    with pytest.raises(TokenizerError, match="nothing: no such folder"):
+        pretrain(toy_settings(tokenizer=str(tmp_path / "nothing"), corpus=("no-such.txt",), vocab_size=None), quiet)
 
 
 def test_spoilt_weights_are_named_before_the_first_step(toy_settings, tmp_path):
