@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from fastbert import BertConfig, BertForMaskedLM, BertForPreTraining
 from fastbert.data.batches import PackedBatch, PretrainingBatches
+from fastbert.data.errors import CorpusError
 from fastbert.data.tokens import TokenizedCorpus
 
 from .corpus_tokens import Say, corpus_tokens
@@ -47,6 +48,11 @@ def prepare_data(settings: PretrainSettings, say: Say, checkpoint: Path | None) 
     batches = {phase.number: _batches(corpus.train, tokenizer, settings, phase) for phase in settings.phases}
     held_out_limit = max(1, HELD_OUT_TOKENS // settings.tokens_per_batch)
     held_out = list(islice(_batches(corpus.held_out, tokenizer, settings, last_phase).epoch(0), held_out_limit))
+    if not held_out:
+        raise CorpusError(
+            f"no sentence pair can be made of the held-out text ({corpus.held_out}), whose documents are single tokens: give more "
+            "text, or a larger --held-out-fraction"
+        )
     facts = {**corpus.facts, "scored_tokens": sum(batch.num_tokens for batch in held_out), "vocab_size": len(tokenizer)}
     say(
         f"Tokens: {facts['train_tokens']:,} to train on, {facts['held_out_tokens']:,} held out "

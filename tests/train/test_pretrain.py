@@ -211,6 +211,15 @@ def test_a_tokenizer_that_is_not_there_is_named_before_any_text_is_read(toy_sett
         pretrain(toy_settings(tokenizer=str(tmp_path / "nothing"), corpus=("no-such.txt",), vocab_size=None), quiet)
 
 
+def test_held_out_text_without_a_pair_is_named(toy_settings, tmp_path):
+    words = "time\n\nlight\n\nriver\n\nstone\n\n" * 8
+    story = "Time walks little. Light sleeps early. The river sings to a stone. " * 200
+    (tmp_path / "words.txt").write_text(f"{words}{story}\n\n{story}", encoding="utf-8")
+    settings = toy_settings(corpus=(str(tmp_path / "words.txt"),), held_out_fraction=5e-4)
+    with pytest.raises(CorpusError, match="no sentence pair can be made of the held-out text .*--held-out-fraction"):
+        pretrain(settings, quiet)
+
+
 def test_spoilt_weights_are_named_before_the_first_step(toy_settings, tmp_path):
     first = toy_settings(steps=1)
     pretrain(first, quiet)
