@@ -84,7 +84,7 @@ class Reading:
             raise BadTextError(str(error)) from error
 
 
-def read_documents(sources: Sequence[str | Path], *, text_column: str = "text") -> Iterator[Document]:
+def read_documents(sources: Sequence[str | Path], *, text_column: str = "text", least_documents: int = 2) -> Iterator[Document]:
     """Yields the documents of all sources, in the order given.
 
     A source is
@@ -98,23 +98,26 @@ def read_documents(sources: Sequence[str | Path], *, text_column: str = "text") 
 
     Lines and rows are counted from 1. Raises CorpusError for a missing, unreadable or damaged file, bad UTF-8 or JSON, a
     missing or non-string text column, a dataset that cannot be loaded, and, once everything is read, for a corpus
-    of fewer than two documents: next sentence prediction takes its negatives from another document.
+    of fewer than ``least_documents``: next sentence prediction takes its negatives from another document.
     """
     documents = 0
     for part in list(corpus_parts(sources)):  # a name that stands for nothing is found before anything is read
         for document in read_part(part, Reading(text_column)):
             documents += 1
             yield document
-    check_enough(documents, sources)
+    check_enough(documents, sources, least_documents)
 
 
-def check_enough(documents: int, sources: Sequence[str | Path]) -> None:
-    """Raises CorpusError for fewer than two documents."""
-    if documents < 2:
+def check_enough(documents: int, sources: Sequence[str | Path], least: int = 2, *, duplicates: int = 0) -> None:
+    """Raises CorpusError for fewer than ``least`` documents, one or two. ``duplicates``: of these, which were left out."""
+    if documents < least:
         names = ", ".join(str(source) for source in sources) or "no source was given"
         found = "only one document" if documents else "no text"
+        if documents and duplicates:
+            found += f" and {duplicates:,} copies of it, which are left out (--keep-duplicates)"
         raise CorpusError(
-            f"the corpus has {found} ({names}): next sentence prediction needs at least two documents; "
+            f"the corpus has {found} ({names}): "
+            f"{'next sentence prediction needs at least two documents' if least > 1 else 'there is nothing to train on'}; "
             "in text files a blank line or the file's end closes a document, elsewhere a row is a document"
         )
 

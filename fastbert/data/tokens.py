@@ -45,13 +45,14 @@ class TokenizedCorpus:
     def __str__(self) -> str:
         return f"{self.num_documents:,} documents, {self.num_sentences:,} sentences, {self.num_tokens:,} tokens"
 
-    def split(self, held_out_fraction: float, seed: int) -> tuple[TokenizedCorpus, TokenizedCorpus]:
+    def split(self, held_out_fraction: float, seed: int, *, least_documents: int = 2) -> tuple[TokenizedCorpus, TokenizedCorpus]:
         """(train, held_out), the latter with about ``held_out_fraction`` of the tokens.
 
         Whole documents are held out, drawn at random; one that would take the part to more than 1.5 times its size is
         passed over. Where that leaves less than half of the size asked for, or fewer than two documents on a side (a corpus
         of a few books), the last sentences of every document are held out instead: both sides then have the same documents.
-        Raises ValueError for a fraction outside (0, 1), CorpusError for a corpus too small to be divided.
+        Raises ValueError for a fraction outside (0, 1), CorpusError for a corpus too small to be divided: ``least_documents`` on
+        either side.
         """
         if not 0.0 < held_out_fraction < 1.0:
             raise ValueError(f"held_out_fraction must be between 0 and 1, not {held_out_fraction}")
@@ -59,10 +60,10 @@ class TokenizedCorpus:
         if held_out is None:
             held_out = self._hold_out_ends(held_out_fraction)
         train_part, held_out_part = self._select(~held_out), self._select(held_out)
-        if min(train_part.num_documents, held_out_part.num_documents) < 2:
+        if min(train_part.num_documents, held_out_part.num_documents) < least_documents:
+            part = "a part with two documents" if least_documents > 1 else "a part"
             raise CorpusError(
-                f"the corpus ({self}) is too small to hold out a part with two documents; "
-                "give more text, or documents of several sentences"
+                f"the corpus ({self}) is too small to hold out {part}; give more text, or documents of several sentences"
             )
         return train_part, held_out_part
 
@@ -123,11 +124,12 @@ def tokenize_documents(
     tokenizer: PreTrainedTokenizerFast,
     *,
     progress: Callable[[int, int], None] | None = None,
+    least_documents: int = 2,
 ) -> TokenizedCorpus:
     """Splits documents into sentences and encodes them, a few MB of text at a time; special ids never come out of text.
 
     Sentences and documents that give no token are dropped. ``progress(documents, tokens)`` is called after each
-    batch with what is done so far. Raises CorpusError where fewer than two documents remain, and whatever the iterator of
+    batch with what is done so far. Raises CorpusError where fewer than ``least_documents`` remain, and whatever the iterator of
     documents raises.
     """
     encoder = SentenceEncoder(tokenizer)
@@ -143,10 +145,9 @@ def tokenize_documents(
         if progress is not None:
             progress(documents_done, tokens_done)
     corpus = _corpus(np.concatenate(ids), np.concatenate(lengths), np.concatenate(numbers))
-    if corpus.num_documents < 2:
-        raise CorpusError(
-            f"{corpus.num_documents} of {documents_done} documents give tokens: next sentence prediction needs at least two"
-        )
+    if corpus.num_documents < least_documents:
+        needed = "next sentence prediction needs at least two" if least_documents > 1 else "there is nothing to train on"
+        raise CorpusError(f"{corpus.num_documents} of {documents_done} documents give tokens: {needed}")
     return corpus
 
 

@@ -96,7 +96,7 @@ def adapt(
     for note in notes:
         say(f"  {note}")
     tokens = _tokens(corpus, tokenizer)
-    train, held_out = tokens.split(HELD_OUT_FRACTION, seed)
+    train, held_out = tokens.split(HELD_OUT_FRACTION, seed, least_documents=1)
     say(f"Adapting {name} to {', '.join(map(str, corpus))}: {tokens}, {held_out.num_tokens:,} of them held out")
     model.to(device)
     collate = DataCollatorWithPacking(tokenizer, mlm_probability=MASKED)
@@ -193,7 +193,7 @@ def check_adaptation(name: str, corpus: Sequence[str], max_seq_length: int) -> N
 
 
 def _tokens(corpus: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> TokenizedCorpus:
-    return tokenize_documents(read_documents(corpus), tokenizer)
+    return tokenize_documents(read_documents(corpus, least_documents=1), tokenizer, least_documents=1)
 
 
 def sequences(corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> list[dict[str, np.ndarray]]:

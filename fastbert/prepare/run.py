@@ -153,7 +153,7 @@ def _make_shards(
             seen.close()
     counted = reader.position.left_out
     facts = {**folder.facts, "empty": folder.facts["empty"] + counted["empty"]}
-    check_enough(facts["documents"], settings.corpus)
+    check_enough(facts["documents"], settings.corpus, duplicates=counted["duplicates"])
     if facts["train_documents"] < 2:
         raise CorpusError(
             f"{facts['held_out_documents']:,} of {facts['documents']:,} documents were held out (--held-out-fraction "

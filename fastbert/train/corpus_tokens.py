@@ -65,7 +65,7 @@ def _open_prepared(settings: PretrainSettings, say: Say, checkpoint: Path | None
         )
     train = open_shards(folder)
     held_out = train.held_out
-    least = 2 if settings.objective == "mlm-nsp" else 1
+    least = _least_documents(settings)
     if held_out.num_documents < least:
         raise SettingsError(
             f"--corpus {folder} was prepared with {held_out.num_documents} held-out documents; every run is scored on held-out "
@@ -92,8 +92,9 @@ def _read(settings: PretrainSettings, say: Say, checkpoint: Path | None) -> Corp
     documents, report = _documents(settings, say)
     if tokenizer is None:
         tokenizer = _train_tokenizer(settings, documents, say)
-    corpus = _tokenize(documents, tokenizer)
-    train, held_out = corpus.split(settings.effective_held_out_fraction, settings.seed)
+    least = _least_documents(settings)
+    corpus = _tokenize(documents, tokenizer, least)
+    train, held_out = corpus.split(settings.effective_held_out_fraction, settings.seed, least_documents=least)
     facts = {
         "embedded": not settings.corpus,
         "documents": report.documents,
@@ -104,6 +105,11 @@ def _read(settings: PretrainSettings, say: Say, checkpoint: Path | None) -> Corp
         "fingerprint": fingerprint(corpus),
     }
     return CorpusTokens(tokenizer, train, held_out, facts)
+
+
+def _least_documents(settings: PretrainSettings) -> int:
+    """On either side: the second sentence of a pair may be another document's."""
+    return 2 if settings.objective == "mlm-nsp" else 1
 
 
 def _split_facts(train: Any, held_out: Any) -> dict[str, int]:
@@ -117,7 +123,8 @@ def _split_facts(train: Any, held_out: Any) -> dict[str, int]:
 
 def _documents(settings: PretrainSettings, say: Say) -> tuple[list[Document], CorpusReport]:
     if settings.corpus:
-        documents = list(read_documents(settings.corpus, text_column=settings.text_column))
+        least = _least_documents(settings)
+        documents = list(read_documents(settings.corpus, text_column=settings.text_column, least_documents=least))
         report = CorpusReport.from_documents(documents)
         say(f"Corpus: {report}")
         return documents, report
@@ -139,6 +146,8 @@ def _train_tokenizer(settings: PretrainSettings, documents: list[Document], say:
     return train_wordpiece(texts, vocab_size, lowercase=True)
 
 
-def _tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> TokenizedCorpus:
+def _tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerFast, least_documents: int) -> TokenizedCorpus:
     with tqdm(total=len(documents), desc="tokenize", unit="document", disable=None) as bar:
-        return tokenize_documents(documents, tokenizer, progress=lambda done, tokens: bar.update(done - bar.n))
+        return tokenize_documents(
+            documents, tokenizer, progress=lambda done, tokens: bar.update(done - bar.n), least_documents=least_documents
+        )

@@ -207,6 +207,13 @@ def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
         paragraphs(tmp_path)
 
 
+def test_one_document_is_enough_where_nobody_asks_for_pairs(tmp_path: Path) -> None:
+    path = write(tmp_path / "book.txt", "One.\nTwo.")
+    assert [document.paragraphs for document in read_documents([path], least_documents=1)] == [["One.", "Two."]]
+    with pytest.raises(CorpusError, match="has no text .*: there is nothing to train on"):
+        list(read_documents([write(tmp_path / "empty.txt", "\n")], least_documents=1))
+
+
 @pytest.mark.parametrize(
     ("contents", "message"),
     [

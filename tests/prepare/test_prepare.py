@@ -95,6 +95,12 @@ def test_a_corpus_of_one_document_is_refused(tokenizer_folder: str, tmp_path: Pa
         run((str(tmp_path / "one.txt"),), tmp_path / "out", tokenizer=tokenizer_folder, held_out_fraction=0.0)
 
 
+def test_copies_of_one_document_are_told(tokenizer_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "same.txt").write_text("The same. Again.\n\n" * 4, encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"only one document and 3 copies of it, which are left out \(--keep-duplicates\)"):
+        run((str(tmp_path / "same.txt"),), tmp_path / "out", tokenizer=tokenizer_folder)
+
+
 def test_documents_without_tokens_are_counted_as_empty(tmp_path: Path, tokenizer_folder: str) -> None:
     rows = ["One text.", "  \n ", "", "Another text.", "\u200b\u0007", "A third text."]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in rows))

@@ -211,6 +211,17 @@ def test_a_tokenizer_that_is_not_there_is_named_before_any_text_is_read(toy_sett
         pretrain(toy_settings(tokenizer=str(tmp_path / "nothing"), corpus=("no-such.txt",), vocab_size=None), quiet)
 
 
+def test_one_document_is_enough_for_masked_words_alone(toy_settings, tmp_path):
+    (tmp_path / "book.txt").write_text(
+        "Time walks little. Light sleeps early. The river sings to a stone.\n" * 40, encoding="utf-8"
+    )
+    settings = toy_settings(corpus=(str(tmp_path / "book.txt"),), objective="mlm", steps=2)
+    result = pretrain(settings, quiet)
+    assert result.data["documents"] == result.data["train_documents"] == result.data["held_out_documents"] == 1
+    with pytest.raises(CorpusError, match="only one document .*: next sentence prediction needs at least two"):
+        pretrain(toy_settings(corpus=(str(tmp_path / "book.txt"),), overwrite=True), quiet)
+
+
 def test_held_out_text_without_a_pair_is_named(toy_settings, tmp_path):
     words = "time\n\nlight\n\nriver\n\nstone\n\n" * 8
     story = "Time walks little. Light sleeps early. The river sings to a stone. " * 200
