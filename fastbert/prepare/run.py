@@ -24,6 +24,7 @@ from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpi
 from fastbert.one_writer import one_writer
 from fastbert.train.errors import TrainingError
 from fastbert.train.interrupt import stop_on_signals
+from fastbert.train.launch import refuse_several_processes
 
 from .folder import SEEN, PreparedFolder, check_output
 from .reader import CorpusReader, check_inputs, inputs, make_reading
@@ -74,6 +75,7 @@ def prepare(settings: PrepareSettings, say: Say = print) -> PrepareResult:
     TokenizerError for a tokenizer, naming the file; :class:`PreparationStopped` where a file cannot be written; KeyboardInterrupt
     on SIGINT and SIGTERM. Shards that are finished stay.
     """
+    refuse_several_processes(settings.command_name)
     check_output(settings)
     with stop_on_signals():
         parts = list(corpus_parts(settings.corpus))

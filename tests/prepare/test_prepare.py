@@ -95,6 +95,16 @@ def test_a_corpus_of_one_document_is_refused(tokenizer_folder: str, tmp_path: Pa
         run((str(tmp_path / "one.txt"),), tmp_path / "out", tokenizer=tokenizer_folder, held_out_fraction=0.0)
 
 
+def test_several_processes_of_torchrun_are_refused(
+    corpus: Corpus, tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match="fastbert prepare runs in one process, torchrun has started 2"):
+        run(corpus, tmp_path / "out", tokenizer=tokenizer_folder)
+    assert not (tmp_path / "out").exists()
+
+
 def test_copies_of_one_document_are_told(tokenizer_folder: str, tmp_path: Path) -> None:
     (tmp_path / "same.txt").write_text("The same. Again.\n\n" * 4, encoding="utf-8")
     with pytest.raises(CorpusError, match=r"only one document and 3 copies of it, which are left out \(--keep-duplicates\)"):
