@@ -94,8 +94,8 @@ def _training_rows(settings: PretrainSettings, result: PretrainResult, config: B
         ("learning rate", _learning_rate(settings)),
         ("precision", "float32" if settings.dtype == "float32" else f"{settings.dtype} (autocast), weights in float32"),
         ("dropout", f"{settings.effective_dropout:g}"),
-        ("masking", f"{settings.mlm_probability:.0%} of the tokens{MASKED_TOGETHER[settings.masking]}, drawn anew in every batch: "
-                    "80% [MASK], 10% a random token, 10% unchanged"),
+        ("masking", f"{100 * settings.mlm_probability:g}% of the tokens{MASKED_TOGETHER[settings.masking]}, drawn anew in every "
+                    "batch: 80% [MASK], 10% a random token, 10% unchanged"),
         *_pairs(settings),
         ("device", result.device),
         ("speed", _speed(result)),

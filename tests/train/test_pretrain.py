@@ -215,8 +215,9 @@ def test_one_document_is_enough_for_masked_words_alone(toy_settings, tmp_path):
     (tmp_path / "book.txt").write_text(
         "Time walks little. Light sleeps early. The river sings to a stone.\n" * 40, encoding="utf-8"
     )
-    settings = toy_settings(corpus=(str(tmp_path / "book.txt"),), objective="mlm", steps=2)
+    settings = toy_settings(corpus=(str(tmp_path / "book.txt"),), objective="mlm", mlm_probability=0.125, steps=2)
     result = pretrain(settings, quiet)
+    assert "12.5% of the tokens" in (Path(settings.output) / "README.md").read_text(encoding="utf-8")
     assert result.data["documents"] == result.data["train_documents"] == result.data["held_out_documents"] == 1
     with pytest.raises(CorpusError, match="only one document .*: next sentence prediction needs at least two"):
         pretrain(toy_settings(corpus=(str(tmp_path / "book.txt"),), overwrite=True), quiet)
