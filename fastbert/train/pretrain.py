@@ -208,8 +208,9 @@ def find_run(output: Path, settings: PretrainSettings, processes: Processes, say
 
 def _check_same_data(state: RunState, data: PreparedData) -> None:
     if data.facts["fingerprint"] != state.data["fingerprint"]:
-        counts = [f"{facts['documents']:,} documents and {facts['tokens']:,} tokens" for facts in (state.data, data.facts)]
-        raise SettingsError(f"cannot resume with another text: the corpus had {counts[0]}, it now has {counts[1]}")
+        had, has = (f"{facts['documents']:,} documents and {facts['tokens']:,} tokens" for facts in (state.data, data.facts))
+        has = "as many, but other ones or held out otherwise" if has == had else has
+        raise SettingsError(f"cannot resume with another text: the corpus had {had}, it now has {has}")
 
 
 def _start_folder(output: Path, settings: PretrainSettings, data: PreparedData) -> None:

@@ -115,8 +115,11 @@ def test_resuming_another_run_is_refused(toy_settings, tmp_path, toy_corpus, mon
             pretrain(toy_settings(corpus=(str(corpus),)), quiet)
     with pytest.raises(SettingsError, match=r"--steps was 8 and is now 9; --seed was 0 and is now 3"):
         pretrain(toy_settings(corpus=(str(corpus),), steps=9, seed=3, resume=True), quiet)
-    with corpus.open("a", encoding="utf-8") as file:
-        file.write("\nWater time.\n")
+    text = corpus.read_text(encoding="utf-8")
+    corpus.write_text(text.replace(" water ", " light "), encoding="utf-8")
+    with pytest.raises(SettingsError, match="it now has as many, but other ones or held out otherwise"):
+        pretrain(toy_settings(corpus=(str(corpus),), resume=True), quiet)
+    corpus.write_text(f"{text}\nWater time.\n", encoding="utf-8")
     with pytest.raises(SettingsError, match="another text: the corpus had 60 documents"):
         pretrain(toy_settings(corpus=(str(corpus),), resume=True), quiet)
 
