@@ -48,6 +48,7 @@ class PrepareSettings(CommandSettings):
         object.__setattr__(self, "corpus", tuple(self.corpus))
         if not self.corpus:
             raise SettingsError("--corpus: no text to prepare was named")
+        self.check_not_empty()
         self.check_least()
         if not 0 <= self.held_out_fraction < 1:
             raise SettingsError(f"--held-out-fraction is {self.held_out_fraction}; it must be at least 0 and below 1")

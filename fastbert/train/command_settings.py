@@ -32,6 +32,15 @@ class CommandSettings:
             if value is not None and value < least:
                 raise SettingsError(f"{option(name)} is {value}; it must be at least {least}")
 
+    def check_not_empty(self) -> None:
+        """Raises :class:`SettingsError` for an empty text, which a shell makes of a variable that is not set.
+
+        As a path it would be the folder that the command is called in.
+        """
+        for name, value in self.to_dict().items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                raise SettingsError(f"{option(name)} is empty: give a value, or leave the option out")
+
     def check_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)

@@ -149,6 +149,7 @@ class PretrainSettings(CommandSettings):
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpus", tuple(self.corpus))
         object.__setattr__(self, "report_to", tuple(self.report_to))
+        self.check_not_empty()
         self.check_least()
         if self.seed > LARGEST_SEED:
             raise SettingsError(f"--seed is {self.seed}; the largest seed is {LARGEST_SEED}")

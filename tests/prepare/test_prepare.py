@@ -202,6 +202,8 @@ def test_a_worker_that_dies_ends_the_run_with_a_clear_error(
     ("options", "message"),
     [
         ({"corpus": ()}, "--corpus"),
+        ({"corpus": ("",)}, "--corpus is empty"),
+        ({"output": ""}, "--output is empty"),
         ({"held_out_fraction": 1.0}, "--held-out-fraction is 1.0"),
         ({"held_out_fraction": -0.1}, "--held-out-fraction is -0.1"),
         ({"held_out_fraction": float("nan")}, "--held-out-fraction is nan"),

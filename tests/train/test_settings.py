@@ -13,6 +13,9 @@ from fastbert.train.settings import ModelSize, PretrainSettings
 @pytest.mark.parametrize(
     ("values", "named"),
     [
+        ({"output": ""}, "--output is empty"),
+        ({"corpus": ("a.txt", "")}, "--corpus is empty"),
+        ({"tokenizer": ""}, "--tokenizer is empty"),
         ({"steps": 0}, "--steps"),
         ({"learning_rate": -1.0}, "--learning-rate"),
         ({"learning_rate": float("nan")}, "--learning-rate"),
