@@ -101,9 +101,23 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerFast:
                 f"{path_or_name}: the tokenizer has no {role} ({token or SPECIAL_TOKENS[role]} is not in its vocabulary); "
                 "pretraining needs [PAD], [CLS], [SEP] and [MASK]"
             )
+    _mark_special(tokenizer)
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
+
+
+def _mark_special(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A tokenizer.json may hold [CLS], [MASK] and the others as ordinary tokens, which text could then have ids of."""
+    names = {getattr(tokenizer, role) for role in SPECIAL_TOKENS}
+    ordinary = [
+        token
+        for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        if token.content in names and not token.special
+    ]
+    for token in ordinary:
+        token.special = True
+    tokenizer.backend_tokenizer.add_special_tokens(ordinary)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -163,9 +177,12 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise TokenizerError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
 
 
 def _load_from_hub(name: str | Path) -> PreTrainedTokenizerFast:

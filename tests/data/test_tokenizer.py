@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
 from fastbert.data.corpus import CorpusError, Document
+from fastbert.data.encoding import SentenceEncoder
 from fastbert.data.tokenizer import SPECIAL_TOKENS, TokenizerError, load_tokenizer, save_tokenizer, train_wordpiece
 
 SENTENCE = "Every SAILOR remembered the quiet sea, didn't he? Café 1912."
@@ -125,6 +126,17 @@ def test_padding_and_truncation_baked_into_a_tokenizer_json_are_turned_off(
     assert loaded(SENTENCE)["input_ids"] == tokenizer(SENTENCE)["input_ids"]
 
 
+def test_special_tokens_that_a_tokenizer_json_does_not_mark_are_no_text(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in parts["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts), encoding="utf-8")
+    loaded = load_tokenizer(tmp_path)
+    text = "the [MASK] and [CLS] sea [SEP]"
+    assert SentenceEncoder(loaded).encode([text])[0].tolist() == SentenceEncoder(tokenizer).encode([text])[0].tolist()
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
 def test_a_cased_tokenizer_json_stays_cased_without_a_config(stories: list[Document], tmp_path: Path) -> None:
     tokenizer = train_wordpiece(texts(stories), 400, lowercase=False)
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -176,6 +188,9 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a readable tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: expected a JSON object, found list"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: not valid JSON"):
