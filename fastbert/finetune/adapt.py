@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from fastbert import BertForMaskedLM, BertModel
 from fastbert.data.collator import DataCollatorWithPacking
 from fastbert.data.corpus import corpus_parts, read_documents
-from fastbert.data.tokenizer import load_tokenizer
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
 from fastbert.tasks.model import check_vocabulary, load_config, quiet_transformers
 from fastbert.train.corpus_tokens import fingerprint
@@ -151,7 +151,7 @@ def adapt(
     )
     with quiet_transformers():
         model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        save_tokenizer(tokenizer, new)
     write_json(new / ADAPTATION_NAME, result.to_dict())
     shutil.rmtree(output, ignore_errors=True)
     os.replace(new, output)

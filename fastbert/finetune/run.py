@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from fastbert.data.sources import Source
 from fastbert.data.splits import find_splits
+from fastbert.data.tokenizer import save_tokenizer
 from fastbert.one_writer import one_writer
 from fastbert.tasks.glue_data import find_glue_splits, glue_sources
 from fastbert.tasks.glue_tasks import glue_task, is_glue_task
@@ -288,7 +289,7 @@ def save_model(tuning: Tuning, prepared: PreparedTask, output: Path, settings: F
     with quiet_transformers():
         final = tuning.finish(new)
         final.model.save_pretrained(new)
-        final.tokenizer.save_pretrained(new)
+        save_tokenizer(final.tokenizer, new)
     save_task(prepared.task, prepared.max_seq_length, new)
     move_in(new, output)
 
