@@ -12,7 +12,7 @@ from fastbert.ops.int8_linear import quantize_weight
 
 from .helpers import NAMES, assert_within_budget, backend_cases, device_of, merged
 
-SHAPES = [(1, 8, 5), (3, 7, 33), (40, 96, 130), (130, 40, 64), (300, 136, 264)]
+SHAPES = [(1, 8, 5), (3, 1, 9), (3, 7, 33), (40, 96, 130), (130, 40, 64), (300, 136, 264)]
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 CASES = [case for case in backend_cases("int8_linear") if case.values[0] in ("reference", "native")]
 
