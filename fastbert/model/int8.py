@@ -14,18 +14,21 @@ from ..ops.int8_linear import quantize_weight
 class Int8Linear(nn.Module):
     """A Linear with int8 weights, for inference: x (..., in_features) -> (..., out_features) in x's dtype.
 
-    Buffers: weight, (out_features, in_features) int8; weight_scale, (out_features,) float32, the step of each channel; bias,
+    Buffers: weight, (out_features, in_features, 1) int8; weight_scale, (out_features,) float32, the step of each channel; bias,
     (out_features,) float32, or None. They keep these dtypes whatever dtype the model is given.
+
+    The weight's last dimension is for files: whoever wrote them, a model of plain Linears that would take the integers for its
+    weights ends with an error. ``matrix`` is the weight as the arithmetic takes it.
     """
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, matrix: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight", weight)
+        self.out_features, self.in_features = matrix.shape
+        self.register_buffer("weight", matrix.unsqueeze(-1).data)  # no view, which the layer would not move
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
 
@@ -41,8 +44,13 @@ class Int8Linear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():  # memory made in inference mode could not be moved by the layer
             return cls(*quantize_weight(weight), None if bias is None else bias.detach().float().clone())
 
+    @property
+    def matrix(self) -> Tensor:
+        """(out_features, in_features) int8, a view."""
+        return self.weight.squeeze(-1)
+
     def forward(self, x: Tensor) -> Tensor:
-        rows = int8_linear(x.reshape(-1, self.in_features), self.weight, self.weight_scale, self.bias)
+        rows = int8_linear(x.reshape(-1, self.in_features), self.matrix, self.weight_scale, self.bias)
         return rows.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -60,11 +68,11 @@ class Int8Linear(nn.Module):
 
 
 def join(linears: list[Int8Linear]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(weight, weight_scale, bias) of the Linear that gives the results of several, side by side."""
+    """(matrix, weight_scale, bias) of the Linear that gives the results of several, side by side."""
     biases = [linear.bias for linear in linears]
     if all(bias is None for bias in biases):
         bias = None
     else:
         zeros = [torch.zeros_like(linear.weight_scale) if linear.bias is None else linear.bias for linear in linears]
         bias = torch.cat(zeros)
-    return torch.cat([linear.weight for linear in linears]), torch.cat([linear.weight_scale for linear in linears]), bias
+    return torch.cat([linear.matrix for linear in linears]), torch.cat([linear.weight_scale for linear in linears]), bias

@@ -3,8 +3,8 @@
 Through transformers' own extension points for quantization methods: config.json says ``quant_method: fastbert_int8``, the weights
 are in safetensors, no code is stored or run. Importing this module, as every model class of fastbert does, makes the method known.
 
-Without fastbert, transformers only warns of an unknown method, and would take the integers for the weights of its Linears. So the
-file holds them as (out_features, in_features, 1), which ends its loading with an error.
+Without fastbert, transformers only warns of an unknown method, and would take the integers for the weights of its Linears, but for
+their third dimension (:class:`fastbert.model.int8.Int8Linear`), which ends its loading with an error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -45,9 +45,7 @@ class Int8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, linear in _linears(model):
             if _name_in_encoder(name) not in self.quantization_config.modules_to_not_convert:
-                module = Int8Linear.of(linear)
-                module.weight = module.weight.unsqueeze(-1)
-                model.set_submodule(name, module)
+                model.set_submodule(name, Int8Linear.of(linear))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -58,7 +56,6 @@ class Int8Quantizer(HfQuantizer):
                     missing.append(f"{name}.{buffer_name}")
                 # No views of what safetensors returned: the layer brings the projections together in memory that is theirs.
                 setattr(module, buffer_name, buffer.data)
-            module.weight = module.weight.squeeze(-1).data
         if missing:
             raise ValueError(
                 f"the checkpoint lacks parts of the int8 model that its config.json names: {', '.join(missing[:5])}, ..."
@@ -66,12 +63,6 @@ class Int8Quantizer(HfQuantizer):
         use_fast_classes(model)
         mark_as_int8(model)
         return model
-
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        state_dict = model.state_dict()
-        for name in _int8_modules(model):
-            state_dict[f"{name}.weight"] = state_dict[f"{name}.weight"].unsqueeze(-1)
-        return state_dict, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -239,7 +239,7 @@ def _intermediate(module: nn.Module, x: Tensor) -> Tensor:
     if is_plain_linear(dense) and is_exact_gelu(activation):
         return linear_gelu(x, dense.weight, dense.bias)
     if is_int8_linear(dense) and is_exact_gelu(activation):
-        return int8_linear(x, dense.weight, dense.weight_scale, dense.bias, activation="gelu")
+        return int8_linear(x, dense.matrix, dense.weight_scale, dense.bias, activation="gelu")
     return activation(dense(x))
 
 
@@ -341,11 +341,12 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _joined_int8(linears: tuple[Int8Linear, Int8Linear, Int8Linear]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(weight, weight_scale, bias) of queries, keys and values side by side, without a copy where they are neighbours."""
+    """(matrix, weight_scale, bias) of queries, keys and values side by side, without a copy where they are neighbours."""
     groups = [[linear._buffers[name] for linear in linears] for name in ("weight", "weight_scale", "bias")]
     if torch.compiler.is_compiling() or not are_adjacent(*groups, kind=Tensor):
         return join(linears)
-    return tuple(joined(group) for group in groups)
+    weight, weight_scale, bias = map(joined, groups)
+    return weight.squeeze(-1), weight_scale, bias
 
 
 class _QKVLinear(torch.autograd.Function):

@@ -270,7 +270,9 @@ def _joined(projections: list[nn.Module]) -> LinearWeights:
 
 
 def _linear_weights(linear: nn.Module) -> LinearWeights:
-    return LinearWeights(linear.weight, linear.bias, getattr(linear, "weight_scale", None))
+    if isinstance(linear, Int8Linear):
+        return LinearWeights(linear.matrix, linear.bias, linear.weight_scale)
+    return LinearWeights(linear.weight, linear.bias)
 
 
 def _norm_weights(norm: nn.LayerNorm) -> LayerNormWeights:

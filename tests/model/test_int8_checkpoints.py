@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import fastbert
@@ -143,6 +143,26 @@ def test_a_trainer_saves_it(saved, tmp_path):
     batch = {key: x for key, x in inputs_for(NAME).items() if key != "labels"}
     again = fastbert.BertForSequenceClassification.from_pretrained(tmp_path / "other")
     assert torch.equal(outputs(again.bert, batch), outputs(model.bert, batch))
+
+
+@pytest.mark.parametrize("saver", ["accelerate", "safetensors", "of the encoder alone"])
+def test_other_savers(saver, tmp_path):
+    """Whoever writes the file: what it holds loads, and ends a loading into plain Linears with an error."""
+    model = fastbert.BertForSequenceClassification(small_config()).eval()
+    fastbert.quantize(model.bert if saver == "of the encoder alone" else model)
+    if saver == "accelerate":
+        pytest.importorskip("accelerate").Accelerator(cpu=True).save_model(model, tmp_path)
+    elif saver == "safetensors":
+        save_model(model, str(tmp_path / "model.safetensors"))
+    else:
+        model.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    batch = {key: x for key, x in inputs_for(NAME).items() if key != "labels"}
+    again = fastbert.BertForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(again, batch), outputs(model, batch), atol=1e-6, rtol=1e-6)
+    plain = transformers.BertForSequenceClassification(small_config())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        plain.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
 
 
 def test_half_a_checkpoint_is_refused(saved):
