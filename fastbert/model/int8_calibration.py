@@ -62,7 +62,14 @@ def _encoder_inputs(batch: Mapping[str, Any], index: int) -> dict[str, Any]:
         )
     if batch.get("input_ids") is None and batch.get("inputs_embeds") is None:
         raise ValueError(f"batch {index} of calibration has no input_ids; it has {', '.join(map(str, batch)) or 'nothing'}")
-    return {key: value for key, value in batch.items() if key in _INPUTS}
+    inputs = {key: value for key, value in batch.items() if key in _INPUTS}
+    for key in ("input_ids", "inputs_embeds"):
+        if inputs.get(key) is not None and not isinstance(inputs[key], Tensor):
+            raise TypeError(
+                f"batch {index} of calibration has {key} as a {type(inputs[key]).__qualname__}, expected a torch.Tensor "
+                '(of a tokenizer: padding=True, return_tensors="pt")'
+            )
+    return inputs
 
 
 class _Compared(nn.Module):

@@ -401,6 +401,7 @@ def test_calibration_on_packed_rows():
         ),
         ({"input_ids": torch.ones(1, 3)}, TypeError, "batch 0 of calibration is a str, expected a mapping with input_ids"),
         (["A text."], TypeError, "batch 0 of calibration is a str"),
+        ([{"input_ids": [[1, 2], [3, 4]]}], TypeError, "batch 0 of calibration has input_ids as a list, expected a torch.Tensor"),
     ],
 )
 def test_calibration_that_is_none(calibration, error, message):
