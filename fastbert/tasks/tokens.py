@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,8 +24,8 @@ from .words import read_words
 
 IGNORED = -100
 _ENTITY_TAG = re.compile(r"[BI]-.+")
-# What a reader takes for a word: letters and digits with what joins them (don't, www.x.org, 3.5), or a lone other character.
-_WORD = re.compile(r"\w+(?:['’.,:/@&-]\w+)*|[^\w\s]")
+# Of combining marks, which are no letters to Python's patterns: all are below it, or on the plane behind private use.
+_PLANES_OF_MARKS = (range(0x20000), range(0xE0000, 0xF0000))
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class TokenClassification(Task):
         items = []
         for number, value in enumerate(inputs, 1):
             if isinstance(value, str):
-                spans = tuple(match.span() for match in _WORD.finditer(value))
+                spans = tuple(match.span() for match in _word().finditer(value))
                 words = tuple(value[start:end] for start, end in spans)
                 items.append(WordsExample(f"input {number}", words, text=value, spans=spans))
             elif isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value):
@@ -205,6 +206,15 @@ class TokenClassification(Task):
                 result["entities"] = _entities(example, found, probability)
             results.append(result)
         return results
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    """What a reader takes for a word: letters and digits with what joins them (don't, www.x.org, 3.5), or a lone other character;
+    each with the marks that combine with it: accents that stand apart (NFD), vowel signs (Devanagari, ...), emoji's variants."""
+    marks = "".join(chr(n) for plane in _PLANES_OF_MARKS for n in plane if unicodedata.category(chr(n)).startswith("M"))
+    letters = rf"\w+(?:[{marks}]+\w*)*"
+    return re.compile(rf"{letters}(?:['’.,:/@&-]{letters})*|[^\w\s][{marks}]*")
 
 
 def _entities(example: WordsExample, tags: list[str], probability: np.ndarray) -> list[dict[str, Any]]:

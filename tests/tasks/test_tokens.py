@@ -101,6 +101,19 @@ def test_entities_are_spans_of_the_text(toy_tokenizer):
     assert 0.9 < first["entities"][0]["probability"] < 1
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("e\u0301toile, Ma\u0301rio\u0301-de.", ["e\u0301toile", ",", "Ma\u0301rio\u0301-de", "."]),
+        ("\u0928\u092e\u0938\u094d\u0924\u0947 \u0939\u093f", ["\u0928\u092e\u0938\u094d\u0924\u0947", "\u0939\u093f"]),
+        ("\u2764\ufe0fday \u0301b don't", ["\u2764\ufe0f", "day", "\u0301", "b", "don't"]),
+    ],
+)
+def test_marks_belong_to_the_character_before_them(text, words):
+    (example,) = task_for("ner").examples_from([text])
+    assert list(example.words) == words == [text[start:end] for start, end in example.spans]
+
+
 def test_bad_input_names_its_place():
     task = task_for("ner").with_labels_of(EXAMPLES)
     with pytest.raises(DataError, match=r"train.conll, line 1, column '1': word 2 \('b'\) has the tag 'B-ORG'; known are O, B-LOC"):
