@@ -330,7 +330,7 @@ def _check_columns(name: str, place: str | None, columns: Sequence[str]) -> None
             raise DataError.at(name, place, column, f"stands twice in the header ({_listed(columns)})")
 
 
-def check_unicode(value: Any, name: str, place: str, column: str) -> None:
+def check_unicode(value: Any, name: str, place: str, column: str | None) -> None:
     """Raises DataError for half of a surrogate pair, in a string or in whatever holds one."""
     if isinstance(value, (list, tuple, dict)):
         for part in value.values() if isinstance(value, dict) else value:

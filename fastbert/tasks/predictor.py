@@ -15,6 +15,7 @@ from typing import Any
 
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
+from fastbert.data.tables import check_unicode
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 
@@ -52,6 +53,9 @@ class Predictor:
         task, SettingsError for what cannot work."""
         if dtype not in DTYPES:
             raise SettingsError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        for option, value, least in (("max-seq-length", max_seq_length, 8), ("tokens-per-batch", tokens_per_batch, 1)):
+            if value is not None and value < least:
+                raise SettingsError(f"--{option} is {value}; it must be at least {least}")
         task, trained_length = load_task(Path(folder))
         loaded = load_model(str(folder), task)
         if loaded.new:
@@ -70,6 +74,9 @@ class Predictor:
         """One prediction for each input. Raises DataError naming an input that cannot be used, before anything is computed."""
         if isinstance(inputs, str):
             raise TypeError("expected a list of inputs, not a single string")
+        inputs = list(inputs)
+        for number, value in enumerate(inputs, 1):
+            check_unicode(value, "inputs", f"input {number}", None)
         return self.predict(self.task.examples_from(inputs))
 
     def read(self, path: str | Path, *, text_column: str | None = None, text_pair_column: str | None = None) -> Examples:

@@ -210,7 +210,7 @@ def _cut_questions(
 ) -> list[str]:
     """The questions, those of more than ``longest`` tokens without the rest."""
     questions = [example.question for example in some]
-    encoded = tokenizer(questions, add_special_tokens=False, return_attention_mask=False)
+    encoded = tokenizer(questions, add_special_tokens=False, return_attention_mask=False, verbose=False)
     for number, (example, encoding) in enumerate(zip(some, encoded.encodings, strict=True)):
         if not encoding.ids:
             raise examples.error(example, "question", f"holds {example.question!r}, of which the tokenizer keeps nothing")

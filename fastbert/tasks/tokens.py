@@ -236,7 +236,9 @@ def _pieces_of_words(
     examples: Examples[WordsExample], tokenizer: PreTrainedTokenizerBase, notices: list[str]
 ) -> list[list[list[int]]]:
     """The ids of every word's pieces, at least one a word; ``notices`` gets a line where the tokenizer keeps nothing of some."""
-    encoded = tokenizer([list(example.words) for example in examples], is_split_into_words=True, add_special_tokens=False)
+    words_of = [list(example.words) for example in examples]
+    # Not verbose: a sentence that is longer than the model takes is cut, of which the tokenizer does not know.
+    encoded = tokenizer(words_of, is_split_into_words=True, add_special_tokens=False, verbose=False)
     pieces: list[list[list[int]]] = []
     dropped: list[str] = []
     for example, encoding in zip(examples, encoded.encodings, strict=True):

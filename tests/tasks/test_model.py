@@ -158,6 +158,19 @@ def test_a_damaged_checkpoint(file, content, message, toy_model, tmp_path):
         load_model(str(folder), TASKS["text"])
 
 
+def test_inputs_and_settings_that_a_predictor_refuses(toy_model, tmp_path):
+    loaded = load_model(str(toy_model), TASKS["text"])
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    save_task(TASKS["text"], 32, tmp_path)
+    with pytest.raises(DataError, match="inputs, input 2: holds a lone surrogate"):
+        Predictor.from_pretrained(tmp_path, device="cpu")(["good", "bad \ud800"])
+    with pytest.raises(SettingsError, match="--max-seq-length is 0; it must be at least 8"):
+        Predictor.from_pretrained(tmp_path, device="cpu", max_seq_length=0)
+    with pytest.raises(SettingsError, match="--tokens-per-batch is 0; it must be at least 1"):
+        Predictor.from_pretrained(tmp_path, device="cpu", tokens_per_batch=0)
+
+
 def test_a_fine_tuned_folder_whose_weights_are_damaged(toy_model, tmp_path):
     loaded = load_model(str(toy_model), TASKS["text"])
     loaded.model.save_pretrained(tmp_path)
