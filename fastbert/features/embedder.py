@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -159,12 +159,15 @@ class Embedder:
         """(n, dim) float32, at level "token" a list of (tokens, dim), one of each text.
 
         texts: strings, or lists of words; text_pairs: the second text of each, which the model reads together with the first.
+        Raises TypeError for what is neither or a mixture of both, TextError for a text that has no embedding, with their numbers.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts must be a sequence of texts, not a single string")
+        for name, values in (("texts", texts), ("text_pairs", text_pairs)):
+            if isinstance(values, str):
+                raise TypeError(f"{name} must be a sequence of texts, not a single string")
         texts, text_pairs = list(texts), None if text_pairs is None else list(text_pairs)
         if text_pairs is not None and len(text_pairs) != len(texts):
             raise ValueError(f"there are {len(texts)} texts and {len(text_pairs)} text_pairs; each text needs its own")
+        _check_kinds(texts, text_pairs)
         bounds = self.chunk_bounds(texts, text_pairs)
         parts = [
             self.embed(texts[start:end], None if text_pairs is None else text_pairs[start:end])
@@ -337,6 +340,29 @@ class Embedder:
             return []
         hidden_states = {"output_hidden_states": True} if self._layers > 1 else {}
         return [f"the encoder runs transformers' forward pass: {reason}" for reason in explain(self.model, **hidden_states).encoder]
+
+
+def _check_kinds(texts: Sequence[Any], text_pairs: Sequence[Any] | None) -> None:
+    """Raises TypeError for what is no text where the first one is, or no list of words where that is; TextError for no Unicode."""
+    words = bool(texts) and not isinstance(texts[0], str)
+    if words and text_pairs is not None:
+        raise TypeError("text_pairs are for texts that are strings, not for lists of words")
+    for name, values, in_words in (("texts", texts, words), ("text_pairs", text_pairs or (), False)):
+        for index, value in enumerate(values):
+            parts = tuple(value) if in_words and isinstance(value, Iterable) else (value,)
+            if isinstance(value, str) == in_words or not all(isinstance(part, str) for part in parts):
+                expected = "a list of words, as the first one is" if in_words else "a string"
+                raise TypeError(f"{name}[{index}] is {value!r:.60}, expected {expected}")
+            if not all(map(_is_unicode, parts)):
+                raise TextError(index, "holds a lone surrogate, which no UTF-8 text has")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _names(encoding: Any, words: Text, by_word: bool) -> Iterator[str]:

@@ -125,6 +125,24 @@ def test_any_sequence_of_texts(checkpoint):
         embedder(TEXTS, TEXTS[1:])
 
 
+@pytest.mark.parametrize(
+    ("texts", "pairs", "error", "message"),
+    [
+        (["word1", ["word2", "word3"]], None, TypeError, r"texts\[1\] is \['word2', 'word3'\], expected a string"),
+        ([["word1"], "word2"], None, TypeError, r"texts\[1\] is 'word2', expected a list of words, as the first one is"),
+        ([["word1"], ["word2", 3]], None, TypeError, r"texts\[1\] is \['word2', 3\], expected a list of words"),
+        (["word1", None], None, TypeError, r"texts\[1\] is None, expected a string"),
+        (["word1"], [None], TypeError, r"text_pairs\[0\] is None, expected a string"),
+        (["word1"], "a", TypeError, "text_pairs must be a sequence of texts, not a single string"),
+        ([["word1"]], ["a"], TypeError, "text_pairs are for texts that are strings"),
+        (["word1", "\ud800"], None, TextError, "text 1 holds a lone surrogate"),
+    ],
+)
+def test_what_is_no_text_is_named(checkpoint, texts, pairs, error, message):
+    with pytest.raises(error, match=message):
+        Embedder.from_pretrained(str(checkpoint), device="cpu")(texts, pairs)
+
+
 def test_no_texts(checkpoint):
     assert Embedder.from_pretrained(str(checkpoint), device="cpu")([]).shape == (0, 32)
     assert Embedder.from_pretrained(str(checkpoint), level="token", device="cpu")([]) == []
