@@ -218,18 +218,31 @@ def _word() -> re.Pattern[str]:
 
 
 def _entities(example: WordsExample, tags: list[str], probability: np.ndarray) -> list[dict[str, Any]]:
-    get_entities = metrics.optional("seqeval.metrics.sequence_labeling").get_entities
     text, spans = example.text, example.spans
     if text is None or spans is None:
         text, ends = " ".join(example.words), np.cumsum([len(word) + 1 for word in example.words]) - 1
         spans = tuple((int(end) - len(word), int(end)) for word, end in zip(example.words, ends, strict=True))
     entities = []
-    for kind, first, last in get_entities(tags):
+    for kind, first, last in _spans_of_tags(tags):
         start, end = spans[first][0], spans[last][1]
         score = float(probability[first : last + 1].mean())
-        place = {"start": start, "end": end, "first_word": int(first), "last_word": int(last)}
+        place = {"start": start, "end": end, "first_word": first, "last_word": last}
         entities.append({"type": kind, "text": text[start:end], **place, "probability": score})
     return entities
+
+
+def _spans_of_tags(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(type, first word, last word) of the entities in BIO tags, as CoNLL's evaluation and seqeval see them: an I- that continues
+    nothing of its type begins an entity."""
+    spans: list[tuple[str, int, int]] = []
+    before = "O"
+    for word, tag in enumerate(tags):
+        if tag.startswith("I-") and before[2:] == tag[2:]:
+            spans[-1] = (*spans[-1][:2], word)
+        elif tag != "O":
+            spans.append((tag[2:], word, word))
+        before = tag
+    return spans
 
 
 def _pieces_of_words(

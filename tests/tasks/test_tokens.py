@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.tasks.examples import Examples, WordsExample
 from fastbert.tasks.registry import task_for
-from fastbert.tasks.tokens import IGNORED
+from fastbert.tasks.tokens import IGNORED, _spans_of_tags
 
 
 def sentences(*pairs: tuple[str, str]) -> Examples[WordsExample]:
@@ -99,6 +101,21 @@ def test_entities_are_spans_of_the_text(toy_tokenizer):
     assert found == [("PER", "Anna", 1), ("LOC", "Paris-Rome", 3)]
     assert [entity["text"] for entity in second["entities"]] == ["Bob"]
     assert 0.9 < first["entities"][0]["probability"] < 1
+
+
+def test_spans_of_tags_are_those_of_seqeval():
+    get_entities = pytest.importorskip("seqeval.metrics.sequence_labeling").get_entities
+    drawn = np.random.default_rng(0).choice(["O", "B-A", "I-A", "B-B-C", "I-B-C"], (300, 8)).tolist()
+    assert [_spans_of_tags(tags) for tags in drawn] == [get_entities(tags) for tags in drawn]
+
+
+def test_entities_are_found_without_seqeval(toy_tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "seqeval", None)
+    monkeypatch.setitem(sys.modules, "seqeval.metrics.sequence_labeling", None)
+    task = task_for("ner").with_labels_of(EXAMPLES)
+    features = task.features(EXAMPLES, toy_tokenizer, 32, labelled=False)
+    outputs = logits_of(task, features, [["B-PER", "O", "B-LOC"], ["O", "O"]])
+    assert len(task.predictions(outputs, features, EXAMPLES)[0]["entities"]) == 2
 
 
 @pytest.mark.parametrize(
