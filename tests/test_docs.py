@@ -1,4 +1,5 @@
-"""docs/compatibility.md speaks of tests that exist, in the words of ``explain``, and its versions are those that are tested."""
+"""docs/compatibility.md speaks of tests that exist, in the words of ``explain``, and its versions are those that are tested;
+links of all pages lead somewhere."""
 
 from __future__ import annotations
 
@@ -50,6 +51,12 @@ def pin(file: str, package: str) -> str:
     """The release of ``package`` in a file of constraints, the last where there is one for each Python."""
     pins = re.findall(rf"^{package}==([\d.]+)", (REPOSITORY / file).read_text(encoding="utf-8"), re.MULTILINE)
     return pins[-1]
+
+
+@pytest.mark.parametrize("page", [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("http") and not (page.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers"])

@@ -184,7 +184,7 @@ def _when_not(by_machine: Mapping[str, Mapping[str, Document]]) -> Iterator[str]
 
 def _others(machine: str, commands: Mapping[str, str | None]) -> str:
     lines = [
-        (f"[{name}.json](../benchmarks/results/{machine}/{name}.json)", command and f"`{command}`")
+        (f"[{name}.json](../benchmarks/results/{machine}/{_file_of(name)})", command and f"`{command}`")
         for name, command in commands.items()
     ]
     return markdown(("document", "made by"), lines, text_columns=2)
