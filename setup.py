@@ -113,6 +113,18 @@ def run_command(command: list[str]) -> str:
     return result.stdout
 
 
+def version_lines(compiler: list[str]) -> list[str]:
+    """What the compiler says of itself, a line at least; a wrapper may have nothing to say."""
+    return run_command([*compiler, "--version"]).strip().splitlines() or [f"{shlex.join(compiler)}, of no known version"]
+
+
+def link(command: list[str], target: str) -> None:
+    """Writes the module; raises NativeBuildError also where the compiler does nothing and says nothing."""
+    run_command([*command, "-o", target])
+    if not Path(target).is_file():
+        raise NativeBuildError(f"{command[0]} ended without an error and wrote no {Path(target).name}")
+
+
 def run_parallel(commands: list[list[str]]) -> list[str]:
     """Runs the compilers, MAX_JOBS at a time; returns what each printed."""
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
@@ -183,7 +195,7 @@ def build_cpu(temp: Path, target: str) -> dict[str, object]:
             f"the C++ backend is for Linux on x86-64 and AArch64, this is {sys.platform} on {platform.machine()}"
         )
     cxx = find_cxx()
-    version = run_command([*cxx, "--version"]).splitlines()[0]
+    version = version_lines(cxx)[0]
     flags = [*CPU_FLAGS, *include_flags()]
     sets = INSTRUCTION_SETS[platform.machine()]
     unknown = [name for name, isa_flags in sets.items() if not accepts(cxx, isa_flags)]
@@ -196,21 +208,21 @@ def build_cpu(temp: Path, target: str) -> dict[str, object]:
     objects = [str(temp / f"{Path(source).stem}.{name}.o") for source, name, _ in units]
     # The slowest to compile are those of the widest vectors, which come last: start with them.
     run_parallel([[*cxx, *flags, *extra, "-c", source, "-o", obj] for (source, _, extra), obj in zip(units, objects)][::-1])
-    run_command([*cxx, "-shared", *objects, "-o", target])
+    link([*cxx, "-shared", *objects], target)
     return {"compiler": f"{version}; it knows no flags for {', '.join(unknown)}" if unknown else version}
 
 
 def build_cuda(temp: Path, target: str) -> dict[str, object]:
     """Compiles csrc/cuda with nvcc, with the CUDA runtime linked statically; returns what the report says of it."""
     nvcc = find_nvcc()
-    version = run_command([nvcc, "--version"]).strip().splitlines()[-1]
+    version = version_lines([nvcc])[-1]
     archs = cuda_arch_flags(nvcc)
     flags = [*CUDA_FLAGS, *PTXAS_FLAGS, *include_flags()]
     if any("sm_90a" in arch for arch in archs):  # what Hopper alone has, code for sm_90 may not use
         flags.append("-DFASTBERT_BUILT_FOR_HOPPER")
     objects = [str(temp / f"{Path(source).stem}.cuda.o") for source in CUDA_SOURCES]
     printed = run_parallel([[nvcc, *flags, *archs, "-c", source, "-o", obj] for source, obj in zip(CUDA_SOURCES, objects)])
-    run_command([nvcc, "-shared", "-cudart=static", *archs, *objects, "-o", target])
+    link([nvcc, "-shared", "-cudart=static", *archs, *objects], target)
     kernels = [kernel for source, text in zip(CUDA_SOURCES, printed) for kernel in ptxas_kernels(Path(source).stem, text)]
     return {
         "compiler": version,

@@ -22,6 +22,24 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there is nothing to build elsewhere")
+def test_compilers_that_do_and_say_nothing_are_a_reason_not_an_error(monkeypatch, tmp_path):
+    setuptools = pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.chdir(REPOSITORY)
+    steps = runpy.run_path("setup.py")
+    silent = tmp_path / "bin" / "nvcc"
+    silent.parent.mkdir()
+    silent.write_text("#!/bin/sh\n")
+    silent.chmod(0o755)
+    monkeypatch.setenv("CXX", str(silent))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for build, reason in (("build_cpu", "ended without an error and wrote no module.so"), ("build_cuda", "knows none of the arch")):
+        with pytest.raises(steps["NativeBuildError"], match=reason):
+            steps[build](tmp_path, str(tmp_path / "module.so"))
+
+
 def test_a_source_distribution_has_all_of_csrc(monkeypatch):
     """setuptools puts into it what the extension modules name."""
     setuptools = pytest.importorskip("setuptools")
