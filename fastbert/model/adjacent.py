@@ -70,7 +70,7 @@ def _flatten(group: list[Tensor], kind: type) -> bool:
         return False
     # Parameters whose memory was made in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
-        buffer = torch.cat([p.detach() for p in group]).untyped_storage()
+        buffer = cat_of_any([p.detach() for p in group]).untyped_storage()
         size = buffer.nbytes() // 3
         for index, parameter in enumerate(group):
             part = buffer[index * size : (index + 1) * size]  # a storage that keeps the buffer alive
@@ -96,7 +96,13 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0]
     buffer = _buffer_of(tensors)
     if buffer is None:
-        return torch.cat(list(tensors))
+        return cat_of_any(tensors)
     first = tensors[0]
     with torch._C._DisableTorchDispatch():  # memory that is there already: nothing for who records what is computed
         return first.new_empty(0).set_(buffer, 0, (3 * first.shape[0], *first.shape[1:]))
+
+
+def cat_of_any(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.cat``, which under autocast of CPUs refuses half precision that is not autocast's."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return torch.cat(list(tensors))

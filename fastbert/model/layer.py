@@ -25,7 +25,7 @@ from ..ops.feed_forward import feed_forward
 from ..ops.linear import linear, linear_dweight, linear_dx, linear_forward
 from ..ops.native_encoder import run_layers
 from ..ops.registration import contiguous_grad, refuse_batched_gradients, under_autocast
-from .adjacent import are_adjacent, joined
+from .adjacent import are_adjacent, cat_of_any, joined
 from .int8 import Int8Linear, join
 from .packed_layer import drop_if_trained, packed_again, packed_layer
 from .packing import Packing
@@ -335,9 +335,9 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
     if views_help and are_adjacent(weights, biases):
         return _QKVLinear.apply(x, *weights, *biases)
     if all(bias is None for bias in biases):
-        return linear(x, torch.cat(weights), None)
+        return linear(x, cat_of_any(weights), None)
     zeros = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-    return linear(x, torch.cat(weights), torch.cat(zeros))
+    return linear(x, cat_of_any(weights), cat_of_any(zeros))
 
 
 def _joined_int8(linears: tuple[Int8Linear, Int8Linear, Int8Linear]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -27,6 +27,7 @@ from ..ops.native_encoder import (
     run_layers_if_unchanged,
 )
 from ..ops.registration import under_autocast
+from .adjacent import cat_of_any
 from .int8 import Int8Linear, join
 from .packing import Packing
 from .plain import is_exact_gelu, is_int8_linear, is_plain_linear, is_watched
@@ -266,7 +267,7 @@ def _joined(projections: list[nn.Module]) -> LinearWeights:
         weight, scale, bias = join(projections)
         return LinearWeights(weight, bias, scale)
     biases = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in projections]
-    return LinearWeights(torch.cat([linear.weight for linear in projections]), torch.cat(biases))
+    return LinearWeights(cat_of_any([linear.weight for linear in projections]), cat_of_any(biases))
 
 
 def _linear_weights(linear: nn.Module) -> LinearWeights:
