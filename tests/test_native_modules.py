@@ -49,6 +49,13 @@ def test_without_them_everything_is_there_but_their_backends(module):
         "from fastbert.ops import backends, gelu_layer_norm\n"
         "from fastbert.train import optimizer\n"
         "gelu_layer_norm(torch.randn(2, 8), None, torch.ones(8), torch.zeros(8), 1e-12)\n"
+        "from transformers import BertConfig\n"
+        "from fastbert import BertModel\n"
+        "sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)\n"
+        "model, ids = BertModel(BertConfig(**sizes)).eval(), torch.ones(2, 3, dtype=torch.int64)\n"
+        "with torch.no_grad():\n"
+        "    inference = model(ids, torch.tensor([[1, 1, 1], [1, 0, 0]])).last_hidden_state\n"
+        "assert torch.equal(inference, model(ids, torch.tensor([[1, 1, 1], [1, 0, 0]])).last_hidden_state)\n"
         "for name, backend in backends.report()['backends'].items():\n"
         "    print(name, backend['reason'])"
     )

@@ -85,7 +85,7 @@ _lock = threading.Lock()
 
 def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayers | None:
     """:func:`packed_layer` for a layer that was packed before, where nothing has changed since and nothing is trained."""
-    if torch.is_grad_enabled() or not _takes(x):
+    if not native.AVAILABLE or torch.is_grad_enabled() or not _takes(x):
         return None
     entry = _current_entry(layer, _dtypes(x), native.instruction_set())
     return None if entry is None else entry.packed
