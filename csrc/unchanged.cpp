@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <unordered_set>
 
 namespace fastbert {
 
@@ -21,17 +22,19 @@ PyObject* checked_dict(py::handle object) {
   return object.ptr();
 }
 
+// As it stands in the class or one of its bases; None where it stands in none.
+PyObject* forward_of(PyTypeObject* type) {
+  static PyObject* const name = PyUnicode_InternFromString("forward");
+  PyObject* found = _PyType_Lookup(type, name);
+  return found == nullptr ? Py_None : found;
+}
+
+py::object attributes_of(py::handle object) { return checked(PyObject_GenericGetDict(object.ptr(), nullptr)); }
+
 // None stands for a key that is not there, too.
 PyObject* value_of(PyObject* dict, PyObject* key) {
   PyObject* found = PyDict_GetItemWithError(dict, key);
   if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return found == nullptr ? Py_None : found;
-}
-
-// As it stands in the class or one of its bases; None where it stands in none.
-PyObject* forward_of(py::handle type) {
-  static PyObject* const name = PyUnicode_InternFromString("forward");
-  PyObject* found = _PyType_Lookup(reinterpret_cast<PyTypeObject*>(type.ptr()), name);
   return found == nullptr ? Py_None : found;
 }
 
@@ -107,36 +110,73 @@ class Lines {
 
 }  // namespace
 
-Snapshot::Snapshot(const py::list& dicts, const py::list& keys, const py::list& objects, const py::list& classes,
-                   const py::list& counted, const py::list& tensors, bool count_versions, const Memory& arrays,
-                   const Memory& read)
+Snapshot::Known::Known(py::handle object)
+    : object_(object.ptr()),
+      is_weak_(PyType_SUPPORTS_WEAKREFS(Py_TYPE(object.ptr()))),
+      keeper_(is_weak_ ? checked(PyWeakref_NewRef(object.ptr(), nullptr)) : py::reinterpret_borrow<py::object>(object)) {}
+
+// To compare: nobody holds it.
+PyObject* Snapshot::Known::referent() const {
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* found = nullptr;
+  if (PyWeakref_GetRef(keeper_.ptr(), &found) > 0) Py_DECREF(found);
+  return found;
+#else
+  return PyWeakref_GetObject(keeper_.ptr());
+#endif
+}
+
+py::object Snapshot::Known::alive() const { return py::reinterpret_borrow<py::object>(is(object_) ? object_ : nullptr); }
+
+Snapshot::Snapshot(const py::list& objects, const py::list& attributes, const py::list& dicts, const py::list& counted,
+                   const py::list& tensors, bool count_versions, const Memory& arrays, const Memory& read)
     : count_versions_(count_versions), words_(arrays), fingerprint_(words_.fingerprint()) {
-  if (dicts.size() != keys.size()) throw std::invalid_argument("dicts and keys differ in length");
+  if (objects.size() != attributes.size()) throw std::invalid_argument("objects and attributes differ in length");
+  if (tensors.size() != arrays.size()) throw std::invalid_argument("tensors and arrays differ in length");
+  std::unordered_set<PyObject*> asked;
+  for (const py::handle object : objects) asked.insert(object.ptr());
+  for (const py::handle tensor : tensors) asked.insert(tensor.ptr());
   Lines lines;
-  for (size_t i = 0; i < dicts.size(); ++i) {
-    const py::object dict = dicts[i], key = keys[i];
-    const py::object value = py::reinterpret_borrow<py::object>(value_of(checked_dict(dict), key.ptr()));
-    places_.push_back({dict, key, value});
-    lines.add_dict(dict.ptr());
+  const auto know = [&](py::handle object) {
+    const Known known(object);
+    lines.add_object(known.keeper());
+    return known;
+  };
+  const auto know_entry = [&](PyObject* dict, py::handle key) {
+    const py::handle value = value_of(dict, key.ptr());
+    const Known known = asked.count(value.ptr()) > 0 ? Known::by_address(value) : know(value);
+    entries_.push_back({py::reinterpret_borrow<py::object>(key), known});
     lines.add_object(key);
-  }
-  for (const py::handle object : objects) {
-    types_.push_back({py::reinterpret_borrow<py::object>(object), py::type::of(object)});
+  };
+  for (size_t i = 0; i < objects.size(); ++i) {
+    const py::object object = objects[i], held = attributes_of(object);
+    const py::list names = attributes[i];
     lines.add(object.ptr(), sizeof(PyObject));
+    lines.add_dict(held.ptr());
+    for (const py::handle name : names) know_entry(held.ptr(), name);
+    const size_t dicts_before = dicts_.size();
+    const auto know_dict = [&](py::handle name, bool may_grow) {
+      PyObject* dict = checked_dict(value_of(held.ptr(), name.ptr()));
+      const Py_ssize_t size = PyDict_Size(dict);
+      if (may_grow && size == 0) return;
+      const size_t entries_before = entries_.size();
+      for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(dict)) know_entry(dict, key);
+      dicts_.push_back({py::reinterpret_borrow<py::object>(name), dict, may_grow ? PY_SSIZE_T_MAX : size,
+                        entries_.size() - entries_before});
+      lines.add_object(name);
+      lines.add_dict(dict);
+    };
+    for (const py::handle name : dicts) know_dict(name, true);
+    for (const py::handle name : counted) know_dict(name, false);
+    PyTypeObject* type = Py_TYPE(object.ptr());
+    objects_.push_back({know(object), know(reinterpret_cast<PyObject*>(type)), know(forward_of(type)), names.size(),
+                        dicts_.size() - dicts_before});
   }
-  for (const py::handle type : classes) {
-    if (!PyType_Check(type.ptr())) throw std::invalid_argument("not a class");
-    classes_.push_back({py::reinterpret_borrow<py::object>(type), py::reinterpret_borrow<py::object>(forward_of(type))});
-    lines.add_object(type);
-  }
-  for (const py::handle dict : counted) {
-    counts_.push_back({py::reinterpret_borrow<py::object>(dict), PyDict_Size(checked_dict(dict))});
-    lines.add(dict.ptr(), sizeof(PyDictObject));
-  }
-  for (const py::handle tensor : tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const py::object tensor = tensors[i];
     const int64_t version = count_versions ? version_of(tensor) : 0;
-    tensors_.push_back({py::reinterpret_borrow<py::object>(tensor), address_of(tensor), version, is_matrix(tensor),
-                        count_elements(tensor), is_contiguous(tensor)});
+    tensors_.push_back(
+        {know(tensor), arrays[i].first, version, is_matrix(tensor), count_elements(tensor), is_contiguous(tensor)});
     lines.add_object(tensor);
   }
   lines.add(read);
@@ -149,24 +189,45 @@ void Snapshot::prefetch() const {
 }
 
 bool Snapshot::unchanged() const {
-  for (const auto& [object, type] : types_) {
-    if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return false;
-  }
-  for (const auto& [type, forward] : classes_) {
-    if (forward_of(type) != forward.ptr()) return false;
-  }
-  for (const auto& [dict, count] : counts_) {
-    if (PyDict_Size(dict.ptr()) != count) return false;
-  }
-  for (const auto& [dict, key, value] : places_) {
-    if (value_of(dict.ptr(), key.ptr()) != value.ptr()) return false;
-  }
-  for (const auto& [tensor, address, version, matrix, elements, contiguous] : tensors_) {
-    if (address_of(tensor) != address || (count_versions_ && version_of(tensor) != version)) return false;
-    // Through `.data` a matrix becomes a part of itself, or itself transposed, which moves nothing and counts no version.
-    if (matrix && (count_elements(tensor) != elements || is_contiguous(tensor) != contiguous)) return false;
+  if (!objects_are_unchanged()) return false;
+  for (const Tensor& known : tensors_) {
+    if (!is_unchanged(known)) return false;
   }
   return words_.fingerprint() == fingerprint_;  // last: the memory is there, since the tensors have not moved
+}
+
+bool Snapshot::objects_are_unchanged() const {
+  const Entry* entry = entries_.data();
+  const Dict* known_dict = dicts_.data();
+  const auto holds = [&entry](PyObject* dict, size_t entries) {
+    for (size_t i = 0; i < entries; ++i, ++entry) {
+      if (!entry->value.is(value_of(dict, entry->key.ptr()))) return false;
+    }
+    return true;
+  };
+  for (const auto& [known, known_type, forward, attributes, dicts] : objects_) {
+    const py::object object = known.alive();
+    if (!object) return false;
+    PyTypeObject* type = Py_TYPE(object.ptr());
+    if (!known_type.is(reinterpret_cast<PyObject*>(type)) || !forward.is(forward_of(type))) return false;
+    const py::object held = attributes_of(object);
+    if (!holds(held.ptr(), attributes)) return false;
+    for (size_t i = 0; i < dicts; ++i, ++known_dict) {
+      const py::object dict = py::reinterpret_borrow<py::object>(value_of(held.ptr(), known_dict->name.ptr()));
+      // Whether it is that one, or has taken its place, shows in what is in it.
+      if (dict.ptr() != known_dict->address || !PyDict_Check(dict.ptr())) return false;
+      if (PyDict_Size(dict.ptr()) > known_dict->most || !holds(dict.ptr(), known_dict->entries)) return false;
+    }
+  }
+  return true;
+}
+
+bool Snapshot::is_unchanged(const Tensor& known) const {
+  const py::object tensor = known.tensor.alive();
+  if (!tensor || address_of(tensor) != known.address) return false;
+  if (count_versions_ && version_of(tensor) != known.version) return false;
+  // Through `.data` a matrix becomes a part of itself, or itself transposed, which moves nothing and counts no version.
+  return !known.matrix || (count_elements(tensor) == known.elements && is_contiguous(tensor) == known.contiguous);
 }
 
 bool all_unchanged(const std::vector<const Snapshot*>& snapshots) {

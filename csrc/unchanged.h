@@ -14,16 +14,21 @@ namespace fastbert {
 
 using Memory = std::vector<std::pair<uintptr_t, int64_t>>;  // (address, bytes) each
 
-// What some dicts hold under some keys, the classes of some objects, what `forward` is in some classes, how many entries
-// some dicts have, and of tensors where they are, their version counters and a few words, of matrices also how large they
-// are and whether contiguous, all as it is when this is made.
+// Of some objects their classes and what `forward` is in these, what is under some of their attributes, and what is in those
+// of their attributes that are dicts; of tensors where they are, their version counters and a few words, of matrices also
+// how large they are and whether contiguous, all as it is when this is made.
+//
+// It keeps none of it alive: what hangs on to a module (a hook that knows the model, an attribute) may hang on to whoever
+// keeps the snapshot for as long as that module lives, too.
 class Snapshot {
  public:
-  // keys[i] belongs to dicts[i]; a key need not be there. tensors: torch's, whose memory is arrays; count_versions: whether
-  // they have version counters. read: memory that torch reads when it is asked about the tensors.
-  Snapshot(const pybind11::list& dicts, const pybind11::list& keys, const pybind11::list& objects,
-           const pybind11::list& classes, const pybind11::list& counted, const pybind11::list& tensors, bool count_versions,
-           const Memory& arrays, const Memory& read);
+  // objects[i] has the attributes attributes[i], by name, which need not be there; under each name of `dicts` it has a dict,
+  // whose entries of now are compared, and of `counted` one that may not have others either. tensors: torch's, whose memory
+  // is arrays; count_versions: whether they have version counters. read: memory that torch reads when it is asked about
+  // them.
+  Snapshot(const pybind11::list& objects, const pybind11::list& attributes, const pybind11::list& dicts,
+           const pybind11::list& counted, const pybind11::list& tensors, bool count_versions, const Memory& arrays,
+           const Memory& read);
 
   // Compares all of it, objects by identity. Raises what comparing keys raises.
   bool unchanged() const;
@@ -33,21 +38,44 @@ class Snapshot {
   void prefetch() const;
 
  private:
-  struct Place {
-    pybind11::object dict, key, value;
+  // An object, by identity: another one may be in its place once it is gone.
+  class Known {
+   public:
+    explicit Known(pybind11::handle object);
+    // One that is among the objects and tensors of the snapshot, where it is asked whether it is gone.
+    static Known by_address(pybind11::handle object) { return Known(object.ptr(), false, {}); }
+
+    bool is(PyObject* found) const { return found == object_ && (!is_weak_ || found == referent()); }
+    // nullptr where it is gone.
+    pybind11::object alive() const;
+    // What is() reads, if anything.
+    pybind11::handle keeper() const { return keeper_; }
+
+   private:
+    Known(PyObject* object, bool is_weak, pybind11::object keeper)
+        : object_(object), is_weak_(is_weak), keeper_(std::move(keeper)) {}
+    PyObject* referent() const;
+
+    PyObject* object_;
+    bool is_weak_;
+    pybind11::object keeper_;  // a weak reference, or the object itself where its class has none (numbers, None)
   };
-  struct Typed {
-    pybind11::object object, type;
+  struct Entry {
+    pybind11::object key;
+    Known value;
   };
-  struct Class {
-    pybind11::object type, forward;
+  struct Dict {
+    pybind11::object name;
+    PyObject* address;
+    Py_ssize_t most;  // entries that it may have
+    size_t entries;
   };
-  struct Counted {
-    pybind11::object dict;
-    Py_ssize_t count;
+  struct Object {
+    Known object, type, forward;
+    size_t attributes, dicts;
   };
   struct Tensor {
-    pybind11::object tensor;
+    Known tensor;
     uintptr_t address;
     int64_t version;
     bool matrix;
@@ -55,10 +83,13 @@ class Snapshot {
     bool contiguous;
   };
 
-  std::vector<Place> places_;
-  std::vector<Typed> types_;
-  std::vector<Class> classes_;
-  std::vector<Counted> counts_;
+  bool objects_are_unchanged() const;
+  bool is_unchanged(const Tensor& known) const;
+
+  // One behind the other as they are read, so that the memory of the next ones is on its way.
+  std::vector<Object> objects_;
+  std::vector<Dict> dicts_;
+  std::vector<Entry> entries_;
   std::vector<Tensor> tensors_;
   bool count_versions_;
   cpu::Words words_;

@@ -9,6 +9,7 @@ from transformers import Pipeline
 
 from . import heads, lm_heads, relative_heads, relatives  # noqa: F401 (they say which class stands for which)
 from .encoder import PackedEncoder
+from .refresh import refresh
 from .swap import counterparts, is_fast, use_fast_classes, use_their_classes
 
 Model = TypeVar("Model")
@@ -38,7 +39,9 @@ def restore(model: Model) -> Model:
 
     Models that were made from fastbert's own classes become transformers' too. Raises TypeError for what is no module.
     """
-    use_their_classes(module_of(model))
+    module = module_of(model)
+    refresh(module)  # what was packed of it serves no call any more
+    use_their_classes(module)
     return model
 
 

@@ -29,7 +29,7 @@ def embed(
 ) -> Tensor:
     """(total, hidden): the embeddings of the real tokens of a call of ``model``, with its arguments, each (batch, length, ...)."""
     natively = input_ids is not None and takes(input_ids)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not (natively or torch.compiler.is_compiling()):
         forget(model.embeddings)
     tables = tables_of(model) if natively else None
     if tables is None and (input_ids is None or embedding_notes(model)):

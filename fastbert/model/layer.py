@@ -27,7 +27,7 @@ from ..ops.native_encoder import run_layers
 from ..ops.registration import contiguous_grad, refuse_batched_gradients, under_autocast
 from .adjacent import are_adjacent, cat_of_any, joined
 from .int8 import Int8Linear, join
-from .packed_layer import drop_if_trained, packed_again, packed_layer
+from .packed_layer import drop_if_trained, forget, packed_again, packed_layer
 from .packing import Packing
 from .plain import (
     class_was_changed,
@@ -121,6 +121,8 @@ class FusedLayer:
         packed = packed_again(self, hidden_states)
         if packed is None:
             if layer_fallback_reasons(self):
+                if not torch.compiler.is_compiling():
+                    forget(self)
                 mask = _padding_mask(self, hidden_states, packing)
                 return packing.from_sequences(super().forward(packing.to_sequences(hidden_states), mask))
             packed = packed_layer(self, hidden_states)

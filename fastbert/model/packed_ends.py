@@ -113,9 +113,11 @@ def embed_at_once(
 
 def pool(pooler: nn.Module, first: Tensor) -> Tensor | None:
     """What transformers' pooler makes of the first rows (num_sequences, hidden), in calls without gradients; None elsewhere."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        forget(pooler)
-    if not takes(first) or under_autocast(first) or first.stride(1) != 1:
+    if not takes(first):
+        if not torch.compiler.is_compiling():
+            forget(pooler)
+        return None
+    if under_autocast(first) or first.stride(1) != 1:
         return None
     dense = _current(pooler)
     if dense is None:

@@ -122,11 +122,11 @@ def packed_layer(layer: nn.Module, x: Tensor) -> PackedEncoderLayers | None:
     The layer is one that runs fused at all: ``layer_fallback_reasons`` has none. Raises ValueError where its weights do not fit
     together, RuntimeError where they are elsewhere than x.
     """
-    if not native.AVAILABLE or not _takes(x):
+    if torch.compiler.is_compiling() or not native.AVAILABLE:
         return None
-    if drop_if_trained(layer, x):
-        return None
-    if _changed_parts(layer):
+    if not _takes(x) or is_trained(layer, x) or _changed_parts(layer):
+        if layer in _entries:
+            forget(layer)
         return None
     entry = _current_entry(layer, _dtypes(x), native.instruction_set())
     if entry is None:

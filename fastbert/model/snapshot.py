@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from ..ops import native
 
+# Dicts that every module has: what is in them, and those to which nothing may be added.
+_HELD = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What torch keeps of a tensor and of its storage: how far it reads where it is asked for address and version.
 _TENSOR_BYTES, _STORAGE_BYTES = 208, 96
@@ -20,27 +21,19 @@ class Snapshot:
     they are, their version counters (those made in inference mode have none), and a few words of each, because an update through
     ``.data`` leaves the counters alone; of matrices also how large they are, and whether contiguous.
 
-    The native extension keeps and compares all of it. The extension must be available.
+    The native extension compares all of it, and keeps nothing alive: a hook or an attribute that leads to the model would otherwise
+    keep that alive through whoever holds the snapshot. The extension must be available.
     """
 
     def __init__(self, root: nn.Module, attributes: Mapping[nn.Module, Sequence[str]], tensors: Sequence[Tensor] = ()) -> None:
         modules = list(root.modules())
-        hooks = [getattr(module, name) for module in modules for name in _HOOKS]
-        # Who takes all hooks away puts other dicts in their place.
-        places: list[tuple[dict[Any, Any], Any]] = [(module.__dict__, name) for module in modules for name in ("forward", *_HOOKS)]
-        places += [(dict_of_hooks, key) for dict_of_hooks in hooks for key in dict_of_hooks]
-        for module in modules:
-            for holder in (module._modules, module._parameters, module._buffers):
-                places += [(holder, name) for name in holder]
-        for module, names in attributes.items():
-            places += [(module.__dict__, name) for name in names]
-        arrays = [(tensor.data_ptr(), _extent(tensor)) for tensor in tensors]
+        names = [["forward", *attributes.get(module, ())] for module in modules]
+        kept = [tensor.detach() for tensor in tensors]  # while it is read: other threads may give a tensor other memory
+        arrays = [(tensor.data_ptr(), _extent(tensor)) for tensor in kept]
         read = [(tensor._cdata, _TENSOR_BYTES) for tensor in tensors]
         read += [(tensor.untyped_storage()._cdata, _STORAGE_BYTES) for tensor in tensors]
         self.handle = native.EXTENSION.Snapshot(
-            [holder for holder, _ in places], [key for _, key in places],
-            modules[1:],  # who holds the snapshot must not keep the root alive
-            list(dict.fromkeys(map(type, modules))), hooks, list(tensors), not any(map(Tensor.is_inference, tensors)), arrays, read,
+            modules, names, list(_HELD), list(_HOOKS), list(tensors), not any(map(Tensor.is_inference, tensors)), arrays, read,
         )  # fmt: skip
 
     def unchanged(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import weakref
 from collections import OrderedDict
@@ -406,6 +407,53 @@ def test_layers_in_several_places_leave_nothing(how):
     gone = [weakref.ref(layer) for layer in layers]
     del layers, ours
     assert not any(layer() for layer in gone)
+
+
+WATCHED = {
+    "a layer": lambda model: model.encoder.layer[0],
+    "a Linear of one": lambda model: model.encoder.layer[1].attention.self.query,
+    "the pooler": lambda model: model.pooler,
+    "a table": lambda model: model.embeddings.word_embeddings,
+    "a parameter": lambda model: model.encoder.layer[0].output.dense.weight,
+}
+
+
+@pytest.mark.parametrize("runs_again", [False, True])
+@pytest.mark.parametrize("watched", WATCHED.values(), ids=WATCHED)
+def test_a_model_that_its_own_hooks_know_is_freed(watched, runs_again):
+    _, ours = pair(NAME)
+    with torch.no_grad():
+        ours(**inputs_for(NAME))
+        part = watched(ours)
+        register = part.register_forward_hook if isinstance(part, nn.Module) else part.register_hook
+        register(lambda *_, model=ours: None)
+        if runs_again:
+            ours(**inputs_for(NAME))
+    gone = weakref.ref(ours)
+    del ours, part, register
+    gc.collect()
+    assert gone() is None
+
+
+def _hook_inside(model: nn.Module) -> None:
+    for layer in model.encoder.layer:
+        layer.output.dense.register_forward_hook(lambda *_: None)
+
+
+def _other_linears(model: nn.Module) -> None:
+    for layer in model.encoder.layer:
+        layer.output.dense = nn.Sequential(layer.output.dense)
+
+
+@pytest.mark.parametrize("change", [_hook_inside, _other_linears, fastbert.restore])
+def test_weights_that_no_call_takes_any_more_are_not_kept_packed(change):
+    _, ours = pair(NAME)
+    with torch.no_grad():
+        ours(**inputs_for(NAME))
+        assert set(ours.encoder.layer) <= set(packed_layer._entries)
+        change(ours)
+        ours(**inputs_for(NAME))
+    assert not set(ours.encoder.layer) & set(packed_layer._entries)
 
 
 def test_weights_that_do_not_fit_are_errors():

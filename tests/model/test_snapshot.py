@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import weakref
 from collections import OrderedDict
 
@@ -76,7 +78,8 @@ def test_a_change_is_seen(change):
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Sequential, nn.BatchNorm1d.__base__])
 def test_another_forward_of_a_class_is_seen(monkeypatch, kind):
     """Of the root's, of a module's inside, and of a class that it has its forward from."""
-    snapshot = Snapshot(module(), {})
+    root = module()
+    snapshot = Snapshot(root, {})
     assert snapshot.unchanged()
     monkeypatch.setattr(kind, "forward", lambda self, x: x)
     assert not snapshot.unchanged()
@@ -157,23 +160,28 @@ def test_several_at_once():
         assert native.EXTENSION.all_unchanged(snapshots[changed + 1 :])
 
 
-def _snapshot(dicts, keys, classes=(), counted=(), tensors=(), count_versions=True):
-    return native.EXTENSION.Snapshot(dicts, keys, [], list(classes), list(counted), list(tensors), count_versions, [], [])
+def _snapshot(objects, attributes, dicts=(), counted=(), tensors=(), arrays=()):
+    return native.EXTENSION.Snapshot(objects, attributes, list(dicts), list(counted), list(tensors), False, list(arrays), [])
+
+
+class Thing:
+    """What has attributes and may be referred to weakly."""
 
 
 def test_what_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="differ in length"):
-        _snapshot([{}], [])
-    with pytest.raises(ValueError, match="not a dict"):
-        _snapshot([()], [1])
-    with pytest.raises(ValueError, match="not a dict"):
-        _snapshot([], [], counted=[()])
-    with pytest.raises(ValueError, match="not a class"):
-        _snapshot([], [], classes=[nn.Linear(1, 1)])
+    with pytest.raises(ValueError, match="objects and attributes differ in length"):
+        _snapshot([Thing()], [])
+    with pytest.raises(ValueError, match="tensors and arrays differ in length"):
+        _snapshot([], [], tensors=[torch.ones(2)])
+    with pytest.raises(AttributeError, match="__dict__"):
+        _snapshot([()], [[]])
+    for names in ({"dicts": ["missing"]}, {"counted": ["missing"]}):
+        with pytest.raises(ValueError, match="not a dict"):
+            _snapshot([Thing()], [[]], **names)
     with pytest.raises(TypeError, match="unhashable"):
-        _snapshot([{1: 1}], [[]])
-    with pytest.raises(AttributeError, match="data_ptr"):
-        _snapshot([], [], tensors=["no tensor"], count_versions=False)
+        _snapshot([Thing()], [[[]]])
+    with pytest.raises(AttributeError, match="dim"):
+        _snapshot([], [], tensors=[Thing()], arrays=[(0, 0)])
 
 
 def test_what_comparing_keys_raises_is_raised():
@@ -188,7 +196,10 @@ def test_what_comparing_keys_raises_is_raised():
                 raise ArithmeticError("no")
             return False
 
-    snapshot = _snapshot([{Key(): None}], [Key()])
+    thing = Thing()
+    thing.entries = {Key(): None}
+    snapshot = _snapshot([thing], [[Key()]], ["entries"])
+    thing.__dict__[Key()] = None
     layers, x, cu_seqlens = _layers()
     assert native.EXTENSION.all_unchanged([snapshot])
     assert run_layers_if_unchanged(layers, x, cu_seqlens, [snapshot]) is not None
@@ -226,12 +237,35 @@ def test_layers_run_where_nothing_has_changed(threads):
         torch.set_num_threads(before)
 
 
-def test_a_snapshot_keeps_no_module_alive():
+def test_a_snapshot_keeps_nothing_alive():
+    """Not even what leads to the module from inside of it: a hook, another forward, an attribute of it or of a parameter."""
     root = module()
-    snapshot, gone = Snapshot(root, {}, list(root.parameters())), weakref.ref(root)
-    del root
-    assert gone() is None
+    leads_back = nn.Module()
+    leads_back.__dict__["root"] = root
+    root[1].register_forward_hook(leads_back.forward)
+    root[1][0].forward = functools.partial(root[1].forward)
+    root[0].__dict__["owner"] = root
+    root[0].weight.owner = root
+    snapshot, gone = Snapshot(root, {root[0]: ("owner",)}, list(root.parameters())), weakref.ref(root)
     assert snapshot.unchanged()
+    del root, leads_back
+    gc.collect()
+    assert gone() is None
+    assert not snapshot.unchanged()
+
+
+def test_another_object_at_the_same_address_is_another_one():
+    thing = Thing()
+    for _ in range(100):
+        thing.value, thing.entries = Thing(), {}
+        snapshot = _snapshot([thing], [["value"]], ["entries"])
+        before = id(thing.value)
+        del thing.value
+        thing.value = Thing()
+        assert not native.EXTENSION.all_unchanged([snapshot])
+        if id(thing.value) == before:
+            return
+    pytest.skip("no object came to lie where another one had been")
 
 
 def test_memory_that_rows_of_a_tensor_share_or_leave_out():
