@@ -79,15 +79,18 @@ def keep_tables(model: nn.Module) -> EmbeddingTables | None:
     embeddings, norm = model.embeddings, model.embeddings.LayerNorm
     tables = [getattr(embeddings, name) for name in TABLES]
     parameters = [*(table.weight for table in tables), norm.weight, norm.bias]
+    memory = [parameter.detach() for parameter in parameters]
     dropout = embeddings.dropout
-    if active_dropout_p(dropout) > 0 or not all(_is_readable(parameter) for parameter in parameters):
+    if active_dropout_p(dropout) > 0 or not all(map(_is_readable, memory)) or len({tensor.dtype for tensor in memory}) > 1:
         return None
-    *shapes, norm_shape, bias_shape = (parameter.shape for parameter in parameters)
+    *shapes, norm_shape, bias_shape = (tensor.shape for tensor in memory)
     if not (norm_shape == bias_shape == shapes[0][1:] and all(shape[1:] == norm_shape for shape in shapes)):
         return None
     attributes = {**dict.fromkeys(tables, _OPTIONS), norm: ("eps",), dropout: attributes_of(dropout)}
     snapshot = Snapshot(embeddings, attributes, parameters)  # first: a change from now on is seen, whoever makes it
-    form = EmbeddingTables(*parameters, norm.eps)
+    if not _is_memory_of(parameters, memory):
+        return None
+    form = EmbeddingTables(*memory, norm.eps)
     _entries[embeddings] = _Entry(type(embeddings), snapshot, native.instruction_set(), form)
     return form
 
@@ -131,19 +134,27 @@ def _keep_dense(pooler: nn.Module) -> PackedDense | None:
     linear, activation = pooler.dense, pooler.activation
     if not (is_plain_linear(linear) and type(activation) is nn.Tanh and is_plain(activation) and is_plain(pooler)):
         return None
-    weight, bias = linear.weight, linear.bias
-    tensors = [weight] if bias is None else [weight, bias]
+    parameters = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+    memory = [parameter.detach() for parameter in parameters]
+    weight, bias = memory if len(memory) == 2 else (*memory, None)
     fits = weight.dim() == 2 and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype))
     whole_groups = weight.shape[-1] * weight.element_size() % 4 == 0
-    if not (all(map(_is_readable, tensors)) and fits and whole_groups):
+    if not (all(map(_is_readable, memory)) and fits and whole_groups):
         return None
-    snapshot = Snapshot(pooler, {}, tensors)
+    snapshot = Snapshot(pooler, {}, parameters)
+    if not _is_memory_of(parameters, memory):
+        return None
     with torch.no_grad():
         form = PackedDense(LinearWeights(weight, bias))
     _entries[pooler] = _Entry(type(pooler), snapshot, native.instruction_set(), form)
     return form
 
 
-def _is_readable(parameter: Tensor) -> bool:
-    """Whether the native code knows the dtype of a parameter and can read its memory as it lies."""
-    return parameter.dtype in native.DTYPES and parameter.device.type == "cpu" and parameter.is_contiguous()
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether the native code knows the dtype of a tensor and can read its memory as it lies."""
+    return tensor.dtype in native.DTYPES and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _is_memory_of(parameters: list[Tensor], memory: list[Tensor]) -> bool:
+    """Whether no other thread has cast or moved the parameters since their memory was at hand."""
+    return all(parameter.data_ptr() == tensor.data_ptr() for parameter, tensor in zip(parameters, memory, strict=True))

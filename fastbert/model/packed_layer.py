@@ -252,7 +252,11 @@ def _changed_parts(layer: nn.Module) -> list[str]:
 
 
 def _weights_of(layer: nn.Module) -> EncoderLayerWeights:
-    """Of a layer without :func:`_changed_parts`."""
+    """Of a layer without :func:`_changed_parts`.
+
+    They are what the parameters hold now, and keep that: another thread that casts or moves the model meanwhile gives these other
+    memory, of another size.
+    """
     query, key, value, attention_output, intermediate, output = _linears(layer)
     attention = layer.attention.self
     return EncoderLayerWeights(
@@ -266,18 +270,20 @@ def _joined(projections: list[nn.Module]) -> LinearWeights:
     if isinstance(projections[0], Int8Linear):
         weight, scale, bias = join(projections)
         return LinearWeights(weight, bias, scale)
-    biases = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in projections]
-    return LinearWeights(cat_of_any([linear.weight for linear in projections]), cat_of_any(biases))
+    linears = [_linear_weights(linear) for linear in projections]
+    biases = [weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias, _ in linears]
+    return LinearWeights(cat_of_any([weight for weight, *_ in linears]), cat_of_any(biases))
 
 
 def _linear_weights(linear: nn.Module) -> LinearWeights:
-    if isinstance(linear, Int8Linear):
-        return LinearWeights(linear.matrix, linear.bias, linear.weight_scale)
-    return LinearWeights(linear.weight, linear.bias)
+    """Detached: other threads may give a parameter other memory while it is packed."""
+    is_int8 = isinstance(linear, Int8Linear)
+    tensors = (linear.matrix, linear.bias, linear.weight_scale) if is_int8 else (linear.weight, linear.bias)
+    return LinearWeights(*(None if tensor is None else tensor.detach() for tensor in tensors))
 
 
 def _norm_weights(norm: nn.LayerNorm) -> LayerNormWeights:
-    return LayerNormWeights(norm.weight, norm.bias, norm.eps)
+    return LayerNormWeights(norm.weight.detach(), norm.bias.detach(), norm.eps)
 
 
 def _dropouts(layer: nn.Module) -> list[nn.Dropout]:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 from fastbert.model import packed_ends
+from fastbert.model.packing import Packing
 from fastbert.ops import native
 from fastbert.ops.native_inference import EmbeddingTables, PackedDense
 
@@ -251,6 +252,38 @@ def test_tables_that_were_replaced_do_not_outlive_a_step_of_training():
     ours.load_state_dict({name: tensor.clone() for name, tensor in ours.state_dict().items()}, assign=True)
     ours(**batch).pooler_output.sum().backward()
     assert old() is None
+
+
+def test_tables_are_read_where_they_were_when_another_thread_casts_them():
+    _, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        ours(**batch)
+        tables, packing = packed_ends.tables_of(ours), Packing.from_mask(None, batch["input_ids"].shape, torch.device("cpu"))
+        expected = packed_ends.embed_at_once(tables, ours, packing, batch["input_ids"], None, None)
+        places = [table.data_ptr() for table in tables._tables]
+        ours.bfloat16()
+        again = [torch.full_like(table, float("nan")) for table in tables._tables]  # where memory was freed, it is taken again
+        got = packed_ends.embed_at_once(tables, ours, packing, batch["input_ids"], None, None)
+    assert [table.data_ptr() for table in tables._tables] == places
+    assert not set(places) & {table.data_ptr() for table in again}
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("end", ["embeddings", "pooler"])
+def test_an_end_that_another_thread_casts_meanwhile_is_not_kept(monkeypatch, end):
+    _, ours = pair(NAME)
+
+    class CastFirst(packed_ends.Snapshot):
+        def __init__(self, root, *rest):
+            root.bfloat16()
+            super().__init__(root, *rest)
+
+    monkeypatch.setattr(packed_ends, "Snapshot", CastFirst)
+    with torch.no_grad():
+        made = packed_ends.keep_tables(ours) if end == "embeddings" else packed_ends._keep_dense(ours.pooler)
+    assert made is None
+    assert not {ours.embeddings, ours.pooler} & set(packed_ends._entries)
 
 
 def test_an_end_that_no_longer_runs_natively_keeps_no_old_weights():

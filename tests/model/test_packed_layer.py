@@ -16,7 +16,7 @@ import fastbert
 from fastbert.model import layer as layer_module
 from fastbert.model import packed_layer
 from fastbert.ops import calibration, native
-from fastbert.ops.native_encoder import PackedEncoderLayer, run_layers, run_layers_if_unchanged
+from fastbert.ops.native_encoder import PackedEncoderLayer, PackedEncoderLayers, run_layers, run_layers_if_unchanged
 
 from .helpers import LENGTHS, inputs_for, mask, on_real_tokens, pair
 
@@ -454,6 +454,22 @@ def test_weights_that_no_call_takes_any_more_are_not_kept_packed(change):
         change(ours)
         ours(**inputs_for(NAME))
     assert not set(ours.encoder.layer) & set(packed_layer._entries)
+
+
+def test_weights_that_another_thread_casts_meanwhile_are_packed_as_they_were():
+    """In the other dtype they have another size than the memory that was asked for."""
+    _, ours = pair(NAME)
+    layer, x = ours.encoder.layer[0], torch.randn(5, 48)
+    bounds = torch.tensor([0, 5], dtype=torch.int32)
+    with torch.no_grad():
+        expected = run_layers(packed_layer._pack(layer, (torch.float32, None)).packed, x, bounds)
+        weights = packed_layer._weights_of(layer)
+        layer.bfloat16()
+        layer.float()
+        nn.init.zeros_(layer.output.dense.weight)
+        weights.check()
+        packed = PackedEncoderLayers([PackedEncoderLayer(weights, torch.float32)])
+    assert torch.equal(run_layers(packed, x, bounds), expected)
 
 
 def test_weights_that_do_not_fit_are_errors():
