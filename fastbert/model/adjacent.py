@@ -6,14 +6,15 @@ Each of the three has a storage of its own, which is a part of the buffer that t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_flatten_lock = threading.Lock()
+from ..fork_safe import lock
+
+_flatten_lock = lock()
 _buffers: dict[int, StorageWeakRef] = {}  # by the address where they begin
 
 

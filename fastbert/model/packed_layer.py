@@ -7,7 +7,6 @@ the same tensors at the same place with the same version counters, and a few wor
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
@@ -16,6 +15,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from ..fork_safe import lock
 from ..ops import calibration, native
 from ..ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWeights
 from ..ops.linear import MEASURED_FLOPS
@@ -80,7 +80,7 @@ class _Stack:
 
 _entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 _stacks: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()  # by the first layer
-_lock = threading.Lock()
+_lock = lock()
 
 
 def packed_again(layer: nn.Module, x: Tensor) -> PackedEncoderLayers | None:

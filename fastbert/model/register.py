@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ..fork_safe import lock
 from . import accelerate  # noqa: F401 (imports every module that says which class stands for which)
 from .attention_interface import register_attention
 from .swap import counterparts
 
-_lock = threading.Lock()
+_lock = lock()
 _replaced: dict[tuple[type, type], tuple[type, type]] = {}
 
 

@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import platform
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,13 +27,14 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..fork_safe import lock
 from ..user_cache import user_cache_folder
 
 _ROUNDS = 3
 _BUDGET_S = 0.15  # of one kind; a candidate's first run is never left out
 _HOPELESS = 1.5  # a candidate that took this many times the best has no second run
 _CACHE_BYTES = 1 << 26  # more than the last level of most
-_lock = threading.Lock()
+_lock = lock()
 _known: dict[int, dict[str, dict[str, float]]] = {}  # number of threads -> kind -> candidate -> FLOP/s, best first
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import threading
 import time
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert.model import adjacent
+from fastbert.model import adjacent, packed_layer, register
+from fastbert.ops import calibration
 
 from ..model.helpers import inputs_for
 from ..model.test_packed_inputs import packed
@@ -147,3 +149,25 @@ def test_gradients_of_several_threads(frequent_switches, door):
         results = in_threads(lambda index, m=fresh: [gradient(m, index) for _ in range(CALLS)])
         for wanted, gradients in zip(expected, results, strict=True):
             assert all(torch.equal(got, wanted) for got in gradients)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_that_is_forked_during_a_first_call_waits_for_no_thread_of_the_other():
+    """Workers of a server that loads the model first, or of a DataLoader: the thread that was at work is not in them."""
+    locks = [adjacent._flatten_lock, packed_layer._lock, calibration._lock, register._lock]
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with locks[0], locks[1], locks[2], locks[3]:
+            held.set()
+            done.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(hold)
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if all(lock.acquire(blocking=False) for lock in locks) else 1)
+        done.set()
+    assert os.waitpid(child, 0)[1] == 0
