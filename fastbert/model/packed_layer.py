@@ -177,12 +177,16 @@ def _dtypes(x: Tensor) -> _Dtypes:
 
 
 def packing_reasons(layer: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Why inference on a CPU takes this layer's ops one by one, for hidden states of ``dtype``; empty where they are one call."""
+    """Why inference on a CPU takes this layer's ops one by one, for hidden states of ``dtype`` and under the autocast that is on;
+    empty where they are one call."""
     if changed := _changed_parts(layer):
         return changed
     if any(tensor.is_meta for tensor in layer.state_dict().values()):
         return ["its weights are on the meta device"]
-    weights = _weights_of(layer)
+    if _drops(layer):
+        return ["dropout is on, as in training (model.eval() ends that)"]
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    weights = _weights_under(autocast, layer)
     if reasons := not_supported_reasons(weights, dtype, "cpu"):
         return reasons
     rates = calibration.known().get(_kind(weights, dtype), {}) if calibration.is_on() else {}
@@ -266,6 +270,12 @@ def _weights_of(layer: nn.Module) -> EncoderLayerWeights:
     )  # fmt: skip
 
 
+def _weights_under(autocast: torch.dtype | None, layer: nn.Module) -> EncoderLayerWeights:
+    """:func:`_weights_of` as calls under autocast multiply them; None: without."""
+    weights = _weights_of(layer)
+    return weights if autocast is None or weights.dtype == torch.int8 else weights.with_linears(autocast)
+
+
 def _joined(projections: list[nn.Module]) -> LinearWeights:
     if isinstance(projections[0], Int8Linear):
         weight, scale, bias = join(projections)
@@ -305,10 +315,8 @@ def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
     attributes |= dict.fromkeys(norms, ("eps",))
     attributes |= {dropout: attributes_of(dropout) for dropout in _dropouts(layer)}
     snapshot = Snapshot(layer, attributes, _held(layer))
-    weights = _weights_of(layer)
     rows, autocast = dtypes
-    if autocast is not None and weights.dtype != torch.int8:
-        weights = weights.with_linears(autocast)
+    weights = _weights_under(autocast, layer)
     weights.check()  # the native code would read beyond what is too short
     packed = None if not_supported_reasons(weights, rows, "cpu") else PackedEncoderLayers([PackedEncoderLayer(weights, rows)])
     if packed is not None and _measured_fastest(layer, packed, weights, dtypes) != _ONE_CALL:

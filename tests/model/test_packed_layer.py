@@ -357,6 +357,20 @@ def test_explain_says_what_inference_takes(calls):
     assert "its activation is not the erf-GELU" in str(explanation)
 
 
+@pytest.mark.parametrize("mode", ["training", "float16"])
+def test_explain_says_what_inference_takes_in_training_mode_and_under_autocast(calls, mode):
+    _, ours = pair(NAME, hidden_dropout_prob=0.1)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=mode == "float16"):
+        ours.train(mode == "training")(**inputs_for(NAME))
+        reasons = fastbert.explain(ours).inference[0]
+    assert calls == []
+    expected = (
+        "dropout is on, as in training" if mode == "training" else "no kernels for torch.float32 with weights of torch.float16"
+    )
+    assert expected in "; ".join(reasons)
+    assert fastbert.explain(ours.eval()).inference[0] == []
+
+
 def test_a_layer_that_gets_other_dicts_of_hooks_is_watched():
     _, model = pair(NAME)
     batch, seen = inputs_for(NAME), []
