@@ -62,12 +62,16 @@ def _versions() -> dict[str, str | None]:
 def _cpu() -> dict[str, Any]:
     import torch
 
+    from fastbert.ops import native
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model, flags = _linux_cpu()
     return {
         "model": model or platform.processor() or platform.machine(),
         "features": [feature for feature in SHOWN_CPU_FEATURES if feature in flags],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": native.instruction_set() if native.AVAILABLE else None,
+        "supported_instruction_sets": native.supported_instruction_sets() if native.AVAILABLE else [],
         "cores": cores,
         "torch_threads": torch.get_num_threads(),
     }
@@ -173,6 +177,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         "CPU",
         f"  {cpu['model']}, {cpu['cores']} cores, {cpu['torch_threads']} threads in torch",
         f"  features: {' '.join(cpu['features']) or 'unknown'} (torch uses {cpu['torch_capability']})",
+        *_instruction_set_lines(cpu),
     ]
     gpus = [f"  {g['name']}, compute capability {g['compute_capability']}, {g['memory_gib']} GiB" for g in report["gpus"]]
     lines += ["GPUs", *(gpus or ["  none that torch can use"])]
@@ -189,6 +194,14 @@ def report_lines(report: dict[str, Any]) -> list[str]:
             lines += _op_lines(op, device_type, choice)
     lines += ["Measured on GPUs to be faster than these, and so picked", *(f"  {entry}" for entry in report["ops"]["measured"])]
     return lines if report["ops"]["measured"] else [*lines, "  nothing yet"]
+
+
+def _instruction_set_lines(cpu: dict[str, Any]) -> list[str]:
+    used, supported = cpu["instruction_set"], cpu["supported_instruction_sets"]
+    if used is None:
+        return []
+    slower = "" if used == supported[-1] else f", forced by FASTBERT_CPU_ISA; {supported[-1]} would be the fastest here"
+    return [f"  the C++ kernels use {used}{slower}"]
 
 
 def _openmp_lines(runtimes: list[str] | None) -> list[str]:
