@@ -38,6 +38,15 @@ _lock = lock()
 _known: dict[int, dict[str, dict[str, float]]] = {}  # number of threads -> kind -> candidate -> FLOP/s, best first
 
 
+def _check_setting() -> None:
+    wanted = os.environ.get("FASTBERT_CALIBRATION") or "on"
+    if wanted not in ("on", "off"):
+        raise ValueError(f"FASTBERT_CALIBRATION={wanted}: expected off, or on, which is the default")
+
+
+_check_setting()
+
+
 def is_on() -> bool:
     """Whether anything may be measured or read."""
     return os.environ.get("FASTBERT_CALIBRATION") != "off" and not torch.are_deterministic_algorithms_enabled()

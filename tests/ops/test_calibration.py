@@ -117,6 +117,13 @@ def test_relative_cache_homes_are_ignored(monkeypatch):
     assert calibration.cache_file().is_absolute() and "here" not in calibration.cache_file().parts
 
 
+@pytest.mark.parametrize("value", ["0", "OFF", "false"])
+def test_a_value_that_says_nothing_is_an_error(monkeypatch, value):
+    monkeypatch.setenv("FASTBERT_CALIBRATION", value)
+    with pytest.raises(ValueError, match=f"FASTBERT_CALIBRATION={value}: expected off, or on"):
+        calibration._check_setting()
+
+
 def test_off_measures_nothing(monkeypatch):
     monkeypatch.setattr(calibration, "fastest", not_called)
     large = {"rows": 4096, "weight_elements": 768 * 768}
