@@ -141,7 +141,7 @@ def warn_of_first_position(model: Any, position_ids: Tensor) -> None:
 def check_token_ids(
     model: Any, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, *, unpadded: bool
 ) -> None:
-    """Raises ValueError for ids outside their embedding tables.
+    """Raises ValueError for ids outside their embedding tables, RuntimeError for ids on the meta device in a model that is not.
 
     On a GPU a wrong id ends the process in a device-side assert, but looking costs a synchronisation: it is done there only
     where padding has just been removed, which has waited for the device anyway.
@@ -154,6 +154,8 @@ def check_token_ids(
         ("token_type_ids", token_type_ids, embeddings.token_type_embeddings, "config.type_vocab_size"),
         ("position_ids", position_ids, embeddings.position_embeddings, "config.max_position_embeddings"),
     ):
+        if ids is not None and ids.is_meta and not table.weight.is_meta:  # of which a table makes rows that hold anything
+            raise RuntimeError(f"{name} is on the meta device, without data, and the model is on {table.weight.device}")
         if ids is None or not (ids.device.type == "cpu" or (unpadded and ids.device.type == "cuda")):
             continue
         num_ids = getattr(table, "num_embeddings", None)

@@ -61,3 +61,10 @@ def test_a_checkpoint_of_another_architecture(tmp_path):
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         fastbert.BertModel.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_ids_on_the_meta_device(mode):
+    ours = fastbert.BertModel(small_config()).eval()
+    with mode(), pytest.raises(RuntimeError, match="input_ids is on the meta device, without data, and the model is on cpu"):
+        ours(inputs_for("BertModel")["input_ids"].to("meta"))
