@@ -93,7 +93,8 @@ def module_resources(module: Path) -> dict[tuple[str, str], dict[str, Any]]:
                 "matrix_instructions_ptx": None,
             }
     for architecture, elf in _by_architecture(_dump(module, "--dump-elf")):
-        for symbol, attributes in re.findall(r"^\.nv\.info\.(\S+)\n(.*?)(?=^\.|\Z)", elf, re.DOTALL | re.MULTILINE):
+        for part in elf.split("\n.nv.info.")[1:]:
+            symbol, _, attributes = part.partition("\n.")[0].partition("\n")
             bounds = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+(0x\w+) (0x\w+) (0x\w+)", attributes)
             if bounds:
                 found[symbol, architecture]["warps"] = math.prod(int(size, 16) for size in bounds.groups()) // 32
@@ -117,7 +118,7 @@ def _instructions(module: Path) -> Iterator[tuple[str, str, str]]:
     symbol = architecture = ""
     with subprocess.Popen([CUOBJDUMP, "--dump-sass", module], stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            if place := SASS_PLACE.search(line):
+            if ("arch = " in line or "Function : " in line) and (place := SASS_PLACE.search(line)):
                 architecture, symbol = place.group(1) or architecture, place.group(2) or symbol
             elif ("MMA" in line or "LDL" in line or "STL" in line) and (instruction := wanted.search(line)):
                 yield symbol, architecture, instruction.group()
