@@ -19,9 +19,15 @@ def plain(x, bias, weight, ln_bias):
     return F.layer_norm(F.gelu(x if bias is None else x + bias), (x.shape[1],), weight, ln_bias, EPS)
 
 
-@pytest.mark.parametrize("scale", [1.0, 6.0])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize(("rows", "hidden"), [(1, 8), (3, 7), (37, 96), (70, 40), (5, 768), (2, 1000)])
+SHAPES = [(1, 8), (3, 7), (37, 96), (70, 40), (5, 768), (2, 1000)]
+
+
+# How rows and columns are cut into blocks has nothing to do with what is done to an element, as bias and scale say.
+@pytest.mark.parametrize(
+    ("rows", "hidden", "with_bias", "scale"),
+    [(*shape, *options) for shape in SHAPES for options in ((True, 6.0), (False, 1.0))]
+    + [(37, 96, True, 1.0), (37, 96, False, 6.0)],
+)
 @pytest.mark.parametrize(("backend", "dtype"), backend_cases("gelu_layer_norm"))
 def test_shapes(backend, dtype, rows, hidden, with_bias, scale):
     skip_unless_width_suits(backend, hidden)
