@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,8 @@ from typer.testing import CliRunner
 
 from fastbert.cli.main import app
 from fastbert.train.metrics import read_metrics
+
+from ..processes import ForkedModule
 
 SIZES = "--vocab-size 200 --model tiny --num-hidden-layers 1 --hidden-size 32 --max-seq-length 32 --tokens-per-batch 256"
 OPTIONS = f"{SIZES} --held-out-fraction 0.2 --device cpu".split()
@@ -114,15 +115,17 @@ def test_ctrl_c_keeps_a_checkpoint_that_resume_finishes(corpora, tmp_path):
     command = [sys.executable, "-m", "fastbert.cli", "pretrain", "--corpus", *corpora, *OPTIONS, "--json"]
     command += ["--steps", str(steps), "--log-steps", "1", "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     metrics = output / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and len(read_metrics(metrics)) > 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("w") as printed, err.open("w") as complained:
+        process = ForkedModule(command, stdout=printed, stderr=complained, env=environment)
+        while not (metrics.is_file() and len(read_metrics(metrics)) > 2):
+            assert process.poll() is None, err.read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        code = process.wait(60)
+    stdout, stderr = out.read_text(), err.read_text()
+    assert code == 130, stderr
     document = last_line(stdout)
     resume = f"fastbert pretrain --output {output} --resume"
     assert document["exit_code"] == 130 and resume in document["error"] and resume in stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import contextlib
 import sys
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ..conftest import REPOSITORY
+from ..processes import ForkedModule
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no distributed gloo backend"
@@ -23,18 +23,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The results of both processes, which run all cases one after the other: starting them is what takes the time."""
     folder: Path = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "tests.ecosystem.distributed_worker"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(output[-3000:] for output in outputs)
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context((folder / f"{rank}.log").open("w")) for rank in range(WORLD)]
+        processes = [ForkedModule([*command, str(rank), str(folder)], stdout=log, stderr=log) for rank, log in enumerate(logs)]
+        try:
+            codes = [process.wait(300) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    assert codes == [0] * WORLD, "\n".join(Path(log.name).read_text()[-3000:] for log in logs)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

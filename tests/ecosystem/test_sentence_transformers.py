@@ -12,6 +12,7 @@ import transformers
 
 import fastbert
 
+from ..processes import server
 from .helpers import DOORS, TEXTS, notes_of, plain, small_tokenizer
 
 st = pytest.importorskip("sentence_transformers")
@@ -146,7 +147,8 @@ def test_encode_with_a_real_checkpoint(door, minilm):
     torch.testing.assert_close(ours.similarity(got, got), theirs.similarity(expected, expected), rtol=0, atol=2e-5)
 
 
-def test_encode_in_two_processes(folder):
+def test_encode_in_two_processes(folder, monkeypatch):
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda method: server())  # imports nothing anew
     ours = made_fast(embedder(folder), folder, "accelerate")
     texts = list(TEXTS) * 3
     expected = ours.encode(texts)

@@ -6,10 +6,10 @@ import contextlib
 import errno
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -19,11 +19,13 @@ from fastbert.data.errors import DataError
 from fastbert.features import embedder as embed_module
 from fastbert.features import parts as parts_module
 from fastbert.features import run as run_module
+from fastbert.features import workers
 from fastbert.features.embedder import Embedder
 from fastbert.features.run import EmbeddingStopped, embed
 from fastbert.features.settings import EmbedSettings, parts_folder
 from fastbert.train.errors import SettingsError
 
+from ..processes import ForkedModule, server
 from .helpers import TEXTS, save_checkpoint
 
 MANY = [f"word{number % 40} word{number * 7 % 40} word{number * 3 % 40}{'.' * (number % 5)}" for number in range(600)]
@@ -192,13 +194,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(checkpoint, many_lines, tmp_path
     output = tmp_path / "out.npy"
     folder = parts_folder(output)
     command = ["embed", "--model", str(checkpoint), "--input", str(many_lines), "--output", str(output), "--device", "cpu"]
-    process = subprocess.Popen([sys.executable, "-c", KILLED, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("chunk*"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()
+    with (tmp_path / "log").open("w") as log:
+        process = ForkedModule([sys.executable, "-c", KILLED, *command], stdout=log, stderr=log)
+        while len(list(folder.glob("chunk*"))) < 2:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
     finished = len(list(folder.glob("chunk*")))
     assert not output.exists() and folder.is_dir()
 
@@ -224,6 +226,7 @@ def test_processes_give_the_same_bytes_and_stop_at_an_error(checkpoint, many_lin
     said: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "_chunk", last_is_unwritable)
+        patch.setattr(workers, "multiprocessing", SimpleNamespace(get_context=lambda method: server()))  # imports nothing anew
         with pytest.raises(EmbeddingStopped, match=r"No such file.*chunks are finished.*--resume"):
             embed(settings_for(checkpoint, many_lines, output, num_processes=2), said.append)
     assert "2 processes with 1 thread" in said[-1]

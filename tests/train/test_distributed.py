@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +33,8 @@ from fastbert.train.pretrain import pretrain
 from fastbert.train.run_state import RunState
 from fastbert.train.settings import PretrainSettings
 
-from ..conftest import REPOSITORY
+from ..processes import run_python, server
+from . import torchrun_worker
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available() and "forkserver" in multiprocessing.get_all_start_methods()),
@@ -81,8 +81,7 @@ def run_together(settings: PretrainSettings, count: int, accident: Accident | No
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastbert.train.pretrain"])
+    context = server()
     queue = context.SimpleQueue()
     processes = [context.Process(target=_run_one, args=(settings, rank, count, port, accident, queue)) for rank in range(count)]
     for process in processes:
@@ -243,12 +242,10 @@ def test_a_gpu_for_every_process(monkeypatch):
 def test_torchrun_starts_a_killed_run_again(settings, alone, tmp_path):
     """SIGKILL for one of two workers in step 6: all are started again, and go on from step 4 to the same end."""
     command = settings(tmp_path / "run").command().split()[1:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    worker = ["-m", "tests.train.torchrun_worker", "kill", "1", "6"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*torchrun, *worker, *command, "--json"], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    # Its workers are forked from it, as it is from the server: of the four none imports torch anew.
+    worker = ["--start-method", "fork", "--run-path", str(Path(torchrun_worker.__file__)), "kill", "1", "6"]
+    done = run_python(*torchrun, *worker, *command, "--json", env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Resuming {tmp_path / 'run'} after step 4" in done.stderr
     first, last = (json.loads(line) for line in done.stdout.splitlines())

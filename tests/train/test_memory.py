@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from fastbert.train import memory
+
+from ..processes import run_python
 
 FAULTS = """
 import resource, torch
@@ -25,7 +24,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(memory._no_glibc_reason() is not None, reason="malloc is not glibc's")
 def test_freed_memory_is_used_again():
     def faults(keep):
-        done = subprocess.run([sys.executable, "-c", FAULTS.format(keep=keep)], capture_output=True, text=True, check=True)
+        done = run_python("-c", FAULTS.format(keep=keep))
+        assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
     fresh, kept = faults(False), faults(True)
