@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import pkgutil
@@ -17,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402
 
 from . import cuda_on_host  # noqa: E402
+from .processes import rough_savefig  # noqa: E402
 from .toys import entity_folder, sentiment_folder, toy_model, toy_tokenizer  # noqa: E402, F401 (fixtures)
 
 if not torch.cuda.is_available():
@@ -68,9 +70,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """What collecting has imported lasts: no collection of garbage looks at it again, and each training asks for a whole one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # some libraries complain of objects that outlive the interpreter
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    torch.manual_seed(20181011)
+    if torch.cuda.is_available():
+        torch.manual_seed(20181011)
+    else:  # where it formats the stack for each kind of device that is not there
+        torch.default_generator.manual_seed(20181011)
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +115,22 @@ def nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def rough_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are made of what they show but neither laid out nor painted, a fourth of the time of a toy run.
+
+    Files of tests about plots, and tests that ask for ``drawn_pictures``, have whole ones.
+    """
+    if "plot" not in request.path.stem and "drawn_pictures" not in request.fixturenames:
+        matplotlib = pytest.importorskip("matplotlib.figure")
+        monkeypatch.setattr(matplotlib.Figure, "savefig", rough_savefig)
+
+
+@pytest.fixture
+def drawn_pictures() -> None:
+    """See ``rough_pictures``."""
 
 
 @pytest.fixture

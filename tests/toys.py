@@ -52,10 +52,8 @@ def sentiment_lines(count: int, seed: int) -> list[tuple[str, str]]:
     return lines
 
 
-@pytest.fixture
-def sentiment_folder(tmp_path: Path) -> Path:
+def write_sentiment(folder: Path) -> Path:
     """train.tsv, dev.tsv and test.tsv (without labels) of 96, 32 and 8 rows."""
-    folder = tmp_path / "sentiment"
     folder.mkdir()
     for split, count in (("train", 96), ("dev", 32)):
         rows = "".join(f"{text}\t{label}\n" for text, label in sentiment_lines(count, len(split)))
@@ -63,6 +61,12 @@ def sentiment_folder(tmp_path: Path) -> Path:
     texts = "".join(f"{text}\n" for text, _ in sentiment_lines(8, 9))
     (folder / "test.tsv").write_text("sentence\n" + texts, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def sentiment_folder(tmp_path: Path) -> Path:
+    """Files of :func:`write_sentiment`."""
+    return write_sentiment(tmp_path / "sentiment")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,22 +13,31 @@ from typer.testing import CliRunner
 
 from fastbert.cli.main import app
 
+from ..toys import write_sentiment
+
 
 def run(*arguments: object, **options):
     return CliRunner().invoke(app, [*map(str, arguments)], **options)
 
 
-@pytest.fixture
-def trained(toy_model: Path, sentiment_folder: Path, tmp_path: Path) -> Path:
-    output = tmp_path / "run"
+@pytest.fixture(scope="module")
+def trained_once(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    data, output = write_sentiment(folder / "sentiment"), folder / "run"
     done = run(
-        "finetune", "--task", "sentiment", "--model", toy_model, "--data", sentiment_folder, "--output", output, "--epochs", 8,
+        "finetune", "--task", "sentiment", "--model", toy_model, "--data", data, "--output", output, "--epochs", 8,
         "--batch-size", 16, "--learning-rate", 1e-2, "--device", "cpu", "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["scores"]["dev"]["accuracy"]["mean"] > 0.9
     return output
+
+
+@pytest.fixture
+def trained(trained_once: Path, tmp_path: Path) -> Path:
+    """A copy for the test alone, with which it may do what it likes."""
+    return shutil.copytree(trained_once, tmp_path / "run")
 
 
 def test_texts_and_files(trained, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,6 +26,8 @@ from fastbert.glue.settings import GlueSettings
 from fastbert.tasks.predictor import Predictor
 from fastbert.train.errors import SettingsError, TrainingError
 
+from ..processes import ForkedModule
+
 SILENT = {"say": lambda line: None}
 
 
@@ -37,7 +39,7 @@ def settings(checkpoint: Path, data: Path, output: Path, **changes) -> FinetuneS
     return FinetuneSettings(**{**values, **changes})
 
 
-def test_a_classifier_learns_and_its_folder_predicts(toy_model, sentiment_folder, tmp_path):
+def test_a_classifier_learns_and_its_folder_predicts(toy_model, sentiment_folder, tmp_path, drawn_pictures):
     said: list[str] = []
     result = finetune(settings(toy_model, sentiment_folder, tmp_path / "run", seeds=(0, 1)), said.append)
     accuracy = result.scores["dev"]["accuracy"]
@@ -86,14 +88,14 @@ def test_the_same_numbers_as_transformers_with_padding(toy_model, sentiment_fold
     assert ours.scores == theirs.scores
 
 
-def test_entities(toy_model, entity_folder, tmp_path):
+def test_entities(toy_model, entity_folder, tmp_path, drawn_pictures):
     result = finetune(settings(toy_model, entity_folder, tmp_path / "run", task="ner", epochs=8), **SILENT)
     assert result.scores["dev"]["f1"]["mean"] > 0.9
     (prediction,) = Predictor.from_pretrained(tmp_path / "run", device="cpu")(["Bob liked the Oslo garden"])
     assert [(entity["type"], entity["text"]) for entity in prediction["entities"]] == [("PER", "Bob"), ("LOC", "Oslo garden")]
 
 
-def test_regression_and_several_labels(toy_model, tmp_path):
+def test_regression_and_several_labels(toy_model, tmp_path, drawn_pictures):
     data = tmp_path / "train.csv"
     words = ("good", "fine", "bad", "poor")
     rows = [(f"the {word} {noun}", word in ("good", "fine"), noun == "film") for word in words for noun in ("film", "book") * 8]
@@ -221,16 +223,18 @@ def test_a_run_is_not_overwritten_by_accident(toy_model, sentiment_folder, tmp_p
 
 def test_resumed_after_a_kill(toy_model, sentiment_folder, tmp_path):
     """Killed in its second epoch or later; what resumes ends with the scores of a run that was not killed."""
-    changes = {"epochs": 12, "seeds": (0, 1)}
+    changes = {"epochs": 6, "seeds": (0, 1)}
     expected = finetune(settings(toy_model, sentiment_folder, tmp_path / "whole", **changes), **SILENT)
     given = settings(toy_model, sentiment_folder, tmp_path / "run", **changes)
-    process = subprocess.Popen([sys.executable, "-m", "fastbert.cli", *given.command().split()[1:]], stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "run" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("seed-*/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-m", "fastbert.cli", *given.command().split()[1:]]
+        process = ForkedModule(command, stdout=log, stderr=log)
+        while not list(checkpoints.glob("seed-*/checkpoint-*/trainer_state.json")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     said: list[str] = []
     result = finetune(settings(toy_model, sentiment_folder, tmp_path / "run", resume=True, **changes), said.append)
     assert result.scores == expected.scores

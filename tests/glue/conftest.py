@@ -6,5 +6,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def always_one_thread(one_thread: None) -> None:
+def always_one_thread(one_thread: None, rough_pictures: None) -> None:
     """For all tests of this folder."""

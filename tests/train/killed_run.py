@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shlex
 import signal
@@ -14,8 +13,8 @@ from pathlib import Path
 
 from fastbert.train.settings import PretrainSettings
 
-# Loaded once, by the process that all of these are forked from.
-PRELOADED = ["fastbert.train.pretrain", "fastbert.cli.main", "matplotlib.pyplot", "sklearn"]
+from ..processes import rough_savefig, server
+
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
@@ -47,11 +46,9 @@ def run(
     """
     output = Path(settings.output)
     log, record = output.with_name(f"{output.name}.log"), output.with_name(f"{output.name}.moments")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     started = time.monotonic()
     command = shlex.split(words or settings.command())[1:]
-    process = context.Process(target=_child, args=(command, str(output), str(log), str(record), kill))
+    process = server().Process(target=_child, args=(command, str(output), str(log), str(record), kill))
     process.start()
     if kill_after is not None:
         while process.is_alive() and not any(output.glob("checkpoint-*")):
@@ -65,10 +62,12 @@ def run(
 
 def _child(command: list[str], output: str, log: str, record: str, kill: Moment | None) -> None:
     import torch
+    from matplotlib.figure import Figure
 
     from fastbert.cli.main import app
 
     torch.set_num_threads(1)
+    Figure.savefig = rough_savefig
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -23,7 +23,7 @@ from fastbert.train.run_folder import OWN_FILES
 from .runs import quiet, rows_without_speed, same_weights, stop_at
 
 
-def test_from_text_to_a_model_that_transformers_loads(toy_settings):
+def test_from_text_to_a_model_that_transformers_loads(toy_settings, drawn_pictures):
     lines: list[str] = []
     settings = toy_settings(steps=60, compare=True, compare_steps=5)
     result = pretrain(settings, lines.append)
