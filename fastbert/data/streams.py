@@ -7,8 +7,10 @@ is as near as any other: no process has to draw what another one draws before it
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 LARGEST_SEED = 2**64 - 1
 
@@ -29,5 +31,7 @@ def generator(seed: int, stream: Stream, epoch: int, block: int = 0, batch: int 
     """
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed must lie between 0 and {LARGEST_SEED}, it is {seed}")
+    import numpy as np  # the command line knows the largest seed without it
+
     key, counter = np.array([seed, stream], np.uint64), np.array([0, batch, block, epoch], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

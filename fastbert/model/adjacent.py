@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..fork_safe import lock
+from ..ops.registration import under_autocast
 
 _flatten_lock = lock()
 _buffers: dict[int, StorageWeakRef] = {}  # by the address where they begin
@@ -104,6 +105,8 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def cat_of_any(tensors: Sequence[Tensor]) -> Tensor:
-    """``torch.cat``, which under autocast of CPUs refuses half precision that is not autocast's."""
+    """``torch.cat``, which under autocast refuses half precision that is not autocast's."""
+    if not under_autocast(tensors[0]):
+        return torch.cat(list(tensors))
     with torch.autocast(tensors[0].device.type, enabled=False):
         return torch.cat(list(tensors))
