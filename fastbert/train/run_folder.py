@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastbert.data.shards import is_prepared
 from fastbert.whole_file import whole_file
 
 from .checkpoint import UNFINISHED_PREFIX, checkpoint_folders, delete_checkpoints, sync_path, sync_tree
@@ -45,6 +44,8 @@ def check_folders(settings: PretrainSettings) -> None:
     check_output_folder(output, resume=settings.resume, overwrite=settings.overwrite)
     if settings.overwrite:
         check_outside(output, [name for name in (settings.model, settings.tokenizer) if name is not None])
+    from fastbert.data.shards import is_prepared  # here: it brings NumPy, for which no command line waits
+
     for source in settings.corpus:
         if Path(source).is_dir() and not is_prepared(source) and output.resolve().is_relative_to(Path(source).resolve()):
             raise SettingsError(
