@@ -174,7 +174,7 @@ def is_ours(a: Tensor, b: Tensor) -> bool:
 def choice(product: str, dtype: torch.dtype, rows: int, weight_elements: int) -> str:
     """Which of the :func:`candidates` computes it: its name."""
     usable = candidates(product, dtype)
-    if 2 * rows * weight_elements < MEASURED_FLOPS or not calibration.is_on():
+    if len(usable) == 1 or 2 * rows * weight_elements < MEASURED_FLOPS or not calibration.is_on():
         return next(iter(usable))
     size = "few rows" if rows < FEW_ROWS else "many rows"
     timed_rows, in_features, out_features = _TIMED[size]

@@ -13,7 +13,6 @@ from fastbert.ops import native
 # What oneDNN, torch and the extension then take for the CPU's own.
 CPUS = {
     "avx2": {"FASTBERT_CPU_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
-    "avx512": {"FASTBERT_CPU_ISA": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "avx512_vnni": {"FASTBERT_CPU_ISA": "avx512_vnni", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
 }
 SCRIPT = """

@@ -15,7 +15,7 @@ from fastbert.ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, Li
 from fastbert.ops.native_encoder import PackedEncoderLayer, PackedEncoderLayers, not_supported_reasons, run_layers, work_seconds
 
 from .helpers import assert_within_budget
-from .test_native import REASON, instruction_set  # noqa: F401
+from .test_native import REASON, SETS, instruction_set  # noqa: F401
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 # hidden, intermediate, heads: of BERT, of whole panels, and of neither whole vectors nor whole panels
@@ -74,9 +74,22 @@ def bounds(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-def skip_what_takes_seconds(instruction_set: str, hidden: int, lengths: tuple[int, ...]) -> None:  # noqa: F811
-    if hidden == 768 and sum(lengths) > 100 and instruction_set != native.supported_instruction_sets()[-1]:
-        pytest.skip("takes seconds, and tests what the smaller widths do")
+def _cases() -> list:
+    """Every shape with every division of the rows on the widest instruction set; on the others, whose rows are divided alike, every
+    second pair of them, and not what takes seconds."""
+    cases = []
+    for name in SETS:
+        for i, shape in enumerate(SHAPES):
+            for j, lengths in enumerate(LENGTHS):
+                quick = (i + j) % 2 == 0 and not (shape[0] == 768 and sum(lengths) > 100)
+                if quick or name == SETS[-1]:
+                    cases.append(pytest.param(name, *shape, lengths, id=f"{name}-{shape}-{lengths}"))
+    return cases
+
+
+CASES = pytest.mark.parametrize(
+    ("instruction_set", "hidden", "intermediate", "heads", "lengths"), _cases(), indirect=["instruction_set"]
+)
 
 
 def check(weights: EncoderLayerWeights, exact: EncoderLayerWeights, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -89,34 +102,28 @@ def check(weights: EncoderLayerWeights, exact: EncoderLayerWeights, lengths: tup
     assert_within_budget([ours], [plain], [truth], ["y"])
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize(("hidden", "intermediate", "heads"), SHAPES)
+@CASES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_every_instruction_set_is_right(instruction_set, dtype, hidden, intermediate, heads, lengths):  # noqa: F811
-    skip_what_takes_seconds(instruction_set, hidden, lengths)
     exact = draw(hidden, intermediate, heads, dtype, bias=hidden != 12)
     weights = converted(exact, dtype)
     check(weights, exact, lengths, dtype)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize(("hidden", "intermediate", "heads"), SHAPES)
+@CASES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_int8(instruction_set, dtype, hidden, intermediate, heads, lengths):  # noqa: F811
     """Against the float64 layer of the same weights, whose activations are not rounded to int8."""
-    skip_what_takes_seconds(instruction_set, hidden, lengths)
     weights = draw(hidden, intermediate, heads, torch.int8)
     check(weights, converted(weights, torch.float64, dequantize=True), lengths, dtype)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize(("hidden", "intermediate", "heads"), SHAPES)
+@CASES
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_bfloat16_weights_under_float32_rows(instruction_set, hidden, intermediate, heads, lengths):  # noqa: F811
     """As under autocast: what enters a linear layer is rounded, residuals and LayerNorms are not."""
-    skip_what_takes_seconds(instruction_set, hidden, lengths)
     exact = draw(hidden, intermediate, heads, torch.bfloat16)
     weights = converted(exact, torch.float32).with_linears(torch.bfloat16)
     check(weights, exact, lengths, torch.float32)
