@@ -43,6 +43,10 @@ PYBIND11_MODULE(_cpu, m) {
       .value("float32", DType::float32)
       .value("bfloat16", DType::bfloat16)
       .value("int8", DType::int8);
+  py::enum_<MatmulEnd>(m, "MatmulEnd", py::module_local())
+      .value("product", MatmulEnd::product)
+      .value("gelu", MatmulEnd::gelu)
+      .value("gelu_gradient", MatmulEnd::gelu_gradient);
 
   m.def("supported_instruction_sets", &cpu::supported_instruction_sets);
   m.def("instruction_set", &cpu::instruction_set);
@@ -110,6 +114,31 @@ PYBIND11_MODULE(_cpu, m) {
                                  pointer<const float>(lse), pointer<const int32_t>(cu_seqlens), pointer<void>(dqkv), total,
                                  batch, num_heads, head_dim, softmax_scale, dropout, dtype},
                                 num_threads);
+      },
+      Release());
+
+  m.def(
+      "attention_of_rows_forward",
+      [](Address q, Address kv, Address rows, Address cu_seqlens, Address out, Address lse, int64_t queries, int64_t total,
+         int64_t batch, int64_t num_heads, int64_t head_dim, float softmax_scale, const Dropout& dropout, DType dtype,
+         int num_threads) {
+        cpu::attention_of_rows_forward({pointer<const void>(q), pointer<const void>(kv), pointer<const int64_t>(rows),
+                                        pointer<const int32_t>(cu_seqlens), pointer<void>(out), pointer<float>(lse), queries,
+                                        total, batch, num_heads, head_dim, softmax_scale, dropout, dtype},
+                                       num_threads);
+      },
+      Release());
+
+  m.def(
+      "attention_of_rows_backward",
+      [](Address dout, Address q, Address kv, Address rows, Address out, Address lse, Address cu_seqlens, Address dq,
+         Address dkv, int64_t queries, int64_t total, int64_t batch, int64_t num_heads, int64_t head_dim,
+         float softmax_scale, const Dropout& dropout, DType dtype, int num_threads) {
+        cpu::attention_of_rows_backward(
+            {pointer<const void>(dout), pointer<const void>(q), pointer<const void>(kv), pointer<const int64_t>(rows),
+             pointer<const void>(out), pointer<const float>(lse), pointer<const int32_t>(cu_seqlens), pointer<void>(dq),
+             pointer<void>(dkv), queries, total, batch, num_heads, head_dim, softmax_scale, dropout, dtype},
+            num_threads);
       },
       Release());
 
@@ -183,13 +212,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("matmul_workspace_bytes", &cpu::matmul_workspace_bytes);
   m.def(
       "matmul",
-      [](Address a, Address b, Address bias, Address c, Address packed_b, int64_t rows, int64_t depth, int64_t columns,
-         int64_t a_row_stride, int64_t a_depth_stride, int64_t b_depth_stride, int64_t b_column_stride, int64_t c_row_stride,
-         DType dtype, int num_threads) {
-        cpu::matmul({pointer<const void>(a), pointer<const void>(b), pointer<const float>(bias), pointer<void>(c),
-                     pointer<void>(packed_b), rows, depth, columns, a_row_stride, a_depth_stride, b_depth_stride,
-                     b_column_stride, c_row_stride, dtype},
-                    num_threads);
+      [](Address a, Address b, Address bias, Address c, Address u, Address y, Address row_sums, Address packed_b,
+         int64_t rows, int64_t depth, int64_t columns, int64_t a_row_stride, int64_t a_depth_stride, int64_t b_depth_stride,
+         int64_t b_column_stride, int64_t c_row_stride, MatmulEnd end, DType dtype, int num_threads) {
+        cpu::matmul(
+            {pointer<const void>(a), pointer<const void>(b), pointer<const float>(bias), pointer<void>(c),
+             pointer<const void>(u), pointer<void>(y), pointer<float>(row_sums), pointer<void>(packed_b), rows, depth,
+             columns, a_row_stride, a_depth_stride, b_depth_stride, b_column_stride, c_row_stride, end, dtype},
+            num_threads);
       },
       Release());
 

@@ -48,6 +48,36 @@ struct AttentionBackwardParams {
   DType dtype;  // of dout, qkv, out and dqkv
 };
 
+// Attention of the queries of some rows of a packed batch, to all keys of their sequences.
+struct AttentionOfRowsForwardParams {
+  const void* q;              // (queries, num_heads, head_dim)
+  const void* kv;             // (total, 2, num_heads, head_dim)
+  const int64_t* rows;        // (queries,) the row of each in the packed batch, in rising order; one may be there twice
+  const int32_t* cu_seqlens;  // (batch + 1,), from 0 to total
+  void* out;                  // (queries, num_heads, head_dim)
+  float* lse;                 // (num_heads, queries)
+  int64_t queries, total, batch, num_heads, head_dim;
+  float softmax_scale;
+  Dropout dropout;  // by the row in the packed batch: the masks of attention of all rows
+  DType dtype;      // of q, kv and out
+};
+
+struct AttentionOfRowsBackwardParams {
+  const void* dout;           // (queries, num_heads, head_dim)
+  const void* q;              // (queries, num_heads, head_dim)
+  const void* kv;             // (total, 2, num_heads, head_dim)
+  const int64_t* rows;        // (queries,)
+  const void* out;            // (queries, num_heads, head_dim)
+  const float* lse;           // (num_heads, queries)
+  const int32_t* cu_seqlens;  // (batch + 1,)
+  void* dq;                   // (queries, num_heads, head_dim)
+  void* dkv;                  // (total, 2, num_heads, head_dim)
+  int64_t queries, total, batch, num_heads, head_dim;
+  float softmax_scale;
+  Dropout dropout;
+  DType dtype;  // of dout, q, kv, out, dq and dkv
+};
+
 // z = word[input_ids] + token_type[token_type_ids] + position[position_ids]; y = dropout(LayerNorm(z) * weight + ln_bias)
 // The caller has checked that every id is a row of its table.
 struct EmbeddingLayerNormForwardParams {
@@ -190,17 +220,28 @@ struct BiasGeluBackwardParams {
 // Columns of B are packed in panels of at most so many.
 constexpr int64_t kMatmulPanelColumns = 64;
 
-// c = A B + bias; one stride of A and one of B is 1. bfloat16 is read in pairs: where the stride of a depth is 1, the depth
-// is even, and so is B's other stride. It needs an instruction set with its dot product.
+// What a matmul makes of A B, with gelu the exact erf-GELU.
+enum class MatmulEnd : int {
+  product = 0,       // c = A B + bias
+  gelu = 1,          // c = A B; y = gelu(c + bias)
+  gelu_gradient = 2  // A B is the gradient of y = gelu(u + bias): c = A B gelu'(u + bias), and y again
+};
+
+// See MatmulEnd for c and y; one stride of A and one of B is 1. bfloat16 is read in pairs: where the stride of a depth is 1,
+// the depth is even, and so is B's other stride. It needs an instruction set with its dot product.
 struct MatmulParams {
   const void* a;      // element (row, k) is a[row * a_row_stride + k * a_depth_stride]
   const void* b;      // element (k, column) is b[k * b_depth_stride + column * b_column_stride]
   const float* bias;  // (columns,) or null
   void* c;            // (rows, columns), rows c_row_stride apart
+  const void* u;      // as c; gelu_gradient alone reads it
+  void* y;            // as c; null where gelu_gradient is not to write it
+  float* row_sums;    // (rows,), A's sums over the depth, or null; they need an a_row_stride of 1
   void* packed_b;     // workspace of matmul_workspace_bytes
   int64_t rows, depth, columns;
   int64_t a_row_stride, a_depth_stride, b_depth_stride, b_column_stride, c_row_stride;
-  DType dtype;  // of a, b and c
+  MatmulEnd end;
+  DType dtype;  // of a, b, c, u and y
 };
 
 // Folds a block of logits into each row's running softmax statistics.
@@ -339,6 +380,8 @@ void embedding_layer_norm_backward(const EmbeddingLayerNormBackwardParams& param
 void table_gradient(const TableGradientParams& params, int num_threads);
 void attention_forward(const AttentionForwardParams& params, int num_threads);
 void attention_backward(const AttentionBackwardParams& params, int num_threads);
+void attention_of_rows_forward(const AttentionOfRowsForwardParams& params, int num_threads);
+void attention_of_rows_backward(const AttentionOfRowsBackwardParams& params, int num_threads);
 void add_layer_norm_forward(const AddLayerNormForwardParams& params, int num_threads);
 void add_layer_norm_backward(const AddLayerNormBackwardParams& params, int num_threads);
 void gelu_layer_norm_forward(const GeluLayerNormForwardParams& params, int num_threads);

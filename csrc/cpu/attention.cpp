@@ -1,4 +1,4 @@
-// Attention within each sequence of a packed batch, forward and backward.
+// Attention within each sequence of a packed batch, forward and backward, of all rows' queries or of some.
 //
 // The keys and values of one head of one sequence are packed once, then blocks of queries pass by. The whole rows of scores
 // of a block stay in the second-level cache, so that the softmax needs no online rescaling: BERT's sequences are short. In
@@ -9,6 +9,7 @@
 // and the result is deterministic.
 
 #include "cpu/attention_layout.h"
+#include "cpu/attention_operands.h"
 #include "cpu/attention_schedule.h"
 #include "cpu/bounded_softmax.h"
 #include "cpu/kernels.h"
@@ -68,17 +69,17 @@ size_t scratch_floats(const Shape& shape) {
 }
 
 // Overwrites the scores of a block of queries with unnormalised probabilities, A of the product with V, and the lanes of
-// rows with their sums. first_row: of the block, in the packed batch.
-template <typename Dot, bool kDropout>
-void exponentiate_block(const AttentionForwardParams& p, int64_t first_row, int64_t head, int64_t num_rows,
-                        const Shape& shape, const ForwardScratch& scratch) {
+// rows with their sums.
+template <typename Dot, bool kDropout, typename T>
+void exponentiate_block(const Operands<T>& p, int64_t first_query, int64_t head, int64_t num_rows, const Shape& shape,
+                        const ForwardScratch& scratch) {
   const SoftmaxRows& rows = scratch.rows;
   for (int64_t row = 0; row < num_rows; row += kWidth) {
     store(rows.max + row, combine_lanes(rows.lanes + row * kWidth, maximum));
   }
   for (int64_t row = 0; row < num_rows; ++row) {
     float* scores = scratch.scores + row * shape.score_leading;
-    if constexpr (kDropout) dropout_bits(scratch.bits, shape.length, first_row + row, head, p.dropout);
+    if constexpr (kDropout) dropout_bits(scratch.bits, shape.length, p.row_of(first_query + row), head, p.dropout);
     // Probabilities are not wider than scores: they never overwrite what is still to be read.
     const Vec sums = exponentiate_row<kDropout>(
         scores, shape.length, rows.max[row], scratch.bits, p.dropout.threshold,
@@ -88,9 +89,9 @@ void exponentiate_block(const AttentionForwardParams& p, int64_t first_row, int6
 }
 
 // scratch.scores = the unnormalised probabilities of a block of queries, A of the product with V; their normalisation is in
-// scratch.rows. bound: of the scores, infinity where it is not known.
-template <typename Dot>
-void softmax_block(const AttentionForwardParams& p, int64_t first_row, int64_t head, int64_t num_rows, LeftMatrix queries,
+// scratch.rows. lse: of the block's queries, or null. bound: of the scores, infinity where it is not known.
+template <typename Dot, typename T>
+void softmax_block(const Operands<T>& p, float* lse, int64_t first_query, int64_t head, int64_t num_rows, LeftMatrix queries,
                    RightMatrix keys, float bound, const Shape& shape, const ForwardScratch& scratch,
                    Prefetcher& prefetcher) {
   const SoftmaxRows& rows = scratch.rows;
@@ -108,11 +109,10 @@ void softmax_block(const AttentionForwardParams& p, int64_t first_row, int64_t h
   }
   if (!bounded) {
     multiply_keys(StoreScores{scratch.scores, shape.score_leading, rows.lanes, shape.length, scale});
-    p.dropout.threshold > 0 ? exponentiate_block<Dot, true>(p, first_row, head, num_rows, shape, scratch)
-                            : exponentiate_block<Dot, false>(p, first_row, head, num_rows, shape, scratch);
+    p.dropout.threshold > 0 ? exponentiate_block<Dot, true>(p, first_query, head, num_rows, shape, scratch)
+                            : exponentiate_block<Dot, false>(p, first_query, head, num_rows, shape, scratch);
   }
   const float numerator = p.dropout.threshold > 0 ? p.dropout.scale : 1.0f;
-  float* lse = p.lse == nullptr ? nullptr : p.lse + head * p.total + first_row;
   for_columns(num_rows, [&](int64_t row, auto extent) {
     const Vec sum = combine_lanes(rows.lanes + row * kWidth, [](Vec a, Vec b) { return a + b; });
     store(rows.out_scale + row, numerator / sum);
@@ -120,37 +120,39 @@ void softmax_block(const AttentionForwardParams& p, int64_t first_row, int64_t h
   });
 }
 
+// out: (queries, num_heads, head_dim); lse: (num_heads, queries) or null.
 template <typename T>
-void forward_head(const AttentionForwardParams& p, const AttentionItem& item, int64_t head, const Shape& shape,
+void forward_head(const Operands<T>& p, T* out, float* lse, const AttentionItem& item, int64_t head, const Shape& shape,
                   const ForwardScratch& scratch) {
   using Dot = typename DotFor<T>::Type;
-  const int64_t hidden = p.num_heads * p.head_dim;
-  const T* qkv = static_cast<const T*>(p.qkv) + item.start * 3 * hidden + head * p.head_dim;
-  const Rows<T> queries{qkv, 3 * hidden}, keys{qkv + hidden, 3 * hidden}, values{qkv + 2 * hidden, 3 * hidden};
-  T* out = static_cast<T*>(p.out) + item.start * hidden + head * p.head_dim;
+  if (item.num_queries == 0) return;
+  const int64_t hidden = p.num_heads * p.head_dim, column = head * p.head_dim;
+  const Rows<T> keys = p.k.from(item.start, column), values = p.v.from(item.start, column);
+  const Rows<T> queries = p.q.from(item.first_query, column);
+  out += item.first_query * hidden + column;
+  if (lse != nullptr) lse += head * p.queries + item.first_query;
   const int64_t head_groups = groups<Dot>(p.head_dim), key_groups = groups<Dot>(shape.length);
   Prefetcher prefetcher(shape.length, count_tiles(item.num_queries, shape.length, head_groups) +
                                           count_tiles(item.num_queries, p.head_dim, key_groups));
   const int64_t bytes = p.head_dim * sizeof(T), stride = hidden * sizeof(T);
-  prefetcher.add(out, bytes, stride);
-  if (head + 1 < item.last_head) {
-    for (int i = 0; i < 3; ++i) prefetcher.add(qkv + p.head_dim + i * hidden, bytes, 3 * stride);
-  }
+  if (p.rows == nullptr) prefetcher.add(out, bytes, stride);
+  if (head + 1 < item.last_head) prefetch_head(p, item, head + 1, prefetcher);
   const RightMatrix packed_keys = pack_transposed<Dot>(keys, shape, scratch.keys);
   const RightMatrix packed_values = pack_right<Dot>(values, shape.length, shape, scratch.values);
   float bound = __builtin_inff();
   if constexpr (Dot::kElements == 2) {
     // lse is float32's: what is good enough for probabilities in bfloat16 is not for their sums.
-    if (p.lse == nullptr && p.dropout.threshold == 0) {
-      bound = bound_scores<Dot>(queries, packed_keys, shape, p.softmax_scale * kLog2E, scratch.rows.lanes);
+    if (p.rows == nullptr && lse == nullptr && p.dropout.threshold == 0) {
+      const Rows<T> all = p.q.from(item.start, column);
+      bound = bound_scores<Dot>(all, packed_keys, shape, p.softmax_scale * kLog2E, scratch.rows.lanes);
     }
   }
 
-  const int64_t end = item.first_query + item.num_queries;
-  for (int64_t first = item.first_query; first < end; first += shape.query_block) {
-    const int64_t rows = end - first < shape.query_block ? end - first : shape.query_block;
+  for (int64_t first = 0; first < item.num_queries; first += shape.query_block) {
+    const int64_t left = item.num_queries - first, rows = left < shape.query_block ? left : shape.query_block;
     const LeftMatrix block = as_left<Dot>(queries.from(first), rows, shape, scratch.queries);
-    softmax_block<Dot>(p, item.start + first, head, rows, block, packed_keys, bound, shape, scratch, prefetcher);
+    softmax_block<Dot>(p, lse == nullptr ? nullptr : lse + first, item.first_query + first, head, rows, block, packed_keys,
+                       bound, shape, scratch, prefetcher);
     multiply<Dot>(rows, shape.padded_head_dim, key_groups, {scratch.scores, shape.score_leading, 1}, packed_values,
                   {scratch.out, shape.padded_head_dim},
                   StoreScaled<T>{out + first * hidden, hidden, p.head_dim, scratch.rows.out_scale, 1}, prefetcher);
@@ -181,14 +183,14 @@ struct BlockGradients {
   LeftMatrix dscores_transposed, probabilities_transposed;  // (keys, queries), the latter after dropout
 };
 
-// From the products Q K^T in scratch.scores and dO V^T in scratch.dscores. first_row: of the block, in the packed batch.
-template <typename Dot, bool kDropout>
-BlockGradients differentiate_block(const AttentionBackwardParams& p, int64_t first_row, int64_t head, int64_t num_rows,
+// From the products Q K^T in scratch.scores and dO V^T in scratch.dscores.
+template <typename Dot, bool kDropout, typename T>
+BlockGradients differentiate_block(const Operands<T>& p, int64_t first_query, int64_t head, int64_t num_rows,
                                    const Shape& shape, const BackwardScratch& scratch) {
   const float scale = p.softmax_scale * kLog2E;
   const int64_t leading = shape.score_leading;
   const auto draw_bits = [&](int64_t row, int i) {
-    if constexpr (kDropout) dropout_bits(scratch.bits[i], shape.length, first_row + row, head, p.dropout);
+    if constexpr (kDropout) dropout_bits(scratch.bits[i], shape.length, p.row_of(first_query + row), head, p.dropout);
   };
   if constexpr (Dot::kElements == 1) {
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -232,35 +234,45 @@ BlockGradients differentiate_block(const AttentionBackwardParams& p, int64_t fir
   }
 }
 
+// The gradients of keys and values that no query has seen.
 template <typename T>
-void backward_head(const AttentionBackwardParams& p, const AttentionItem& item, int64_t head, const Shape& shape,
-                   const BackwardScratch& scratch) {
+void fill_zeros(Written<T> dk, Written<T> dv, const Shape& shape) {
+  for (int64_t row = 0; row < shape.length; ++row) {
+    std::memset(dk.from(row).data, 0, shape.head_dim * sizeof(T));
+    std::memset(dv.from(row).data, 0, shape.head_dim * sizeof(T));
+  }
+}
+
+template <typename T>
+void backward_head(const Operands<T>& p, const Gradients<T>& gradients, const AttentionItem& item, int64_t head,
+                   const Shape& shape, const BackwardScratch& scratch) {
   using Dot = typename DotFor<T>::Type;
-  const int64_t hidden = p.num_heads * p.head_dim;
-  const int64_t qkv_offset = item.start * 3 * hidden + head * p.head_dim;
-  const int64_t out_offset = item.start * hidden + head * p.head_dim;
-  const T* qkv = static_cast<const T*>(p.qkv) + qkv_offset;
-  const Rows<T> queries{qkv, 3 * hidden}, keys{qkv + hidden, 3 * hidden}, values{qkv + 2 * hidden, 3 * hidden};
-  const Rows<T> out{static_cast<const T*>(p.out) + out_offset, hidden};
-  const Rows<T> dout{static_cast<const T*>(p.dout) + out_offset, hidden};
-  T* dqkv = static_cast<T*>(p.dqkv) + qkv_offset;
-  const float* lse = p.lse + head * p.total + item.start;
+  const int64_t column = head * p.head_dim;
+  const Rows<T> keys = p.k.from(item.start, column), values = p.v.from(item.start, column);
+  const Rows<T> queries = p.q.from(item.first_query, column);
+  const Rows<T> out = gradients.out.from(item.first_query, column), dout = gradients.dout.from(item.first_query, column);
+  const Written<T> dq = gradients.dq.from(item.first_query, column);
+  const Written<T> dk = gradients.dk.from(item.start, column), dv = gradients.dv.from(item.start, column);
+  if (item.num_queries == 0) return fill_zeros(dk, dv, shape);
+  const float* lse = gradients.lse + head * p.queries + item.first_query;
   const int64_t head_groups = groups<Dot>(p.head_dim), row_groups = groups<Dot>(shape.length);
-  Prefetcher prefetcher(shape.length, 2 * count_tiles(shape.length, shape.length, head_groups) +
-                                          3 * count_tiles(shape.length, p.head_dim, row_groups));
-  const int64_t bytes = p.head_dim * sizeof(T), stride = hidden * sizeof(T);
-  for (int i = 0; i < 3; ++i) prefetcher.add(dqkv + i * hidden, bytes, 3 * stride);
+  Prefetcher prefetcher(shape.length, 2 * count_tiles(item.num_queries, shape.length, head_groups) +
+                                          3 * count_tiles(item.num_queries, p.head_dim, row_groups));
+  const int64_t bytes = p.head_dim * sizeof(T);
+  for (const Written<T>& gradient : {dk, dv}) prefetcher.add(gradient.data, bytes, gradient.stride * sizeof(T));
+  if (p.rows == nullptr) prefetcher.add(dq.data, bytes, dq.stride * sizeof(T));
   if (head + 1 < item.last_head) {
-    for (int i = 0; i < 3; ++i) prefetcher.add(qkv + p.head_dim + i * hidden, bytes, 3 * stride);
-    prefetcher.add(dout[0] + p.head_dim, bytes, stride);
-    prefetcher.add(out[0] + p.head_dim, bytes, stride);
+    prefetch_head(p, item, head + 1, prefetcher);
+    if (p.rows == nullptr) {
+      for (const Rows<T>& rows : {dout, out}) prefetcher.add(rows[0] + p.head_dim, bytes, rows.stride * sizeof(T));
+    }
   }
   const RightMatrix keys_transposed = pack_transposed<Dot>(keys, shape, scratch.keys_transposed);
   const RightMatrix values_transposed = pack_transposed<Dot>(values, shape, scratch.values_transposed);
   const RightMatrix packed_keys = pack_right<Dot>(keys, shape.length, shape, scratch.keys);
 
-  for (int64_t first = 0; first < shape.length; first += shape.query_block) {
-    const int64_t rows = shape.length - first < shape.query_block ? shape.length - first : shape.query_block;
+  for (int64_t first = 0; first < item.num_queries; first += shape.query_block) {
+    const int64_t left = item.num_queries - first, rows = left < shape.query_block ? left : shape.query_block;
     const RightMatrix query_block = pack_right<Dot>(queries.from(first), rows, shape, scratch.queries);
     const RightMatrix dout_block = pack_right<Dot>(dout.from(first), rows, shape, scratch.douts);
     const auto multiply_head_dim = [&](Rows<T> from, RightMatrix packed, RightMatrix b, float* to) {
@@ -284,57 +296,94 @@ void backward_head(const AttentionBackwardParams& p, const AttentionItem& item, 
     for (int64_t row = 0; row < rows; row += kWidth) {
       store(scratch.delta + row, combine_lanes(scratch.lanes + row * kWidth, [](Vec a, Vec b) { return a + b; }));
     }
+    const int64_t first_query = item.first_query + first;
     const BlockGradients block = p.dropout.threshold > 0
-                                     ? differentiate_block<Dot, true>(p, item.start + first, head, rows, shape, scratch)
-                                     : differentiate_block<Dot, false>(p, item.start + first, head, rows, shape, scratch);
+                                     ? differentiate_block<Dot, true>(p, first_query, head, rows, shape, scratch)
+                                     : differentiate_block<Dot, false>(p, first_query, head, rows, shape, scratch);
 
     multiply<Dot>(rows, shape.padded_head_dim, row_groups, block.dscores, packed_keys,
                   {scratch.dqueries, shape.padded_head_dim},
-                  StoreScaled<T>{dqkv + first * 3 * hidden, 3 * hidden, p.head_dim, &p.softmax_scale, 0}, prefetcher);
-    const auto add_block = [&](LeftMatrix a, RightMatrix b, float* sums, T* to, float scale) {
+                  StoreScaled<T>{dq.from(first).data, dq.stride, p.head_dim, &p.softmax_scale, 0}, prefetcher);
+    const auto add_block = [&](LeftMatrix a, RightMatrix b, float* sums, Written<T> to, float scale) {
       const Partial partial{sums, shape.padded_head_dim, first > 0};
-      if (first + rows < shape.length) {
+      if (rows < left) {
         multiply<Dot>(shape.length, shape.padded_head_dim, groups<Dot>(rows), a, b, partial,
                       StoreRows{sums, shape.padded_head_dim}, prefetcher);
       } else {
         multiply<Dot>(shape.length, shape.padded_head_dim, groups<Dot>(rows), a, b, partial,
-                      StoreScaled<T>{to, 3 * hidden, p.head_dim, &scale, 0}, prefetcher);
+                      StoreScaled<T>{to.data, to.stride, p.head_dim, &scale, 0}, prefetcher);
       }
     };
-    add_block(block.dscores_transposed, query_block, scratch.dkeys, dqkv + hidden, p.softmax_scale);
-    add_block(block.probabilities_transposed, dout_block, scratch.dvalues, dqkv + 2 * hidden, 1.0f);
+    add_block(block.dscores_transposed, query_block, scratch.dkeys, dk, p.softmax_scale);
+    add_block(block.probabilities_transposed, dout_block, scratch.dvalues, dv, 1.0f);
   }
 }
 
 // Runs head(item, head, shape, scratch) for every head of the batch.
-template <typename Scratch, typename Head>
-void for_heads(const AttentionSchedule& schedule, int64_t total, int64_t num_heads, int64_t head_dim, int num_threads,
-               const Head& head) {
-  const int64_t elements = total * schedule.max_length() * num_heads;
+template <typename Scratch, typename T, typename Head>
+void for_heads(const AttentionSchedule& schedule, const Operands<T>& p, int num_threads, const Head& head) {
+  const int64_t elements = (p.queries * schedule.max_length() + p.total) * p.num_heads;
   parallel_for(schedule.num_items(), elements < kElementsWorthThreads ? 1 : num_threads, [&](int64_t index) {
     const AttentionItem& item = schedule.item(index);
-    const Shape shape(item.length, head_dim);
+    const Shape shape(item.length, p.head_dim, item.num_queries);
     Arena arena(thread_scratch(scratch_floats<Scratch>(shape)));
     const Scratch scratch(arena, shape);
     for (int64_t h = item.first_head; h < item.last_head; ++h) head(item, h, shape, scratch);
   });
 }
 
+template <typename T, typename Params>
+void forward(const Operands<T>& operands, const Params& p, int num_threads) {
+  const AttentionSchedule schedule(p.cu_seqlens, p.batch, operands.rows, operands.queries, p.num_heads, num_threads,
+                                   kMinQueryBlock);
+  for_heads<ForwardScratch>(schedule, operands, num_threads,
+                            [&](const auto&... head) { forward_head(operands, static_cast<T*>(p.out), p.lse, head...); });
+}
+
+template <typename T, typename Params>
+void backward(const Operands<T>& operands, Written<T> dq, Written<T> dk, Written<T> dv, const Params& p, int num_threads) {
+  constexpr int64_t whole_sequences = INT64_MAX;
+  const AttentionSchedule schedule(p.cu_seqlens, p.batch, operands.rows, operands.queries, p.num_heads, num_threads,
+                                   whole_sequences);
+  const int64_t hidden = p.num_heads * p.head_dim;
+  const Gradients<T> gradients{
+      {static_cast<const T*>(p.out), hidden}, {static_cast<const T*>(p.dout), hidden}, p.lse, dq, dk, dv};
+  for_heads<BackwardScratch>(schedule, operands, num_threads,
+                             [&](const auto&... head) { backward_head(operands, gradients, head...); });
+}
+
+template <typename T>
+void backward_of_all(const AttentionBackwardParams& p, int num_threads) {
+  const int64_t hidden = p.num_heads * p.head_dim;
+  const Written<T> dqkv{static_cast<T*>(p.dqkv), 3 * hidden};
+  backward(operands_of_all<T>(p), dqkv, dqkv.from(0, hidden), dqkv.from(0, 2 * hidden), p, num_threads);
+}
+
+template <typename T>
+void backward_of_rows(const AttentionOfRowsBackwardParams& p, int num_threads) {
+  const int64_t hidden = p.num_heads * p.head_dim;
+  const Written<T> dkv{static_cast<T*>(p.dkv), 2 * hidden};
+  backward(operands_of_rows<T>(p), {static_cast<T*>(p.dq), hidden}, dkv, dkv.from(0, hidden), p, num_threads);
+}
+
 }  // namespace
 
 void attention_forward(const AttentionForwardParams& p, int num_threads) {
-  const AttentionSchedule schedule(p.cu_seqlens, p.batch, p.num_heads, num_threads, kMinQueryBlock);
-  for_heads<ForwardScratch>(schedule, p.total, p.num_heads, p.head_dim, num_threads, [&](auto&... head) {
-    p.dtype == DType::float32 ? forward_head<float>(p, head...) : forward_head<BFloat16>(p, head...);
-  });
+  p.dtype == DType::float32 ? forward(operands_of_all<float>(p), p, num_threads)
+                            : forward(operands_of_all<BFloat16>(p), p, num_threads);
 }
 
 void attention_backward(const AttentionBackwardParams& p, int num_threads) {
-  constexpr int64_t whole_sequences = INT64_MAX;
-  const AttentionSchedule schedule(p.cu_seqlens, p.batch, p.num_heads, num_threads, whole_sequences);
-  for_heads<BackwardScratch>(schedule, p.total, p.num_heads, p.head_dim, num_threads, [&](auto&... head) {
-    p.dtype == DType::float32 ? backward_head<float>(p, head...) : backward_head<BFloat16>(p, head...);
-  });
+  p.dtype == DType::float32 ? backward_of_all<float>(p, num_threads) : backward_of_all<BFloat16>(p, num_threads);
+}
+
+void attention_of_rows_forward(const AttentionOfRowsForwardParams& p, int num_threads) {
+  p.dtype == DType::float32 ? forward(operands_of_rows<float>(p), p, num_threads)
+                            : forward(operands_of_rows<BFloat16>(p), p, num_threads);
+}
+
+void attention_of_rows_backward(const AttentionOfRowsBackwardParams& p, int num_threads) {
+  p.dtype == DType::float32 ? backward_of_rows<float>(p, num_threads) : backward_of_rows<BFloat16>(p, num_threads);
 }
 
 }  // namespace fastbert::cpu::FASTBERT_ISA

@@ -28,17 +28,17 @@ struct Shape {
   int64_t length, head_dim;
   int64_t padded_length, padded_head_dim;  // whole vectors
   int64_t score_leading;  // an odd number of cache lines: walking down a column touches all sets of the cache
-  int64_t query_block;    // whole tiles; the blocks of a sequence are of nearly equal size
+  int64_t query_block;    // whole tiles; the blocks of an item are of nearly equal size
 
-  Shape(int64_t length, int64_t head_dim)
+  Shape(int64_t length, int64_t head_dim, int64_t queries)
       : length(length),
         head_dim(head_dim),
         padded_length(round_up(length, kWidth)),
         padded_head_dim(round_up(head_dim, kWidth)),
         score_leading((round_up(length, 16) / 16 | 1) * 16) {
     const int64_t fitting = kScoreFloats / score_leading, largest = fitting < kMinQueryBlock ? kMinQueryBlock : fitting;
-    const int64_t blocks = (length + largest - 1) / largest;
-    query_block = round_up((length + blocks - 1) / blocks, kTileRows);
+    const int64_t blocks = queries > largest ? (queries + largest - 1) / largest : 1;
+    query_block = round_up((queries + blocks - 1) / blocks, kTileRows);
   }
 };
 
@@ -65,7 +65,7 @@ struct Rows {
   int64_t stride;
 
   const T* operator[](int64_t row) const { return data + row * stride; }
-  Rows from(int64_t row) const { return {data + row * stride, stride}; }
+  Rows from(int64_t row, int64_t column = 0) const { return {data + row * stride + column, stride}; }
 };
 
 // A vector of groups from the first `elements` of a row; the others are 0.

@@ -4,15 +4,19 @@
 
 namespace fastbert::cpu {
 
-AttentionSchedule::AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, int64_t num_heads, int num_threads,
-                                     int64_t min_queries) {
+AttentionSchedule::AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, const int64_t* rows, int64_t queries,
+                                     int64_t num_heads, int num_threads, int64_t min_queries) {
   struct Sequence {
-    int64_t start, length;
+    int64_t start, length, first_query, num_queries;
   };
   std::vector<Sequence> sequences;
   for (int64_t i = 0; i < batch; ++i) {
     const int64_t start = cu_seqlens[i], length = cu_seqlens[i + 1] - start;
-    if (length > 0) sequences.push_back({start, length});
+    if (length == 0) continue;
+    const auto first_query_from = [&](int64_t row) { return std::lower_bound(rows, rows + queries, row) - rows; };
+    const int64_t first = rows == nullptr ? start : first_query_from(start);
+    const int64_t last = rows == nullptr ? start + length : first_query_from(start + length);
+    sequences.push_back({start, length, first, last - first});
   }
   std::stable_sort(sequences.begin(), sequences.end(), [](auto& a, auto& b) { return a.length > b.length; });
 
@@ -23,12 +27,12 @@ AttentionSchedule::AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, i
       num_threads == 1 ? num_heads : std::clamp<int64_t>(heads_total / (items_per_thread * num_threads), 1, num_heads);
   const int64_t wanted_pieces = num_threads == 1 ? 1 : (pieces_per_thread * num_threads + heads_total - 1) / heads_total;
   for (const Sequence& sequence : sequences) {
-    const int64_t pieces = std::clamp<int64_t>(sequence.length / min_queries, 1, wanted_pieces);
+    const int64_t pieces = std::clamp<int64_t>(sequence.num_queries / min_queries, 1, wanted_pieces);
     for (int64_t head = 0; head < num_heads; head += heads_per_item) {
       for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t first = piece * sequence.length / pieces, last = (piece + 1) * sequence.length / pieces;
+        const int64_t first = piece * sequence.num_queries / pieces, last = (piece + 1) * sequence.num_queries / pieces;
         const int64_t last_head = std::min(head + heads_per_item, num_heads);
-        items_.push_back({sequence.start, sequence.length, head, last_head, first, last - first});
+        items_.push_back({sequence.start, sequence.length, head, last_head, sequence.first_query + first, last - first});
       }
     }
   }

@@ -11,15 +11,17 @@ namespace fastbert::cpu {
 struct AttentionItem {
   int64_t start, length;             // of the sequence, in rows of the packed batch
   int64_t first_head, last_head;     // last_head is not included
-  int64_t first_query, num_queries;  // within the sequence
+  int64_t first_query, num_queries;  // among the queries of all sequences
 };
 
 // The items of a packed batch, long sequences first, so that no thread ends with a long one when the others are done.
 class AttentionSchedule {
  public:
   // A thread gets neighbouring heads where there is enough for all, and a few of a head's queries, at least min_queries,
-  // where there are fewer heads than threads.
-  AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, int64_t num_heads, int num_threads, int64_t min_queries);
+  // where there are fewer heads than threads. rows: those of the `queries` queries in the packed batch, in rising order, or
+  // null where every row has one.
+  AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, const int64_t* rows, int64_t queries, int64_t num_heads,
+                    int num_threads, int64_t min_queries);
   AttentionSchedule(const AttentionSchedule&) = delete;
   ~AttentionSchedule();
 

@@ -11,6 +11,8 @@
   X(table_gradient, TableGradientParams)                             \
   X(attention_forward, AttentionForwardParams)                       \
   X(attention_backward, AttentionBackwardParams)                     \
+  X(attention_of_rows_forward, AttentionOfRowsForwardParams)         \
+  X(attention_of_rows_backward, AttentionOfRowsBackwardParams)       \
   X(add_layer_norm_forward, AddLayerNormForwardParams)               \
   X(add_layer_norm_backward, AddLayerNormBackwardParams)             \
   X(gelu_layer_norm_forward, GeluLayerNormForwardParams)             \

@@ -1,4 +1,5 @@
-// C = A B + bias, each of A and B as it lies or transposed: the products of a linear layer in training.
+// C = A B + bias, each of A and B as it lies or transposed: the products of a linear layer in training, and a GELU's forward
+// and backward pass where the sums of the product before it end.
 //
 // The microkernel of inference (packed_gemm.h) with B packed anew in each call, by all threads: a chunk of its columns at a
 // time, so that what is packed stays in the last-level cache. Then a thread takes a block of A's rows, which, up to a depth
@@ -11,6 +12,7 @@
 #include "cpu/encoder_plan.h"
 #include "cpu/kernels.h"
 #include "cpu/packed_gemm.h"
+#include "cpu/vec_math.h"
 
 namespace fastbert::cpu::FASTBERT_ISA {
 
@@ -39,10 +41,10 @@ FASTBERT_INLINE VecUint load_groups(const BFloat16* row, int64_t stride, int64_t
 }
 
 // to[group][column], kColumns wide, of the groups [first, last) of a matrix whose rows are the depth; 0 behind its `count`
-// columns. Asks the memory for what lies `ahead` of each element.
-template <typename Group, int kColumns, typename T>
+// columns. Asks the memory for what lies `ahead` of each element. see(group, column, groups) gets every vector of groups.
+template <typename Group, int kColumns, typename T, typename See>
 void pack_columns(const T* matrix, int64_t stride, int64_t depth, int64_t count, int64_t first, int64_t last, int64_t ahead,
-                  uint32_t* to) {
+                  uint32_t* to, const See& see) {
   for (int64_t group = first; group < last; ++group) {
     const int64_t k = group * Group::kElements;
     const T* row = matrix + k * stride;
@@ -52,6 +54,7 @@ void pack_columns(const T* matrix, int64_t stride, int64_t depth, int64_t count,
       }
       const VecUint groups = load_groups(row + column, stride, depth - k, extent);
       std::memcpy(to + group * kColumns + column, &groups, sizeof(VecUint));
+      see(group, column, groups);
     };
     if (count >= kColumns) {
 #pragma GCC unroll 4
@@ -63,7 +66,95 @@ void pack_columns(const T* matrix, int64_t stride, int64_t depth, int64_t count,
   }
 }
 
-template <typename Group, typename T>
+// The sums of columns over the depth, of what pack_columns sees of them, in float32: 16 groups at a time, and 16 such sums,
+// so that the rounding errors of a long sum stay small.
+template <typename Group>
+struct ColumnSums {
+  static constexpr int kLevels = 3, kAtATime = 16;
+  Vec sums[kMaxBlockRows / kWidth][kLevels];  // of the last few groups, of the last few of those, of all others
+
+  FASTBERT_INLINE void operator()(int64_t group, int64_t column, VecUint groups) {
+    constexpr uint32_t one = Group::kElements == 1 ? 0x3F800000 : 0x3F803F80;
+    Vec(&level)[kLevels] = sums[column / kWidth];
+    if (group == 0) level[0] = level[1] = level[2] = Vec{};
+    level[0] = Group::multiply_add(level[0], one, groups);
+    int64_t done = group + 1;
+    for (int i = 0; i + 1 < kLevels && done % kAtATime == 0; ++i, done /= kAtATime) {
+      level[i + 1] += level[i];
+      level[i] = Vec{};
+    }
+  }
+
+  Vec total(int64_t column) const {
+    const Vec(&level)[kLevels] = sums[column / kWidth];
+    return level[2] + level[1] + level[0];
+  }
+};
+
+// What becomes of the sums of a block of rows and a chunk of columns; see MatmulEnd.
+template <typename T>
+struct StoreProduct {
+  const float* bias;
+  T* c;
+  int64_t stride;
+
+  StoreProduct(const MatmulParams& p, int64_t row, int64_t column)
+      : bias(p.bias == nullptr ? nullptr : p.bias + column),
+        c(static_cast<T*>(p.c) + row * p.c_row_stride + column),
+        stride(p.c_row_stride) {}
+  template <typename Extent>
+  FASTBERT_INLINE void operator()(int64_t row, int64_t column, Vec sum, Extent extent) const {
+    if (bias != nullptr) sum += load(bias + column, extent);
+    store(c + row * stride + column, sum, extent);
+  }
+};
+
+template <typename T>
+struct StoreGelu {
+  const float* bias;
+  T *c, *y;
+  int64_t stride;
+
+  StoreGelu(const MatmulParams& p, int64_t row, int64_t column)
+      : bias(p.bias == nullptr ? nullptr : p.bias + column),
+        c(static_cast<T*>(p.c) + row * p.c_row_stride + column),
+        y(static_cast<T*>(p.y) + row * p.c_row_stride + column),
+        stride(p.c_row_stride) {}
+  template <typename Extent>
+  FASTBERT_INLINE void operator()(int64_t row, int64_t column, Vec sum, Extent extent) const {
+    const int64_t at = row * stride + column;
+    store(c + at, sum, extent);
+    Vec u = load(c + at, extent);  // rounded to T, as the backward pass will see it
+    if (bias != nullptr) u += load(bias + column, extent);
+    store(y + at, gelu(u, normal_distribution(u)), extent);
+  }
+};
+
+template <typename T>
+struct StoreGeluGradient {
+  const float* bias;
+  const T* u;
+  T *c, *y;
+  int64_t stride;
+
+  StoreGeluGradient(const MatmulParams& p, int64_t row, int64_t column)
+      : bias(p.bias == nullptr ? nullptr : p.bias + column),
+        u(static_cast<const T*>(p.u) + row * p.c_row_stride + column),
+        c(static_cast<T*>(p.c) + row * p.c_row_stride + column),
+        y(p.y == nullptr ? nullptr : static_cast<T*>(p.y) + row * p.c_row_stride + column),
+        stride(p.c_row_stride) {}
+  template <typename Extent>
+  FASTBERT_INLINE void operator()(int64_t row, int64_t column, Vec sum, Extent extent) const {
+    const int64_t at = row * stride + column;
+    Vec x = load(u + at, extent);
+    if (bias != nullptr) x += load(bias + column, extent);
+    const Normal normal = normal_distribution(x);
+    store(c + at, sum * gelu_derivative(x, normal), extent);
+    if (y != nullptr) store(y + at, gelu(x, normal), extent);
+  }
+};
+
+template <typename Group, typename T, typename End>
 struct Product {
   const MatmulParams& p;
   int64_t first_column, columns;  // the chunk
@@ -72,7 +163,7 @@ struct Product {
   uint32_t* packed_b = static_cast<uint32_t*>(p.packed_b);
   int64_t groups = (p.depth + Group::kElements - 1) / Group::kElements;
   int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
-  bool a_is_transposed = p.a_depth_stride != 1;
+  bool a_is_transposed = p.a_depth_stride != 1 || p.row_sums != nullptr;
 
   uint32_t* panel_of_b(int64_t panel) const { return packed_b + panel * groups * kPanelColumns; }
 
@@ -91,7 +182,7 @@ struct Product {
         const int64_t column = panel * kPanelColumns;
         // The next panel's lines are a whole piece of the depth away by the time that they are needed.
         pack_columns<Group, kPanelColumns>(b + column, p.b_depth_stride, p.depth, columns - column, first, last,
-                                           kPanelColumns, panel_of_b(panel));
+                                           kPanelColumns, panel_of_b(panel), [](int64_t, int64_t, VecUint) {});
       }
     });
   }
@@ -107,8 +198,19 @@ struct Product {
                                  p.a_row_stride * static_cast<int64_t>(sizeof(T))};
       return multiply_panels(left, first_row, rows, first_panel, last_panel, sums);
     }
-    pack_columns<Group, kMaxBlockRows>(a + first_row, p.a_depth_stride, p.depth, rows, 0, groups,
-                                       kLinesAhead * p.a_depth_stride, reinterpret_cast<uint32_t*>(scratch + sums_size));
+    const auto pack = [&](auto&& see) {
+      pack_columns<Group, kMaxBlockRows>(a + first_row, p.a_depth_stride, p.depth, rows, 0, groups,
+                                         kLinesAhead * p.a_depth_stride, reinterpret_cast<uint32_t*>(scratch + sums_size),
+                                         see);
+    };
+    if (p.row_sums != nullptr && first_column == 0 && first_panel == 0) {
+      ColumnSums<Group> column_sums;
+      pack([&](int64_t group, int64_t column, VecUint elements) { column_sums(group, column, elements); });
+      for_columns(rows,
+                  [&](int64_t row, auto extent) { store(p.row_sums + first_row + row, column_sums.total(row), extent); });
+    } else {
+      pack([](int64_t, int64_t, VecUint) {});
+    }
     const LeftColumns left{reinterpret_cast<const char*>(scratch + sums_size)};
     multiply_panels(left, first_row, rows, first_panel, last_panel, sums);
   }
@@ -116,15 +218,9 @@ struct Product {
   template <typename Left>
   void multiply_panels(Left left, int64_t first_row, int64_t rows, int64_t first_panel, int64_t last_panel,
                        Vec* sums) const {
-    const float* bias = p.bias == nullptr ? nullptr : p.bias + first_column;
-    T* c = static_cast<T*>(p.c) + first_row * p.c_row_stride + first_column;
-    const int64_t c_row_stride = p.c_row_stride;
     multiply_packed_panels<Group>(
         rows, groups, left, first_panel, last_panel, columns, [&](int64_t panel) { return panel_of_b(panel); }, sums,
-        [=](int64_t row, int64_t column, Vec sum, auto extent) {
-          if (bias != nullptr) sum += load(bias + column, extent);
-          store(c + row * c_row_stride + column, sum, extent);
-        });
+        End(p, first_row, first_column));
   }
 
   // As many blocks for each thread, of whole tiles; where there are too few rows, their columns are cut.
@@ -142,27 +238,34 @@ struct Product {
   }
 };
 
-template <typename Group, typename T>
+template <typename Group, typename T, typename End>
 void multiply_chunks(const MatmulParams& p, int num_threads) {
   if (p.rows * p.depth * p.columns < kWorthThreads) num_threads = 1;
   const int64_t width = matmul_chunk_columns(p.depth, p.columns, p.dtype);
   // One region of threads for all loops, since every region ends with a wait for the slowest thread.
   together(num_threads, [&] {
     for (int64_t column = 0; column < p.columns; column += width) {
-      const Product<Group, T> chunk{p, column, p.columns - column < width ? p.columns - column : width};
+      const Product<Group, T, End> chunk{p, column, p.columns - column < width ? p.columns - column : width};
       chunk.pack_b(num_threads);
       chunk.multiply_all(num_threads);
     }
   });
 }
 
+template <typename Group, typename T>
+void multiply(const MatmulParams& p, int num_threads) {
+  if (p.end == MatmulEnd::product) return multiply_chunks<Group, T, StoreProduct<T>>(p, num_threads);
+  if (p.end == MatmulEnd::gelu) return multiply_chunks<Group, T, StoreGelu<T>>(p, num_threads);
+  multiply_chunks<Group, T, StoreGeluGradient<T>>(p, num_threads);
+}
+
 }  // namespace
 
 void matmul(const MatmulParams& p, int num_threads) {
   // dispatch.cpp lets pass what the instruction set can do.
-  if (p.dtype == DType::float32) return multiply_chunks<FloatGroup, float>(p, num_threads);
+  if (p.dtype == DType::float32) return multiply<FloatGroup, float>(p, num_threads);
 #if defined(__AVX512BF16__)
-  multiply_chunks<BFloat16Group, BFloat16>(p, num_threads);
+  multiply<BFloat16Group, BFloat16>(p, num_threads);
 #endif
 }
 

@@ -21,8 +21,9 @@ from transformers.models.bert import modeling_bert as hf
 
 from ..ops import add_layer_norm, attention, int8_linear, linear_gelu
 from ..ops.add_layer_norm import add_layer_norm_mixed
+from ..ops.attention_of_rows import attention_of_rows
 from ..ops.feed_forward import feed_forward
-from ..ops.linear import linear, linear_dweight, linear_dx, linear_forward
+from ..ops.linear import linear, linear_dx, linear_forward, linear_parameter_gradients
 from ..ops.native_encoder import run_layers
 from ..ops.registration import contiguous_grad, refuse_batched_gradients, under_autocast
 from .adjacent import are_adjacent, cat_of_any, joined
@@ -133,15 +134,17 @@ class FusedLayer:
     def op_by_op(self, hidden_states: Tensor, packing: Packing, read: Tensor | None = None) -> Tensor:
         """The fused layer on (total, hidden), with derivatives and dropout.
 
-        read: (n,) int64, the rows that somebody reads; the result is theirs, (n, hidden). Attention computes all rows, what
-        comes behind it these, whose dropout masks there go by their position in ``read``.
+        read: (n,) int64, the rows that somebody reads; the result is theirs, (n, hidden), of a layer that has no
+        :func:`layer_notes`. On a CPU they alone have queries; elsewhere attention computes all rows, and what comes behind it
+        these. Behind attention their dropout masks go by their position in ``read``.
         """
         first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
         if read is None and (done := self._as_one_node(hidden_states, packing, first_stream)) is not None:
             return done
-        context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
-        if read is not None:
-            context, hidden_states = context.index_select(0, read), hidden_states.index_select(0, read)
+        if read is None:
+            context = _self_attention(self.attention.self, hidden_states, packing, first_stream)
+        else:
+            context, hidden_states = _self_attention_of(self.attention.self, hidden_states, packing, read, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
         return _feed_forward(self.intermediate, self.output, hidden_states, packing, first_stream + 2)
 
@@ -178,6 +181,28 @@ def _self_attention(module: nn.Module, hidden_states: Tensor, packing: Packing, 
     qkv = _project_qkv(module, hidden_states).view(-1, 3, module.num_attention_heads, module.attention_head_size)
     dropout = packing.dropout_of(active_dropout_p(module.dropout), stream)
     return attention(qkv, packing.cu_seqlens, packing.max_seqlen, softmax_scale=module.scaling, **dropout).flatten(1)
+
+
+def _self_attention_of(
+    module: nn.Module, hidden_states: Tensor, packing: Packing, read: Tensor, stream: int
+) -> tuple[Tensor, Tensor]:
+    """The context of the rows ``read``, and these rows."""
+    if read.device.type != "cpu":
+        context = _self_attention(module, hidden_states, packing, stream)
+        return context.index_select(0, read), hidden_states.index_select(0, read)
+    heads = module.num_attention_heads, module.attention_head_size
+    linears = (module.query, module.key, module.value)
+    sorted_rows, order = read.long().sort()
+    rows = hidden_states.index_select(0, sorted_rows)
+    q = linear(rows, module.query.weight, module.query.bias).view(-1, *heads)
+    kv = _project_plain(linears, hidden_states, 1).view(-1, 2, *heads)
+    dropout = packing.dropout_of(active_dropout_p(module.dropout), stream)
+    context = attention_of_rows(
+        q, kv, sorted_rows, packing.cu_seqlens, packing.max_seqlen, softmax_scale=module.scaling, **dropout
+    ).flatten(1)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    return context.index_select(0, places), rows.index_select(0, places)
 
 
 def _output(module: nn.Module, x: Tensor, residual: Tensor, packing: Packing, stream: int) -> Tensor:
@@ -331,11 +356,17 @@ def _project_qkv(module: nn.Module, x: Tensor) -> Tensor:
         return int8_linear(x, *_joined_int8(linears))
     if not all(is_plain_linear(linear) for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
+    return _project_plain(linears, x, 0)
+
+
+def _project_plain(linears: tuple[nn.Linear, nn.Linear, nn.Linear], x: Tensor, first: int) -> Tensor:
+    """(total, n * hidden): what the last n of queries, keys and values are, from index ``first`` on, of plain Linears."""
     x = _for_matmul(x)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
     views_help = not torch.compiler.is_compiling() and (under_autocast(x) or x.dtype == weights[0].dtype)
     if views_help and are_adjacent(weights, biases):
-        return _QKVLinear.apply(x, *weights, *biases)
+        return _QKVLinear.apply(first, x, *weights, *biases)
+    weights, biases = weights[first:], biases[first:]
     if all(bias is None for bias in biases):
         return linear(x, cat_of_any(weights), None)
     zeros = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
@@ -352,11 +383,14 @@ def _joined_int8(linears: tuple[Int8Linear, Int8Linear, Int8Linear]) -> tuple[Te
 
 
 class _QKVLinear(torch.autograd.Function):
-    """x [Wq; Wk; Wv]^T + [bq; bk; bv] for parameters that are adjacent parts of one buffer: one GEMM in each direction."""
+    """x [Wq; Wk; Wv]^T + [bq; bk; bv], without the first few of the three, for parameters that are adjacent parts of one buffer:
+    one GEMM in each direction."""
 
     @staticmethod
-    def forward(ctx, x, query, key, value, query_bias, key_bias, value_bias):
+    def forward(ctx, first, x, query, key, value, query_bias, key_bias, value_bias):
         weight, bias = joined((query, key, value)), joined((query_bias, key_bias, value_bias))
+        ctx.first, hidden = first, query.shape[0]
+        weight, bias = weight[first * hidden :], bias[first * hidden :]
         if under_autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
@@ -371,9 +405,13 @@ class _QKVLinear(torch.autograd.Function):
         refuse_batched_gradients(dy)
         dy = contiguous_grad(dy)
         x, *weights = ctx.saved_tensors
-        weight = joined(weights)
+        count = 3 - ctx.first
+        needs_x, needs_weights, needs_biases = ctx.needs_input_grad[1], ctx.needs_input_grad[2:5], ctx.needs_input_grad[5:]
+        weight = weights[0] if len(weights) == 1 else joined(weights)[ctx.first * len(weights[0]) :]
         # Autograd converts gradients to the dtype of what they belong to.
-        dx = linear_dx(dy, weight) if ctx.needs_input_grad[0] else None
-        dweights = linear_dweight(dy, x).chunk(3) if any(ctx.needs_input_grad[1:4]) else (None,) * 3
-        dbiases = dy.sum(0).chunk(3) if any(ctx.needs_input_grad[4:]) else (None,) * 3
-        return dx, *dweights, *dbiases
+        dx = linear_dx(dy, weight) if needs_x else None
+        needed = (any(needs[ctx.first :]) for needs in (needs_weights, needs_biases))
+        gradients = linear_parameter_gradients(dy, x, *needed)
+        parts = ((None,) * count if gradient is None else gradient.chunk(count) for gradient in gradients)
+        left_out = (None,) * ctx.first
+        return None, dx, *(part for group in parts for part in (*left_out, *group))

@@ -24,7 +24,7 @@ from ..ops import backends
 from ..ops.add_layer_norm import has_mixed_kernel
 from ..ops.attention import check_sequences
 from ..ops.backends import implementation_for
-from ..ops.linear import linear_dweight, linear_dx, linear_forward
+from ..ops.linear import linear_dweight, linear_dx, linear_forward, linear_parameter_gradients
 from ..ops.registration import (
     contiguous_grad,
     dispatch_mode_is_on,
@@ -201,7 +201,7 @@ class _TrainedLayer(torch.autograd.Function):
                 dy1, dh = dy1.add_(dh), None
             da, dx, dweight1, dln_bias1, dbo = _end_backward(dy1, dh, z1, mean1, rstd1, weight1, dropouts[1], call.dtype)
             dwo = linear_dweight(da, context.view(da.shape)) if needs_wo else None
-            dx16, dwqkv, dbqkv = None, (None,) * 3, (None,) * 3
+            dx16, dwqkv, dbqkv = None, None, None
             if needs_x or any(needs[1:8]):
                 dcontext = linear_dx(da, wo).view(context.shape)
                 module = implementation_for("attention", "auto", qkv, "backward", **_attention_sizes(call, qkv))
@@ -209,8 +209,10 @@ class _TrainedLayer(torch.autograd.Function):
                     dcontext, qkv, context, lse, cu_seqlens, call.max_seqlen, call.softmax_scale, *dropouts[0]
                 ).view(len(x16), -1)
                 dx16 = linear_dx(dqkv, wqkv) if needs_x or needs_half else None
-                dwqkv = linear_dweight(dqkv, x16).chunk(3) if needs_query or needs_key or needs_value else dwqkv
-                dbqkv = dqkv.sum(0).chunk(3) if needs_qb or needs_kb or needs_vb else dbqkv
+                dwqkv, dbqkv = linear_parameter_gradients(
+                    dqkv, x16, needs_query or needs_key or needs_value, needs_qb or needs_kb or needs_vb
+                )
+            dwqkv, dbqkv = ((None,) * 3 if gradient is None else gradient.chunk(3) for gradient in (dwqkv, dbqkv))
         if dx16 is not None and not ctx.has_half:
             dx, dx16 = dx.add_(dx16), None
         # Autograd converts gradients to the dtype of what they belong to.

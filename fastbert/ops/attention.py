@@ -33,11 +33,7 @@ def attention(
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}, expected (total, 3, num_heads, head_dim)")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(
-            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 (batch + 1,): "
-            "0 and the running sum of the sequence lengths"
-        )
+    check_cu_seqlens(cu_seqlens)
     check_dropout(dropout_p, seed)
     if softmax_scale is None:
         softmax_scale = qkv.shape[-1] ** -0.5
@@ -61,6 +57,14 @@ def _forward(
         check_sequences(cu_seqlens, max_seqlen, qkv.shape[0])
     module = implementation_for("attention", backend, qkv, "forward", rows=len(qkv), head_dim=qkv.shape[-1], max_seqlen=max_seqlen)
     return module.attention_forward(qkv, cu_seqlens, max_seqlen, softmax_scale, dropout_p, seed, stream)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 (batch + 1,): "
+            "0 and the running sum of the sequence lengths"
+        )
 
 
 def check_sequences(cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:

@@ -22,6 +22,7 @@ from . import cuda, measured_backends
 
 OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "linear_gelu", "gelu_layer_norm", "mlm_loss")
 INFERENCE_OPS = ("int8_linear",)  # without a derivative
+CPU_OPS = ("attention_of_rows",)  # GPUs compute all rows
 MIXED_OPS = ("add_layer_norm_mixed",)  # one pass where a GPU's kernel does it, elsewhere the op of its first name and conversions
 BACKENDS = ("reference", "native", "triton", "cuda")
 AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
@@ -35,8 +36,8 @@ _DTYPES = {
 }
 _DEVICES = {"native": "cpu", "cuda": cuda.DEVICE_TYPE}
 _OPS_OF = {
-    "reference": (*OPS, *INFERENCE_OPS, *MIXED_OPS),
-    "native": (*OPS, *INFERENCE_OPS),
+    "reference": (*OPS, *INFERENCE_OPS, *MIXED_OPS, *CPU_OPS),
+    "native": (*OPS, *INFERENCE_OPS, *CPU_OPS),
     "triton": (*OPS, *MIXED_OPS),
     "cuda": cuda.OPS,
 }

@@ -145,6 +145,33 @@ def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
     return _DWEIGHT[choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1])](dy, x)
 
 
+def linear_parameter_gradients(dy: Tensor, x: Tensor, needs_weight: bool, needs_bias: bool) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`linear_dweight` and the gradient of the bias, the sums of dy's columns, (out_features,) in dy's dtype or float32."""
+    if not (needs_weight and needs_bias and is_ours(dy, x)):
+        return linear_dweight(dy, x) if needs_weight else None, dy.sum(0) if needs_bias else None
+    name = choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1])
+    return _native().matmul_and_row_sums(dy.t(), x) if name == "fastbert" else (_DWEIGHT[name](dy, x), dy.sum(0))
+
+
+def linear_then_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """u = x W^T and gelu(u + bias) in one pass, or None where another library multiplies faster."""
+    return _native().matmul_gelu(x, weight.t(), bias) if _is_own("forward", x, weight, weight.numel()) else None
+
+
+def linear_dx_through_gelu(
+    dy: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, gelu_wanted: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Where dy W is the gradient of gelu(u + bias): that of u, and if it is wanted gelu(u + bias), in one pass, or None where
+    another library multiplies faster."""
+    if not _is_own("dx", dy, weight, weight.numel()):
+        return None
+    return _native().matmul_gelu_gradient(dy, weight, u, bias, gelu_wanted)
+
+
+def _is_own(product: str, a: Tensor, b: Tensor, weight_elements: int) -> bool:
+    return is_ours(a, b) and choice(product, a.dtype, a.shape[0], weight_elements) == "fastbert"
+
+
 def linear_dweight_into(out: Tensor, dy: Tensor, x: Tensor) -> None:
     """:func:`linear_dweight` written to ``out``, which has contiguous rows."""
     if is_ours(dy, x):
@@ -222,11 +249,8 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | N
     x, weight = ctx.saved_tensors
     dy = contiguous_grad(dy)
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    return (
-        linear_dx(dy, weight) if needs_x else None,
-        linear_dweight(dy, x) if needs_weight else None,
-        dy.sum(0) if needs_bias and ctx.has_bias else None,
-    )
+    dx = linear_dx(dy, weight) if needs_x else None
+    return dx, *linear_parameter_gradients(dy, x, needs_weight, needs_bias and ctx.has_bias)
 
 
 register("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear_forward, _fake, _setup_context, _backward)

@@ -16,6 +16,7 @@ import functools
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +24,25 @@ from torch.nn import functional as F
 
 from ..build_report import import_built
 from . import huge_pages, reference
-from .linear import linear_dweight, linear_dx, linear_forward, linear_gelu_without_gradients
+from .linear import (
+    linear_dweight,
+    linear_dx,
+    linear_dx_through_gelu,
+    linear_forward,
+    linear_gelu_without_gradients,
+    linear_parameter_gradients,
+    linear_then_gelu,
+)
 
 # What the module offers.
 NAMES = (
-    "DType", "Dropout", "EmbeddingTables", "EncoderLayer", "EncoderLayers", "PackedLinear", "Snapshot",
+    "DType", "Dropout", "EmbeddingTables", "EncoderLayer", "EncoderLayers", "MatmulEnd", "PackedLinear", "Snapshot",
     "add_layer_norm_backward", "add_layer_norm_forward", "all_unchanged", "attention_backward", "attention_forward",
-    "bias_gelu_backward", "bias_gelu_forward", "embed_tokens", "embedding_layer_norm_backward", "embedding_layer_norm_forward",
-    "gelu_layer_norm_backward", "gelu_layer_norm_forward", "instruction_set", "matmul", "matmul_workspace_bytes",
-    "mlm_loss_backward", "mlm_loss_forward", "multiplies", "pack_weight", "packed_dense", "packed_weight_bytes", "read_mask",
-    "row_chunks", "set_instruction_set", "set_openmp_parallel", "supported_instruction_sets", "table_gradient",
+    "attention_of_rows_backward", "attention_of_rows_forward", "bias_gelu_backward", "bias_gelu_forward", "embed_tokens",
+    "embedding_layer_norm_backward", "embedding_layer_norm_forward", "gelu_layer_norm_backward", "gelu_layer_norm_forward",
+    "instruction_set", "matmul", "matmul_workspace_bytes", "mlm_loss_backward", "mlm_loss_forward", "multiplies",
+    "pack_weight", "packed_dense", "packed_weight_bytes", "read_mask", "row_chunks", "set_instruction_set",
+    "set_openmp_parallel", "supported_instruction_sets", "table_gradient",
 )  # fmt: skip
 _TORCH_LIBRARY = re.compile(r"/libtorch_cpu\.so[.\d]*$")
 
@@ -256,6 +266,55 @@ def attention_backward(
     return dqkv
 
 
+def attention_of_rows_forward(
+    q: Tensor,
+    kv: Tensor,
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`reference.attention_of_rows_forward`."""
+    out, lse = torch.empty_like(q), _empty(q.shape[1], q.shape[0])
+    if len(q) == 0:  # rows without memory would mean all of them
+        return out, lse
+    _cpu.attention_of_rows_forward(
+        q.data_ptr(), kv.data_ptr(), rows.data_ptr(), cu_seqlens.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        len(q), len(kv), cu_seqlens.numel() - 1, *q.shape[1:],
+        softmax_scale, _dropout(dropout_p, seed, stream), DTYPES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_of_rows_backward(
+    dout: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    rows: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`reference.attention_of_rows_backward`."""
+    if len(q) == 0:
+        return torch.empty_like(q), torch.zeros_like(kv)
+    dq, dkv = torch.empty_like(q), torch.empty_like(kv)
+    _cpu.attention_of_rows_backward(
+        dout.data_ptr(), q.data_ptr(), kv.data_ptr(), rows.data_ptr(), out.data_ptr(), lse.data_ptr(), cu_seqlens.data_ptr(),
+        dq.data_ptr(), dkv.data_ptr(), len(q), len(kv), cu_seqlens.numel() - 1, *q.shape[1:],
+        softmax_scale, _dropout(dropout_p, seed, stream), DTYPES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return dq, dkv
+
+
 def add_layer_norm_forward(
     x: Tensor,
     bias: Tensor | None,
@@ -348,6 +407,40 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None 
     where their rows or their columns are contiguous; bias: (columns,); out: (rows, columns) of their dtype with contiguous rows,
     which is returned, or None for a new tensor. Nothing may be empty.
     """
+    return _matmul(a, b, bias, out, _cpu.MatmulEnd.product)
+
+
+def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(u, gelu(u + bias)) of u = a b: see :func:`matmul`."""
+    u, y = (a.new_empty(a.shape[0], b.shape[1]) for _ in range(2))
+    return _matmul(a, b, bias, u, _cpu.MatmulEnd.gelu, y=y), y
+
+
+def matmul_gelu_gradient(a: Tensor, b: Tensor, u: Tensor, bias: Tensor | None, gelu_wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Where a b is the gradient of gelu(u + bias): that of u, and if it is wanted gelu(u + bias). See :func:`matmul`."""
+    du, y = torch.empty_like(u), torch.empty_like(u) if gelu_wanted else None
+    return _matmul(a, b, bias, du, _cpu.MatmulEnd.gelu_gradient, u=u, y=y), y
+
+
+def matmul_and_row_sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a b and the sums of a's rows, (rows,) in float32. See :func:`matmul`."""
+    a = a if a.stride(0) == 1 else a.t().contiguous().t()
+    out, sums = a.new_empty(a.shape[0], b.shape[1]), _empty(a.shape[0])
+    return _matmul(a, b, None, out, _cpu.MatmulEnd.product, row_sums=sums), sums
+
+
+def _matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+    end: Any,
+    *,
+    u: Tensor | None = None,
+    y: Tensor | None = None,
+    row_sums: Tensor | None = None,
+) -> Tensor:
+    """``out``, or a new tensor; u and y lie as it does."""
     (rows, depth), columns = a.shape, b.shape[1]
     a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
     if a.dtype == torch.bfloat16:  # elements that follow each other along the depth are read in pairs
@@ -359,8 +452,9 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None 
     out = a.new_empty(rows, columns) if out is None else out
     packed_b = torch.empty(_cpu.matmul_workspace_bytes(depth, columns, DTYPES[a.dtype]), dtype=torch.uint8, device="cpu")
     _cpu.matmul(
-        a.data_ptr(), b.data_ptr(), _pointer(bias), out.data_ptr(), packed_b.data_ptr(), rows, depth, columns,
-        *a.stride(), *b.stride(), out.stride(0), DTYPES[a.dtype], torch.get_num_threads(),
+        a.data_ptr(), b.data_ptr(), _pointer(bias), out.data_ptr(), _pointer(u), _pointer(y), _pointer(row_sums),
+        packed_b.data_ptr(), rows, depth, columns, *a.stride(), *b.stride(), out.stride(0), end, DTYPES[a.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -369,6 +463,8 @@ def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep_pre
     """See :func:`reference.linear_gelu_forward`. Where nobody needs u, oneDNN applies bias and GELU as it stores."""
     if not keep_preactivation and (y := linear_gelu_without_gradients(x, weight, bias)) is not None:
         return y, None
+    if keep_preactivation and (both := linear_then_gelu(x, weight, bias)) is not None:
+        return both[1], both[0]
     u = linear_forward(x, weight, None)
     y = torch.empty_like(u) if keep_preactivation else u
     bias = _float32(bias)
@@ -404,20 +500,22 @@ def feed_forward_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight, bias and out_weight of gelu(x weight^T + bias) out_weight^T; ``needs``: which are wanted.
 
-    dy: (rows, out_features); x: (rows, in_features); u = x weight^T (rows, intermediate). One pass over u makes its gradient, in
-    the memory of gelu's, and gelu(u + bias) again.
+    dy: (rows, out_features); x: (rows, in_features); u = x weight^T (rows, intermediate). What multiplies dy with out_weight, or
+    one pass behind it, makes the gradient of u, and gelu(u + bias) again.
     """
-    du = linear_dx(dy, out_weight)
-    gelu = torch.empty_like(u) if needs[3] else None
-    dbias = _bias_gelu_backward(du, u, bias, du, gelu)
+    dbias = None
+    through = linear_dx_through_gelu(dy, out_weight, u, bias, needs[3])
+    if through is not None:
+        du, gelu = through
+    else:
+        du, gelu = linear_dx(dy, out_weight), torch.empty_like(u) if needs[3] else None
+        dbias = _bias_gelu_backward(du, u, bias, du, gelu)
     dout_weight = linear_dweight(dy, gelu) if needs[3] else None
-    del gelu  # before the next matmuls ask for memory
-    return (
-        linear_dx(du, weight) if needs[0] else None,
-        linear_dweight(du, x) if needs[1] else None,
-        dbias.to(bias.dtype) if needs[2] else None,
-        dout_weight,
-    )
+    del through, gelu  # before the next matmuls ask for memory
+    dx = linear_dx(du, weight) if needs[0] else None
+    dweight, sums = linear_parameter_gradients(du, x, needs[1], needs[2] and dbias is None)
+    dbias = sums if dbias is None else dbias
+    return dx, dweight, dbias.to(bias.dtype) if needs[2] else None, dout_weight
 
 
 @functools.cache

@@ -116,18 +116,8 @@ def attention_forward(
 
     Returns out (total, num_heads, head_dim) and lse (num_heads, total), the log-sum-exp of each query's scaled scores.
     """
-    total, _, num_heads, _ = qkv.shape
-    out = qkv.new_zeros(total, num_heads, qkv.shape[-1])
-    lse = qkv.new_zeros(num_heads, total, dtype=_statistics_dtype(qkv))
-    for start, end in _sequences(cu_seqlens):
-        scores, _, _, v = _attention_scores(qkv, start, end, softmax_scale)
-        p = scores.softmax(-1)
-        if dropout_p > 0.0:
-            keep = _attention_keep(num_heads, start, end, dropout_p, seed, stream)
-            p = torch.where(keep, p * dropout_scale(dropout_p), 0.0)
-        out[start:end] = (p @ v).transpose(0, 1).to(out.dtype)
-        lse[:, start:end] = scores.logsumexp(-1)
-    return out, lse
+    rows = torch.arange(len(qkv), device=qkv.device)
+    return attention_of_rows_forward(qkv[:, 0], qkv[:, 1:], rows, cu_seqlens, max_seqlen, softmax_scale, dropout_p, seed, stream)
 
 
 def attention_backward(
@@ -143,39 +133,97 @@ def attention_backward(
     stream: int = 0,
 ) -> Tensor:
     """dqkv (total, 3, num_heads, head_dim); the probabilities are recomputed from lse (Dao et al., 2022, algorithm 4)."""
-    dqkv = torch.zeros_like(qkv)
-    for start, end in _sequences(cu_seqlens):
-        scores, q, k, v = _attention_scores(qkv, start, end, softmax_scale)
-        p = (scores - lse[:, start:end].unsqueeze(-1)).exp()
-        do = dout[start:end].transpose(0, 1).to(p.dtype)
-        delta = (do * out[start:end].transpose(0, 1)).sum(-1, keepdim=True)
+    rows = torch.arange(len(qkv), device=qkv.device)
+    dq, dkv = attention_of_rows_backward(
+        dout, qkv[:, 0], qkv[:, 1:], rows, out, lse, cu_seqlens, max_seqlen, softmax_scale, dropout_p, seed, stream
+    )
+    return torch.cat([dq.unsqueeze(1), dkv], dim=1)
+
+
+def attention_of_rows_forward(
+    q: Tensor,
+    kv: Tensor,
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention_forward` of some rows' queries, with the dropout masks that they have among all.
+
+    q: (n, num_heads, head_dim), of the rows (n,) int64 of the packed batch, in rising order, of which one may be there twice; kv:
+    (total, 2, num_heads, head_dim). Returns out (n, num_heads, head_dim) and lse (num_heads, n).
+    """
+    num_heads = q.shape[1]
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_zeros(num_heads, len(q), dtype=_statistics_dtype(q))
+    for start, end, first, last in _sequences_of_rows(cu_seqlens, rows):
+        scores, _, _, v = _attention_scores(q[first:last], kv[start:end], softmax_scale)
+        p = scores.softmax(-1)
+        if dropout_p > 0.0:
+            keep = _attention_keep(num_heads, rows[first:last], end - start, dropout_p, seed, stream)
+            p = torch.where(keep, p * dropout_scale(dropout_p), 0.0)
+        out[first:last] = (p @ v).transpose(0, 1).to(out.dtype)
+        lse[:, first:last] = scores.logsumexp(-1)
+    return out, lse
+
+
+def attention_of_rows_backward(
+    dout: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    rows: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """dq (n, num_heads, head_dim) and dkv (total, 2, num_heads, head_dim); see :func:`attention_backward`."""
+    dq, dkv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, kv))
+    for start, end, first, last in _sequences_of_rows(cu_seqlens, rows):
+        scores, q_heads, k, v = _attention_scores(q[first:last], kv[start:end], softmax_scale)
+        p = (scores - lse[:, first:last].unsqueeze(-1)).exp()
+        do = dout[first:last].transpose(0, 1).to(p.dtype)
+        delta = (do * out[first:last].transpose(0, 1)).sum(-1, keepdim=True)
         dp = do @ v.transpose(1, 2)
         p_dropped = p
         if dropout_p > 0.0:
-            keep = _attention_keep(qkv.shape[2], start, end, dropout_p, seed, stream)
+            keep = _attention_keep(q.shape[1], rows[first:last], end - start, dropout_p, seed, stream)
             scale = dropout_scale(dropout_p)
             p_dropped, dp = torch.where(keep, p * scale, 0.0), torch.where(keep, dp * scale, 0.0)
         ds = p * (dp - delta) * softmax_scale
-        grads = torch.stack([ds @ k, ds.transpose(1, 2) @ q, p_dropped.transpose(1, 2) @ do])
-        dqkv[start:end] = grads.permute(2, 0, 1, 3).to(dqkv.dtype)
-    return dqkv
+        dq[first:last] = (ds @ k).transpose(0, 1).to(dq.dtype)
+        dkv[start:end] = (
+            torch.stack([ds.transpose(1, 2) @ q_heads, p_dropped.transpose(1, 2) @ do]).permute(2, 0, 1, 3).to(dkv.dtype)
+        )
+    return dq, dkv
 
 
-def _sequences(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    bounds = cu_seqlens.tolist()
-    return [(start, end) for start, end in zip(bounds[:-1], bounds[1:]) if end > start]
+def _sequences_of_rows(cu_seqlens: Tensor, rows: Tensor) -> list[tuple[int, int, int, int]]:
+    """Of each sequence that has queries: where its rows start and end, and where its queries do, among ``rows``."""
+    bounds, firsts = cu_seqlens.tolist(), torch.searchsorted(rows, cu_seqlens.long()).tolist()
+    sequences = zip(bounds[:-1], bounds[1:], firsts[:-1], firsts[1:], strict=True)
+    return [sequence for sequence in sequences if sequence[3] > sequence[2]]
 
 
-def _attention_scores(qkv: Tensor, start: int, end: int, softmax_scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = qkv[start:end].to(_statistics_dtype(qkv)).permute(1, 2, 0, 3).unbind(0)
+def _attention_scores(q: Tensor, kv: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scaled scores of one sequence and its q, k and v, all with the heads first."""
+    q = q.to(_statistics_dtype(q)).transpose(0, 1)
+    k, v = kv.to(q.dtype).permute(1, 2, 0, 3).unbind(0)
     return q @ k.transpose(1, 2) * softmax_scale, q, k, v
 
 
-def _attention_keep(num_heads: int, start: int, end: int, dropout_p: float, seed: Tensor, stream: int) -> Tensor:
+def _attention_keep(num_heads: int, rows: Tensor, length: int, dropout_p: float, seed: Tensor, stream: int) -> Tensor:
+    """(num_heads, len(rows), length), of the queries of ``rows`` of the packed batch."""
     heads = torch.arange(num_heads, device=seed.device)[:, None, None]
-    queries = torch.arange(start, end, device=seed.device)[None, :, None]
-    keys = torch.arange(end - start, device=seed.device)[None, None, :]
-    return dropout_keep(queries, keys, heads, dropout_p, seed, stream)
+    keys = torch.arange(length, device=seed.device)[None, None, :]
+    return dropout_keep(rows[None, :, None], keys, heads, dropout_p, seed, stream)
 
 
 # --- bias + dropout + residual + LayerNorm -------------------------------------------------------------------------------

@@ -165,8 +165,8 @@ def test_matmul_stays_within_its_workspace(depth, columns, dtype):
             workspace = torch.full((size + 4096,), 0x5A, dtype=torch.uint8)
             if native.multiplies(dtype):
                 native._cpu.matmul(
-                    a.data_ptr(), b.data_ptr(), 0, c.data_ptr(), workspace.data_ptr(), 2, depth, columns, *a.stride(), *b.stride(),
-                    columns, number, 2,
+                    a.data_ptr(), b.data_ptr(), 0, c.data_ptr(), 0, 0, 0, workspace.data_ptr(), 2, depth, columns, *a.stride(),
+                    *b.stride(), columns, native._cpu.MatmulEnd.product, number, 2,
                 )  # fmt: skip
                 assert (workspace[size:] == 0x5A).all()
                 torch.testing.assert_close(c, torch.full_like(c, depth), rtol=1e-2, atol=0)
