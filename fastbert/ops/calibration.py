@@ -30,6 +30,7 @@ from .. import __version__
 from ..fork_safe import lock
 from ..user_cache import user_cache_folder
 
+PREFERENCE = 0.03
 _ROUNDS = 3
 _BUDGET_S = 0.15  # of one kind; a candidate's first run is never left out
 _HOPELESS = 1.5  # a candidate that took this many times the best has no second run
@@ -52,16 +53,24 @@ def is_on() -> bool:
     return os.environ.get("FASTBERT_CALIBRATION") != "off" and not torch.are_deterministic_algorithms_enabled()
 
 
-def fastest(kind: str, candidates: Mapping[str, Callable[..., object]], operands: Callable[[], tuple], flops: float) -> str:
+def fastest(
+    kind: str,
+    candidates: Mapping[str, Callable[..., object]],
+    operands: Callable[[], tuple],
+    flops: float,
+    preferred: str | None = None,
+) -> str:
     """The name of the fastest candidate for ``kind`` at torch's present number of threads.
 
     kind: what the answer is kept under; candidates: name -> function of the operands, the default first; operands: makes them,
-    called only where there is something to measure; flops: of one call.
+    called only where there is something to measure; flops: of one call; preferred: the candidate that is taken unless another one
+    is more than ``PREFERENCE`` faster.
     """
     rates = _known.get(torch.get_num_threads(), {}).get(kind)
     if rates is None or rates.keys() != candidates.keys():
         rates = _calibrate(kind, candidates, operands, flops)
-    return next(iter(rates))
+    best = next(iter(rates))
+    return preferred if preferred is not None and rates.get(preferred, 0.0) * (1 + PREFERENCE) >= rates[best] else best
 
 
 def known() -> dict[str, dict[str, float]]:

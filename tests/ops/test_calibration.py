@@ -44,6 +44,13 @@ def test_the_fastest_is_taken_and_kept(monkeypatch):
     assert [path.name for path in calibration.cache_file().parent.iterdir()] == [calibration.cache_file().name]
 
 
+@pytest.mark.parametrize(("rate", "taken"), [(1.02, "slow"), (1.04, "fast")])
+def test_the_preferred_one_is_taken_unless_another_is_clearly_faster(rate, taken, monkeypatch):
+    monkeypatch.setattr(calibration, "_known", {torch.get_num_threads(): {KIND: {"fast": rate, "slow": 1.0}}})
+    assert calibration.fastest(KIND, CHOICES, not_called, 1e6, "slow") == taken
+    assert calibration.fastest(KIND, CHOICES, not_called, 1e6, "not a candidate") == "fast"
+
+
 def test_the_file_is_for_one_machine_number_of_threads_and_build(monkeypatch):
     paths = {calibration.cache_file()}
     monkeypatch.setattr(calibration, "_processor", lambda: ["another", "avx"])
