@@ -99,14 +99,16 @@ std::vector<const InstructionSet*> supported_sets() {
 
 const InstructionSet* current = supported_sets().back();
 
+bool is_activation(DType dtype) { return dtype == DType::float32 || dtype == DType::bfloat16; }
+
+bool is_weight(DType dtype) { return is_activation(dtype) || dtype == DType::int8; }
+
 template <typename Params>
 void require_supported(const Params& params) {
-  if (params.dtype != DType::float32 && params.dtype != DType::bfloat16) {
+  if (!is_activation(params.dtype)) {
     throw std::invalid_argument("the CPU kernels take float32 and bfloat16");
   }
 }
-
-bool is_weight(DType dtype) { return dtype == DType::float32 || dtype == DType::bfloat16 || dtype == DType::int8; }
 
 void require_supported(const PackWeightParams& params) {
   if (!is_weight(params.dtype)) throw std::invalid_argument("weights of float32, bfloat16 and int8 are packed");
@@ -127,7 +129,7 @@ void require_packed_for_this(const PackedLinear& linear) {
 
 void require_supported(const PackedDenseParams& params) {
   require_packed_for_this(params.linear);
-  if (params.dtype != DType::float32 && params.dtype != DType::bfloat16) {
+  if (!is_activation(params.dtype)) {
     throw std::invalid_argument("packed linear layers are float32 or bfloat16");
   }
 }
@@ -135,9 +137,8 @@ void require_supported(const PackedDenseParams& params) {
 void require_supported(const EncoderLayerParams& params) {
   for (const PackedLinear* linear : {&params.qkv, &params.attention_output, &params.intermediate, &params.output})
     require_packed_for_this(*linear);
-  const bool activations = params.dtype == DType::float32 || params.dtype == DType::bfloat16;
   const bool wider = params.weight_dtype == DType::float32 && params.dtype != DType::float32;
-  if (!is_weight(params.weight_dtype) || !activations || wider) {
+  if (!is_weight(params.weight_dtype) || !is_activation(params.dtype) || wider) {
     throw std::invalid_argument("there is no encoder layer for these dtypes");
   }
 }

@@ -6,6 +6,7 @@ Each of the three has a storage of its own, which is a part of the buffer that t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -106,7 +107,6 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def cat_of_any(tensors: Sequence[Tensor]) -> Tensor:
     """``torch.cat``, which under autocast refuses half precision that is not autocast's."""
-    if not under_autocast(tensors[0]):
-        return torch.cat(list(tensors))
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    changed = under_autocast(tensors[0])
+    with torch.autocast(tensors[0].device.type, enabled=False) if changed else contextlib.nullcontext():
         return torch.cat(list(tensors))

@@ -1,8 +1,9 @@
 """Which rows a head reads, so that the encoder's last layer goes on with those alone: labelled ones, the first of each sequence.
 
 Behind the last attention every row is on its own: output projection, LayerNorms and feed-forward network, 9 of the 12 hidden^2
-matmuls of a layer, of a row that nobody reads add nothing to the loss, and nothing to any gradient. Dropout there draws by the
-position among the rows that are computed: other masks than those of a call that computes all rows, as random as they.
+matmuls of a layer, of a row that nobody reads add nothing to the loss, and nothing to any gradient; nor does its query, a tenth
+matmul and most of attention, which CPUs leave out too (``ops.attention_of_rows``). Dropout behind attention draws by the position
+among the rows that are computed: other masks than those of a call that computes all rows, as random as they.
 """
 
 from __future__ import annotations
