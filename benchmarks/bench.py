@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ class Options:
                 found.append(f"--peers {peer}: the suite {self.suite} has {', '.join(peers)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             found.append("--device is cuda, and torch finds no CUDA device")
+        if self.threads is not None and self.threads > (processors := os.cpu_count() or self.threads):
+            found.append(f"--threads {self.threads}: this machine has {processors} processors")
         if self.suite == "ops":
             return found + self._problems_of_ops()
         if self.ops is not None:
@@ -185,8 +188,11 @@ def name_of(options: Options) -> str:
 
 
 def results_folder(folder: str) -> Path:
-    """Where :func:`save` keeps documents."""
-    return harness.RESULTS / folder
+    """Where :func:`save` keeps documents. Raises ValueError for a path that is not below benchmarks/results."""
+    path = harness.RESULTS / folder
+    if harness.RESULTS.resolve() not in path.resolve().parents:
+        raise ValueError(f"{folder!r} is no folder below benchmarks/results, such as zen5-2-cores; --output takes any folder")
+    return path
 
 
 def unfinished(options: Options, command: str, folders: Sequence[Path]) -> contextlib.AbstractContextManager[harness.Keep]:

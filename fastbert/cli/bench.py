@@ -24,8 +24,12 @@ def bench(options: dict[str, Any], save: str | None, output: Path | None, comman
     settings = suites.Options(**options)
     if problems := settings.problems():
         raise CommandFailure("; ".join(problems), WRONG_USAGE)
-    given = {"--output": output, "--save": save and suites.results_folder(save)}
-    folders = {option: folder for option, folder in given.items() if folder is not None}
+    folders = {} if output is None else {"--output": output}
+    if save is not None:
+        try:
+            folders["--save"] = suites.results_folder(save)
+        except ValueError as error:
+            raise CommandFailure(f"--save {error}", WRONG_USAGE) from error
     for option, folder in folders.items():
         make_folder(folder, option)
     with suites.unfinished(settings, command, list(folders.values())) as keep:

@@ -165,6 +165,11 @@ def test_a_wrong_result_is_not_timed_and_fails(monkeypatch):
         (["--batches", "novels", "--model", "tiny"], "there are no lengths named novels; there are cola"),
         (["--batches", "1x513", "--model", "tiny"], "--batches: 513 tokens, and tiny takes 512 at most"),
         (["--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
+        (["--threads", "100000", "--model", "tiny"], "--threads 100000: this machine has"),
+        *(
+            (["--suite", "ops", "--save", folder], f"--save {folder!r} is no folder below benchmarks/results")
+            for folder in ("../../x", "zen5/../..", "", ".", "/tmp/x")
+        ),
     ],
 )
 def test_wrong_usage(arguments, message):
