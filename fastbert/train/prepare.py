@@ -155,6 +155,8 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise SettingsError("--device meta cannot be used: its tensors hold no numbers; give cpu or cuda")
     return device
 
 

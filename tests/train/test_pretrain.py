@@ -17,6 +17,7 @@ from fastbert.data.errors import CorpusError, TokenizerError
 from fastbert.train.checkpoint import checkpoint_folders
 from fastbert.train.errors import SettingsError, TrainingError, TrainingInterrupted
 from fastbert.train.metrics import read_metrics
+from fastbert.train.prepare import pick_device
 from fastbert.train.pretrain import pretrain
 from fastbert.train.run_folder import OWN_FILES
 
@@ -252,3 +253,8 @@ def test_a_device_that_is_not_there(toy_settings):
         pytest.skip("there is a CUDA device")
     with pytest.raises(SettingsError, match="--device cuda"):
         pretrain(toy_settings(device="cuda"), quiet)
+
+
+def test_a_device_whose_tensors_hold_nothing_is_refused():
+    with pytest.raises(SettingsError, match="--device meta cannot be used"):
+        pick_device("meta")
