@@ -87,7 +87,7 @@ def prepare(settings: PrepareSettings, say: Say = print) -> PrepareResult:
                 say(f"Resuming {settings.output} behind {folder.num_shards:,} shards, {folder.facts['tokens']:,} tokens")
             else:
                 # Where one of them is not there, nothing is deleted or begun.
-                _check_datasets(settings, parts)
+                _check_beginnings(settings, parts)
                 if settings.tokenizer is not None:
                     load_tokenizer(settings.tokenizer)
                 folder = PreparedFolder.begin(settings, found)
@@ -116,10 +116,11 @@ def prepare(settings: PrepareSettings, say: Say = print) -> PrepareResult:
     )
 
 
-def _check_datasets(settings: PrepareSettings, parts: Sequence[CorpusPart]) -> None:
-    """Reads the beginning of each Hugging Face dataset: a mistyped file name may look like the name of one. Raises CorpusError."""
+def _check_beginnings(settings: PrepareSettings, parts: Sequence[CorpusPart]) -> None:
+    """Reads the beginning of each Hugging Face dataset (a mistyped file name may look like the name of one) and of each Parquet
+    file (whose column may be another, and which nothing reads without pyarrow). Raises CorpusError."""
     for part in parts:
-        if part.dataset is not None:
+        if part.dataset is not None or (part.path is not None and part.path.suffix == ".parquet"):
             next(read_part(part, Reading(settings.text_column, 1, skip_bad_text=True)), None)
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,20 @@ def test_a_corpus_that_is_none_costs_nothing_that_is(
         with pytest.raises(CorpusError, match=f"{mistake}: (no such file or folder, and loading|unknown file type)"):
             run((*corpus, mistake), tmp_path / output, tokenizer=tokenizer_folder, overwrite=overwrite)
     assert contents(tmp_path / "out") == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("problem", ["no column 'text'; it has 'words'", "needs pyarrow"])
+def test_parquet_that_cannot_be_read_costs_nothing_that_is(
+    corpus: Corpus, tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"words" if "words" in problem else "text": ["A text."]}), tmp_path / "a.parquet")
+    if problem == "needs pyarrow":
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(CorpusError, match=f"a.parquet: .*{problem}"):
+        run((*corpus, str(tmp_path / "a.parquet")), tmp_path / "new", tokenizer=tokenizer_folder)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_clear_error(
