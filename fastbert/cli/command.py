@@ -1,17 +1,19 @@
 """What all commands share: how they print, fail and exit.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. With ``--json`` the last line of stdout is one JSON document,
-``{"command": ..., "exit_code": ..., ...}`` with ``"error"`` where the command failed, and text for people goes to stderr.
+Exit codes: 0 done, 1 failed (or nobody reads what is printed, as after ``| head``), 2 wrong usage, 130 interrupted. With ``--json``
+the last line of stdout is one JSON document, ``{"command": ..., "exit_code": ..., ...}`` with ``"error"`` where the command failed,
+and text for people goes to stderr.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand
@@ -32,6 +34,10 @@ class CommandFailure(Exception):
     def __init__(self, message: str, exit_code: int = FAILED):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class NobodyReads(Exception):
+    """What reads the command's output has ended, as ``head`` does: no error, and nothing that more words could mend."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +98,19 @@ def run_command(name: str, body: Callable[[Say], CommandResult], *, json_output:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: no work is lost for want of a character
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr if json_output else sys.stdout, flush=True)
+        _print(text, sys.stderr if json_output else sys.stdout)
 
     try:
-        result = body(say)
+        _run(name, lambda: body(say), json_output, debug)
+    except NobodyReads as gone:
+        raise typer.Exit(FAILED) from gone
+
+
+def _run(name: str, body: Callable[[], CommandResult], json_output: bool, debug: bool) -> None:
+    try:
+        result = body()
+    except NobodyReads:
+        raise
     except CommandFailure as failure:
         _fail(name, str(failure), failure.exit_code, json_output, debug, failure)
     except SettingsError as error:
@@ -117,7 +132,7 @@ def run_command(name: str, body: Callable[[Say], CommandResult], *, json_output:
 
 
 def _fail(name: str, message: str, exit_code: int, json_output: bool, debug: bool, error: BaseException) -> None:
-    print(f"fastbert {name}: {message}", file=sys.stderr, flush=True)
+    _print(f"fastbert {name}: {message}", sys.stderr)
     if json_output:
         _print_document({"command": name, "exit_code": exit_code, "error": message})
     if debug:
@@ -126,4 +141,13 @@ def _fail(name: str, message: str, exit_code: int, json_output: bool, debug: boo
 
 
 def _print_document(document: dict[str, Any]) -> None:
-    print(json.dumps(document, allow_nan=False), flush=True)
+    _print(json.dumps(document, allow_nan=False), sys.stdout)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Raises :class:`NobodyReads`; ``stream`` then leads nowhere, so that nothing complains when Python flushes it at its end."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise NobodyReads from error

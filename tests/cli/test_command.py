@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -88,6 +89,21 @@ def test_other_errors_are_not_hidden(capsys):
     with pytest.raises(ZeroDivisionError):
         run_command("test", raises(ZeroDivisionError("a bug")), json_output=True, debug=False)
     assert json.loads(capsys.readouterr().out) == {"command": "test", "exit_code": 1, "error": "ZeroDivisionError: a bug"}
+
+
+@pytest.mark.parametrize("json_output", [False, True])
+def test_a_reader_that_has_ended_ends_the_command_without_a_word(capsys, monkeypatch, json_output):
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    def body(say):
+        say("text for people")
+        return CommandResult({})
+
+    with os.fdopen(writing, "w") as pipe:  # which flushes what is left, as Python does at its end
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert run(body, json_output=json_output) == 1
+    assert capsys.readouterr().err == ("text for people\n" if json_output else "")
 
 
 def test_the_command_line_imports_nothing_heavy():
