@@ -225,16 +225,15 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of ``metrics.jsonl``; a last line without its line end is no row yet.
 
-    Raises :class:`TrainingError` naming the line that is not JSON.
+    Raises :class:`TrainingError` naming the line that is none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"{path} is not text ({error})") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no object with a step")
         except ValueError as error:
-            raise TrainingError(f"{path}, line {number}: not JSON ({error})") from error
+            raise TrainingError(f"{path}, line {number}: no row of metrics ({error}); delete the line") from error
+        rows.append(row)
     return rows

@@ -175,7 +175,7 @@ def find_run(output: Path, settings: PretrainSettings, processes: Processes, say
     looks for all.
 
     Raises :class:`SettingsError` naming what ``settings`` ask for differently, :class:`TrainingError` where no checkpoint is
-    sound.
+    sound, or a line of the metrics is none.
     """
     if not checkpoint_folders(output):
         settings.refuse_changes(settings.output, settings.to_dict(), read_run(output)["settings"])
@@ -191,6 +191,8 @@ def find_run(output: Path, settings: PretrainSettings, processes: Processes, say
         checkpoint = latest_checkpoint(output, on_broken)
         if checkpoint is None:
             raise TrainingError(f"none of the checkpoints in {output} is sound: nothing to resume")
+        if (output / METRICS_NAME).is_file():
+            read_metrics(output / METRICS_NAME)  # whose damage is named before the text is read
         return str(checkpoint)
 
     checkpoint = Path(processes.of_main(newest))

@@ -95,10 +95,11 @@ def test_resuming_drops_what_will_be_written_again(tmp_path):
     assert read_metrics(path) == [{"step": 0, "held_out": {}}, {"step": 10}, {"step": 20}, {"step": 30, "again": True}]
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"loss": 1.0}', b'{"step": "2"}', b"\xff", b""])
+def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n', encoding="utf-8")
-    with pytest.raises(TrainingError, match="line 2"):
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(TrainingError, match=r"metrics.jsonl, line 2: no row of metrics \(.*\); delete the line"):
         read_metrics(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_a_stopped_and_continued_run_is_the_same_run(toy_settings, tmp_path, mon
     assert any("checkpoint-8 is broken" in line and "optimizer.safetensors has 50 bytes" in line for line in lines)
     assert same_weights(straight.output, stopped.output)
     assert rows_without_speed(straight.output) == rows_without_speed(stopped.output)
+
+
+def test_damaged_metrics_of_a_run_to_be_continued_are_named_before_its_text_is_read(toy_settings, tmp_path, toy_corpus):
+    settings = toy_settings()
+    pretrain(settings, quiet)
+    metrics = Path(settings.output) / "metrics.jsonl"
+    metrics.write_text("{\n" + metrics.read_text())
+    said = []
+    with pytest.raises(TrainingError, match="metrics.jsonl, line 1: no row of metrics"):
+        pretrain(replace(settings, resume=True), said.append)
+    assert not said
 
 
 def test_a_comparison_is_continued_too(toy_settings, tmp_path, monkeypatch):
