@@ -31,6 +31,18 @@ class Int8Config(QuantizationConfigMixin):
     modules_to_not_convert: list[str] = field(default_factory=list)
     quant_method: str = METHOD
 
+    def __post_init__(self) -> None:
+        kept = self.modules_to_not_convert
+        if not isinstance(kept, (list, tuple)) or not all(isinstance(name, str) for name in kept):
+            raise ValueError(f"modules_to_not_convert of {METHOD} is {kept!r}; it is a list of names, such as layer.0.output.dense")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Raises ValueError for what :data:`METHOD` knows nothing of: it would be another quantization than this one."""
+        if unknown := sorted(config_dict.keys() - {"modules_to_not_convert", "quant_method"}):
+            raise ValueError(f"quantization_config of {METHOD} has {', '.join(unknown)}; it knows modules_to_not_convert alone")
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
 
 @register_quantizer(METHOD)
 class Int8Quantizer(HfQuantizer):

@@ -175,6 +175,24 @@ def test_half_a_checkpoint_is_refused(saved):
         fastbert.BertForSequenceClassification.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modules_to_not_convert": None}, "modules_to_not_convert of fastbert_int8 is None; it is a list of names"),
+        ({"modules_to_not_convert": "layer.0.output.dense"}, "is 'layer.0.output.dense'; it is a list of names"),
+        ({"modules_to_not_convert": [1]}, "it is a list of names"),
+        ({"bits": 4}, "has bits; it knows modules_to_not_convert alone"),
+    ],
+)
+def test_a_configuration_that_somebody_changed_is_named(saved, change, message):
+    _, folder = saved
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        getattr(fastbert, NAME).from_pretrained(folder)
+
+
 def test_a_checkpoint_of_floats_is_not_quantized_on_the_way(tmp_path):
     fastbert.BertModel(small_config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"load it, then call fastbert.quantize\(model\)"):
