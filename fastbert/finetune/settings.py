@@ -92,6 +92,7 @@ class FinetuneSettings(CommandSettings):
                 raise SettingsError(f"--{name.replace('_', '-')} is for --mode {mode}, not for --mode {self.mode}")
         if not self.label_separator:
             raise SettingsError("--label-separator is empty; it is what stands between two labels, such as ;")
+        self.check_not_empty()
         if self.adapt_steps is not None and not self.adapt:
             raise SettingsError("--adapt-steps is for --adapt CORPUS")
         self.check_resume_or_overwrite()

@@ -47,6 +47,7 @@ class GlueSettings(CommandSettings):
     changeable_on_resume: ClassVar[frozenset[str]] = CommandSettings.changeable_on_resume | {"tasks", "seeds"}
 
     def __post_init__(self) -> None:
+        self.check_not_empty()
         object.__setattr__(self, "tasks", tuple(glue_task(name).name for name in self.tasks))
         object.__setattr__(self, "seeds", tuple(self.seeds))
         if len(set(self.tasks)) < len(self.tasks):

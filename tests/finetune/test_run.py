@@ -269,6 +269,17 @@ def test_the_separator_of_labels(toy_model, tmp_path):
         settings(toy_model, tmp_path, tmp_path / "run", label_separator="")
 
 
+@pytest.mark.parametrize("changes", [{"data": ""}, {"output": ""}, {"model": ""}, {"dev": ""}, {"adapt": ("",)}])
+def test_an_empty_path_is_refused_by_name(changes):
+    (name,) = changes
+    values = {"task": "sst2", "model": "a", "data": "b", **changes}
+    with pytest.raises(SettingsError, match=f"--{name} is empty"):
+        FinetuneSettings(**values)
+    if name != "dev" and name != "adapt":
+        with pytest.raises(SettingsError, match=f"--{name} is empty"):
+            GlueSettings(**{key: value for key, value in values.items() if key != "task"})
+
+
 @pytest.mark.parametrize("task", ["sentiment", "regression"])
 def test_training_that_diverges_says_so(task, toy_model, tmp_path):
     data = tmp_path / "train.tsv"
