@@ -21,7 +21,7 @@ from fastbert.tasks.model import (
     quiet_transformers,
 )
 from fastbert.train.errors import SettingsError
-from fastbert.train.prepare import pick_device
+from fastbert.train.prepare import check_sizes, pick_device
 
 from .settings import DTYPES
 
@@ -65,9 +65,10 @@ def _load_model(
         options["add_pooling_layer"] = False
     try:
         with quiet_transformers():  # what is missing is reported below, and a head that is left over is no loss
-            model, loading = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+            model, loading = AutoModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise SettingsError(f"--model {name} cannot be loaded as an encoder: {first_line(error)}") from error
+    check_sizes(name, loading)
     if missing := sorted(key for key in loading["missing_keys"] if not key.startswith("pooler.")):
         raise SettingsError(f"--model {name} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}, ...")
     model.eval()

@@ -32,6 +32,7 @@ from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
 from fastbert.tasks.model import check_vocabulary, load_config, quiet_transformers
 from fastbert.train.corpus_tokens import fingerprint
 from fastbert.train.errors import SettingsError
+from fastbert.train.prepare import check_sizes
 from fastbert.train.run_folder import write_json
 
 ADAPTATION_NAME = "adaptation.json"
@@ -240,8 +241,11 @@ def _masked_lm(name: str, tokenizer: PreTrainedTokenizerFast, max_seq_length: in
             f"--max-seq-length is {max_seq_length}, --model {name} has positions for {config.max_position_embeddings} tokens"
         )
     with quiet_transformers():
-        model, loading = BertForMaskedLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        encoder, loading_encoder = BertModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, loading = BertForMaskedLM.from_pretrained(name, **options)
+        encoder, loading_encoder = BertModel.from_pretrained(name, **options)
+    check_sizes(name, loading)
+    check_sizes(name, loading_encoder)
     notes = []
     new = sorted(key for key in loading["missing_keys"] if key.startswith("cls."))
     if new:

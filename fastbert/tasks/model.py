@@ -29,6 +29,7 @@ from fastbert.model.accelerate import accelerate
 from fastbert.model.encoder import PackedEncoder
 from fastbert.model.quantize import quantize
 from fastbert.train.errors import SettingsError
+from fastbert.train.prepare import check_sizes
 
 from .choices import pad_choices
 from .task import Task
@@ -69,6 +70,7 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise SettingsError(f"--model {name} cannot be loaded as {task.auto_class}: {first_line(error)}") from error
+    check_sizes(name, loading, f"{model.base_model_prefix}.")
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     notes = [f"New weights, not in the checkpoint: {', '.join(new)}"] if new else other_head(config, changes)
     if fast:

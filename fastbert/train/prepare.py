@@ -160,20 +160,35 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def check_sizes(name: str, loading: dict[str, Any], part: str = "") -> None:
+    """Raises :class:`SettingsError` for a weight of a checkpoint, its name beginning with ``part``, of another size than
+    config.json says. ``loading``: transformers' ``output_loading_info``, under ``ignore_mismatched_sizes``."""
+    other = sorted(entry for entry in loading["mismatched_keys"] if entry[0].startswith(part))
+    if other:
+        key, has, expected = other[0]
+        raise SettingsError(
+            f"--model {name}: {key} is {tuple(has)} in the checkpoint and {tuple(expected)} by its config.json "
+            f"({len(other)} weights are like that): the two are not of one model"
+        )
+
+
 def _model_class(settings: PretrainSettings) -> type[PretrainingModel]:
     return BertForMaskedLM if settings.objective == "mlm" else BertForPreTraining
 
 
 def _pretrained_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> PretrainingModel:
     try:
-        model = _model_class(settings).from_pretrained(
+        model, loading = _model_class(settings).from_pretrained(
             settings.model,
             dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
             hidden_dropout_prob=settings.effective_dropout,
             attention_probs_dropout_prob=settings.effective_dropout,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise SettingsError(f"--model {settings.model}: {error}") from error
+    check_sizes(settings.model, loading)
     if len(tokenizer) > model.config.vocab_size:
         raise SettingsError(
             f"the tokenizer has {len(tokenizer)} entries, --model {settings.model} has {model.config.vocab_size}; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +185,14 @@ def test_checkpoints_that_cannot_be_used(checkpoint, tmp_path):
     tokenizer.save_pretrained(tmp_path / "partial")
     with pytest.raises(SettingsError, match="in its vocabulary, its tokenizer"):
         Embedder.from_pretrained(str(tmp_path / "partial"))
+
+
+def test_weights_of_other_sizes_than_the_configuration_says_are_named(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "other")
+    path = tmp_path / "other/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 40}))
+    with pytest.raises(SettingsError, match=r"encoder.layer.0.intermediate.dense.bias is \(\d+,\) in the checkpoint and \(40,"):
+        Embedder.from_pretrained(str(tmp_path / "other"))
 
 
 def test_int8_needs_a_model_that_fastbert_knows(tmp_path):

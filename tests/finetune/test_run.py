@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import signal
 import sys
 import time
@@ -155,6 +156,19 @@ def test_int8_weights_are_refused(toy_model, sentiment_folder, tmp_path):
         with pytest.raises(SettingsError, match="int8 holds int8 weights, which cannot train"):
             finetune(settings(tmp_path / "int8", sentiment_folder, tmp_path / "run", mode=mode), **SILENT)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_of_other_sizes_than_its_configuration_says_is_refused(toy_model, sentiment_folder, tmp_path):
+    """transformers calls such weights new ones, as it does a head for another number of labels."""
+    shutil.copytree(toy_model, tmp_path / "other")
+    path = tmp_path / "other/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 40}))
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("A text.\n\nAnother.\n")
+    for changes in ({}, {"mode": "head"}, {"adapt": (str(corpus),)}):
+        with pytest.raises(SettingsError, match=r"layer.0.intermediate.dense.bias is \(\d+,\) in .* and \(40,"):
+            finetune(settings(tmp_path / "other", sentiment_folder, tmp_path / "run", **changes), **SILENT)
+        assert not (tmp_path / "run").exists()
 
 
 def test_accelerate_is_missed_before_anything_is_read(toy_model, sentiment_folder, tmp_path, monkeypatch):

@@ -201,6 +201,9 @@ def test_training_on_from_a_checkpoint(toy_settings, tmp_path):
     (other / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}), encoding="utf-8")
     with pytest.raises(SettingsError, match="roberta"):
         pretrain(toy_settings(output=str(tmp_path / "never"), model=str(other), **sizes), quiet)
+    (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}), encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"layer.0.intermediate.dense.bias is \(\d+,\) in the checkpoint and \(40,"):
+        pretrain(toy_settings(output=str(tmp_path / "never"), model=str(other), **sizes), quiet)
     assert not (tmp_path / "never").exists()
 
 
