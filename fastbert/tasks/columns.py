@@ -32,13 +32,22 @@ def find_text_columns(table: Table, columns: Mapping[str, str]) -> tuple[str, st
 def find_label_columns(table: Table, columns: Mapping[str, str]) -> list[str]:
     """The columns of the labels, none where the table has no labels; a column's own name may have commas in it."""
     if "label" in columns:
-        whole = columns["label"]
-        names = [whole] if whole in table.columns else whole.split(",")
+        names = _names_in(columns["label"], table)
         present = [name for name in names if name in table.columns]
         if present and present != names:
             _named(table, next(name for name in names if name not in present), "label")
         return present
     return next(([name] for name in _LABELS if name in table.columns), [])
+
+
+def _names_in(joined: str, table: Table) -> list[str]:
+    """The names between the commas of ``joined``; where a column's name has commas, the longest one that is there."""
+    names, pieces = [], joined.split(",")
+    while pieces:
+        count = next((n for n in range(len(pieces), 0, -1) if ",".join(pieces[:n]) in table.columns), 1)
+        names.append(",".join(pieces[:count]))
+        pieces = pieces[count:]
+    return names
 
 
 def _named(table: Table, name: str, what: str) -> str:

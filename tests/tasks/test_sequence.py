@@ -40,6 +40,13 @@ def test_named_columns(tmp_path):
 def test_a_column_whose_name_has_a_comma(tmp_path):
     _, examples = read(tmp_path, "text\tmy,label\nx\ty\n", label="my,label")
     assert [(e.text, e.label) for e in examples] == [("x", "y")]
+    table = "text\tgood, fresh\tbad\nx\t1\t0\ny\t0\t1\n"
+    for label in ("good, fresh,bad", "bad,good, fresh"):
+        task, examples = read(tmp_path, table, "multi-label-classification", label=label)
+        assert [e.label for e in examples] == [("good, fresh",), ("bad",)]
+    assert task.with_labels_of(examples).labels == ("bad", "good, fresh")
+    with pytest.raises(DataError, match="has no column 'good' for the label; it has 'text', 'good, fresh', 'bad'"):
+        read(tmp_path, table, "multi-label-classification", label="good,bad")
 
 
 def test_several_labels_in_a_cell_or_in_columns(tmp_path):
