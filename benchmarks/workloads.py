@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, BertConfig
 
+from fastbert.data.hub import no_waiting_for_the_hub
+
 from . import lengths as length_sets
 from .harness import first_line
 from .lengths import Lengths
@@ -114,7 +116,8 @@ def config_for(model: str, **changes) -> BertConfig:
             intermediate_size=4 * hidden, **changes,
         )  # fmt: skip
     try:
-        config = AutoConfig.from_pretrained(model, **changes)
+        with no_waiting_for_the_hub(model):
+            config = AutoConfig.from_pretrained(model, **changes)
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise WorkloadError(

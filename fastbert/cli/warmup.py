@@ -63,7 +63,10 @@ def model_shape(model: str) -> ModelShape:
         return ModelShape(size.hidden_size, size.num_attention_heads, size.intermediate_size, DEFAULT_VOCAB_SIZE)
     from transformers import BertConfig
 
-    found, _ = BertConfig.get_config_dict(model)
+    from fastbert.data.hub import no_waiting_for_the_hub
+
+    with no_waiting_for_the_hub(model):
+        found, _ = BertConfig.get_config_dict(model)
     if found.get("model_type") != "bert":
         raise CommandFailure(f"{model} holds a model of type {found.get('model_type')!r}; fastbert's kernels are those of 'bert'")
     config = BertConfig.from_dict(found)

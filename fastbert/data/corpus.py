@@ -16,6 +16,7 @@ from typing import Any
 from fastbert.data.documents import CorpusReport, Document
 from fastbert.data.embedded import embedded_documents
 from fastbert.data.errors import CorpusError
+from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.lines import decode_line, read_raw_lines
 from fastbert.data.sentences import cut_text
 from fastbert.data.sources import DATASET_NAME
@@ -335,7 +336,9 @@ def _dataset_rows(part: CorpusPart, reading: Reading) -> Iterator[list[str] | No
         ) from error
     row = 0
     try:
-        for row, values in enumerate(datasets.load_dataset(part.dataset, part.config, split="train", streaming=True), 1):
+        with no_waiting_for_the_hub(part.dataset):
+            rows = datasets.load_dataset(part.dataset, part.config, split="train", streaming=True)
+        for row, values in enumerate(rows, 1):
             if reading.text_column not in values:
                 raise CorpusError(_no_column(values, reading.text_column, f"{part}, row {row}"))
             try:

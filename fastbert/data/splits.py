@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastbert.data.errors import DataError
+from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.sources import DATASET_NAME, Source
 from fastbert.data.tables import TABLE_TYPES, file_kind
 
@@ -76,7 +77,8 @@ def _splits_of_dataset(data: str, given: Iterable[str]) -> dict[str, Source]:
             f"{data}: no such file or folder; for a Hugging Face dataset of this name: pip install 'fastbert[train]'"
         ) from error
     try:
-        splits = datasets.get_dataset_split_names(name["name"], name["config"])
+        with no_waiting_for_the_hub(data):
+            splits = datasets.get_dataset_split_names(name["name"], name["config"])
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{data}: no such file or folder, and looking for a Hugging Face dataset of this name failed "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fastbert.data.errors import DataError
+from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.lines import read_lines, without_line_end
 from fastbert.data.sources import Source
 
@@ -259,7 +260,8 @@ def _dataset_rows(source: Source) -> tuple[list[str], list[dict[str, Any]], list
     except ImportError as error:
         raise DataError(f"{source}: a dataset of Hugging Face needs datasets: pip install 'fastbert[train]'") from error
     try:
-        dataset = datasets.load_dataset(name, config or None, split=source.split)
+        with no_waiting_for_the_hub(name):
+            dataset = datasets.load_dataset(name, config or None, split=source.split)
         table = dataset.with_format("arrow")[:]
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source}: loading the Hugging Face dataset failed ({type(error).__name__}: {error})") from error

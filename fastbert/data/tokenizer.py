@@ -14,6 +14,7 @@ from tokenizers.models import WordPiece
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from fastbert.data.errors import CorpusError, TokenizerError
+from fastbert.data.hub import no_waiting_for_the_hub
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -189,7 +190,8 @@ def _load_from_hub(name: str | Path) -> PreTrainedTokenizerFast:
     if isinstance(name, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise TokenizerError(f"{name}: no such folder (a tokenizer is a folder or the name of one on the Hugging Face hub)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with no_waiting_for_the_hub(name):
+            tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{name}: no such folder, and loading it from the Hugging Face hub failed ({error})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -10,6 +10,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.model.int8_checkpoint import METHOD as INT8
 from fastbert.tasks.model import (
     accelerated,
@@ -64,7 +65,8 @@ def _load_model(
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         options["add_pooling_layer"] = False
     try:
-        with quiet_transformers():  # what is missing is reported below, and a head that is left over is no loss
+        # What is missing is reported below, and a head that is left over is no loss.
+        with quiet_transformers(), no_waiting_for_the_hub(name):
             model, loading = AutoModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise SettingsError(f"--model {name} cannot be loaded as an encoder: {first_line(error)}") from error

@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from fastbert import BertForMaskedLM, BertModel
 from fastbert.data.collator import DataCollatorWithPacking
 from fastbert.data.corpus import corpus_parts, read_documents
+from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
 from fastbert.tasks.model import check_vocabulary, load_config, quiet_transformers
@@ -240,7 +241,7 @@ def _masked_lm(name: str, tokenizer: PreTrainedTokenizerFast, max_seq_length: in
         raise SettingsError(
             f"--max-seq-length is {max_seq_length}, --model {name} has positions for {config.max_position_embeddings} tokens"
         )
-    with quiet_transformers():
+    with quiet_transformers(), no_waiting_for_the_hub(name):
         options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, loading = BertForMaskedLM.from_pretrained(name, **options)
         encoder, loading_encoder = BertModel.from_pretrained(name, **options)

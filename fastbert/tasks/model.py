@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from fastbert.data.collator import DataCollatorWithPacking
+from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.model.accelerate import accelerate
 from fastbert.model.encoder import PackedEncoder
@@ -64,7 +65,7 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
     auto_class = getattr(transformers, task.auto_class)
     try:
         # A fine-tuned checkpoint may have another number of labels: its head is then a new one, which the notes say.
-        with quiet_transformers():
+        with quiet_transformers(), no_waiting_for_the_hub(name):
             model, loading = auto_class.from_pretrained(
                 name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
             )
@@ -148,7 +149,8 @@ def load_config(name: str) -> PretrainedConfig:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise SettingsError(f"--model {name}: the folder holds no config.json, so it is no model of transformers")
     try:
-        return AutoConfig.from_pretrained(name)
+        with no_waiting_for_the_hub(name):
+            return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         if Path(name).exists():
             raise SettingsError(f"--model {name} cannot be loaded: {first_line(error)}") from error
@@ -169,7 +171,8 @@ def load_fast_tokenizer(name: str, config: PretrainedConfig, *, words: bool) -> 
         return load_tokenizer(name)
     options = {"add_prefix_space": True} if words else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        with no_waiting_for_the_hub(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise SettingsError(f"--model {name}: its tokenizer cannot be loaded ({first_line(error)})") from error
     if not tokenizer.is_fast:

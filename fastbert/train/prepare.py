@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from fastbert import BertConfig, BertForMaskedLM, BertForPreTraining
 from fastbert.data.batches import PackedBatch, PretrainingBatches
 from fastbert.data.errors import CorpusError
+from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.tokens import TokenizedCorpus
 
 from .corpus_tokens import Say, corpus_tokens
@@ -98,7 +99,8 @@ def check_model(settings: PretrainSettings) -> None:
         return
     name = f"--model {settings.model}"
     try:
-        config = AutoConfig.from_pretrained(settings.model)
+        with no_waiting_for_the_hub(settings.model):
+            config = AutoConfig.from_pretrained(settings.model)
     except (OSError, ValueError) as error:
         why = (
             "cannot be loaded"
@@ -178,14 +180,15 @@ def _model_class(settings: PretrainSettings) -> type[PretrainingModel]:
 
 def _pretrained_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> PretrainingModel:
     try:
-        model, loading = _model_class(settings).from_pretrained(
-            settings.model,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            hidden_dropout_prob=settings.effective_dropout,
-            attention_probs_dropout_prob=settings.effective_dropout,
-        )
+        with no_waiting_for_the_hub(settings.model):
+            model, loading = _model_class(settings).from_pretrained(
+                settings.model,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                hidden_dropout_prob=settings.effective_dropout,
+                attention_probs_dropout_prob=settings.effective_dropout,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise SettingsError(f"--model {settings.model}: {error}") from error
     check_sizes(settings.model, loading)
