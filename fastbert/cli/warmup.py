@@ -84,6 +84,11 @@ def _compile(cases: list[Case], targets: list[GPUTarget], jobs: int, say: Say) -
 
     from fastbert.ops.offline import compiler_processes, in_parallel, target_name
 
+    try:
+        os.makedirs(knobs.cache.dir, exist_ok=True)
+    except OSError as error:
+        message = f"Triton's cache folder {knobs.cache.dir} cannot be made ({error.strerror}); TRITON_CACHE_DIR names another"
+        raise CommandFailure(message) from error
     begin = time.perf_counter()
     tasks = [(case, target) for target in targets for case in cases]
     compiled, found, failures = 0, 0, []

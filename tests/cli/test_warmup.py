@@ -58,6 +58,14 @@ def test_triton_is_not_installed(monkeypatch):
     assert done.exit_code == 1 and "pip install triton" in done.stderr
 
 
+@needs_a_compiler
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file/cache"))
+    done = warmup("--target", "sm_90", "--model", "tiny")
+    assert done.exit_code == 1 and "file/cache cannot be made (Not a directory); TRITON_CACHE_DIR names another" in done.stderr
+
+
 def test_a_checkpoint_of_another_model(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
     done = warmup("--target", "sm_90", "--model", str(tmp_path))
