@@ -31,9 +31,11 @@ def glue(
     ctx: typer.Context,
     data: Annotated[
         str | None,
-        typer.Option(help="Folder laid out as GLUE's own download: CoLA/train.tsv, MNLI/dev_matched.tsv, ...", show_default=False),
+        typer.Option(
+            help="Folder laid out as GLUE's own download: CoLA/train.tsv, MNLI/dev_matched.tsv, ...  [required]", show_default=False
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Checkpoint: folder or Hub name.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint: folder or Hub name.  [required]", show_default=False)] = None,
     output: Annotated[str, typer.Option("--output", "--output-dir", help="Folder of the run.")] = GlueSettings.output,
     tasks: Annotated[
         list[str] | None,
