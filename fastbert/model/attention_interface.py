@@ -260,8 +260,8 @@ def _takes_one_sequence(module_class: type) -> bool:
 
 
 _ARGUMENTS_OF_SELF_ATTENTION = {
-    "self", "hidden_states", "attention_mask", "position_embeddings", "position_ids", "past_key_values", "output_attentions",
-    "cu_seqlens", "max_seqlen", "args", "kwargs",
+    "self", "hidden_states", "attention_mask", "position_embeddings", "position_ids", "past_key_values", "cache",
+    "output_attentions", "cu_seqlens", "max_seqlen", "args", "kwargs",
 }  # fmt: skip
 
 

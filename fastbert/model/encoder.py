@@ -14,6 +14,7 @@ from transformers.utils import output_capturing
 
 from ..ops.registration import transform_reasons
 from .attention_interface import is_known_attention
+from .cache_name import CACHE, takes_their_cache
 from .embeddings import embed
 from .inputs import check_inputs, warn_of_first_position
 from .layer import FusedLayer, take_half
@@ -44,6 +45,7 @@ class PackedEncoder:
         super().__init__(*args, **kwargs)
         use_fast_classes(self.encoder)
 
+    @takes_their_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -77,7 +79,7 @@ class PackedEncoder:
             return self._packed_forward(packing, attention_mask, read, kwargs, **inputs)
         decoder = {
             "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
-            "past_key_values": past_key_values, "use_cache": use_cache,
+            CACHE: past_key_values, "use_cache": use_cache,
         }  # fmt: skip
         if packing is None:
             return super().forward(attention_mask=attention_mask, **inputs, **decoder, **kwargs)

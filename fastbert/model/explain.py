@@ -11,6 +11,7 @@ from transformers import Pipeline
 from ..ops import backends, measured_backends
 from .accelerate import encoder_classes, module_of
 from .attention_interface import NAME as ATTENTION
+from .cache_name import CACHE
 from .embeddings import embedding_notes
 from .encoder import PackedEncoder, hidden_states_wanted, model_fallback_reasons
 from .heads import FirstRowsOnly
@@ -99,9 +100,9 @@ class Explanation:
 def explain(model: nn.Module | Pipeline, **inputs: Any) -> Explanation:
     """Explains the path of ``model``'s next forward pass in its present state.
 
-    inputs: arguments of that call which decide about it (attention_mask, encoder_hidden_states, past_key_values,
-    output_attentions, output_hidden_states); without them, one with padded inputs and a (batch, length) mask. Raises TypeError
-    for a model without an encoder that fastbert knows.
+    inputs: arguments of that call which decide about it (attention_mask, encoder_hidden_states, past_key_values, which
+    transformers 5.24 calls cache, output_attentions, output_hidden_states); without them, one with padded inputs and a (batch,
+    length) mask. Raises TypeError for a model without an encoder that fastbert knows.
     """
     module = module_of(model)
     known = encoder_classes()
@@ -170,6 +171,7 @@ def _dtype_reasons(layer: nn.Module) -> list[str]:
 
 
 def _fallback_reasons(encoder: PackedEncoder, inputs: dict[str, Any]) -> list[str]:
+    inputs = {"past_key_values" if key == CACHE else key: value for key, value in inputs.items()}
     return model_fallback_reasons(encoder, **{key: value for key, value in inputs.items() if key in _DECISIVE})
 
 

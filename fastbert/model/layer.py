@@ -27,6 +27,7 @@ from ..ops.linear import linear, linear_dx, linear_forward, linear_parameter_gra
 from ..ops.native_encoder import run_layers
 from ..ops.registration import contiguous_grad, refuse_batched_gradients, under_autocast
 from .adjacent import are_adjacent, cat_of_any, joined
+from .cache_name import CACHE
 from .int8 import Int8Linear, join
 from .packed_layer import drop_if_trained, forget, packed_again, packed_layer
 from .packing import Packing
@@ -109,7 +110,7 @@ class FusedLayer:
         if has_own_forward(self) or (has_hooks(self) and _hooks_see_arguments(self)):
             # They know the arguments that transformers gives a layer; whoever replaced forward may have kept transformers' own.
             mask = _padding_mask(self, rows, packing)
-            padded = self(packing.to_sequences(rows), mask, None, encoder_attention_mask=None, past_key_values=None)
+            padded = self(packing.to_sequences(rows), mask, None, encoder_attention_mask=None, **{CACHE: None})
             return packing.from_sequences(padded)
         if has_hooks(self):
             return packing.from_sequences(self(packing.to_sequences(rows), packing))

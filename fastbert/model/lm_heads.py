@@ -12,6 +12,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..ops.registration import at_least_float32
 from .bert import PackedHead
+from .cache_name import CACHE, takes_their_cache
 from .encoder import not_told_reasons, sequences_in_row
 from .inputs import check_labels
 from .lm_head import IGNORE_INDEX, LanguageModelHead
@@ -211,6 +212,7 @@ class BertLMHeadModel(PackedHead, hf.BertLMHeadModel, hf.GenerationMixin):
         return _bert_head(self.cls, hf.BertOnlyMLMHead)
 
     @can_return_tuple
+    @takes_their_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -244,13 +246,13 @@ class BertLMHeadModel(PackedHead, hf.BertLMHeadModel, hf.GenerationMixin):
                 starts = packing.cu_seqlens[:-1].long()
                 labels = F.pad(labels, (0, 1)).index_fill(1, starts, kwargs.get("ignore_index", IGNORE_INDEX))[:, :-1]
         custom_loss = {"shift_labels", "ignore_index"} & kwargs.keys() or self.loss_type not in ("ForCausalLM", None)
+        cache = {CACHE: past_key_values}
         if labels is None or custom_loss:
             return super().forward(
-                input_ids, **arguments, labels=labels, past_key_values=past_key_values, use_cache=use_cache,
-                logits_to_keep=logits_to_keep, **kwargs,
+                input_ids, **arguments, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **cache, **kwargs,
             )  # fmt: skip
         num_items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.bert(input_ids, **arguments, past_key_values=past_key_values, use_cache=False, return_dict=True, **kwargs)
+        outputs = self.bert(input_ids, **arguments, **cache, use_cache=False, return_dict=True, **kwargs)
         head = self.language_model_head()
         next_tokens = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         output = BertLMHeadOutput() if not torch.compiler.is_compiling() else hf.CausalLMOutputWithCrossAttentions()

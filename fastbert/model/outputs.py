@@ -113,6 +113,8 @@ class LazyOutput:
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
+            if not OrderedDict.__contains__(self, key):  # transformers may know the old name of a field
+                return super().__getitem__(key)
             value = OrderedDict.__getitem__(self, key)
             return self._compute(key, value) if isinstance(value, Deferred) else value
         if isinstance(key, int):

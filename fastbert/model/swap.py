@@ -28,10 +28,18 @@ def replaces(theirs: type) -> Callable[[type], type]:
             # Which keyword arguments forward takes can be read off its signature; annotations in our files are strings.
             their_kwargs = inspect.signature(theirs.forward).parameters.get("kwargs")
             if their_kwargs is not None and ours.forward is not theirs.forward:
-                inspect.unwrap(ours.forward).__annotations__["kwargs"] = their_kwargs.annotation
+                _annotate_kwargs(ours.forward, their_kwargs.annotation)
         return ours
 
     return register
+
+
+def _annotate_kwargs(forward: Callable, annotation: object) -> None:
+    inspect.unwrap(forward).__annotations__["kwargs"] = annotation
+    if "__signature__" in vars(forward):  # of a forward with an argument by another name than in our source
+        parameters = forward.__signature__.parameters
+        renamed = {**parameters, "kwargs": parameters["kwargs"].replace(annotation=annotation)}
+        forward.__signature__ = forward.__signature__.replace(parameters=list(renamed.values()))
 
 
 def use_fast_classes(model: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from transformers import masking_utils
 
 import fastbert
 from fastbert.model import attention_interface
+from fastbert.model.cache_name import CACHE
 from fastbert.model.packing import Packing
 
 from ..model.helpers import BATCH, LENGTH, LENGTHS, assert_same_gradients, inputs_for, mask, small_config
@@ -121,8 +122,8 @@ def test_other_masks_are_those_of_sdpa(ran):
         return (q_index - kv_index).abs() < 3
 
     for make in (
-        lambda config: masking_utils.create_causal_mask(config, embeds, real, past_key_values=None),
-        lambda config: masking_utils.create_causal_mask(config, embeds, None, past_key_values=None),
+        lambda config: masking_utils.create_causal_mask(config, embeds, real, **{CACHE: None}),
+        lambda config: masking_utils.create_causal_mask(config, embeds, None, **{CACHE: None}),
         lambda config: masking_utils.create_bidirectional_mask(config, embeds, real, and_mask_function=near),
         lambda config: masking_utils.create_bidirectional_mask(config, embeds, real[:, :9], encoder_hidden_states=embeds[:, :9]),
     ):

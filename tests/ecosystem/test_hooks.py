@@ -15,6 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
+from fastbert.model.cache_name import CACHE
 
 from ..model.helpers import BATCH, LENGTH, inputs_for
 from .helpers import DOORS, assert_same_on_real_tokens, assert_same_training_step, fast_pair, notes_of
@@ -201,7 +202,7 @@ def test_a_hook_before_a_layer_sees_what_transformers_gives_it(door):
 
         def hook(module, args, kwargs, calls=calls):
             calls.append([None if x is None else (x.shape, x.dtype) for x in args])
-            assert kwargs["encoder_attention_mask"] is None and kwargs["past_key_values"] is None
+            assert kwargs["encoder_attention_mask"] is None and kwargs[CACHE] is None
             return tuple(None if x is None else x.contiguous() for x in args), kwargs
 
         model.get_submodule(LAYER).register_forward_pre_hook(hook, with_kwargs=True)
