@@ -217,7 +217,7 @@ PYBIND11_MODULE(_cpu, m) {
          int64_t b_column_stride, int64_t c_row_stride, MatmulEnd end, DType dtype, int num_threads) {
         cpu::matmul(
             {pointer<const void>(a), pointer<const void>(b), pointer<const float>(bias), pointer<void>(c),
-             pointer<const void>(u), pointer<void>(y), pointer<float>(row_sums), pointer<void>(packed_b), rows, depth,
+             pointer<const float>(u), pointer<float>(y), pointer<float>(row_sums), pointer<void>(packed_b), rows, depth,
              columns, a_row_stride, a_depth_stride, b_depth_stride, b_column_stride, c_row_stride, end, dtype},
             num_threads);
       },

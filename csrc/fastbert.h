@@ -220,7 +220,7 @@ struct BiasGeluBackwardParams {
 // Columns of B are packed in panels of at most so many.
 constexpr int64_t kMatmulPanelColumns = 64;
 
-// What a matmul makes of A B, with gelu the exact erf-GELU.
+// What a matmul makes of A B, with gelu the exact erf-GELU; in bfloat16 a product alone.
 enum class MatmulEnd : int {
   product = 0,       // c = A B + bias
   gelu = 1,          // c = A B; y = gelu(c + bias)
@@ -234,14 +234,14 @@ struct MatmulParams {
   const void* b;      // element (k, column) is b[k * b_depth_stride + column * b_column_stride]
   const float* bias;  // (columns,) or null
   void* c;            // (rows, columns), rows c_row_stride apart
-  const void* u;      // as c; gelu_gradient alone reads it
-  void* y;            // as c; null where gelu_gradient is not to write it
+  const float* u;     // as c; gelu_gradient alone reads it
+  float* y;           // as c; null where gelu_gradient is not to write it
   float* row_sums;    // (rows,), A's sums over the depth, or null; they need an a_row_stride of 1
   void* packed_b;     // workspace of matmul_workspace_bytes
   int64_t rows, depth, columns;
   int64_t a_row_stride, a_depth_stride, b_depth_stride, b_column_stride, c_row_stride;
   MatmulEnd end;
-  DType dtype;  // of a, b, c, u and y
+  DType dtype;  // of a, b and c
 };
 
 // Folds a block of logits into each row's running softmax statistics.

@@ -115,7 +115,8 @@ void require_supported(const PackWeightParams& params) {
 }
 
 void require_supported(const MatmulParams& params) {
-  if (!multiplies(params.dtype) || params.dtype == DType::int8) {
+  const bool gelu_of_half = params.end != MatmulEnd::product && params.dtype != DType::float32;
+  if (!multiplies(params.dtype) || params.dtype == DType::int8 || gelu_of_half) {
     throw std::invalid_argument("this instruction set has no matmul of this dtype");
   }
 }

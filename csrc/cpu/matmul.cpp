@@ -1,5 +1,6 @@
-// C = A B + bias, each of A and B as it lies or transposed: the products of a linear layer in training, and a GELU's forward
-// and backward pass where the sums of the product before it end.
+// C = A B + bias, each of A and B as it lies or transposed: the products of a linear layer in training; in float32 a GELU's
+// forward and backward pass too, where the sums of the product before it end. (In bfloat16 that would be slower than a pass
+// of its own: the pieces of a row that a tile stores are two lines of two matrices, on another page for each row.)
 //
 // The microkernel of inference (packed_gemm.h) with B packed anew in each call, by all threads: a chunk of its columns at a
 // time, so that what is packed stays in the last-level cache. Then a thread takes a block of A's rows, which, up to a depth
@@ -109,39 +110,35 @@ struct StoreProduct {
   }
 };
 
-template <typename T>
 struct StoreGelu {
   const float* bias;
-  T *c, *y;
+  float *c, *y;
   int64_t stride;
 
   StoreGelu(const MatmulParams& p, int64_t row, int64_t column)
       : bias(p.bias == nullptr ? nullptr : p.bias + column),
-        c(static_cast<T*>(p.c) + row * p.c_row_stride + column),
-        y(static_cast<T*>(p.y) + row * p.c_row_stride + column),
+        c(static_cast<float*>(p.c) + row * p.c_row_stride + column),
+        y(p.y + row * p.c_row_stride + column),
         stride(p.c_row_stride) {}
   template <typename Extent>
   FASTBERT_INLINE void operator()(int64_t row, int64_t column, Vec sum, Extent extent) const {
     const int64_t at = row * stride + column;
     store(c + at, sum, extent);
-    Vec u = load(c + at, extent);  // rounded to T, as the backward pass will see it
-    if (bias != nullptr) u += load(bias + column, extent);
-    store(y + at, gelu(u, normal_distribution(u)), extent);
+    if (bias != nullptr) sum += load(bias + column, extent);
+    store(y + at, gelu(sum, normal_distribution(sum)), extent);
   }
 };
 
-template <typename T>
 struct StoreGeluGradient {
-  const float* bias;
-  const T* u;
-  T *c, *y;
+  const float *bias, *u;
+  float *c, *y;
   int64_t stride;
 
   StoreGeluGradient(const MatmulParams& p, int64_t row, int64_t column)
       : bias(p.bias == nullptr ? nullptr : p.bias + column),
-        u(static_cast<const T*>(p.u) + row * p.c_row_stride + column),
-        c(static_cast<T*>(p.c) + row * p.c_row_stride + column),
-        y(p.y == nullptr ? nullptr : static_cast<T*>(p.y) + row * p.c_row_stride + column),
+        u(p.u + row * p.c_row_stride + column),
+        c(static_cast<float*>(p.c) + row * p.c_row_stride + column),
+        y(p.y == nullptr ? nullptr : p.y + row * p.c_row_stride + column),
         stride(p.c_row_stride) {}
   template <typename Extent>
   FASTBERT_INLINE void operator()(int64_t row, int64_t column, Vec sum, Extent extent) const {
@@ -252,21 +249,16 @@ void multiply_chunks(const MatmulParams& p, int num_threads) {
   });
 }
 
-template <typename Group, typename T>
-void multiply(const MatmulParams& p, int num_threads) {
-  if (p.end == MatmulEnd::product) return multiply_chunks<Group, T, StoreProduct<T>>(p, num_threads);
-  if (p.end == MatmulEnd::gelu) return multiply_chunks<Group, T, StoreGelu<T>>(p, num_threads);
-  multiply_chunks<Group, T, StoreGeluGradient<T>>(p, num_threads);
-}
-
 }  // namespace
 
 void matmul(const MatmulParams& p, int num_threads) {
   // dispatch.cpp lets pass what the instruction set can do.
-  if (p.dtype == DType::float32) return multiply<FloatGroup, float>(p, num_threads);
 #if defined(__AVX512BF16__)
-  multiply<BFloat16Group, BFloat16>(p, num_threads);
+  if (p.dtype == DType::bfloat16) return multiply_chunks<BFloat16Group, BFloat16, StoreProduct<BFloat16>>(p, num_threads);
 #endif
+  if (p.end == MatmulEnd::gelu) return multiply_chunks<FloatGroup, float, StoreGelu>(p, num_threads);
+  if (p.end == MatmulEnd::gelu_gradient) return multiply_chunks<FloatGroup, float, StoreGeluGradient>(p, num_threads);
+  multiply_chunks<FloatGroup, float, StoreProduct<float>>(p, num_threads);
 }
 
 }  // namespace fastbert::cpu::FASTBERT_ISA

@@ -154,22 +154,23 @@ def linear_parameter_gradients(dy: Tensor, x: Tensor, needs_weight: bool, needs_
 
 
 def linear_then_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """u = x W^T and gelu(u + bias) in one pass, or None where another library multiplies faster."""
-    return _native().matmul_gelu(x, weight.t(), bias) if _is_own("forward", x, weight, weight.numel()) else None
+    """u = x W^T and gelu(u + bias) in one pass, or None where another library multiplies faster, or in bfloat16."""
+    return _native().matmul_gelu(x, weight.t(), bias) if _takes_gelu_along("forward", x, weight) else None
 
 
 def linear_dx_through_gelu(
     dy: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, gelu_wanted: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """Where dy W is the gradient of gelu(u + bias): that of u, and if it is wanted gelu(u + bias), in one pass, or None where
-    another library multiplies faster."""
-    if not _is_own("dx", dy, weight, weight.numel()):
+    another library multiplies faster, or in bfloat16."""
+    if not _takes_gelu_along("dx", dy, weight):
         return None
     return _native().matmul_gelu_gradient(dy, weight, u, bias, gelu_wanted)
 
 
-def _is_own(product: str, a: Tensor, b: Tensor, weight_elements: int) -> bool:
-    return is_ours(a, b) and choice(product, a.dtype, a.shape[0], weight_elements) == "fastbert"
+def _takes_gelu_along(product: str, rows: Tensor, weight: Tensor) -> bool:
+    ours = rows.dtype == torch.float32 and is_ours(rows, weight)
+    return ours and choice(product, rows.dtype, rows.shape[0], weight.numel()) == "fastbert"
 
 
 def linear_dweight_into(out: Tensor, dy: Tensor, x: Tensor) -> None:
@@ -210,7 +211,7 @@ def choice(product: str, dtype: torch.dtype, rows: int, weight_elements: int) ->
         usable,
         lambda: _operands(product, dtype, timed_rows, in_features, out_features),
         2.0 * timed_rows * in_features * out_features,
-        "fastbert",  # GELU, its derivative and the bias' gradient ride on its products, behind others they are passes
+        "fastbert",  # it has ends that save passes: GELU, its derivative, the bias' gradient
     )
 
 

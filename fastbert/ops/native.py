@@ -411,13 +411,13 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None 
 
 
 def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(u, gelu(u + bias)) of u = a b: see :func:`matmul`."""
+    """(u, gelu(u + bias)) of u = a b in float32: see :func:`matmul`."""
     u, y = (a.new_empty(a.shape[0], b.shape[1]) for _ in range(2))
     return _matmul(a, b, bias, u, _cpu.MatmulEnd.gelu, y=y), y
 
 
 def matmul_gelu_gradient(a: Tensor, b: Tensor, u: Tensor, bias: Tensor | None, gelu_wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Where a b is the gradient of gelu(u + bias): that of u, and if it is wanted gelu(u + bias). See :func:`matmul`."""
+    """Where a b is the gradient of gelu(u + bias), in float32: that of u, and where wanted gelu(u + bias). See :func:`matmul`."""
     du, y = torch.empty_like(u), torch.empty_like(u) if gelu_wanted else None
     return _matmul(a, b, bias, du, _cpu.MatmulEnd.gelu_gradient, u=u, y=y), y
 

@@ -24,9 +24,8 @@ def skip_unless_multiplied(dtype) -> None:
         pytest.skip(f"{native.instruction_set()} has no matmul of {dtype}")
 
 
-def operands(rows, depth, columns, dtype, with_bias):
-    a, b = torch.randn(rows, depth).to(dtype), torch.randn(columns, depth).to(dtype).t()
-    return a, b / depth**0.5, torch.randn(columns).to(dtype) if with_bias else None
+def operands(rows, depth, columns, with_bias):
+    return torch.randn(rows, depth), torch.randn(columns, depth).t() / depth**0.5, torch.randn(columns) if with_bias else None
 
 
 def add(u, bias):
@@ -35,12 +34,9 @@ def add(u, bias):
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(("rows", "depth", "columns"), SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu(instruction_set, dtype, rows, depth, columns, with_bias):  # noqa: F811
-    skip_unless_multiplied(dtype)
-
+def test_gelu(instruction_set, rows, depth, columns, with_bias):  # noqa: F811
     def draw():
-        a, b, bias = operands(rows, depth, columns, dtype, with_bias)
+        a, b, bias = operands(rows, depth, columns, with_bias)
 
         def plain(a, b, bias):
             u = a @ b
@@ -55,13 +51,10 @@ def test_gelu(instruction_set, dtype, rows, depth, columns, with_bias):  # noqa:
 @pytest.mark.parametrize("gelu_wanted", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(("rows", "depth", "columns"), SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu_gradient(instruction_set, dtype, rows, depth, columns, with_bias, gelu_wanted):  # noqa: F811
-    skip_unless_multiplied(dtype)
-
+def test_gelu_gradient(instruction_set, rows, depth, columns, with_bias, gelu_wanted):  # noqa: F811
     def draw():
-        a, b, bias = operands(rows, depth, columns, dtype, with_bias)
-        u = (2 * torch.randn(rows, columns)).to(dtype)
+        a, b, bias = operands(rows, depth, columns, with_bias)
+        u = 2 * torch.randn(rows, columns)
 
         def plain(a, b, u, bias):
             leaf = u.clone().requires_grad_()
@@ -105,20 +98,25 @@ def test_row_sums_of_any_strides():
         torch.testing.assert_close(sums, dy.sum(0), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_depends_on_the_number_of_threads(dtype):
-    skip_unless_multiplied(dtype)
+def test_nothing_depends_on_the_number_of_threads():
     threads, runs = torch.get_num_threads(), []
-    a, b, bias = operands(500, 70, 300, dtype, True)
-    u, dy = torch.randn(500, 300).to(dtype), torch.randn(500, 40).to(dtype)
+    a, b, bias = operands(500, 70, 300, True)
+    u, dy = torch.randn(500, 300), torch.randn(500, 40)
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             results = (native.matmul_gelu(a, b, bias), native.matmul_gelu_gradient(a, b, u, bias, True))
-            runs.append([t for pair in (*results, native.matmul_and_row_sums(dy.t(), u)) for t in pair])
+            halves = native.matmul_and_row_sums(dy.bfloat16().t(), u.bfloat16()) if native.multiplies(torch.bfloat16) else ()
+            runs.append([t for group in (*results, native.matmul_and_row_sums(dy.t(), u), halves) for t in group])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(x, y) for other in runs[1:] for x, y in zip(runs[0], other, strict=True))
+
+
+def test_gelu_is_not_for_bfloat16():
+    a, b, bias = (t.bfloat16() for t in operands(3, 4, 5, True))
+    with pytest.raises(ValueError, match="this instruction set has no matmul of this dtype"):
+        native.matmul_gelu(a, b, bias)
 
 
 def test_what_is_not_finite_stays_in_its_column():
