@@ -32,8 +32,9 @@ MEANING = {
 }
 PARTS = tuple(MEANING)
 _JOINT = " + "
-# The annotations around fastbert's own matmul and around the embeddings of calls without gradients, which are no operators.
-OWN_MATMUL, OWN_EMBEDDINGS = "fastbert::matmul", "fastbert::embedding_layer_norm"
+# The annotations around fastbert's own matmul, the one that GELU rides on, and the embeddings of calls without gradients, which are
+# no operators.
+OWN_MATMUL, OWN_MATMUL_AND_GELU, OWN_EMBEDDINGS = "fastbert::matmul", "fastbert::matmul_gelu", "fastbert::embedding_layer_norm"
 
 
 def fused(*parts: str) -> str:
@@ -82,6 +83,7 @@ _STRONG = {
     "mkldnn::_linear_pointwise": LINEAR,
     "mkl::_mkl_linear": LINEAR,
     OWN_MATMUL: LINEAR,
+    OWN_MATMUL_AND_GELU: fused(LINEAR, GELU),
     "fastbert::linear": LINEAR,
     "fastbert::int8_linear": LINEAR,
     "_QKVLinear": LINEAR,

@@ -44,6 +44,7 @@ from .parts import (
     OUTSIDE,
     OWN_EMBEDDINGS,
     OWN_MATMUL,
+    OWN_MATMUL_AND_GELU,
     creators_of,
     fused,
     in_order,
@@ -156,6 +157,9 @@ def device_times(events: Iterable[Any]) -> Spent:
 # What fastbert calls natively from inside of operators and backward passes, or past all of them: none of it is an operator itself.
 _NATIVE_CALLS = (
     (native, "matmul", OWN_MATMUL),
+    (native, "matmul_and_row_sums", OWN_MATMUL),
+    (native, "matmul_gelu", OWN_MATMUL_AND_GELU),
+    (native, "matmul_gelu_gradient", OWN_MATMUL_AND_GELU),
     (native_inference.PackedDense, "__call__", OWN_MATMUL),
     (native_inference.EmbeddingTables, "embed", OWN_EMBEDDINGS),
     (native, "feed_forward_backward", "fastbert::feed_forward_backward"),

@@ -15,7 +15,9 @@ import fastbert
 from benchmarks import finetune, inference, peers, pretrain, profile, training
 from benchmarks.parts import PARTS, creators_of, members, part_of
 from benchmarks.workloads import Workload, config_for, padded_batch, workload, workloads
+from fastbert.ops import linear as products
 from fastbert.ops import native, native_encoder
+from fastbert.ops.feed_forward import feed_forward
 from fastbert.ops.native_inference import EmbeddingTables, PackedDense
 
 LIMITS = {"matmul_flops": 1e11, "copy_bytes": 1e10}
@@ -164,6 +166,15 @@ def test_native_ends_of_an_encoder_have_names():
     _, (parts, operators) = profile._traced(run, "cpu", "float32")
     assert {"fastbert::embedding_layer_norm", "fastbert::matmul"} <= set(operators)
     assert parts["embeddings"] > 0 and parts["linear"] > 0
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.unavailable_reason()))
+def test_gelu_that_rides_on_products_is_theirs_too(monkeypatch):
+    monkeypatch.setattr(products, "choice", lambda *_: "fastbert")
+    leaves = [torch.ones(shape, requires_grad=True) for shape in ((9, 8), (32, 8), (32,), (8, 32))]
+    _, (parts, operators) = profile._traced(lambda: feed_forward(*leaves).sum().backward(), "cpu", "float32")
+    assert {"fastbert::matmul", "fastbert::matmul_gelu"} <= set(operators)
+    assert parts["linear + gelu"] > 0 and parts["linear"] > 0
 
 
 @pytest.mark.parametrize(("dtype", "rest"), [("float32", "layer norm"), ("int8", "layer norm + copies")])
