@@ -123,6 +123,15 @@ def with_dropout(cpu: Any, memory: Memory, dtype: str, dropout: Any, has_dropout
     yield "attention_forward", pairs * HEADS * HEAD_DIM, (qkv, bounds, heads, memory.empty(HEADS, total), *shape)
     yield "attention_backward", pairs * HEADS * HEAD_DIM, (dheads, qkv, heads, lse, bounds, dqkv, *shape)
 
+    # The first row of each sequence: keys and values are packed for one query.
+    rows, some = memory.integers([sum(LENGTHS[:i]) for i in range(len(LENGTHS))]), (len(LENGTHS), *shape)
+    q, kv = memory.values(dtype, len(LENGTHS), HEADS, HEAD_DIM), memory.values(dtype, total, 2, HEADS, HEAD_DIM)
+    out, dout = (memory.values(dtype, len(LENGTHS), HEADS, HEAD_DIM) for _ in range(2))
+    elements = total * HEADS * HEAD_DIM
+    yield "attention_of_rows_forward", elements, (q, kv, rows, bounds, out, memory.empty(HEADS, len(LENGTHS)), *some)
+    dq, dkv = memory.empty(len(LENGTHS), HEADS, HEAD_DIM), memory.empty(total, 2, HEADS, HEAD_DIM)
+    yield "attention_of_rows_backward", elements, (dout, q, kv, rows, out, lse, bounds, dq, dkv, *some)
+
 
 def without_dropout(cpu: Any, memory: Memory, dtype: str) -> Iterator[tuple[str, int, tuple]]:
     end = (getattr(cpu.DType, dtype), THREADS)
@@ -159,7 +168,8 @@ def matmul_and_layer(cpu: Any, memory: Memory) -> Iterator[tuple[str, int, tuple
     # a times b transposed, as in a forward pass.
     strides = (depth, 1, 1, depth, columns)
     out = memory.empty(rows, columns)
-    yield "matmul", rows * depth * columns, (a, b, bias, out, packed, rows, depth, columns, *strides, cpu.DType.float32, THREADS)
+    end = (cpu.MatmulEnd.product, cpu.DType.float32, THREADS)
+    yield "matmul", rows * depth * columns, (a, b, bias, out, 0, 0, 0, packed, rows, depth, columns, *strides, *end)
 
     float32, hidden, wide = cpu.DType.float32, LAYER_HIDDEN, LAYER_WIDE
     linears = []

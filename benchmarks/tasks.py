@@ -221,7 +221,7 @@ def main_metric_of(name: str) -> str:
 def kept_runs(given: argparse.Namespace, name: str, side: str) -> dict[int, Any]:
     """By seed: ``scores``, ``settings`` and ``commit`` of the trainings in --known and --work; the latter's count first."""
     runs: dict[int, Any] = {}
-    wanted = comparable(FinetuneSettings(model="", data="", **settings_of(name)).to_dict())
+    wanted = comparable(FinetuneSettings(model="any", data="any", **settings_of(name)).to_dict())
     if given.known is not None:
         before = given.known["results"].get(name)
         if before is not None and comparable(before["settings"]) == wanted:

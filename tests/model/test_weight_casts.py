@@ -72,6 +72,7 @@ def test_each_weight_is_cast_once(name, whole_feed_forward, monkeypatch):
     if name != "BertForMaskedLM":
         square += 1  # the pooler's
         heads[5 if name == "BertForSequenceClassification" else 2, HIDDEN] = 1
-    feed_forward_weights = {(INTERMEDIATE, HIDDEN): LAYERS, (HIDDEN, INTERMEDIATE): LAYERS}
-    expected = {(3 * HIDDEN, HIDDEN): LAYERS, (HIDDEN, HIDDEN): square, **feed_forward_weights, **heads}
+    expected = Counter({(INTERMEDIATE, HIDDEN): LAYERS, (HIDDEN, INTERMEDIATE): LAYERS, (HIDDEN, HIDDEN): square, **heads})
+    apart = 1 if DEVICE == "cpu" else 0  # the last layer's query, from keys and values, whose rows are more
+    expected += {(3 * HIDDEN, HIDDEN): LAYERS - apart, (2 * HIDDEN, HIDDEN): apart, (HIDDEN, HIDDEN): apart}
     assert without_activations(matrices_cast(model, batch, torch.bfloat16), model) == expected
