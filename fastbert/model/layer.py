@@ -201,8 +201,7 @@ def _self_attention_of(
     context = attention_of_rows(
         q, kv, sorted_rows, packing.cu_seqlens, packing.max_seqlen, softmax_scale=module.scaling, **dropout
     ).flatten(1)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
+    places = order.argsort()
     return context.index_select(0, places), rows.index_select(0, places)
 
 
