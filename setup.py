@@ -188,7 +188,7 @@ def build_cpu(temp: Path, target: str) -> dict[str, object]:
     """Compiles csrc/cpu once per instruction set and links everything into one module; returns what the report says of it.
 
     No OpenMP runtime is linked: the module's one undefined symbol of OpenMP resolves, when it is imported, to the runtime that
-    torch has loaded (fastbert/ops/native.py sees to that).
+    torch has loaded (fastbert/ops/native/extension.py sees to that).
     """
     if sys.platform != "linux" or platform.machine() not in INSTRUCTION_SETS:
         raise NativeBuildError(

@@ -31,7 +31,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastbert.ops import backends, native, native_encoder, native_inference
+from fastbert.ops import backends, native
+from fastbert.ops.native import encoder_layer, inference
 
 from .harness import first_line, quiet, synchronize
 from .parts import (
@@ -160,8 +161,8 @@ _NATIVE_CALLS = (
     (native, "matmul_and_row_sums", OWN_MATMUL),
     (native, "matmul_gelu", OWN_MATMUL_AND_GELU),
     (native, "matmul_gelu_gradient", OWN_MATMUL_AND_GELU),
-    (native_inference.PackedDense, "__call__", OWN_MATMUL),
-    (native_inference.EmbeddingTables, "embed", OWN_EMBEDDINGS),
+    (inference.PackedDense, "__call__", OWN_MATMUL),
+    (inference.EmbeddingTables, "embed", OWN_EMBEDDINGS),
     (native, "feed_forward_backward", "fastbert::feed_forward_backward"),
 )
 
@@ -205,5 +206,5 @@ def _layer_seconds(dtype: str) -> dict[str, float]:
     """By part, what the native encoder layers have counted so far: thread-seconds, spread over the threads evenly."""
     rest = fused(LAYER_NORM, COPIES) if dtype == "int8" else LAYER_NORM
     names = {"linear": fused(LINEAR, GELU), "attention": ATTENTION, "rest": rest}
-    counted = native_encoder.work_seconds()
+    counted = encoder_layer.work_seconds()
     return {part: counted[name] / torch.get_num_threads() for name, part in names.items()}

@@ -1,4 +1,4 @@
-// fastbert._cpu: Python integers become a Params struct and go to the launcher; fastbert/ops/native.py is the other side.
+// fastbert._cpu: Python integers become a Params struct and go to the launcher; fastbert/ops/native is the other side.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

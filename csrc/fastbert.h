@@ -1,7 +1,7 @@
 // The interface between Python and the kernels: one Params struct per op and direction, and the launchers that take them.
 //
 // Nothing here knows torch: Python allocates every output and workspace, checks shapes, dtypes and contiguity, and hands
-// over raw pointers. fastbert/ops/reference.py is the specification of each op. All tensors are row-major and contiguous
+// over raw pointers. fastbert/ops/reference is the specification of each op. All tensors are row-major and contiguous
 // except where a row stride is given; all statistics are float32, whatever the dtype of the activations. Parameters of the
 // model and their gradients, where they are void*, are float32 on the CPU and of the activations' dtype on a GPU: there it
 // would take a launch for each to convert them, which costs as much as the op itself on a few thousand rows.

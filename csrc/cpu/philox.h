@@ -1,5 +1,5 @@
 // The random bits of dropout: Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), one
-// counter per 64-bit lane. One call serves eight neighbouring columns with 16 bits each (fastbert/ops/reference.py).
+// counter per 64-bit lane. One call serves eight neighbouring columns with 16 bits each (fastbert/ops/reference).
 
 #pragma once
 

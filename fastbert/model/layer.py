@@ -24,7 +24,7 @@ from ..ops.add_layer_norm import add_layer_norm_mixed
 from ..ops.attention_of_rows import attention_of_rows
 from ..ops.feed_forward import feed_forward
 from ..ops.linear import linear, linear_dx, linear_forward, linear_parameter_gradients
-from ..ops.native_encoder import run_layers
+from ..ops.native.encoder_layer import run_layers
 from ..ops.registration import contiguous_grad, refuse_batched_gradients, under_autocast
 from .adjacent import are_adjacent, cat_of_any, joined
 from .cache_name import CACHE

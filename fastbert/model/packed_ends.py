@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops import native
 from ..ops.encoder_layer import LinearWeights
-from ..ops.native_inference import EmbeddingTables, PackedDense, are_readable_ids
+from ..ops.native.inference import EmbeddingTables, PackedDense, are_readable_ids
 from ..ops.registration import dispatch_mode_is_on, under_autocast
 from .layer import active_dropout_p
 from .packing import Packing

@@ -19,7 +19,7 @@ from ..fork_safe import lock
 from ..ops import calibration, native
 from ..ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWeights
 from ..ops.linear import MEASURED_FLOPS
-from ..ops.native_encoder import (
+from ..ops.native.encoder_layer import (
     PackedEncoderLayer,
     PackedEncoderLayers,
     not_supported_reasons,

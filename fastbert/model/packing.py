@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops import native
-from ..ops.native_inference import are_readable_ids, read_mask
+from ..ops.native.inference import are_readable_ids, read_mask
 from ..ops.registration import dispatch_mode_is_on
 
 

@@ -1,10 +1,10 @@
 """Which implementation of an op runs where, and why the others do not.
 
-Four backends share the function names and signatures of ``reference.py``: ``reference`` (plain torch, any device), ``native``
-(C++ for CPUs, ``native.py``), ``triton`` (GPUs, the folder ``kernels/``; CPUs under ``TRITON_INTERPRET=1``) and ``cuda`` (CUDA
-C++, the folder ``cuda/``). ``"auto"`` takes the first of the device's list that can do the work, or another one where committed
-measurements of the GPU's architecture, the op and its sizes say that it is faster (``measured_backends.py``); a backend asked for
-by name is used or refused with its reasons, never replaced.
+Four backends share the function names and signatures of ``reference``: ``reference`` (plain torch, any device), ``native`` (C++ for
+CPUs), ``triton`` (GPUs, the folder ``kernels/``; CPUs under ``TRITON_INTERPRET=1``) and ``cuda`` (CUDA C++). ``"auto"`` takes the
+first of the device's list that can do the work, or another one where committed measurements of the GPU's architecture, the op and
+its sizes say that it is faster (``measured_backends.py``); a backend asked for by name is used or refused with its reasons, never
+replaced.
 """
 
 from __future__ import annotations

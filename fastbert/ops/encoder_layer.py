@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native_encoder, reference
+from . import reference
+from .native.encoder_layer import PackedEncoderLayer, PackedEncoderLayers, not_supported_reasons, run_layers
 from .registration import check_shape
 
 
@@ -105,19 +106,19 @@ def encoder_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: Encod
     x: (total, hidden), of the weights' dtype, or float32 under weights of bfloat16 (as in autocast) and float32 or bfloat16 under
     int8: a linear layer then rounds its input to the weights' dtype; cu_seqlens: (batch + 1,) int32 from 0
     to total; max_seqlen: the longest sequence. backend: "auto", "native" (weights are packed for this call: keep what
-    ``native_encoder.PackedEncoderLayer`` makes of them for more than one) or "reference".
+    ``native.encoder_layer.PackedEncoderLayer`` makes of them for more than one) or "reference".
 
     Returns (total, hidden) in x's dtype. Raises ValueError for shapes that do not fit, RuntimeError where an explicitly named
     backend cannot do it.
     """
     weights.check()
     check_shape("x", x, (x.shape[0], weights.hidden), "(total, hidden)")
-    reasons = native_encoder.not_supported_reasons(weights, x.dtype, x.device.type)
+    reasons = not_supported_reasons(weights, x.dtype, x.device.type)
     if backend == "native" and reasons:
         raise RuntimeError(f"backend 'native' cannot run encoder_layer: {'; '.join(reasons)}")
     if backend not in ("auto", "native", "reference"):
         raise ValueError(f"unknown backend {backend!r}; there are 'auto', 'native' and 'reference'")
     if backend == "reference" or reasons:
         return reference.encoder_layer_forward(x, cu_seqlens, max_seqlen, weights)
-    packed = native_encoder.PackedEncoderLayers([native_encoder.PackedEncoderLayer(weights, x.dtype)])
-    return native_encoder.run_layers(packed, x, cu_seqlens)
+    packed = PackedEncoderLayers([PackedEncoderLayer(weights, x.dtype)])
+    return run_layers(packed, x, cu_seqlens)

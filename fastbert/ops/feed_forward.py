@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .linear import linear
+from .linear import linear, linear_forward
 from .linear_gelu import linear_gelu
 from .registration import contiguous_grad, register, under_autocast
 
@@ -46,7 +46,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, out_weight: Tensor)
     """The result, and the pre-activation without its bias."""
     native = backends.implementation("linear_gelu", "native")
     y, u = native.linear_gelu_forward(x, weight, bias, True)
-    return native.linear_forward(y, out_weight, None), u
+    return linear_forward(y, out_weight, None), u
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, out_weight: Tensor) -> tuple[Tensor, Tensor]:

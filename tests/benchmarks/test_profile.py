@@ -16,9 +16,9 @@ from benchmarks import finetune, inference, peers, pretrain, profile, training
 from benchmarks.parts import PARTS, creators_of, members, part_of
 from benchmarks.workloads import Workload, config_for, padded_batch, workload, workloads
 from fastbert.ops import linear as products
-from fastbert.ops import native, native_encoder
+from fastbert.ops import native
 from fastbert.ops.feed_forward import feed_forward
-from fastbert.ops.native_inference import EmbeddingTables, PackedDense
+from fastbert.ops.native.inference import EmbeddingTables, PackedDense
 
 LIMITS = {"matmul_flops": 1e11, "copy_bytes": 1e10}
 BATCH, HIDDEN = workload("4xmnli"), 128
@@ -180,7 +180,7 @@ def test_gelu_that_rides_on_products_is_theirs_too(monkeypatch):
 @pytest.mark.parametrize(("dtype", "rest"), [("float32", "layer norm"), ("int8", "layer norm + copies")])
 def test_a_layer_that_counts_itself(monkeypatch, dtype, rest):
     counts = iter([{"linear": 1.0, "attention": 2.0, "rest": 3.0}, {"linear": 1.5, "attention": 2.25, "rest": 3.125}])
-    monkeypatch.setattr(native_encoder, "work_seconds", lambda: next(counts))
+    monkeypatch.setattr(native.encoder_layer, "work_seconds", lambda: next(counts))
     _, (parts, _) = profile._traced(lambda: None, "cpu", dtype)
     assert dict(parts) == {"linear + gelu": 0.5, "attention": 0.25, rest: 0.125}
     counts = iter([dict.fromkeys(("linear", "attention", "rest"), 1.0), dict.fromkeys(("linear", "attention", "rest"), 2.0)])

@@ -16,7 +16,7 @@ import fastbert
 from fastbert.model import packed_ends
 from fastbert.model.packing import Packing
 from fastbert.ops import native
-from fastbert.ops.native_inference import EmbeddingTables, PackedDense
+from fastbert.ops.native.inference import EmbeddingTables, PackedDense
 
 from .helpers import LENGTH, VOCABULARY, inputs_for, mask, on_real_tokens, pair, small_config
 

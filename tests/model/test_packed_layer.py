@@ -16,7 +16,7 @@ import fastbert
 from fastbert.model import layer as layer_module
 from fastbert.model import packed_layer
 from fastbert.ops import calibration, native
-from fastbert.ops.native_encoder import PackedEncoderLayer, PackedEncoderLayers, run_layers, run_layers_if_unchanged
+from fastbert.ops.native.encoder_layer import PackedEncoderLayer, PackedEncoderLayers, run_layers, run_layers_if_unchanged
 
 from .helpers import LENGTHS, inputs_for, mask, on_real_tokens, pair
 

@@ -15,7 +15,7 @@ from fastbert.model import snapshot as snapshot_module
 from fastbert.model.snapshot import Snapshot
 from fastbert.ops import native
 from fastbert.ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWeights
-from fastbert.ops.native_encoder import PackedEncoderLayer, PackedEncoderLayers, run_layers, run_layers_if_unchanged
+from fastbert.ops.native.encoder_layer import PackedEncoderLayer, PackedEncoderLayers, run_layers, run_layers_if_unchanged
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=f"the native extension is not built: {native.unavailable_reason()}")
 

@@ -29,7 +29,7 @@ def plain(x, bias, residual, weight, ln_bias, dropout_p=0.0, seed=None, stream=0
     """As transformers' BertOutput spells it, in x's dtype."""
     x = x if bias is None else x + bias
     if dropout_p > 0.0:
-        x = torch.where(reference._row_keep(x, dropout_p, seed, stream), x * reference.dropout_scale(dropout_p), 0.0)
+        x = torch.where(reference.row_keep(x, dropout_p, seed, stream), x * reference.dropout_scale(dropout_p), 0.0)
     return F.layer_norm(x + residual, (x.shape[1],), weight, ln_bias, EPS)
 
 
@@ -110,7 +110,7 @@ def test_dropout_mask_is_the_references_bit_for_bit(backend, dtype):
         x, None, torch.zeros_like(x), weight, ln_bias, EPS, dropout_p=0.35, seed=seed.to(device), stream=11, backend=backend
     )
     y.backward(torch.randn_like(y))
-    keep = reference._row_keep(torch.zeros(rows, hidden), 0.35, seed, 11)
+    keep = reference.row_keep(torch.zeros(rows, hidden), 0.35, seed, 11)
     assert torch.equal(x.grad.cpu().double().abs() > SMALLEST, keep)
 
 

@@ -34,7 +34,7 @@ def plain(x, bias, residual, weight, ln_bias, dropout_p, seed):
     """As transformers' BertOutput spells it under autocast: the sum and the LayerNorm in the residual's dtype."""
     z = x.to(residual.dtype) if bias is None else x.to(residual.dtype) + bias
     if dropout_p > 0.0:
-        z = torch.where(reference._row_keep(z, dropout_p, seed, 5), z * reference.dropout_scale(dropout_p), 0.0)
+        z = torch.where(reference.row_keep(z, dropout_p, seed, 5), z * reference.dropout_scale(dropout_p), 0.0)
     y = F.layer_norm(z + residual, (x.shape[1],), weight, ln_bias, EPS)
     return y.to(x.dtype), y
 

@@ -73,7 +73,7 @@ def plain(qkv, cu_seqlens, softmax_scale, dropout_p=0.0, seed=None, stream=0):
         q, k, v = qkv[start:end].permute(1, 2, 0, 3).unbind(0)
         p = torch.softmax(q @ k.transpose(1, 2) * softmax_scale, dim=-1)
         if dropout_p > 0.0 and end > start:
-            keep = reference._attention_keep(qkv.shape[2], torch.arange(start, end), end - start, dropout_p, seed, stream)
+            keep = reference.attention_keep(qkv.shape[2], torch.arange(start, end), end - start, dropout_p, seed, stream)
             p = torch.where(keep, p * reference.dropout_scale(dropout_p), 0.0)
         outs.append((p.to(v.dtype) @ v).transpose(0, 1))
     return torch.cat(outs) if outs else qkv[:, 0]
@@ -210,7 +210,7 @@ def test_dropout_mask_is_the_references_bit_for_bit(backend, dtype):
         dropout_p=0.4, seed=seed.to(device), stream=3, backend=backend,
     ).cpu()  # fmt: skip
     for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
-        keep = reference._attention_keep(heads, torch.arange(start, start + length), length, 0.4, seed, 3)
+        keep = reference.attention_keep(heads, torch.arange(start, start + length), length, 0.4, seed, 3)
         assert torch.equal(out[start : start + length, :, :length].transpose(0, 1).double() > SMALLEST, keep)
 
 

@@ -166,7 +166,7 @@ def test_dropout_mask_is_the_references_bit_for_bit(backend, dtype):
     device, rows, hidden, seed = device_of(backend), 33, 88 if backend == "cuda" else 83, new_seed()
     parameters = [p.to(device, dtype) for p in draw_parameters(hidden)]
     y = ours(draw_ids(rows), *parameters, backend=backend, dropout_p=0.35, seed=seed.to(device), stream=11)
-    keep = reference._row_keep(torch.zeros(rows, hidden), 0.35, seed, 11)
+    keep = reference.row_keep(torch.zeros(rows, hidden), 0.35, seed, 11)
     assert torch.equal(y.cpu().double().abs() > SMALLEST, keep)
 
 

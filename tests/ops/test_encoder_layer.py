@@ -12,7 +12,13 @@ from torch import Tensor
 
 from fastbert.ops import native, reference
 from fastbert.ops.encoder_layer import EncoderLayerWeights, LayerNormWeights, LinearWeights, encoder_layer
-from fastbert.ops.native_encoder import PackedEncoderLayer, PackedEncoderLayers, not_supported_reasons, run_layers, work_seconds
+from fastbert.ops.native.encoder_layer import (
+    PackedEncoderLayer,
+    PackedEncoderLayers,
+    not_supported_reasons,
+    run_layers,
+    work_seconds,
+)
 
 from .helpers import assert_within_budget
 from .test_native import REASON, SETS, instruction_set  # noqa: F401

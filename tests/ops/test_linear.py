@@ -155,7 +155,7 @@ def test_matmul_stays_within_its_workspace(depth, columns, dtype):
     from fastbert.ops import native
 
     number = native.DTYPES[dtype]
-    size = native._cpu.matmul_workspace_bytes(depth, columns, number)
+    size = native.EXTENSION.matmul_workspace_bytes(depth, columns, number)
     assert size <= 32 << 20
     a, b, c = torch.ones(depth, 2, dtype=dtype).t(), torch.ones(depth, columns, dtype=dtype), torch.empty(2, columns, dtype=dtype)
     before = native.instruction_set()
@@ -164,9 +164,9 @@ def test_matmul_stays_within_its_workspace(depth, columns, dtype):
             native.set_instruction_set(name)
             workspace = torch.full((size + 4096,), 0x5A, dtype=torch.uint8)
             if native.multiplies(dtype):
-                native._cpu.matmul(
+                native.EXTENSION.matmul(
                     a.data_ptr(), b.data_ptr(), 0, c.data_ptr(), 0, 0, 0, workspace.data_ptr(), 2, depth, columns, *a.stride(),
-                    *b.stride(), columns, native._cpu.MatmulEnd.product, number, 2,
+                    *b.stride(), columns, native.EXTENSION.MatmulEnd.product, number, 2,
                 )  # fmt: skip
                 assert (workspace[size:] == 0x5A).all()
                 torch.testing.assert_close(c, torch.full_like(c, depth), rtol=1e-2, atol=0)

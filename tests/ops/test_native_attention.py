@@ -64,9 +64,9 @@ def without_lse(qkv: torch.Tensor, cu_seqlens: torch.Tensor, softmax_scale: floa
     """What an encoder layer for inference calls: bfloat16 then does without maxima where bounds on the scores allow it."""
     total, _, heads, head_dim = qkv.shape
     out = qkv.new_full((total, heads, head_dim), torch.nan)
-    native._cpu.attention_forward(
+    native.EXTENSION.attention_forward(
         qkv.data_ptr(), cu_seqlens.data_ptr(), out.data_ptr(), 0, total, cu_seqlens.numel() - 1, heads, head_dim,
-        softmax_scale, native._NO_DROPOUT, native.DTYPES[qkv.dtype], torch.get_num_threads(),
+        softmax_scale, native.NO_DROPOUT, native.DTYPES[qkv.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -7,7 +7,7 @@ import torch
 
 from fastbert.ops import native, reference
 from fastbert.ops.encoder_layer import LinearWeights
-from fastbert.ops.native_inference import EmbeddingTables, PackedDense, are_readable_ids, read_mask
+from fastbert.ops.native.inference import EmbeddingTables, PackedDense, are_readable_ids, read_mask
 
 from .helpers import assert_within_budget
 from .test_native import REASON, instruction_set  # noqa: F401

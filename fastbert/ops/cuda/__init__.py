@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels (csrc/cuda) under the names and signatures of ``reference.py``: tensors become pointers here.
+"""The CUDA C++ kernels (csrc/cuda) under the names and signatures of ``reference``: tensors become pointers here.
 
 Inputs are contiguous CUDA tensors of float32, bfloat16 or float16. Work is queued on torch's current stream of the tensors'
 device. Statistics and sums are float32 and the same in every run.

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import huge_pages, native
-from .backends import MAX_HEAD_DIM
+from .. import huge_pages
+from ..backends import MAX_HEAD_DIM
+from .extension import AVAILABLE, DTYPES, EXTENSION, WEIGHT_DTYPES, unavailable_reason
 
 if TYPE_CHECKING:
-    from .encoder_layer import EncoderLayerWeights, LinearWeights
+    from ..encoder_layer import EncoderLayerWeights, LinearWeights
 
 _GROUP_BYTES = 4  # of neighbours in a row of a weight, which one instruction multiplies
 _WORK = ("linear", "attention", "rest")
@@ -25,14 +26,14 @@ _nanoseconds = torch.zeros(len(_WORK), dtype=torch.int64, device="cpu")
 
 def not_supported_reasons(weights: EncoderLayerWeights, dtype: torch.dtype, device_type: str) -> list[str]:
     """Every reason why this layer cannot run here on rows of ``dtype``; empty where it can."""
-    if not native.AVAILABLE:
-        return [native.unavailable_reason()]
+    if not AVAILABLE:
+        return [unavailable_reason()]
     reasons = []
     if device_type != "cpu":
         reasons.append(f"it runs on cpu tensors, these are on {device_type}")
     if weights.dtype == torch.float32 and dtype != torch.float32:
         reasons.append(f"the weights are {weights.dtype}, x is {dtype}")
-    if dtype not in native.DTYPES or weights.dtype not in native.WEIGHT_DTYPES:
+    if dtype not in DTYPES or weights.dtype not in WEIGHT_DTYPES:
         reasons.append(f"it has no kernels for {dtype} with weights of {weights.dtype}")
     if weights.head_dim > MAX_HEAD_DIM:
         reasons.append(f"head_dim is {weights.head_dim}, its attention goes up to {MAX_HEAD_DIM}")
@@ -80,7 +81,7 @@ class PackedEncoderLayers:
 
     def __init__(self, layers: Iterable[PackedEncoderLayer]) -> None:
         self._layers = list(layers)
-        self.handle = native.EXTENSION.EncoderLayers([layer.handle for layer in self._layers])
+        self.handle = EXTENSION.EncoderLayers([layer.handle for layer in self._layers])
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -98,19 +99,16 @@ class PackedWeights:
 
     def __init__(self, linears: Sequence[LinearWeights]) -> None:
         self._kept: list[Tensor] = []
-        sizes = [
-            native.EXTENSION.packed_weight_bytes(*linear.weight.shape, native.WEIGHT_DTYPES[linear.weight.dtype])
-            for linear in linears
-        ]
+        sizes = [EXTENSION.packed_weight_bytes(*linear.weight.shape, WEIGHT_DTYPES[linear.weight.dtype]) for linear in linears]
         places = huge_pages.empty(sum(sizes)).split(sizes)
         self.linears = [self._packed(linear, place) for linear, place in zip(linears, places, strict=True)]
 
     def _packed(self, linear: LinearWeights, packed: Tensor):
         out_features, in_features = linear.weight.shape
         weight = linear.weight.detach().contiguous()
-        native.EXTENSION.pack_weight(
+        EXTENSION.pack_weight(
             weight.data_ptr(), packed.data_ptr(), out_features, in_features,
-            native.WEIGHT_DTYPES[weight.dtype], torch.get_num_threads(),
+            WEIGHT_DTYPES[weight.dtype], torch.get_num_threads(),
         )  # fmt: skip
         sums = None
         if weight.dtype == torch.int8:
@@ -118,7 +116,7 @@ class PackedWeights:
             sums = (weight.sum(1, dtype=torch.int32) * 128).contiguous()
             self._kept.append(sums)
         self._kept.append(packed)
-        return native.EXTENSION.PackedLinear(
+        return EXTENSION.PackedLinear(
             packed.data_ptr(), self.float32(linear.bias), self.float32(linear.scale), 0 if sums is None else sums.data_ptr(),
             out_features, in_features,
         )  # fmt: skip
@@ -141,7 +139,7 @@ class PackedEncoderLayer:
     def __init__(self, weights: EncoderLayerWeights, dtype: torch.dtype) -> None:
         self._packed = packed = PackedWeights([linear for _, linear in weights.linears()])
         norms = [packed.float32(t) for _, norm in weights.norms() for t in (norm.weight, norm.bias)]
-        self.handle = native.EXTENSION.EncoderLayer(
+        self.handle = EXTENSION.EncoderLayer(
             *packed.linears, *norms, weights.attention_norm.eps, weights.output_norm.eps, weights.num_heads, weights.head_dim,
-            weights.softmax_scale, native.DTYPES[dtype], native.WEIGHT_DTYPES[weights.dtype], _nanoseconds.data_ptr(),
+            weights.softmax_scale, DTYPES[dtype], WEIGHT_DTYPES[weights.dtype], _nanoseconds.data_ptr(),
         )  # fmt: skip

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import native
-from .native_encoder import PackedWeights
+from .encoder_layer import PackedWeights
+from .extension import DTYPES, EXTENSION
 
 if TYPE_CHECKING:
-    from .encoder_layer import LinearWeights
+    from ..encoder_layer import LinearWeights
 
 
 def are_readable_ids(*tensors: Tensor | None) -> bool:
@@ -35,7 +35,7 @@ def read_mask(mask: Tensor) -> tuple[Tensor, int, Tensor]:
     batch, length = mask.shape
     cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="cpu")
     indices = torch.empty(batch * length, dtype=torch.int64, device="cpu")
-    total, longest = native.EXTENSION.read_mask(mask.data_ptr(), batch, length, cu_seqlens.data_ptr(), indices.data_ptr())
+    total, longest = EXTENSION.read_mask(mask.data_ptr(), batch, length, cu_seqlens.data_ptr(), indices.data_ptr())
     return cu_seqlens, longest, indices if total == batch * length else indices[:total]
 
 
@@ -49,9 +49,9 @@ class EmbeddingTables:
         self.dtype, self.hidden = word.dtype, word.shape[1]
         self._norm = weight.detach().float(), ln_bias.detach().float()
         self._tables = tables = (word, position, token_type)
-        self._handle = native.EXTENSION.EmbeddingTables(
+        self._handle = EXTENSION.EmbeddingTables(
             *(table.data_ptr() for table in tables), *(table.shape[0] for table in tables),
-            *(parameter.data_ptr() for parameter in self._norm), self.hidden, eps, native.DTYPES[word.dtype],
+            *(parameter.data_ptr() for parameter in self._norm), self.hidden, eps, DTYPES[word.dtype],
         )  # fmt: skip
 
     def embed(
@@ -65,7 +65,7 @@ class EmbeddingTables:
         rows = input_ids.numel() if indices is None else indices.numel()
         y = torch.empty(rows, self.hidden, dtype=self.dtype, device="cpu")
         pointers = (0 if x is None else x.data_ptr() for x in (input_ids, token_type_ids, position_ids, indices, y))
-        known = native.EXTENSION.embed_tokens(self._handle, *pointers, rows, input_ids.shape[1], torch.get_num_threads())
+        known = EXTENSION.embed_tokens(self._handle, *pointers, rows, input_ids.shape[1], torch.get_num_threads())
         return y if known else None
 
 
@@ -80,8 +80,8 @@ class PackedDense:
     def __call__(self, x: Tensor) -> Tensor:
         """x: (rows, in_features), whose rows are contiguous but may be apart. Returns (rows, out_features)."""
         y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device="cpu")
-        native.EXTENSION.packed_dense(
-            self._packed.linears[0], x.data_ptr(), y.data_ptr(), x.shape[0], x.stride(0), native.DTYPES[self.dtype],
+        EXTENSION.packed_dense(
+            self._packed.linears[0], x.data_ptr(), y.data_ptr(), x.shape[0], x.stride(0), DTYPES[self.dtype],
             torch.get_num_threads(),
         )  # fmt: skip
         return y
