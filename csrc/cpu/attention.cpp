@@ -130,19 +130,19 @@ void forward_head(const Operands<T>& p, T* out, float* lse, const AttentionItem&
   const Rows<T> keys = p.k.from(item.start, column), values = p.v.from(item.start, column);
   const Rows<T> queries = p.q.from(item.first_query, column);
   out += item.first_query * hidden + column;
-  if (lse != nullptr) lse += head * p.queries + item.first_query;
+  if (lse != nullptr) lse += head * p.queries.count + item.first_query;
   const int64_t head_groups = groups<Dot>(p.head_dim), key_groups = groups<Dot>(shape.length);
   Prefetcher prefetcher(shape.length, count_tiles(item.num_queries, shape.length, head_groups) +
                                           count_tiles(item.num_queries, p.head_dim, key_groups));
   const int64_t bytes = p.head_dim * sizeof(T), stride = hidden * sizeof(T);
-  if (p.rows == nullptr) prefetcher.add(out, bytes, stride);
+  if (p.queries.are_of_all_rows) prefetcher.add(out, bytes, stride);
   if (head + 1 < item.last_head) prefetch_head(p, item, head + 1, prefetcher);
   const RightMatrix packed_keys = pack_transposed<Dot>(keys, shape, scratch.keys);
   const RightMatrix packed_values = pack_right<Dot>(values, shape.length, shape, scratch.values);
   float bound = __builtin_inff();
   if constexpr (Dot::kElements == 2) {
     // lse is float32's: what is good enough for probabilities in bfloat16 is not for their sums.
-    if (p.rows == nullptr && lse == nullptr && p.dropout.threshold == 0) {
+    if (p.queries.are_of_all_rows && lse == nullptr && p.dropout.threshold == 0) {
       const Rows<T> all = p.q.from(item.start, column);
       bound = bound_scores<Dot>(all, packed_keys, shape, p.softmax_scale * kLog2E, scratch.rows.lanes);
     }
@@ -254,16 +254,16 @@ void backward_head(const Operands<T>& p, const Gradients<T>& gradients, const At
   const Written<T> dq = gradients.dq.from(item.first_query, column);
   const Written<T> dk = gradients.dk.from(item.start, column), dv = gradients.dv.from(item.start, column);
   if (item.num_queries == 0) return fill_zeros(dk, dv, shape);
-  const float* lse = gradients.lse + head * p.queries + item.first_query;
+  const float* lse = gradients.lse + head * p.queries.count + item.first_query;
   const int64_t head_groups = groups<Dot>(p.head_dim), row_groups = groups<Dot>(shape.length);
   Prefetcher prefetcher(shape.length, 2 * count_tiles(item.num_queries, shape.length, head_groups) +
                                           3 * count_tiles(item.num_queries, p.head_dim, row_groups));
   const int64_t bytes = p.head_dim * sizeof(T);
   for (const Written<T>& gradient : {dk, dv}) prefetcher.add(gradient.data, bytes, gradient.stride * sizeof(T));
-  if (p.rows == nullptr) prefetcher.add(dq.data, bytes, dq.stride * sizeof(T));
+  if (p.queries.are_of_all_rows) prefetcher.add(dq.data, bytes, dq.stride * sizeof(T));
   if (head + 1 < item.last_head) {
     prefetch_head(p, item, head + 1, prefetcher);
-    if (p.rows == nullptr) {
+    if (p.queries.are_of_all_rows) {
       for (const Rows<T>& rows : {dout, out}) prefetcher.add(rows[0] + p.head_dim, bytes, rows.stride * sizeof(T));
     }
   }
@@ -322,7 +322,7 @@ void backward_head(const Operands<T>& p, const Gradients<T>& gradients, const At
 // Runs head(item, head, shape, scratch) for every head of the batch.
 template <typename Scratch, typename T, typename Head>
 void for_heads(const AttentionSchedule& schedule, const Operands<T>& p, int num_threads, const Head& head) {
-  const int64_t elements = (p.queries * schedule.max_length() + p.total) * p.num_heads;
+  const int64_t elements = (p.queries.count * schedule.max_length() + p.total) * p.num_heads;
   parallel_for(schedule.num_items(), elements < kElementsWorthThreads ? 1 : num_threads, [&](int64_t index) {
     const AttentionItem& item = schedule.item(index);
     const Shape shape(item.length, p.head_dim, item.num_queries);
@@ -334,8 +334,7 @@ void for_heads(const AttentionSchedule& schedule, const Operands<T>& p, int num_
 
 template <typename T, typename Params>
 void forward(const Operands<T>& operands, const Params& p, int num_threads) {
-  const AttentionSchedule schedule(p.cu_seqlens, p.batch, operands.rows, operands.queries, p.num_heads, num_threads,
-                                   kMinQueryBlock);
+  const AttentionSchedule schedule(p.cu_seqlens, p.batch, operands.queries, p.num_heads, num_threads, kMinQueryBlock);
   for_heads<ForwardScratch>(schedule, operands, num_threads,
                             [&](const auto&... head) { forward_head(operands, static_cast<T*>(p.out), p.lse, head...); });
 }
@@ -343,8 +342,7 @@ void forward(const Operands<T>& operands, const Params& p, int num_threads) {
 template <typename T, typename Params>
 void backward(const Operands<T>& operands, Written<T> dq, Written<T> dk, Written<T> dv, const Params& p, int num_threads) {
   constexpr int64_t whole_sequences = INT64_MAX;
-  const AttentionSchedule schedule(p.cu_seqlens, p.batch, operands.rows, operands.queries, p.num_heads, num_threads,
-                                   whole_sequences);
+  const AttentionSchedule schedule(p.cu_seqlens, p.batch, operands.queries, p.num_heads, num_threads, whole_sequences);
   const int64_t hidden = p.num_heads * p.head_dim;
   const Gradients<T> gradients{
       {static_cast<const T*>(p.out), hidden}, {static_cast<const T*>(p.dout), hidden}, p.lse, dq, dk, dv};

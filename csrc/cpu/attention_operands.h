@@ -13,20 +13,27 @@ namespace fastbert::cpu::FASTBERT_ISA {
 template <typename T>
 struct Operands {
   Rows<T> q, k, v;
-  const int64_t* rows;  // of the queries in the packed batch; null: every row has one
-  int64_t queries, total, num_heads, head_dim;
+  Queries queries;
+  int64_t total, num_heads, head_dim;
   float softmax_scale;
   const Dropout& dropout;
 
-  int64_t row_of(int64_t query) const { return rows == nullptr ? query : rows[query]; }
+  int64_t row_of(int64_t query) const { return queries.are_of_all_rows ? query : queries.rows[query]; }
 };
 
 template <typename T, typename Params>
 Operands<T> operands_of_all(const Params& p) {
   const int64_t hidden = p.num_heads * p.head_dim;
   const Rows<T> qkv{static_cast<const T*>(p.qkv), 3 * hidden};
-  return {qkv,         qkv.from(0, hidden), qkv.from(0, 2 * hidden), nullptr,  p.total, p.total,
-          p.num_heads, p.head_dim,          p.softmax_scale,         p.dropout};
+  return {qkv,
+          qkv.from(0, hidden),
+          qkv.from(0, 2 * hidden),
+          {p.total, true, nullptr},
+          p.total,
+          p.num_heads,
+          p.head_dim,
+          p.softmax_scale,
+          p.dropout};
 }
 
 template <typename T, typename Params>
@@ -36,8 +43,7 @@ Operands<T> operands_of_rows(const Params& p) {
   return {{static_cast<const T*>(p.q), hidden},
           kv,
           kv.from(0, hidden),
-          p.rows,
-          p.queries,
+          {p.queries, false, p.rows},
           p.total,
           p.num_heads,
           p.head_dim,
@@ -68,7 +74,7 @@ void prefetch_head(const Operands<T>& p, const AttentionItem& item, int64_t head
   const auto add = [&](Rows<T> rows, int64_t first) {
     prefetcher.add(rows.from(first, head * p.head_dim).data, p.head_dim * sizeof(T), rows.stride * sizeof(T));
   };
-  if (p.rows == nullptr) add(p.q, item.first_query);  // a few of them are not worth it
+  if (p.queries.are_of_all_rows) add(p.q, item.first_query);  // a few of them are not worth it
   add(p.k, item.start);
   add(p.v, item.start);
 }

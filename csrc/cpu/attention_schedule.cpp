@@ -4,8 +4,8 @@
 
 namespace fastbert::cpu {
 
-AttentionSchedule::AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, const int64_t* rows, int64_t queries,
-                                     int64_t num_heads, int num_threads, int64_t min_queries) {
+AttentionSchedule::AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, const Queries& queries, int64_t num_heads,
+                                     int num_threads, int64_t min_queries) {
   struct Sequence {
     int64_t start, length, first_query, num_queries;
   };
@@ -13,9 +13,11 @@ AttentionSchedule::AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, c
   for (int64_t i = 0; i < batch; ++i) {
     const int64_t start = cu_seqlens[i], length = cu_seqlens[i + 1] - start;
     if (length == 0) continue;
-    const auto first_query_from = [&](int64_t row) { return std::lower_bound(rows, rows + queries, row) - rows; };
-    const int64_t first = rows == nullptr ? start : first_query_from(start);
-    const int64_t last = rows == nullptr ? start + length : first_query_from(start + length);
+    const auto count_before = [&](int64_t row) {
+      return queries.are_of_all_rows ? row
+                                     : std::lower_bound(queries.rows, queries.rows + queries.count, row) - queries.rows;
+    };
+    const int64_t first = count_before(start), last = count_before(start + length);
     sequences.push_back({start, length, first, last - first});
   }
   std::stable_sort(sequences.begin(), sequences.end(), [](auto& a, auto& b) { return a.length > b.length; });

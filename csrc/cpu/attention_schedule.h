@@ -14,14 +14,20 @@ struct AttentionItem {
   int64_t first_query, num_queries;  // among the queries of all sequences
 };
 
+// The queries of a packed batch: one of every row, or of some rows, which are in rising order.
+struct Queries {
+  int64_t count;
+  bool are_of_all_rows;
+  const int64_t* rows;  // (count,) where they are of some
+};
+
 // The items of a packed batch, long sequences first, so that no thread ends with a long one when the others are done.
 class AttentionSchedule {
  public:
   // A thread gets neighbouring heads where there is enough for all, and a few of a head's queries, at least min_queries,
-  // where there are fewer heads than threads. rows: those of the `queries` queries in the packed batch, in rising order, or
-  // null where every row has one.
-  AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, const int64_t* rows, int64_t queries, int64_t num_heads,
-                    int num_threads, int64_t min_queries);
+  // where there are fewer heads than threads.
+  AttentionSchedule(const int32_t* cu_seqlens, int64_t batch, const Queries& queries, int64_t num_heads, int num_threads,
+                    int64_t min_queries);
   AttentionSchedule(const AttentionSchedule&) = delete;
   ~AttentionSchedule();
 

@@ -65,8 +65,6 @@ def attention_of_rows_forward(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`reference.attention_of_rows_forward`."""
     out, lse = torch.empty_like(q), empty(q.shape[1], q.shape[0])
-    if len(q) == 0:  # rows without memory would mean all of them
-        return out, lse
     EXTENSION.attention_of_rows_forward(
         q.data_ptr(), kv.data_ptr(), rows.data_ptr(), cu_seqlens.data_ptr(), out.data_ptr(), lse.data_ptr(),
         len(q), len(kv), cu_seqlens.numel() - 1, *q.shape[1:],
@@ -90,8 +88,6 @@ def attention_of_rows_backward(
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`reference.attention_of_rows_backward`."""
-    if len(q) == 0:
-        return torch.empty_like(q), torch.zeros_like(kv)
     dq, dkv = torch.empty_like(q), torch.empty_like(kv)
     EXTENSION.attention_of_rows_backward(
         dout.data_ptr(), q.data_ptr(), kv.data_ptr(), rows.data_ptr(), out.data_ptr(), lse.data_ptr(), cu_seqlens.data_ptr(),
