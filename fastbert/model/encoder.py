@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import output_capturing
 
-from ..ops.registration import transform_reasons
-from .attention_interface import is_known_attention
+from . import request
 from .cache_name import CACHE, takes_their_cache
 from .embeddings import embed
+from .fallback import hidden_states_wanted, model_fallback_reasons
 from .inputs import check_inputs, warn_of_first_position
-from .layer import FusedLayer, take_half
+from .layer import take_half
 from .outputs import PooledEncoderOutput
 from .packed_ends import pool
 from .packed_layer import is_trained, run_stack
@@ -65,6 +64,11 @@ class PackedEncoder:
         # From a head of ours: the labels (batch, length) whose rows it reads, and those rows (cap,) where it knows them, or that it
         # reads the pooler's output alone.
         read = kwargs.pop("read_labels", None), kwargs.pop("read_rows", None), kwargs.pop("read_first", False)
+        nothing_else = kwargs in _NOTHING_ELSE and position_ids is None and inputs_embeds is None and read[0] is None
+        if nothing_else and input_ids is not None and encoder_hidden_states is None and past_key_values is None:
+            answered = request.answer(self, input_ids, attention_mask, token_type_ids, read[2])
+            if answered is not None:
+                return self._answer(*answered)
         packing = self.packed_row(attention_mask, kwargs, past_key_values, **inputs)
         reasons = model_fallback_reasons(
             self,
@@ -149,11 +153,20 @@ class PackedEncoder:
                 pooled = pooler(packing.to_sequences(hidden_states))
             if pooled is not None:
                 output["pooler_output"] = pooled
+        if rows is not None and last_layer is None:
+            request.keep(self)
         if recorded.states is not None:
             if recorded.states[-1] is not None:
                 output.last_hidden_state = recorded.states[-1]
             output.hidden_states = tuple(recorded.states)
         return output.to_tuple() if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False else output
+
+    def _answer(self, packing: Packing, rows: Tensor, pooled: Tensor | None):
+        output = self.output_class.empty()
+        output.set_rows(rows, packing)
+        if pooled is not None:
+            output["pooler_output"] = pooled
+        return output
 
     def default_positions(self, packing: Packing, input_ids: Tensor | None) -> Tensor:
         """(1, length) or (batch, length): the positions of tokens whose caller names none."""
@@ -205,57 +218,9 @@ def not_told_reasons(encoder: nn.Module) -> list[str]:
     return ["the encoder has hooks, or another forward than its class"] if is_watched(encoder) else []
 
 
+# Arguments beside the inputs that ask for nothing.
+_NOTHING_ELSE: tuple[dict[str, Any], ...] = ({}, {"return_dict": True})
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-# Whether output_hidden_states takes indices of hidden states. Older versions take any list for True, or count layers from 0.
-_TAKES_INDICES = hasattr(output_capturing, "selected_hidden_states")
-
-
-def model_fallback_reasons(
-    model: nn.Module,
-    *,
-    attention_mask: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    past_key_values: Any = None,
-    output_attentions: bool | None = None,
-    output_hidden_states: bool | int | list[int] | None = None,
-    is_causal: bool | None = None,
-) -> list[str]:
-    """Why a call runs transformers' own forward pass, padding included; empty where it runs packed."""
-    config = model.config
-    reasons = []
-    attention = config._attn_implementation
-    if attention == "eager":
-        reasons.append("attn_implementation is 'eager' (the one that returns attention weights)")
-    elif not is_known_attention(attention):
-        reasons.append(f"attn_implementation is {attention!r}, under which somebody registered a function of their own")
-    if is_causal:
-        reasons.append("is_causal asks for attention to earlier tokens alone")
-    if output_attentions or (output_attentions is None and getattr(config, "output_attentions", False)):
-        reasons.append("output_attentions asks for attention weights, which fused attention never stores")
-    if not (_TAKES_INDICES or output_hidden_states is None or isinstance(output_hidden_states, bool)):
-        reasons.append("output_hidden_states is no flag, which this version of transformers reads in its own way")
-    if config.is_decoder or encoder_hidden_states is not None or past_key_values is not None:
-        reasons.append("the model runs as a decoder (causal mask, key-value cache or cross-attention)")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        reasons.append(f"attention_mask has {attention_mask.dim()} dimensions; padding is known from (batch, length) ones")
-    if torch.jit.is_tracing():
-        reasons.append("torch.jit.trace would freeze the sequence lengths of its example")
-    if attention_mask is not None and torch.compiler.is_compiling():
-        reasons.append("torch.compile cannot know how many tokens a mask leaves; pass no mask, or packed inputs (cu_seq_lens_q)")
-    reasons += transform_reasons()
-    if nn.modules.module._has_any_global_hook():
-        reasons.append("hooks for all modules are registered (torch.nn.modules.module.register_module_..._hook)")
-    if is_watched(model.encoder):
-        reasons.append("the encoder has hooks, or its forward was replaced")
-    foreign = {type(layer).__qualname__ for layer in model.encoder.layer if not isinstance(layer, FusedLayer)}
-    if foreign:
-        reasons.append(f"encoder layers are of another class: {', '.join(sorted(foreign))}")
-    return reasons
-
-
-def hidden_states_wanted(config: Any, arguments: dict[str, Any]) -> bool | int | list[int] | None:
-    """What ``output_hidden_states`` is in a call with these keyword arguments; what is false in Python asks for none."""
-    return arguments.get("output_hidden_states", getattr(config, "output_hidden_states", False))
 
 
 class _HiddenStates:

@@ -13,7 +13,8 @@ from .accelerate import encoder_classes, module_of
 from .attention_interface import NAME as ATTENTION
 from .cache_name import CACHE
 from .embeddings import embedding_notes
-from .encoder import PackedEncoder, hidden_states_wanted, model_fallback_reasons
+from .encoder import PackedEncoder
+from .fallback import hidden_states_wanted, model_fallback_reasons
 from .heads import FirstRowsOnly
 from .layer import FusedLayer, int8_parts, layer_fallback_reasons, layer_notes
 from .lm_heads import LabelledRowsOnly

@@ -44,10 +44,12 @@ class Deferred:
 
     def __post_init__(self) -> None:
         self._grad_enabled, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        device_types = {p.device.type for p in self.parameters}
-        self._autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in device_types & {"cpu", "cuda"}}
-        # Tensors made under inference_mode count no versions; nothing trains them either.
-        self._versions = [None if p.is_inference() else p._version for p in self.parameters]
+        self._autocast, self._versions = {}, []
+        if self.parameters:
+            types = {p.device.type for p in self.parameters} & {"cpu", "cuda"}
+            self._autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in types}
+            # Tensors made under inference_mode count no versions; nothing trains them either.
+            self._versions = [None if p.is_inference() else p._version for p in self.parameters]
 
     def __call__(self, name: str) -> Tensor:
         if self._versions != [None if p.is_inference() else p._version for p in self.parameters]:

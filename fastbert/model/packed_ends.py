@@ -42,6 +42,11 @@ class _Entry:
 _entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 
 
+def entry_of(module: nn.Module) -> _Entry | None:
+    """The native form that a module was given, whether it is current or not, and its snapshot."""
+    return _entries.get(module)
+
+
 def _current(module: nn.Module) -> Any:
     """The native form of a module, where it has one that is current. One that is not is freed, with the old weights in it."""
     entry = _entries.get(module)
@@ -87,7 +92,7 @@ def keep_tables(model: nn.Module) -> EmbeddingTables | None:
     if not (norm_shape == bias_shape == shapes[0][1:] and all(shape[1:] == norm_shape for shape in shapes)):
         return None
     attributes = {**dict.fromkeys(tables, _OPTIONS), norm: ("eps",), dropout: attributes_of(dropout)}
-    snapshot = Snapshot(embeddings, attributes, parameters)  # first: a change from now on is seen, whoever makes it
+    snapshot = Snapshot(embeddings.modules(), attributes, parameters)  # first: a change from now on is seen, whoever makes it
     if not _is_memory_of(parameters, memory):
         return None
     form = EmbeddingTables(*memory, norm.eps)
@@ -141,7 +146,7 @@ def _keep_dense(pooler: nn.Module) -> PackedDense | None:
     whole_groups = weight.shape[-1] * weight.element_size() % 4 == 0
     if not (all(map(_is_readable, memory)) and fits and whole_groups):
         return None
-    snapshot = Snapshot(pooler, {}, parameters)
+    snapshot = Snapshot(pooler.modules(), {}, parameters)
     if not _is_memory_of(parameters, memory):
         return None
     with torch.no_grad():

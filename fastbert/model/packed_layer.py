@@ -112,6 +112,11 @@ def run_stack(layers: list[nn.Module], x: Tensor, packing: Packing) -> Tensor | 
     return run_layers(stack.packed, x, packing.cu_seqlens)
 
 
+def stack_of(first: nn.Module) -> _Stack | None:
+    """What the layers that begin with this one were packed into, whether it is current or not."""
+    return _stacks.get(first)
+
+
 def _runs_in_stack(layer: nn.Module, entry: _Entry | None) -> bool:
     return entry is not None and entry.packed is not None and not entry.is_watched and is_of_fast_class(layer)
 
@@ -314,7 +319,7 @@ def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
     attributes = {layer: ("chunk_size_feed_forward",), layer.attention.self: ("num_attention_heads", "scaling")}
     attributes |= dict.fromkeys(norms, ("eps",))
     attributes |= {dropout: attributes_of(dropout) for dropout in _dropouts(layer)}
-    snapshot = Snapshot(layer, attributes, _held(layer))
+    snapshot = Snapshot(layer.modules(), attributes, _held(layer))
     rows, autocast = dtypes
     weights = _weights_under(autocast, layer)
     weights.check()  # the native code would read beyond what is too short

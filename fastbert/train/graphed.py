@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastbert.model.encoder import model_fallback_reasons
+from fastbert.model.fallback import model_fallback_reasons
 from fastbert.ops.backends import not_supported_reasons
 
 from .distributed import Processes

@@ -275,9 +275,10 @@ def test_an_end_that_another_thread_casts_meanwhile_is_not_kept(monkeypatch, end
     _, ours = pair(NAME)
 
     class CastFirst(packed_ends.Snapshot):
-        def __init__(self, root, *rest):
+        def __init__(self, modules, *rest):
+            root, *others = modules
             root.bfloat16()
-            super().__init__(root, *rest)
+            super().__init__([root, *others], *rest)
 
     monkeypatch.setattr(packed_ends, "Snapshot", CastFirst)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastbert
 from fastbert.model import layer as layer_module
-from fastbert.model import packed_layer
+from fastbert.model import packed_layer, request
 from fastbert.ops import calibration, native
 from fastbert.ops.native.encoder_layer import PackedEncoderLayer, PackedEncoderLayers, run_layers, run_layers_if_unchanged
 
@@ -39,7 +39,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     for module in (layer_module, packed_layer):
         monkeypatch.setattr(module, "run_layers", counted(run_layers))
-    monkeypatch.setattr(packed_layer, "run_layers_if_unchanged", counted(run_layers_if_unchanged))
+    for module in (packed_layer, request):
+        monkeypatch.setattr(module, "run_layers_if_unchanged", counted(run_layers_if_unchanged))
     return rows
 
 

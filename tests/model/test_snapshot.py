@@ -67,7 +67,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_change_is_seen(change):
     root = module().eval()
-    snapshot = Snapshot(root, {root[1][0]: ("training", "p")})
+    snapshot = Snapshot(root.modules(), {root[1][0]: ("training", "p")})
     assert snapshot.unchanged()
     root[0].weight.data.add_(1)  # what is in a tensor is somebody else's business
     assert snapshot.unchanged()
@@ -79,7 +79,7 @@ def test_a_change_is_seen(change):
 def test_another_forward_of_a_class_is_seen(monkeypatch, kind):
     """Of the root's, of a module's inside, and of a class that it has its forward from."""
     root = module()
-    snapshot = Snapshot(root, {})
+    snapshot = Snapshot(root.modules(), {})
     assert snapshot.unchanged()
     monkeypatch.setattr(kind, "forward", lambda self, x: x)
     assert not snapshot.unchanged()
@@ -89,7 +89,7 @@ def test_another_forward_of_a_class_is_seen(monkeypatch, kind):
 
 def test_what_is_taken_back_is_no_change():
     root = module()
-    snapshot = Snapshot(root, {})
+    snapshot = Snapshot(root.modules(), {})
     weight, handle = root[0].weight, root[1].register_forward_hook(_hook)
     root[0].weight = nn.Parameter(torch.zeros(4, 3))
     assert not snapshot.unchanged()
@@ -100,7 +100,7 @@ def test_what_is_taken_back_is_no_change():
 
 def test_an_attribute_that_comes_or_goes():
     root = module()
-    snapshot = Snapshot(root, {root: ("eps",)})
+    snapshot = Snapshot(root.modules(), {root: ("eps",)})
     root.eps = 1e-12
     assert not snapshot.unchanged()
     del root.eps
@@ -143,7 +143,7 @@ CHANGES_OF_A_TENSOR = [_in_place, _elsewhere, _past_the_counters, _its_last_word
 def test_a_change_of_a_tensor_is_seen(change, inference):
     with torch.inference_mode(inference):
         root = nn.Linear(30, 40).requires_grad_(False)
-        snapshot = Snapshot(root, {}, [root.weight, root.bias])
+        snapshot = Snapshot(root.modules(), {}, [root.weight, root.bias])
         assert snapshot.unchanged()
         change(root.bias if change is _its_last_word else root.weight)
         assert not snapshot.unchanged()
@@ -151,7 +151,7 @@ def test_a_change_of_a_tensor_is_seen(change, inference):
 
 def test_several_at_once():
     roots = [module() for _ in range(3)]
-    snapshots = [Snapshot(root, {}).handle for root in roots]
+    snapshots = [Snapshot(root.modules(), {}).handle for root in roots]
     assert native.EXTENSION.all_unchanged([])
     assert native.EXTENSION.all_unchanged(snapshots)
     for changed in range(3):
@@ -223,7 +223,7 @@ def _layers() -> tuple[PackedEncoderLayers, torch.Tensor, torch.Tensor]:
 def test_layers_run_where_nothing_has_changed(threads):
     """The comparison happens while other threads are at work: they stop, and the next call is as if nothing had been."""
     roots = [module() for _ in range(3)]
-    snapshots = [Snapshot(root, {}).handle for root in roots]
+    snapshots = [Snapshot(root.modules(), {}).handle for root in roots]
     layers, x, cu_seqlens = _layers()
     expected, before = run_layers(layers, x, cu_seqlens), torch.get_num_threads()
     try:
@@ -246,7 +246,7 @@ def test_a_snapshot_keeps_nothing_alive():
     root[1][0].forward = functools.partial(root[1].forward)
     root[0].__dict__["owner"] = root
     root[0].weight.owner = root
-    snapshot, gone = Snapshot(root, {root[0]: ("owner",)}, list(root.parameters())), weakref.ref(root)
+    snapshot, gone = Snapshot(root.modules(), {root[0]: ("owner",)}, list(root.parameters())), weakref.ref(root)
     assert snapshot.unchanged()
     del root, leads_back
     gc.collect()

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
 def are_readable_ids(*tensors: Tensor | None) -> bool:
     """Whether the tensors that are given are int64 on the CPU, whose memory can be read as it lies."""
-    return all(x is None or (type(x) is Tensor and _is_readable(x)) for x in tensors)
-
-
-def _is_readable(x: Tensor) -> bool:
-    return x.dtype == torch.int64 and x.device.type == "cpu" and x.is_contiguous()
+    for x in tensors:
+        if x is not None and not (type(x) is Tensor and x.dtype == torch.int64 and x.device.type == "cpu" and x.is_contiguous()):
+            return False
+    return True
 
 
 def read_mask(mask: Tensor) -> tuple[Tensor, int, Tensor]:
@@ -77,11 +76,15 @@ class PackedDense:
         self.out_features, self.in_features = weights.weight.shape
         self._packed = PackedWeights([weights])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: (rows, in_features), whose rows are contiguous but may be apart. Returns (rows, out_features)."""
-        y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype, device="cpu")
+    def __call__(self, x: Tensor, step: int = 1) -> Tensor:
+        """Of every ``step``-th row of x (rows, in_features), which are contiguous but may be apart, from the first one on.
+
+        Returns (ceil(rows / step), out_features).
+        """
+        rows = -(-x.shape[0] // step)
+        y = torch.empty(rows, self.out_features, dtype=self.dtype, device="cpu")
         EXTENSION.packed_dense(
-            self._packed.linears[0], x.data_ptr(), y.data_ptr(), x.shape[0], x.stride(0), DTYPES[self.dtype],
+            self._packed.linears[0], x.data_ptr(), y.data_ptr(), rows, step * x.stride(0), DTYPES[self.dtype],
             torch.get_num_threads(),
         )  # fmt: skip
         return y

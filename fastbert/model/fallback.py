@@ -1,0 +1,65 @@
+"""Which calls of a model run transformers' own forward pass, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import output_capturing
+
+from ..ops.registration import transform_reasons
+from .attention_interface import is_known_attention
+from .layer import FusedLayer
+from .plain import is_watched
+
+# Whether output_hidden_states takes indices of hidden states. Older versions take any list for True, or count layers from 0.
+_TAKES_INDICES = hasattr(output_capturing, "selected_hidden_states")
+
+
+def model_fallback_reasons(
+    model: nn.Module,
+    *,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    past_key_values: Any = None,
+    output_attentions: bool | None = None,
+    output_hidden_states: bool | int | list[int] | None = None,
+    is_causal: bool | None = None,
+) -> list[str]:
+    """Why a call runs transformers' own forward pass, padding included; empty where it runs packed."""
+    config = model.config
+    reasons = []
+    attention = config._attn_implementation
+    if attention == "eager":
+        reasons.append("attn_implementation is 'eager' (the one that returns attention weights)")
+    elif not is_known_attention(attention):
+        reasons.append(f"attn_implementation is {attention!r}, under which somebody registered a function of their own")
+    if is_causal:
+        reasons.append("is_causal asks for attention to earlier tokens alone")
+    if output_attentions or (output_attentions is None and getattr(config, "output_attentions", False)):
+        reasons.append("output_attentions asks for attention weights, which fused attention never stores")
+    if not (_TAKES_INDICES or output_hidden_states is None or isinstance(output_hidden_states, bool)):
+        reasons.append("output_hidden_states is no flag, which this version of transformers reads in its own way")
+    if config.is_decoder or encoder_hidden_states is not None or past_key_values is not None:
+        reasons.append("the model runs as a decoder (causal mask, key-value cache or cross-attention)")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        reasons.append(f"attention_mask has {attention_mask.dim()} dimensions; padding is known from (batch, length) ones")
+    if torch.jit.is_tracing():
+        reasons.append("torch.jit.trace would freeze the sequence lengths of its example")
+    if attention_mask is not None and torch.compiler.is_compiling():
+        reasons.append("torch.compile cannot know how many tokens a mask leaves; pass no mask, or packed inputs (cu_seq_lens_q)")
+    reasons += transform_reasons()
+    if nn.modules.module._has_any_global_hook():
+        reasons.append("hooks for all modules are registered (torch.nn.modules.module.register_module_..._hook)")
+    if is_watched(model.encoder):
+        reasons.append("the encoder has hooks, or its forward was replaced")
+    foreign = {type(layer).__qualname__ for layer in model.encoder.layer if not isinstance(layer, FusedLayer)}
+    if foreign:
+        reasons.append(f"encoder layers are of another class: {', '.join(sorted(foreign))}")
+    return reasons
+
+
+def hidden_states_wanted(config: Any, arguments: dict[str, Any]) -> bool | int | list[int] | None:
+    """What ``output_hidden_states`` is in a call with these keyword arguments; what is false in Python asks for none."""
+    return arguments.get("output_hidden_states", getattr(config, "output_hidden_states", False))
