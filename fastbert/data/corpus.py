@@ -15,7 +15,7 @@ from typing import Any
 
 from fastbert.data.documents import CorpusReport, Document
 from fastbert.data.embedded import embedded_documents
-from fastbert.data.errors import CorpusError
+from fastbert.data.errors import CorpusError, why_too_few
 from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.lines import decode_line, read_raw_lines
 from fastbert.data.sentences import cut_text
@@ -117,8 +117,7 @@ def check_enough(documents: int, sources: Sequence[str | Path], least: int = 2, 
         if documents and duplicates:
             found += f" and {duplicates:,} copies of it, which are left out (--keep-duplicates)"
         raise CorpusError(
-            f"the corpus has {found} ({names}): "
-            f"{'next sentence prediction needs at least two documents' if least > 1 else 'there is nothing to train on'}; "
+            f"the corpus has {found} ({names}): {why_too_few(least)}; "
             "in text files a blank line or the file's end closes a document, elsewhere a row is a document"
         )
 

@@ -17,5 +17,10 @@ class CorpusError(DataError):
     """The text cannot be used as a corpus; the message names the file and the line or row, and what would be right."""
 
 
+def why_too_few(least_documents: int) -> str:
+    """Why fewer documents than these, one or two, will not do."""
+    return "next sentence prediction needs at least two documents" if least_documents > 1 else "there is nothing to train on"
+
+
 class TokenizerError(DataError):
     """The tokenizer cannot be loaded or cannot serve BERT; the message names the file and what is missing."""

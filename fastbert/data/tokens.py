@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastbert.data.documents import Document
 from fastbert.data.encoding import SentenceEncoder
-from fastbert.data.errors import CorpusError
+from fastbert.data.errors import CorpusError, why_too_few
 from fastbert.data.sentences import split_sentences
 
 _BATCH_CHARACTERS = 2_000_000
@@ -146,8 +146,8 @@ def tokenize_documents(
             progress(documents_done, tokens_done)
     corpus = _corpus(np.concatenate(ids), np.concatenate(lengths), np.concatenate(numbers))
     if corpus.num_documents < least_documents:
-        needed = "next sentence prediction needs at least two" if least_documents > 1 else "there is nothing to train on"
-        raise CorpusError(f"{corpus.num_documents} of {documents_done} documents give tokens: {needed}")
+        found = f"{corpus.num_documents} of {documents_done} documents give tokens"
+        raise CorpusError(f"{found}: {why_too_few(least_documents)}")
     return corpus
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert.ops import attention, backends, native
+from fastbert.ops import attention, backends
 from fastbert.ops.attention_of_rows import attention_of_rows
 
 from .helpers import assert_within_budget, backend_cases, gradients, merged, new_seed, rounded
@@ -165,4 +165,3 @@ def test_other_backends_are_refused_with_their_reason():
     for backend in ("triton", "cuda"):
         with pytest.raises(RuntimeError, match="no kernel for attention_of_rows"):
             attention_of_rows(q, kv, torch.tensor([1]), torch.tensor([0, 4], dtype=torch.int32), 4, backend=backend)
-    assert native is backends.implementation("attention_of_rows", "native")
