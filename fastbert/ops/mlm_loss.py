@@ -56,6 +56,8 @@ def mlm_loss(
         )
     check_shape("bias", bias, (weight.shape[0],), "(classes,)")
     check_shape("labels", labels, (hidden.shape[0],), "one label per row")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}, expected torch.int64")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected a number from 0 to 1")
     weight, bias = weight.to(hidden.dtype).contiguous(), None if bias is None else bias.to(hidden.dtype).contiguous()

@@ -24,6 +24,7 @@ from .helpers import BATCH, LENGTH, inputs_for, small_config
         ({"token_type_ids": torch.zeros(BATCH, 3, dtype=torch.long)}, r"token_type_ids has shape \(6, 3\)"),
         ({"labels": torch.zeros(BATCH, 3, dtype=torch.long)}, r"labels has shape \(6, 3\), expected \(6, 21\)"),
         ({"labels": torch.full((BATCH, LENGTH), 130)}, "labels hold 130, expected 0 to 129"),
+        ({"labels": torch.ones(BATCH, LENGTH, dtype=torch.int32)}, "labels are torch.int32, expected torch.int64"),
         (
             {"next_sentence_label": torch.zeros(2, dtype=torch.long)},
             r"next_sentence_label has shape \(2,\), expected \(6,\)",

@@ -188,6 +188,7 @@ def test_a_block_of_logits_anywhere_in_memory(backend, dtype, block, offset):
     [
         ({"labels": torch.tensor([1, 20])}, r"labels hold 20, expected 0 to 9"),
         ({"labels": torch.tensor([1, -3])}, r"labels hold -3"),
+        ({"labels": torch.tensor([1, 2], dtype=torch.int32)}, r"labels are torch.int32, expected torch.int64"),
         ({"labels": torch.tensor([1])}, r"labels has shape \(1,\), expected \(2,\)"),
         ({"weight": torch.zeros(10, 5)}, r"expected \(rows, hidden\) and \(classes, hidden\)"),
         ({"bias": torch.zeros(9)}, r"bias has shape \(9,\), expected \(10,\)"),
