@@ -14,7 +14,7 @@ from torch import Tensor
 from . import backends
 from .linear import linear, linear_forward
 from .linear_gelu import linear_gelu
-from .registration import contiguous_grad, register, under_autocast
+from .registration import check_shape, contiguous_grad, register, under_autocast
 
 
 def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, out_weight: Tensor) -> Tensor:
@@ -22,8 +22,9 @@ def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, out_weight: Ten
 
     x: (rows, in_features); weight: (intermediate, in_features); bias: (intermediate,) or None; out_weight: (out_features,
     intermediate). Parameters are converted to x's dtype where they differ, all of them to autocast's where that is on.
-    Returns (rows, out_features) in that dtype.
+    Returns (rows, out_features) in that dtype. Raises ValueError for a bias, RuntimeError for matrices that do not fit.
     """
+    check_shape("bias", bias, (weight.shape[0],), "(intermediate,)")
     if not _saves_memory(x, weight, bias, out_weight):
         return linear(linear_gelu(x, weight, bias), out_weight, None)
     dtype = torch.get_autocast_dtype(x.device.type) if under_autocast(x) else x.dtype

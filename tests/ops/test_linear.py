@@ -254,3 +254,17 @@ def test_without_onednn_torch_multiplies(monkeypatch):
     assert not products.is_ours(x, weight)
     assert torch.equal(linear_forward(x, weight, None), F.linear(x, weight))
     assert torch.equal(linear_dx(x @ weight.t(), weight), x @ weight.t() @ weight)
+
+
+@pytest.mark.parametrize("dtype", products.DTYPES)
+def test_shapes_that_do_not_fit_are_an_error_as_in_torch(dtype):
+    """Of the matmul of our own, too, which would read what lies behind its operands."""
+    x, weight, bias, dy = (torch.randn(shape).to(dtype) for shape in ((40, 64), (32, 64), (32,), (40, 32)))
+    for call in (
+        lambda: linear(x, weight[:, :48].contiguous(), bias),
+        lambda: linear(x, weight, bias[:5]),
+        lambda: linear_dx(dy[:, 1:].contiguous(), weight),
+        lambda: linear_dweight(dy[1:], x),
+    ):
+        with pytest.raises(RuntimeError):
+            call()

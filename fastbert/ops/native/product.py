@@ -16,7 +16,8 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None 
 
     a: (rows, depth), b: (depth, columns), both float32 or both bfloat16 where the instruction set :func:`packs` it, as they lie
     where their rows or their columns are contiguous; bias: (columns,); out: (rows, columns) of their dtype with contiguous rows,
-    which is returned, or None for a new tensor. Nothing may be empty.
+    which is returned, or None for a new tensor. Nothing may be empty. Raises RuntimeError, as torch does, for shapes that
+    do not fit.
     """
     return _matmul(a, b, bias, out, EXTENSION.MatmulEnd.product)
 
@@ -53,6 +54,10 @@ def _matmul(
 ) -> Tensor:
     """``out``, or a new tensor; u and y lie as it does."""
     (rows, depth), columns = a.shape, b.shape[1]
+    if b.shape[0] != depth:
+        raise RuntimeError(f"matrices of shapes ({rows}, {depth}) and {tuple(b.shape)} cannot be multiplied")
+    if bias is not None and bias.shape != (columns,):
+        raise RuntimeError(f"a bias of shape {tuple(bias.shape)} cannot be added to ({rows}, {columns}), expected ({columns},)")
     a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
     if a.dtype == torch.bfloat16:  # elements that follow each other along the depth are read in pairs
         if depth % 2 and (a.stride(1) == 1 or b.stride(0) == 1):
