@@ -1,6 +1,8 @@
 #include "cpu/encoder_plan.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <thread>
 
 #include "cpu/runtime.h"
@@ -28,6 +30,15 @@ int64_t bytes_between(const std::vector<EncoderLayerParams>& layers, int64_t tot
   Memory measure(nullptr);
   measure.take(total * p.qkv.in_features * hidden_bytes(p));
   return measure.used();
+}
+
+// The kernels trust the bounds: wrong ones would have them read and write foreign memory.
+void check_bounds(const int32_t* cu_seqlens, int64_t batch, int64_t total) {
+  if (cu_seqlens[0] != 0 || cu_seqlens[batch] != total || !std::is_sorted(cu_seqlens, cu_seqlens + batch + 1)) {
+    throw std::invalid_argument("cu_seqlens goes from " + std::to_string(cu_seqlens[0]) + " to " +
+                                std::to_string(cu_seqlens[batch]) +
+                                ", expected steps that never fall from 0 to total = " + std::to_string(total));
+  }
 }
 
 // Thrown, because that is what stops the other threads of a region.
@@ -92,6 +103,7 @@ EncoderWorkspace::EncoderWorkspace(Memory& memory, const EncoderLayerParams& p, 
 
 int64_t encoder_layers_workspace_bytes(const std::vector<EncoderLayerParams>& layers, const int32_t* cu_seqlens,
                                        int64_t total, int64_t batch, int num_threads) {
+  check_bounds(cu_seqlens, batch, total);
   int64_t bytes = 0;
   for (EncoderLayerParams layer : layers) {
     layer.cu_seqlens = cu_seqlens;

@@ -68,7 +68,8 @@ struct EncoderWorkspace {
   EncoderWorkspace(Memory& memory, const EncoderLayerParams& p, int64_t longest_chunk, int num_threads);
 };
 
-// What the most demanding of some layers needs, and the rows between two of them.
+// What the most demanding of some layers needs, and the rows between two of them. Throws std::invalid_argument where
+// cu_seqlens do not rise from 0 to total.
 int64_t encoder_layers_workspace_bytes(const std::vector<EncoderLayerParams>& layers, const int32_t* cu_seqlens,
                                        int64_t total, int64_t batch, int num_threads);
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .attention import check_cu_seqlens, check_sequences
 from .native.encoder_layer import PackedEncoderLayer, PackedEncoderLayers, not_supported_reasons, run_layers
-from .registration import check_shape
+from .registration import check_devices, check_shape
 
 
 class LinearWeights(NamedTuple):
@@ -67,6 +68,10 @@ class EncoderLayerWeights:
         for name in ("qkv", "attention_output", "intermediate", "output"):
             yield name, getattr(self, name)
 
+    def tensors(self) -> Iterator[Tensor]:
+        for _, part in (*self.linears(), *self.norms()):
+            yield from (value for value in part if isinstance(value, Tensor))
+
     def norms(self) -> Iterator[tuple[str, LayerNormWeights]]:
         for name in ("attention_norm", "output_norm"):
             yield name, getattr(self, name)
@@ -108,11 +113,15 @@ def encoder_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: Encod
     to total; max_seqlen: the longest sequence. backend: "auto", "native" (weights are packed for this call: keep what
     ``native.encoder_layer.PackedEncoderLayer`` makes of them for more than one) or "reference".
 
-    Returns (total, hidden) in x's dtype. Raises ValueError for shapes that do not fit, RuntimeError where an explicitly named
-    backend cannot do it.
+    Returns (total, hidden) in x's dtype. Raises ValueError for shapes and bounds that do not fit, RuntimeError for tensors on
+    several devices and where an explicitly named backend cannot do it.
     """
     weights.check()
-    check_shape("x", x, (x.shape[0], weights.hidden), "(total, hidden)")
+    check_shape("x", x, (*x.shape[:1], weights.hidden), "(total, hidden)")
+    check_cu_seqlens(cu_seqlens)
+    check_devices("encoder_layer", (x, cu_seqlens, *weights.tensors()))
+    if x.device.type == "cpu":
+        check_sequences(cu_seqlens, max_seqlen, x.shape[0])
     reasons = not_supported_reasons(weights, x.dtype, x.device.type)
     if backend == "native" and reasons:
         raise RuntimeError(f"backend 'native' cannot run encoder_layer: {'; '.join(reasons)}")

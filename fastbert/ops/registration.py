@@ -38,7 +38,7 @@ def register(
 
     @functools.wraps(implementation)
     def checked(*args):
-        _check_devices(qualified, args)
+        check_devices(qualified, args)
         if forward_ad._current_level >= 0:  # torch would drop the tangents: a derivative of 0 without a word
             raise RuntimeError(f"{qualified} has no forward-mode derivative (jvp): fastbert's ops have the one of backward()")
         return implementation(*args)
@@ -94,7 +94,7 @@ def refuse_batched_gradients(*gradients: torch.Tensor | None) -> None:
         )
 
 
-def _check_devices(name: str, args: tuple[Any, ...]) -> None:
+def check_devices(name: str, args: tuple[Any, ...]) -> None:
     """RuntimeError where an op's tensors are on several devices: a kernel would take one's addresses for another's."""
     device = None
     for arg in args:

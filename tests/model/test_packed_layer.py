@@ -500,6 +500,31 @@ def test_weights_that_do_not_fit_are_errors():
             ours(**batch)
 
 
+class TheirEmbeddings(nn.Module):
+    """Of somebody else, ``hidden`` wide, with ``more`` tokens than there are ids, in the place of BERT's."""
+
+    def __init__(self, theirs: nn.Module, hidden: int, more: int = 0) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(theirs.word_embeddings.num_embeddings, hidden)
+        self.position_embeddings, self.token_type_embeddings = theirs.position_embeddings, theirs.token_type_embeddings
+        self.more = more
+
+    def forward(self, input_ids, **_):
+        return self.word_embeddings(input_ids.repeat(1, 2)[:, : input_ids.shape[1] + self.more])
+
+
+@pytest.mark.parametrize(("wider", "more"), [(16, 0), (-16, 0), (0, 2), (0, -2)])
+def test_rows_that_do_not_fit_the_layers_are_errors(wider, more):
+    """Embeddings of somebody else may give any: the native code would read, and write, what is no row."""
+    _, ours = pair(NAME)
+    ours.embeddings = TheirEmbeddings(ours.embeddings, ours.config.hidden_size + wider, more)
+    ours.eval()
+    ids = inputs_for(NAME)["input_ids"]
+    for _ in range(2):  # a layer at a time, then those that are packed in one call
+        with torch.no_grad(), pytest.raises(ValueError, match="x has shape" if wider else "never fall from 0 to total"):
+            ours(ids)
+
+
 def test_weights_whose_rows_are_apart_or_all_one():
     theirs, ours = pair(NAME)
     for model in (theirs, ours):

@@ -244,6 +244,17 @@ def test_what_does_not_fit_is_refused():
     x, cu_seqlens = torch.randn(3, 64), bounds((3,))
     with pytest.raises(ValueError, match=r"x has shape \(3, 60\), expected \(3, 64\)"):
         encoder_layer(x[:, :60], cu_seqlens, 3, weights)
+    with pytest.raises(ValueError, match="cu_seqlens is torch.int64"):
+        encoder_layer(x, cu_seqlens.long(), 3, weights)
+    for wrong in ([0, 4], [1, 3], [0, 2], [0, 5, -1, 3]):
+        with pytest.raises(ValueError, match="expected steps that never fall from 0 to total = 3"):
+            encoder_layer(x, torch.tensor(wrong, dtype=torch.int32), 5, weights)
+        with pytest.raises(ValueError, match="expected steps that never fall from 0 to total = 3"):
+            run_layers(PackedEncoderLayers([PackedEncoderLayer(weights, x.dtype)]), x, torch.tensor(wrong, dtype=torch.int32))
+    with pytest.raises(ValueError, match="max_seqlen is 2, but the longest sequence has 3 tokens"):
+        encoder_layer(x, cu_seqlens, 2, weights)
+    with pytest.raises(RuntimeError, match="encoder_layer got tensors on cpu, meta"):
+        encoder_layer(x, cu_seqlens.to("meta"), 3, weights)
     with pytest.raises(ValueError, match=r"output.weight has shape \(96, 64\), expected \(64, 96\)"):
         encoder_layer(x, cu_seqlens, 3, dataclasses.replace(weights, output=weights.intermediate))
     with pytest.raises(ValueError, match="unknown backend 'cuda'"):

@@ -140,5 +140,5 @@ def test_dropout_rate():
 def test_tensors_on_several_devices_are_refused():
     """Their addresses are all that a kernel gets: those of another device end the process."""
     with pytest.raises(RuntimeError, match=r"fastbert::op got tensors on cpu, meta: move them to one device"):
-        registration._check_devices("fastbert::op", (torch.zeros(2), None, 0.1, torch.zeros(2, device="meta")))
-    registration._check_devices("fastbert::op", (None, torch.zeros(2), torch.zeros(3)))
+        registration.check_devices("fastbert::op", (torch.zeros(2), None, 0.1, torch.zeros(2, device="meta")))
+    registration.check_devices("fastbert::op", (None, torch.zeros(2), torch.zeros(3)))

@@ -59,11 +59,14 @@ def run_layers(layers: PackedEncoderLayers, x: Tensor, cu_seqlens: Tensor) -> Te
 
 
 def run_layers_if_unchanged(layers: PackedEncoderLayers, x: Tensor, cu_seqlens: Tensor, snapshots: list[Any]) -> Tensor | None:
-    """:func:`run_layers`, or None where one of the extension's ``snapshots`` has changed.
+    """:func:`run_layers`, or None where one of the extension's ``snapshots`` has changed. Both raise ValueError for rows that are
+    not as wide as the layers, or not as many as cu_seqlens says.
 
     The calling thread compares them while the others are at work, and they stop where it finds a change: of a short request the
     comparison is a thirtieth, most of it waiting for memory.
     """
+    if x.shape[1:] != (layers.hidden,):
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (total, {layers.hidden}) for the layers")
     x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
     y = torch.empty_like(x)
     threads, rows, batch, bounds = torch.get_num_threads(), x.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr()
@@ -81,6 +84,9 @@ class PackedEncoderLayers:
 
     def __init__(self, layers: Iterable[PackedEncoderLayer]) -> None:
         self._layers = list(layers)
+        self.hidden = self._layers[0].hidden
+        if any(layer.hidden != self.hidden for layer in self._layers):
+            raise ValueError(f"layers have hidden sizes of {[layer.hidden for layer in self._layers]}, expected one for all")
         self.handle = EXTENSION.EncoderLayers([layer.handle for layer in self._layers])
 
     def __len__(self) -> int:
@@ -137,6 +143,7 @@ class PackedEncoderLayer:
     """
 
     def __init__(self, weights: EncoderLayerWeights, dtype: torch.dtype) -> None:
+        self.hidden = weights.hidden
         self._packed = packed = PackedWeights([linear for _, linear in weights.linears()])
         norms = [packed.float32(t) for _, norm in weights.norms() for t in (norm.weight, norm.bias)]
         self.handle = EXTENSION.EncoderLayer(
