@@ -16,9 +16,9 @@ FASTBERT_INLINE Vec log2(Vec x) {
   constexpr float q[] = {1.4426950036522797f,  -0.7213473468215243f,  0.4809106429870882f,
                          -0.3607036812435549f, 0.2879162453457461f,   -0.23894485511031005f,
                          0.21571566823475594f, -0.20726953690802055f, 0.12583659088953483f};
-  constexpr int32_t sqrt_half = 0x3F3504F3;
-  const VecInt n = ((VecInt)x - sqrt_half) >> 23;
-  const Vec z = (Vec)((VecInt)x - (n << 23)) - 1.0f;
+  constexpr uint32_t sqrt_half = 0x3F3504F3;
+  const VecInt n = (VecInt)((VecUint)x - sqrt_half) >> 23;
+  const Vec z = (Vec)((VecUint)x - ((VecUint)n << 23)) - 1.0f;
   const Vec y = polynomial(z, q) * z + __builtin_convertvector(n, Vec);
   return x == x ? y : x;
 }

@@ -28,7 +28,7 @@ FASTBERT_INLINE Vec exp(Vec x) {
   const Vec n = shifted - round_to_integer;
   const Vec r = (clamped - n * ln2_high) - n * ln2_low;
   const Vec mantissa = (polynomial(r, q) * r + 1.0f) * r + 1.0f;
-  const Vec y = (Vec)((VecInt)mantissa + ((VecInt)shifted << 23));
+  const Vec y = (Vec)((VecUint)mantissa + ((VecUint)shifted << 23));  // unsigned: what is out of range wraps around
   return x < -87.0f ? Vec{} : y;
 }
 
@@ -49,7 +49,7 @@ FASTBERT_INLINE Vec exp2(Vec x) {
   const Vec shifted = x + round_to_integer;
   const Vec f = x - (shifted - round_to_integer);
   const Vec y = polynomial(f, q) * f + 1.0f;
-  return x < smallest ? Vec{} : (Vec)((VecInt)y + ((VecInt)shifted << 23));
+  return x < smallest ? Vec{} : (Vec)((VecUint)y + ((VecUint)shifted << 23));
 #endif
 }
 
