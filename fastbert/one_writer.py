@@ -1,4 +1,5 @@
-"""One process at a time writes to an output: a second one is refused before it has read or deleted anything."""
+"""One process at a time writes to an output: a second one is refused before it has read or deleted anything, and so is an output
+that not everybody could write to."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,11 +25,12 @@ def one_writer(run: Callable[..., R]) -> Callable[..., R]:
 
     The lock is an empty file in the user's cache folder, so that none lies about beside the output; the system frees it when the
     process ends, however it does. Of processes that torchrun has started together the first one writes, and holds it. Raises
-    :class:`SettingsError` where another process holds it.
+    :class:`SettingsError` where another process holds it, and where the name is no text.
     """
 
     @functools.wraps(run)
     def locked(settings: Any, *others: Any, **named: Any) -> R:
+        _check_is_text(settings.output)
         with _lock(settings.output) if _writes() else contextlib.nullcontext():
             return run(settings, *others, **named)
 
@@ -36,6 +39,17 @@ def one_writer(run: Callable[..., R]) -> Callable[..., R]:
 
 def _writes() -> bool:
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def _check_is_text(output: str | Path) -> None:
+    """Tokenizer and weights are written by libraries that take no other names, when the training is done."""
+    try:
+        str(Path(output).resolve()).encode()
+    except UnicodeEncodeError:
+        raise SettingsError(
+            f"--output {ascii(str(output))}: the path is no text in {sys.getfilesystemencoding()}, the encoding of file names "
+            "here; choose another name, or set PYTHONUTF8=1 where it is one in UTF-8"
+        ) from None
 
 
 def _lock(output: str | Path) -> contextlib.AbstractContextManager:

@@ -66,6 +66,14 @@ def test_the_lock_is_free_again_after_an_error_and_other_outputs_never_wait(tmp_
     assert run(settings, "mine", ends="well") == "mine"
 
 
+def test_a_name_that_is_no_text_is_refused_at_once(tmp_path):
+    """Bytes of Latin-1 on a system of UTF-8: the libraries that write tokenizer and weights would fail after the training."""
+    output = tmp_path / os.fsdecode(b"gr\xf6\xdfe") / "run"
+    with pytest.raises(SettingsError, match=r"the path is no text in utf-8.*PYTHONUTF8=1"):
+        run(SimpleNamespace(output=str(output)), "mine", ends="well")
+    assert not output.parent.exists()
+
+
 def test_without_a_cache_folder_the_run_goes_on(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

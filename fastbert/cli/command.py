@@ -94,8 +94,9 @@ def prints_unicode() -> bool:
 def run_command(name: str, body: Callable[[Say], CommandResult], *, json_output: bool, debug: bool) -> None:
     """Runs ``body`` with a function that prints for people, prints its document or its error, and exits with its code."""
 
-    if not prints_unicode() and isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: no work is lost for want of a character
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: no work is lost for want of a character, nor by the name of a file that is no text.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
     def say(text: str) -> None:
         _print(text, sys.stderr if json_output else sys.stdout)

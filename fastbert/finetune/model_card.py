@@ -35,7 +35,7 @@ def write_card(facts: Mapping[str, Any], folder: Path) -> Path:
     path = folder / CARD_NAME
     text = model_card(facts)
     with whole_file(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -117,7 +117,7 @@ def write_report(document: dict[str, Any], output: Path) -> None:
     plot_scores(document, output / PICTURE_NAME)
     report = markdown_report(document, PICTURE_NAME)
     with whole_file(output / REPORT_NAME) as beside:
-        beside.write_text(report, encoding="utf-8")
+        beside.write_text(report, encoding="utf-8", errors="backslashreplace")
 
 
 def pair_folder(output: Path, name: str, seed: int) -> Path:

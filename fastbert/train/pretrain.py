@@ -329,7 +329,7 @@ def _write_results(
     with whole_files(output, last=MODEL_NAME) as folder:
         save_model(model, folder)
         save_tokenizer(data.tokenizer, folder)
-        (folder / CARD_NAME).write_text(model_card(settings, result, model.config), encoding="utf-8")
+        (folder / CARD_NAME).write_text(model_card(settings, result, model.config), encoding="utf-8", errors="backslashreplace")
     if report is not None:
         write_json(output / COMPARISON_NAME, report.to_dict())
     if importlib.util.find_spec("matplotlib"):

@@ -67,6 +67,16 @@ def test_a_run_and_the_refusal_to_write_over_it(corpora, tmp_path):
     assert repeated.exit_code == 0 and last_line(repeated.stdout)["held_out"] == document["held_out"]
 
 
+def test_a_corpus_whose_name_is_no_text(corpora, tmp_path):
+    """Bytes of Latin-1 on a system of UTF-8: terminal and model card show them as codes."""
+    corpus = tmp_path / os.fsdecode(b"b\xfccher.txt")
+    corpus.write_bytes(Path(corpora[0]).read_bytes())
+    run = pretrain("--corpus", str(corpus), *OPTIONS, "--steps", "1", "--output", str(tmp_path / "run"))
+    assert run.exit_code == 0, run.output
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert r"b\udcfccher.txt" in card and r"b\udcfccher.txt" in run.stdout
+
+
 def test_losses_that_differ_fail_the_command(corpora, tmp_path, monkeypatch):
     monkeypatch.setattr("fastbert.train.compare.AGREEMENT_TOLERANCE", -1.0)
     run = pretrain("--corpus", *corpora, *OPTIONS, "--steps", "1", "--output", str(tmp_path / "run"), "--compare", "--json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 from huggingface_hub import ModelCard
@@ -125,3 +126,8 @@ def test_written_whole(facts, tmp_path):
     (tmp_path / "README.md").write_text("old", encoding="utf-8")
     assert write_card(facts, tmp_path).read_text(encoding="utf-8") == model_card(facts)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_file_whose_name_is_no_text(facts, tmp_path):
+    facts["data"]["train"]["source"] = os.fsdecode(b"/data/tr\xe4ning.tsv")
+    assert r"tr\udce4ning.tsv" in write_card(facts, tmp_path).read_text(encoding="utf-8")
