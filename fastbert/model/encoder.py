@@ -16,7 +16,7 @@ from .cache_name import CACHE, takes_their_cache
 from .embeddings import embed
 from .fallback import hidden_states_wanted, model_fallback_reasons
 from .inputs import check_inputs, warn_of_first_position
-from .layer import take_half
+from .layer import active_dropout_p, take_half
 from .outputs import PooledEncoderOutput
 from .packed_ends import pool
 from .packed_layer import is_trained, run_stack
@@ -130,6 +130,8 @@ class PackedEncoder:
         if known and not all_rows_reasons(self, recorded.states is not None):
             selection = RowSelection(packing, total, labels, first=has_pooler, labelled_rows=labelled_rows)
         layers = list(self.encoder.layer)
+        if torch.compiler.is_compiling() and _drops(self.encoder):  # a checkpointed layer may not draw what later ones use
+            packing.seed_for(1.0)
         worth_it = selection is not None and selection.is_worth_it(is_trained(layers[-1], hidden_states))
         last_layer = layers.pop() if worth_it else None
         rows = run_stack(layers, hidden_states, packing) if recorded.states is None else None
@@ -216,6 +218,11 @@ def not_told_reasons(encoder: nn.Module) -> list[str]:
     if not (is_of_fast_class(encoder) and isinstance(encoder, PackedEncoder)):
         return [f"the encoder is {type(encoder).__module__}.{type(encoder).__qualname__}"]
     return ["the encoder has hooks, or another forward than its class"] if is_watched(encoder) else []
+
+
+def _drops(encoder: nn.Module) -> bool:
+    """Whether any dropout inside is active."""
+    return any(isinstance(module, nn.Dropout) and active_dropout_p(module) > 0 for module in encoder.modules())
 
 
 # Arguments beside the inputs that ask for nothing.

@@ -89,9 +89,11 @@ class Packing:
     def dropout_of(self, p: float, stream: int) -> dict[str, Any]:
         """The arguments of an op with dropout: ``p`` as it was when this stream was first asked for, the seed, and the stream.
 
-        A layer that is run again, when its model may be in another mode, must drop what it has dropped.
+        A layer that is run again, when its model may be in another mode, must drop what it has dropped. What runs again of a
+        compiled layer has p as a constant, and torch.compile lets a checkpointed layer change nothing outside of itself.
         """
-        p = self._dropout_p.setdefault(stream, p)
+        if not torch.compiler.is_compiling():
+            p = self._dropout_p.setdefault(stream, p)
         return {"dropout_p": p, "seed": self.seed_for(p), "stream": stream}
 
     @property
@@ -172,7 +174,10 @@ class Packing:
         """padded_shape int64, 1 on real tokens: the attention_mask of transformers' models."""
         if self._padding_mask is None:
             total = self.shape[0] * self.shape[1] if self.indices is None else self.indices.numel()
-            self._padding_mask = self.to_sequences(torch.ones(total, dtype=torch.int64, device=self.cu_seqlens.device))
+            mask = self.to_sequences(torch.ones(total, dtype=torch.int64, device=self.cu_seqlens.device))
+            if torch.compiler.is_compiling():  # a checkpointed layer may change nothing outside of itself then
+                return mask
+            self._padding_mask = mask
         return self._padding_mask
 
     @property
@@ -182,5 +187,8 @@ class Packing:
             starts = self.cu_seqlens[:-1].long()
             sequences = torch.arange(self.num_sequences, device=starts.device)
             owner = torch.repeat_interleave(sequences, self.cu_seqlens.diff().long(), output_size=self.shape[1])
-            self._rows = owner * self.max_seqlen + torch.arange(owner.numel(), device=starts.device) - starts[owner]
+            rows = owner * self.max_seqlen + torch.arange(owner.numel(), device=starts.device) - starts[owner]
+            if torch.compiler.is_compiling():
+                return rows
+            self._rows = rows
         return self._rows

@@ -148,6 +148,41 @@ def test_dropout_is_drawn_at_each_call():
     torch.testing.assert_close(fast(**batch).loss, first, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(("name", "swapped"), [(NAME, False), ("BertForMaskedLM", True)])
+def test_checkpointed_layers(name, swapped):
+    """In one graph, as transformers' are; attention alone drops, so that a layer is the first to draw."""
+    theirs, ours = fast_pair("class", name, num_hidden_layers=1, use_cache=False)
+    batch = inputs_for(name)
+    batch.pop("attention_mask")
+    for model in (theirs, ours):
+        model.train().gradient_checkpointing_enable()
+    if swapped:  # it runs transformers' forward, on padded rows
+        ours.base_model.encoder.layer[0].chunk_size_feed_forward = 1
+    expected, got = theirs(**batch).loss, compiled(ours, "aot_eager")(**batch).loss
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+    expected.backward()
+    got.backward()
+    assert_same_gradients(ours, theirs, 1e-4)
+    assert graphs() == 1
+
+
+def test_checkpointed_layers_draw_the_same_dropout_again():
+    theirs, ours = fast_pair("class", NAME, num_hidden_layers=1, attention_probs_dropout_prob=0.3)
+    ours.train().config.use_cache = False
+    batch = inputs_for(NAME)
+    batch.pop("attention_mask")
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            ours.gradient_checkpointing_enable()
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        compiled(ours, "aot_eager")(**batch).loss.backward()
+        gradients.append([p.grad.clone() for p in ours.parameters()])
+        ours.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
 def test_hidden_states_and_autocast():
     theirs, ours = fast_pair("accelerate", "BertModel", num_hidden_layers=1)
     ids = torch.randint(VOCABULARY, (3, 7))
