@@ -17,12 +17,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():  # before anything imports Triton, whose own functions are interpreted or compiled from then on
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from . import cuda_on_host  # noqa: E402
 from .processes import rough_savefig  # noqa: E402
 from .toys import entity_folder, sentiment_folder, toy_model, toy_tokenizer  # noqa: E402, F401 (fixtures)
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
     # At once: a kernel is interpreted or compiled for good when it is imported, and a test may change the variable before that.
     if importlib.util.find_spec("triton"):
         import fastbert_kernels
