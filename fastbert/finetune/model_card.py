@@ -9,18 +9,18 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from fastbert.tasks.registry import task_for
+from fastbert.tasks.task import Task
 from fastbert.train.model_card import closing_sections, table
 from fastbert.whole_file import whole_file
 
 CARD_NAME = "README.md"
 _MOST_LABELS = 50  # with their counts; the rest are in config.json
-# Names of tasks on the Hugging Face Hub, and how transformers' pipelines are called, by ours; other tasks have the same.
+# Names of tasks on the Hugging Face Hub, by the families of ours; the first two are those of transformers' pipelines, too.
 _HUB_TASKS = {
-    "sentiment": "text-classification",
-    "multi-label-classification": "text-classification",
-    "regression": "text-classification",
-    "ner": "token-classification",
-    "pos": "token-classification",
+    "text": "text-classification",
+    "words": "token-classification",
+    "questions": "question-answering",
+    "choices": "multiple-choice",
 }
 _EXAMPLES = {
     "text": '["A text to be judged."]',
@@ -49,16 +49,15 @@ def model_card(facts: Mapping[str, Any]) -> str:
       cut), labels (label: count);
     - scores: for each split and metric mean, std (of a sample; None with one seed) and values, one per seed;
     - seeds; best_seed: the one whose model lies in the folder;
-    - settings: name: value, shown as they are;
+    - settings: name: value, shown as they are; pipelines of texts are told to cut at max_seq_length, where it is there;
     - speed, where it was measured: any of seconds, examples_per_second, tokens_per_second, machine;
     - and if there are any labels (the label names in the model's order), pictures (file name: caption), notes (lines).
     """
-    family = task_for(facts["task"]).family
     sections = [
         f"# {_title(facts)}",
         f"{_origin(facts['base_model'])}, fine-tuned with fastbert for the task {facts['task']}.",
         "## How to use it",
-        _use(family, _hub_task(facts["task"])),
+        _use(task_for(facts["task"]), facts["settings"].get("max_seq_length")),
         "## Scores",
         _scores(facts),
     ]
@@ -102,7 +101,7 @@ def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
 
 
 def _hub_task(task: str) -> str:
-    return _HUB_TASKS.get(task, task)
+    return _HUB_TASKS[task_for(task).family]
 
 
 def _title(facts: Mapping[str, Any]) -> str:
@@ -114,18 +113,21 @@ def _origin(base_model: str) -> str:
     return f"The model in the folder `{path.name}`" if path.is_dir() else f"[{base_model}](https://huggingface.co/{base_model})"
 
 
-def _use(family: str, hub_task: str) -> str:
+def _use(task: Task, max_seq_length: int | None) -> str:
     fast = (
         "```python\nfrom fastbert.tasks.predictor import Predictor\n\n"
-        f'predictor = Predictor.from_pretrained("PATH_OF_THIS_FOLDER")\nprint(predictor({_EXAMPLES[family]}))\n```'
+        f'predictor = Predictor.from_pretrained("PATH_OF_THIS_FOLDER")\nprint(predictor({_EXAMPLES[task.family]}))\n```'
     )
     command = "```\nfastbert predict --model PATH_OF_THIS_FOLDER --input FILE\n```"
-    if family == "choices":  # transformers has no pipeline for it
-        return "\n\n".join([command, "In Python:", fast])
+    if task.family in ("text", "words"):
+        # Texts are cut where they were in training; pipelines of tokens have no such option.
+        cut = f", truncation=True, max_length={max_seq_length}" if task.family == "text" and max_seq_length is not None else ""
+        imported, loaded = "pipeline", f'pipeline("{_HUB_TASKS[task.family]}", model="PATH_OF_THIS_FOLDER"{cut})'
+    else:  # transformers has no pipeline for choices, and since version 5 none for questions
+        imported, loaded = task.auto_class, f'{task.auto_class}.from_pretrained("PATH_OF_THIS_FOLDER")'
     theirs = (
-        "```python\nimport fastbert\nfrom transformers import pipeline\n\n"
-        "fastbert.register()  # left out, the same numbers come more slowly\n"
-        f'pipeline("{hub_task}", model="PATH_OF_THIS_FOLDER")\n```'
+        f"```python\nimport fastbert\nfrom transformers import {imported}\n\n"
+        f"fastbert.register()  # left out, the same numbers come more slowly\n{loaded}\n```"
     )
     return "\n\n".join([command, "In Python:", fast, "Or as any model of transformers:", theirs])
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 
 import pytest
+import transformers
 from huggingface_hub import ModelCard
+from transformers.pipelines import SUPPORTED_TASKS
 
 from fastbert.finetune.model_card import model_card, write_card
 from fastbert.tasks.registry import TASK_NAMES
@@ -116,10 +119,23 @@ def test_many_labels_are_cut(facts):
 
 
 @pytest.mark.parametrize("task", TASK_NAMES)
-def test_every_task_has_a_card(facts, task):
+def test_every_task_has_a_card_whose_lines_run(facts, task):
+    """The Hub knows the name of its task, and transformers the pipeline or the class that it says to load."""
     text = model_card({**facts, "task": task})
-    assert ModelCard(text).data.pipeline_tag in text
-    assert ("transformers import pipeline" in text) is (task != "multiple-choice")
+    card = ModelCard(text)
+    assert card.data.pipeline_tag in ("text-classification", "token-classification", "question-answering", "multiple-choice")
+    assert {result.task_type for result in card.data.eval_results} == {card.data.pipeline_tag}
+    pipelines = re.findall(r'^pipeline\("([\w-]+)"', text, re.MULTILINE)
+    classes = re.findall(r"^(\w+)\.from_pretrained", text, re.MULTILINE)
+    assert len(pipelines + classes) == 1
+    assert all(name in SUPPORTED_TASKS for name in pipelines) and all(hasattr(transformers, name) for name in classes)
+
+
+def test_pipelines_cut_texts_where_training_did(facts):
+    facts["settings"]["max_seq_length"] = 128
+    cut = 'pipeline("text-classification", model="PATH_OF_THIS_FOLDER", truncation=True, max_length=128)'
+    assert cut in model_card(facts)
+    assert "truncation" not in model_card({**facts, "task": "ner"}), "an option that token classification has not"
 
 
 def test_written_whole(facts, tmp_path):
