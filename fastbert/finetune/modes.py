@@ -23,8 +23,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastbert.model.accelerate import restore
 from fastbert.model.int8 import Int8Linear
-from fastbert.tasks.model import TaskModel
+from fastbert.tasks.model import TaskModel, accelerated
 from fastbert.tasks.task import Outputs
 from fastbert.train.errors import SettingsError
 
@@ -36,7 +37,8 @@ TOP_K_LAYERS = 2
 # Rank, scale and dropout of PEFT's own examples on GLUE; the paper has rank 8 for RoBERTa, too.
 LORA_R, LORA_ALPHA, LORA_DROPOUT = 8, 16, 0.1
 LORA_TARGETS = ("query", "value")
-_PEFT_TASKS = {"text": "SEQ_CLS", "words": "TOKEN_CLS", "questions": "QUESTION_ANS"}
+# Not QUESTION_ANS: PEFT's class for it leaves out token_type_ids and position_ids, so that what trains is not what is merged.
+_PEFT_TASKS = {"text": "SEQ_CLS", "words": "TOKEN_CLS"}
 
 Rows = Sequence[dict[str, Any]]
 Say = Callable[[str], None]
@@ -57,8 +59,11 @@ class Tuning:
         peft_model = self.trained.model
         if not hasattr(peft_model, "merge_and_unload"):
             return self.whole
-        peft_model.save_pretrained(folder / ADAPTER)
-        return replace(self.whole, model=peft_model.merge_and_unload())
+        # Where PEFT has no name for the task, the adapter names the model's class: transformers', which everybody has.
+        restore(peft_model).save_pretrained(folder / ADAPTER)
+        merged = peft_model.merge_and_unload()
+        accelerated(merged)
+        return replace(self.whole, model=merged)
 
 
 def autocast_dtype(settings: FinetuneSettings) -> torch.dtype | None:

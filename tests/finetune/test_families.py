@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from fastbert.finetune.run import finetune
@@ -56,6 +57,38 @@ def test_question_answering(toy_model: Path, tmp_path: Path) -> None:
     assert (none["answer"], none["start"]) == ("", None)
     loaded = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run")
     assert loaded.config.num_labels == 2
+
+
+@pytest.mark.parametrize("family", ["questions", "choices"])
+def test_what_lora_predicts_is_what_its_folder_predicts(toy_model: Path, tmp_path: Path, family: str) -> None:
+    """And what PEFT makes of the adapter, with transformers' model."""
+    peft = pytest.importorskip("peft")
+    if family == "questions":
+        for split, count in (("train", 24), ("dev", 8)):
+            (tmp_path / f"{split}-v2.0.json").write_text(json.dumps(squad(count, len(split))))
+        task, score = "question-answering", "score"
+    else:
+        row = json.dumps({"context": "the film", "choices": ["was good", "was bad"], "label": 1})
+        (tmp_path / "train.jsonl").write_text(f"{row}\n" * 24)
+        (tmp_path / "dev.jsonl").write_text(f"{row}\n" * 4)
+        task, score = "multiple-choice", "probability"
+    folder = tmp_path / "run"
+    finetune(settings(task, toy_model, tmp_path, folder, mode="lora", max_seq_length=24, epochs=2), lambda line: None)
+    predict = Predictor.from_pretrained(folder, device="cpu")
+    written = [json.loads(line) for line in (folder / "predictions_dev.jsonl").read_text().splitlines()]
+    now = predict.predict(predict.read(next(tmp_path.glob("dev*"))))
+    assert [row[score] for row in written] == pytest.approx([row[score] for row in now], abs=1e-5)
+
+    mapping = json.loads((folder / "adapter" / "adapter_config.json").read_text())["auto_mapping"]
+    assert mapping["parent_library"] == "transformers.models.bert.modeling_bert"
+    model_class = getattr(transformers, mapping["base_model_class"])
+    adapted = peft.PeftModel.from_pretrained(model_class.from_pretrained(toy_model), folder / "adapter").eval()
+    batch = predict.loaded.tokenizer([["who was it ?", "the film"], ["a", "good book"]], padding=True, return_tensors="pt")
+    if family == "choices":
+        batch = {name: values.unsqueeze(0) for name, values in batch.items()}
+    with torch.no_grad():
+        expected, found = model_class.from_pretrained(folder).eval()(**batch)[0], adapted(**batch)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_multiple_choice(toy_model: Path, tmp_path: Path) -> None:
