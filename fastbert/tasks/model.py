@@ -77,6 +77,8 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
     if fast:
         notes += accelerated(model)
     check_vocabulary(name, model.config, tokenizer)
+    # It is saved with the model, for whoever says truncation=True: a checkpoint's own may know no limit.
+    tokenizer.model_max_length = longest_sequence(model.config, tokenizer)
     packed = fast and not task.pads and takes_packed_rows(model)
     return TaskModel(model, tokenizer, packed, collator(model, tokenizer, task.family, packed), tuple(notes), tuple(new))
 

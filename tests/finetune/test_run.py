@@ -63,6 +63,8 @@ def test_a_classifier_learns_and_its_folder_predicts(toy_model, sentiment_folder
     assert (good["label"], bad["label"]) == ("pos", "neg")
     theirs = transformers.pipeline("text-classification", str(folder), device="cpu")
     assert theirs("the film is great")[0]["score"] == pytest.approx(good["probability"], abs=1e-5)
+    long = "the film " * 100  # the base checkpoint's tokenizer knows no limit, its model ends at 64 positions
+    assert theirs(long, truncation=True)[0]["score"] == pytest.approx(predict([long])[0]["probability"], abs=1e-5)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert run["results"]["scores"]["dev"]["accuracy"]["values"] == accuracy["values"]
     assert run["settings"]["seeds"] == [0, 1]
