@@ -74,5 +74,17 @@ def _facts(
             "machine": device_name(pick_device(settings.device)),
         },
         "pictures": dict(pictures),
-        "notes": results["notes"],
+        "notes": [*_adaptation(results["adaptation"]), *results["notes"]],
     }
+
+
+def _adaptation(facts: Mapping[str, Any] | None) -> list[str]:
+    """A line on the text that --adapt added to what the weights have seen."""
+    if facts is None:
+        return []
+    # A dataset's name, or a file's without the folders of the machine.
+    corpus = ", ".join(f"`{Path(source).name if Path(source).exists() else source}`" for source in facts["corpus"])
+    return [
+        f"Before, the masked language model went on with {corpus}: {facts['steps']:,} steps on {facts['train_tokens']:,} tokens; "
+        f"its loss on held-out text went from {facts['before']['loss']:.3f} to {facts['after']['loss']:.3f}"
+    ]

@@ -169,6 +169,9 @@ def test_finetune_adapts_first_and_reports_the_effect(toy_model, sentiment_folde
     written = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert written["results"]["adaptation"] == result.adaptation
     assert written["settings"]["model"] == str(toy_model)
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    after = f"to {result.adaptation['after']['loss']:.3f}"
+    assert f"went on with `{corpus.name}`: 3 steps on {result.adaptation['train_tokens']:,} tokens" in card and after in card
 
     # A corpus that cannot be read ends a run before anything is trained.
     monkeypatch.setattr(finetune_module, "train_seed", None)
