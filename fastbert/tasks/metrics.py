@@ -24,7 +24,7 @@ TAGS = ("accuracy", "f1_macro")
 def classification_scores(predicted: NDArray[np.integer], labels: NDArray[np.integer], num_labels: int) -> dict[str, float]:
     """accuracy, f1 (of class 1 where there are two classes, else the mean over classes), f1_macro, matthews_correlation.
 
-    predicted, labels: (n,) class numbers.
+    predicted, labels: (n,) class numbers. A class that is in neither counts as 0 in the means, which are over all ``num_labels``.
     """
     metrics = optional("sklearn.metrics")
     classes = list(range(num_labels))
