@@ -105,13 +105,6 @@ def with_dropout(cpu: Any, memory: Memory, dtype: str, dropout: Any, has_dropout
     dx = second if has_dropout else 0
     yield "add_layer_norm_backward", elements, (x, other, mean, rstd, weight, dx, out, *sums, partials, ROWS, HIDDEN, dropout, *end)
 
-    if dtype == "bfloat16":
-        residual, y = (memory.values("float32", ROWS, HIDDEN) for _ in range(2))
-        forward = (x, bias, residual, weight, ln_bias, out, y, second, mean, rstd, ROWS, HIDDEN, EPS, dropout, THREADS)
-        yield "add_layer_norm_mixed_forward", elements, forward
-        backward = (x, residual, other, mean, rstd, weight, out, y, *sums, partials, ROWS, HIDDEN, dropout, THREADS)
-        yield "add_layer_norm_mixed_backward", elements, backward
-
     ids = [memory.integers([row * 7 % CLASSES for row in range(ROWS)]), memory.integers([0] * ROWS),
            memory.integers(list(range(ROWS)))]  # fmt: skip
     tables = [memory.values(dtype, rows, HIDDEN) for rows in (CLASSES, ROWS, 2)]

@@ -168,32 +168,6 @@ PYBIND11_MODULE(_cpu, m) {
       Release());
 
   m.def(
-      "add_layer_norm_mixed_forward",
-      [](Address x, Address bias, Address residual, Address weight, Address ln_bias, Address y_half, Address y, Address z,
-         Address mean, Address rstd, int64_t rows, int64_t hidden, float eps, const Dropout& dropout, int num_threads) {
-        cpu::add_layer_norm_mixed_forward(
-            {pointer<const void>(x), pointer<const float>(bias), pointer<const float>(residual),
-             pointer<const float>(weight), pointer<const float>(ln_bias), pointer<void>(y_half), pointer<float>(y),
-             pointer<void>(z), pointer<float>(mean), pointer<float>(rstd), rows, hidden, eps, dropout},
-            num_threads);
-      },
-      Release());
-
-  m.def(
-      "add_layer_norm_mixed_backward",
-      [](Address dy_half, Address dy, Address z, Address mean, Address rstd, Address weight, Address dx, Address dresidual,
-         Address dweight, Address dln_bias, Address dbias, Address partials, int64_t rows, int64_t hidden,
-         const Dropout& dropout, int num_threads) {
-        cpu::add_layer_norm_mixed_backward(
-            {pointer<const void>(dy_half), pointer<const float>(dy), pointer<const void>(z), pointer<const float>(mean),
-             pointer<const float>(rstd), pointer<const float>(weight), pointer<void>(dx), pointer<float>(dresidual),
-             pointer<float>(dweight), pointer<float>(dln_bias), pointer<float>(dbias), pointer<float>(partials), rows,
-             hidden, dropout},
-            num_threads);
-      },
-      Release());
-
-  m.def(
       "gelu_layer_norm_forward",
       [](Address x, Address bias, Address weight, Address ln_bias, Address y, Address mean, Address rstd, int64_t rows,
          int64_t hidden, float eps, DType dtype, int num_threads) {

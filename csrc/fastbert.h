@@ -166,40 +166,6 @@ struct AddLayerNormBackwardParams {
   DType dtype;  // of dy, z, dx and dresidual
 };
 
-// The same as autocast has it: x, z, dx and a second y in bfloat16 beside float32.
-struct AddLayerNormMixedForwardParams {
-  const void* x;          // (rows, hidden) bfloat16
-  const float* bias;      // (hidden,) or null
-  const float* residual;  // (rows, hidden)
-  const float* weight;    // (hidden,)
-  const float* ln_bias;   // (hidden,)
-  void* y_half;           // (rows, hidden) bfloat16
-  float* y;               // (rows, hidden)
-  void* z;                // (rows, hidden) bfloat16
-  float* mean;            // (rows,)
-  float* rstd;            // (rows,)
-  int64_t rows, hidden;
-  float eps;
-  Dropout dropout;
-};
-
-struct AddLayerNormMixedBackwardParams {
-  const void* dy_half;  // (rows, hidden) bfloat16, or null where y_half has no gradient
-  const float* dy;      // (rows, hidden), or null
-  const void* z;        // (rows, hidden) bfloat16
-  const float* mean;    // (rows,)
-  const float* rstd;    // (rows,)
-  const float* weight;  // (hidden,)
-  void* dx;             // (rows, hidden) bfloat16
-  float* dresidual;     // (rows, hidden)
-  float* dweight;       // (hidden,)
-  float* dln_bias;      // (hidden,)
-  float* dbias;         // (hidden,) or null
-  float* partials;      // (row_chunks(rows), 3, hidden)
-  int64_t rows, hidden;
-  Dropout dropout;
-};
-
 // y = LayerNorm(gelu(x + bias)) * weight + ln_bias
 struct GeluLayerNormForwardParams {
   const void* x;        // (rows, hidden)
@@ -418,8 +384,6 @@ void attention_of_rows_forward(const AttentionOfRowsForwardParams& params, int n
 void attention_of_rows_backward(const AttentionOfRowsBackwardParams& params, int num_threads);
 void add_layer_norm_forward(const AddLayerNormForwardParams& params, int num_threads);
 void add_layer_norm_backward(const AddLayerNormBackwardParams& params, int num_threads);
-void add_layer_norm_mixed_forward(const AddLayerNormMixedForwardParams& params, int num_threads);
-void add_layer_norm_mixed_backward(const AddLayerNormMixedBackwardParams& params, int num_threads);
 void gelu_layer_norm_forward(const GeluLayerNormForwardParams& params, int num_threads);
 void gelu_layer_norm_backward(const GeluLayerNormBackwardParams& params, int num_threads);
 void bias_gelu_forward(const BiasGeluForwardParams& params, int num_threads);

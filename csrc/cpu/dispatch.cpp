@@ -110,9 +110,6 @@ void require_supported(const Params& params) {
   }
 }
 
-void require_supported(const AddLayerNormMixedForwardParams&) {}
-void require_supported(const AddLayerNormMixedBackwardParams&) {}
-
 void require_supported(const PackWeightParams& params) {
   if (!is_weight(params.dtype)) throw std::invalid_argument("weights of float32, bfloat16 and int8 are packed");
 }

@@ -15,8 +15,6 @@
   X(attention_of_rows_backward, AttentionOfRowsBackwardParams)       \
   X(add_layer_norm_forward, AddLayerNormForwardParams)               \
   X(add_layer_norm_backward, AddLayerNormBackwardParams)             \
-  X(add_layer_norm_mixed_forward, AddLayerNormMixedForwardParams)    \
-  X(add_layer_norm_mixed_backward, AddLayerNormMixedBackwardParams)  \
   X(gelu_layer_norm_forward, GeluLayerNormForwardParams)             \
   X(gelu_layer_norm_backward, GeluLayerNormBackwardParams)           \
   X(bias_gelu_forward, BiasGeluForwardParams)                        \

@@ -58,8 +58,8 @@ def add_layer_norm_mixed(
     x: (rows, hidden) bfloat16 or float16; residual: (rows, hidden), float32 as the parameters (others are converted).
 
     Returns y (rows, hidden) in x's dtype, for the next matmul, and the same in float32, for the next residual. One pass by
-    Triton's kernels, and on CPUs by the C++ ones in bfloat16; elsewhere, and where torch.compile fuses such passes, "auto" converts
-    x to float32 for :func:`add_layer_norm`, and its result to x's dtype. Raises as that one does.
+    Triton's kernels; elsewhere, and where torch.compile fuses such passes, "auto" converts x to float32 for
+    :func:`add_layer_norm`, and its result to x's dtype. Raises as that one does.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x has dtype {x.dtype}, expected torch.bfloat16 or torch.float16 beside a float32 residual")

@@ -23,7 +23,7 @@ from . import cuda, measured_backends
 OPS = ("embedding_layer_norm", "attention", "add_layer_norm", "linear_gelu", "gelu_layer_norm", "mlm_loss")
 INFERENCE_OPS = ("int8_linear",)  # without a derivative
 CPU_OPS = ("attention_of_rows",)  # GPUs compute all rows
-MIXED_OPS = ("add_layer_norm_mixed",)  # without a kernel for it the op of its first name and conversions
+MIXED_OPS = ("add_layer_norm_mixed",)  # one pass where a GPU's kernel does it, elsewhere the op of its first name and conversions
 BACKENDS = ("reference", "native", "triton", "cuda")
 AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 
@@ -37,7 +37,7 @@ _DTYPES = {
 _DEVICES = {"native": "cpu", "cuda": cuda.DEVICE_TYPE}
 _OPS_OF = {
     "reference": (*OPS, *INFERENCE_OPS, *MIXED_OPS, *CPU_OPS),
-    "native": (*OPS, *INFERENCE_OPS, *MIXED_OPS, *CPU_OPS),
+    "native": (*OPS, *INFERENCE_OPS, *CPU_OPS),
     "triton": (*OPS, *MIXED_OPS),
     "cuda": cuda.OPS,
 }
@@ -73,8 +73,8 @@ def not_supported_reasons(backend: str, op: str, device_type: str, dtype: torch.
     if backend == "triton" and device_type == "cpu" and not _triton_interprets():
         reasons.append("Triton compiles for GPUs only (TRITON_INTERPRET=1 interprets its kernels on a CPU, for tests)")
     multiplied_by_matrix_units = (backend, op) == ("cuda", "attention")
-    only_half = op in MIXED_OPS or multiplied_by_matrix_units
-    if dtype not in _DTYPES[backend] or (only_half and dtype not in _HALVES):
+    dtypes = _HALVES if op in MIXED_OPS or multiplied_by_matrix_units else _DTYPES[backend]
+    if dtype not in dtypes:
         reasons.append(f"it has no kernels for {str(dtype).removeprefix('torch.')}")
     if head_dim is not None and (reason := _head_dim_reason(backend, dtype, head_dim)):
         reasons.append(reason)

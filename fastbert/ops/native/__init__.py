@@ -27,14 +27,7 @@ from .extension import (
 )
 from .feed_forward import feed_forward_backward, linear_gelu_backward, linear_gelu_forward
 from .int8_linear import int8_linear_forward, int8_unavailable_reasons
-from .layer_norms import (
-    add_layer_norm_backward,
-    add_layer_norm_forward,
-    add_layer_norm_mixed_backward,
-    add_layer_norm_mixed_forward,
-    gelu_layer_norm_backward,
-    gelu_layer_norm_forward,
-)
+from .layer_norms import add_layer_norm_backward, add_layer_norm_forward, gelu_layer_norm_backward, gelu_layer_norm_forward
 from .mlm_loss import mlm_loss_backward, mlm_loss_forward
 from .product import matmul, matmul_and_row_sums, matmul_gelu, matmul_gelu_gradient
 
@@ -47,8 +40,6 @@ __all__ = [
     "WEIGHT_DTYPES",
     "add_layer_norm_backward",
     "add_layer_norm_forward",
-    "add_layer_norm_mixed_backward",
-    "add_layer_norm_mixed_forward",
     "attention_backward",
     "attention_forward",
     "attention_of_rows_backward",

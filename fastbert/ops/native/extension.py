@@ -16,9 +16,8 @@ from .. import reference
 # What the module offers.
 NAMES = (
     "DType", "Dropout", "EmbeddingTables", "EncoderLayer", "EncoderLayers", "MatmulEnd", "PackedLinear", "Snapshot",
-    "add_layer_norm_backward", "add_layer_norm_forward", "add_layer_norm_mixed_backward", "add_layer_norm_mixed_forward",
-    "all_unchanged", "attention_backward", "attention_forward", "attention_of_rows_backward", "attention_of_rows_forward",
-    "bias_gelu_backward", "bias_gelu_forward", "embed_tokens",
+    "add_layer_norm_backward", "add_layer_norm_forward", "all_unchanged", "attention_backward", "attention_forward",
+    "attention_of_rows_backward", "attention_of_rows_forward", "bias_gelu_backward", "bias_gelu_forward", "embed_tokens",
     "embedding_layer_norm_backward", "embedding_layer_norm_forward", "gelu_layer_norm_backward", "gelu_layer_norm_forward",
     "instruction_set", "matmul", "matmul_workspace_bytes", "mlm_loss_backward", "mlm_loss_forward", "multiplies",
     "pack_weight", "packed_dense", "packed_weight_bytes", "read_mask", "row_chunks", "set_instruction_set",

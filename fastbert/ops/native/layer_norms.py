@@ -59,55 +59,6 @@ def add_layer_norm_backward(
     return dx, dresidual, dweight.to(dtype), dln_bias.to(dtype), None if dbias is None else dbias.to(dtype)
 
 
-def add_layer_norm_mixed_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    ln_bias: Tensor,
-    eps: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    stream: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`reference.add_layer_norm_mixed_forward`."""
-    rows, hidden = x.shape
-    y_half, y, z = torch.empty_like(x), torch.empty_like(residual), torch.empty_like(x)
-    mean, rstd = empty(rows), empty(rows)
-    EXTENSION.add_layer_norm_mixed_forward(
-        x.data_ptr(), pointer(bias), residual.data_ptr(), weight.data_ptr(), ln_bias.data_ptr(),
-        y_half.data_ptr(), y.data_ptr(), z.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
-        rows, hidden, eps, as_dropout(dropout_p, seed, stream), torch.get_num_threads(),
-    )  # fmt: skip
-    return y_half, y, z, mean, rstd
-
-
-def add_layer_norm_mixed_backward(
-    dy: Tensor | None,
-    dy_residual: Tensor | None,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    has_bias: bool,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    stream: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """See :func:`reference.add_layer_norm_mixed_backward`."""
-    rows, hidden = z.shape
-    dx, dresidual = torch.empty_like(z), empty(rows, hidden)
-    dweight, dln_bias = empty(hidden), empty(hidden)
-    dbias = empty(hidden) if has_bias else None
-    partials = row_sum_workspace(rows, 3, hidden)
-    EXTENSION.add_layer_norm_mixed_backward(
-        pointer(dy), pointer(dy_residual), z.data_ptr(), mean.data_ptr(), rstd.data_ptr(), weight.data_ptr(),
-        dx.data_ptr(), dresidual.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), pointer(dbias), partials.data_ptr(),
-        rows, hidden, as_dropout(dropout_p, seed, stream), torch.get_num_threads(),
-    )  # fmt: skip
-    return dx, dresidual, dweight, dln_bias, dbias
-
-
 def gelu_layer_norm_forward(
     x: Tensor, bias: Tensor | None, weight: Tensor, ln_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
