@@ -171,7 +171,7 @@ def _calls() -> list[tuple[Any, str, str]]:
     """Of those and of every backend's kernels, which a layer in training calls past torch's dispatcher, the names of their ops."""
     found = list(_NATIVE_CALLS)
     for op, backend in itertools.product((*backends.OPS, *backends.MIXED_OPS), backends.BACKENDS):
-        if op in backends.MIXED_OPS and backend not in ("reference", "triton") or backends.unavailable_reason(backend):
+        if backends.unavailable_reason(backend):
             continue
         module = backends.implementation(op, backend)
         for direction, ending in (("forward", ""), ("backward", "_backward")):

@@ -50,16 +50,9 @@ _requests: WeakKeyDictionary[nn.Module, _Request] = WeakKeyDictionary()
 
 def keep(model: nn.Module) -> None:
     """Remembers what a call of ``model`` without gradients ran, where all of it ran natively and nothing else was asked for."""
-    if model in _requests:
+    if model in _requests or getattr(model, "embeddings_project", None) is not None:
         return
     config, layers, pooler = model.config, model.encoder.layer, getattr(model, "pooler", None)
-    # First: a change from now on is seen, whoever makes it.
-    shell = Snapshot([model, model.encoder, layers], {model: ("config",)}, may_grow=False)
-    settings = AttributesSnapshot(config, _SETTINGS)
-    if model_fallback_reasons(model) or hidden_states_wanted(config, {}) or getattr(config, "return_dict", True) is False:
-        return
-    if getattr(model, "embeddings_project", None) is not None or not reads_first_rows(model):
-        return
     embeddings, stack = entry_of(model.embeddings), stack_of(layers[0])
     pooled = None if pooler is None else entry_of(pooler)
     if embeddings is None or stack is None or (pooler is not None and pooled is None) or len(stack.types) != len(layers):
@@ -67,11 +60,26 @@ def keep(model: nn.Module) -> None:
     rows, autocast = stack.dtypes
     if rows != embeddings.native_form.dtype or autocast is not None or (pooled is not None and pooled.native_form.dtype != rows):
         return
-    _requests[model] = _Request(
+    if _asks_for_more(model):
+        return
+    request = _Request(
         config._attn_implementation, ref(embeddings), ref(stack), None if pooled is None else ref(pooled),
-        [settings.handle, shell.handle, embeddings.snapshot.handle],
+        [
+            AttributesSnapshot(config, _SETTINGS).handle,
+            Snapshot([model, model.encoder, layers], {model: ("config",)}, may_grow=False).handle,
+            embeddings.snapshot.handle,
+        ],
         [*stack.snapshots, *([] if pooled is None else [pooled.snapshot.handle])],
     )  # fmt: skip
+    if model.config is config and not _asks_for_more(model):  # again: a change since the snapshots will be seen
+        _requests[model] = request
+
+
+def _asks_for_more(model: nn.Module) -> bool:
+    """Whether settings or modules have a call do what :func:`answer` does not."""
+    config = model.config
+    more = hidden_states_wanted(config, {}) or getattr(config, "return_dict", True) is False
+    return bool(more or model_fallback_reasons(model) or not reads_first_rows(model))
 
 
 def answer(
@@ -97,8 +105,11 @@ def answer(
     if not is_known_attention(request.attention):
         return None
     packing = Packing.from_mask(attention_mask, tuple(input_ids.shape), input_ids.device)
+    total = (input_ids if packing.indices is None else packing.indices).numel()
+    if total == 0 or (first_only and few_are_worth_it(packing.num_sequences, total, False)):
+        return None
     x = embed_at_once(embeddings.native_form, model, packing, input_ids, token_type_ids, None)
-    if x is None or len(x) == 0 or (first_only and few_are_worth_it(packing.num_sequences, len(x), False)):
+    if x is None:
         return None
     rows = run_layers_if_unchanged(stack.packed, x, packing.cu_seqlens, request.read_later)
     if rows is None:
