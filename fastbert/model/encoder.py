@@ -164,8 +164,7 @@ class PackedEncoder:
         return output.to_tuple() if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False else output
 
     def _answer(self, packing: Packing, rows: Tensor, pooled: Tensor | None):
-        output = self.output_class.empty()
-        output.set_rows(rows, packing)
+        output = self._output(rows, packing, None, None)
         if pooled is not None:
             output["pooler_output"] = pooled
         return output

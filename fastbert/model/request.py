@@ -55,7 +55,9 @@ def keep(model: nn.Module) -> None:
     config, layers, pooler = model.config, model.encoder.layer, getattr(model, "pooler", None)
     embeddings, stack = entry_of(model.embeddings), stack_of(layers[0])
     pooled = None if pooler is None else entry_of(pooler)
-    if embeddings is None or stack is None or (pooler is not None and pooled is None) or len(stack.types) != len(layers):
+    if embeddings is None or stack is None or (pooler is not None and pooled is None):
+        return
+    if not stack.is_of(list(layers), stack.dtypes, native.instruction_set()):  # but of a model that shares the first one
         return
     rows, autocast = stack.dtypes
     if rows != embeddings.native_form.dtype or autocast is not None or (pooled is not None and pooled.native_form.dtype != rows):

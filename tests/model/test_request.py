@@ -270,6 +270,22 @@ def test_training_frees_what_was_packed(answers):
     assert [reference() for reference in kept] == [None, None]
 
 
+def test_layers_of_another_model_are_not_kept(answers):
+    """Of two models with the same first layer, the layers that were packed last are those of the one that was called last."""
+    first = pair("BertModel")[1]
+    second = copy.deepcopy(first)
+    second.encoder.layer[0] = first.encoder.layer[0]
+    for model in (second, first):
+        called_before(model, answers)
+    request._requests.pop(second, None)
+    request.keep(second)
+    assert second not in request._requests
+    with torch.no_grad():
+        second.encoder.layer[2].output.dense.weight.mul_(2)
+        for model in (first, second, first, second):
+            assert_same_as_ordinary(model, **batch_for(model))
+
+
 def test_a_model_is_not_kept_alive(answers):
     model = called_before(pair("BertModel")[1], answers)
     gone = weakref.ref(model)
