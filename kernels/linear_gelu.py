@@ -91,15 +91,21 @@ def linear_gelu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns (dx, dweight, dbias); dbias is None without a bias. Where u is None it is computed again."""
+    du, dbias = bias_gelu_backward(dy, x @ weight.t() if u is None else u, bias, x.dtype)
+    return du @ weight, du.t() @ x, dbias
+
+
+def bias_gelu_backward(dy: Tensor, u: Tensor, bias: Tensor | None, dbias_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The gradients of u, (rows, columns), and of bias, (columns,) in dbias_dtype, None without one; dy: that of gelu(u + bias)."""
     du = torch.empty_like(dy)
-    dbias = None if bias is None else torch.empty_like(bias)
+    dbias = None if bias is None else torch.empty(bias.shape, dtype=dbias_dtype, device=bias.device)
     if dy.numel() == 0:
-        return torch.zeros_like(x), torch.zeros_like(weight), None if dbias is None else dbias.zero_()
+        return du, None if dbias is None else dbias.zero_()
     with device_guard(dy):
-        partials = _gelu_pass(x @ weight.t() if u is None else u, bias, dy, du, dbias)
+        partials = _gelu_pass(u, bias, dy, du, dbias)
         if dbias is not None:
             sum_partials(partials, dbias)
-    return du @ weight, du.t() @ x, dbias
+    return du, dbias
 
 
 def _gelu_pass(u: Tensor, bias: Tensor | None, dy: Tensor | None, out: Tensor, dbias: Tensor | None) -> Tensor | None:

@@ -46,26 +46,34 @@ __device__ __forceinline__ float product_of_pairs(uint32_t a, uint32_t b) {
 }
 
 // Of all queries of a sequence, lse in powers of 2 and delta = sum(dout * out) * delta_scale. Queries past its end get an
-// infinite lse, hence probabilities of 0. Eight lanes have a row.
+// infinite lse, hence probabilities of 0. Eight lanes have a row, and each has several, whose loads are all on their way
+// before the first is waited for: nothing else of a block can begin until all are there.
 template <typename T>
 __device__ __forceinline__ void find_statistics(float* lse_log2, float* deltas, const HeadRows<const T>& dout, const T* out,
                                                 const float* lse, float delta_scale) {
-  const int rows = num_tiles(dout.length) * kTileRows, chunk = threadIdx.x % 8;
-#pragma unroll 4
-  for (int row = threadIdx.x / 8; row < rows; row += blockDim.x / 8) {
-    const bool inside = row < dout.length;
-    float delta = 0.0f;
-    if (inside) {
-      const uint4 a = *reinterpret_cast<const uint4*>(dout.at(row, 8 * chunk));
-      const uint4 b = *reinterpret_cast<const uint4*>(out + row * dout.stride + 8 * chunk);
-      delta = product_of_pairs<T>(a.x, b.x) + product_of_pairs<T>(a.y, b.y) +
-              (product_of_pairs<T>(a.z, b.z) + product_of_pairs<T>(a.w, b.w));
+  constexpr int kRows = 8;
+  const int rows = num_tiles(dout.length) * kTileRows, chunk = threadIdx.x % 8, step = blockDim.x / 8;
+  for (int first = threadIdx.x / 8; first < rows; first += kRows * step) {
+    uint4 a[kRows], b[kRows];
+    float row_lse[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = min(first + i * step, dout.length - 1);
+      a[i] = *reinterpret_cast<const uint4*>(dout.at(row, 8 * chunk));
+      b[i] = *reinterpret_cast<const uint4*>(out + row * dout.stride + 8 * chunk);
+      row_lse[i] = lse[row];
     }
 #pragma unroll
-    for (int lanes = 1; lanes < 8; lanes *= 2) delta += __shfl_xor_sync(0xFFFFFFFF, delta, lanes);
-    if (chunk == 0) {
-      lse_log2[row] = inside ? lse[row] * kLog2E : INFINITY;
-      deltas[row] = delta * delta_scale;
+    for (int i = 0; i < kRows; ++i) {
+      const int row = first + i * step;
+      float delta = product_of_pairs<T>(a[i].x, b[i].x) + product_of_pairs<T>(a[i].y, b[i].y) +
+                    (product_of_pairs<T>(a[i].z, b[i].z) + product_of_pairs<T>(a[i].w, b[i].w));
+#pragma unroll
+      for (int lanes = 1; lanes < 8; lanes *= 2) delta += __shfl_xor_sync(0xFFFFFFFF, delta, lanes);
+      if (chunk == 0 && row < rows) {
+        lse_log2[row] = row < dout.length ? row_lse[i] * kLog2E : INFINITY;
+        deltas[row] = row < dout.length ? delta * delta_scale : 0.0f;
+      }
     }
   }
 }
@@ -116,6 +124,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
     __syncthreads();
     if (threadIdx.x == 0 && step + 1 < steps) copy_queries(step + 1);
   };
+  const HeadDropout dropout(p.dropout, head.head);
   // What dropout scales by is left out of dS, and put into what is made of it.
   const float dropout_scale = kDropout ? p.dropout.scale : 1.0f;
   const float kept_share = kDropout ? 1.0f - static_cast<float>(p.dropout.threshold) / 65536.0f : 1.0f;
@@ -124,7 +133,6 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
   float* const deltas = reinterpret_cast<float*>(shared + Layout::kDelta);
   find_statistics(lse_log2, deltas, dout, static_cast<const T*>(p.out) + out_offset,
                   p.lse + head.head * p.total + head.start, kept_share);
-  const HeadDropout dropout(p.dropout, head.head);
   __syncthreads();
 
   const HeadRows<const T> values{static_cast<const T*>(p.qkv) + qkv_offset + 2 * hidden, 3 * hidden, head.length};
@@ -247,6 +255,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
       products_commit();
       products_wait<1>();
       pin(dp);
+      if (tile == tiles - 1) load_rows(v, values, first_key + kWarpgroups * kTileRows);  // the next ones are on their way
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float2 delta = tile_deltas[4 * j];
@@ -275,7 +284,6 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
     products_wait<0>();
     pin(dk);
     pin(dv);
-    load_rows(v, values, first_key + kWarpgroups * kTileRows);  // the next ones are on their way
     next_step(step);
     const bool has_last_dq = has_dq(tiles - 1);
     if (has_last_dq) begin_dq(step - 1, key_tiles);

@@ -15,6 +15,7 @@ from . import request
 from .cache_name import CACHE, takes_their_cache
 from .embeddings import embed
 from .fallback import hidden_states_wanted, model_fallback_reasons
+from .in_half import convert_for
 from .inputs import check_inputs, warn_of_first_position
 from .layer import active_dropout_p, take_half
 from .outputs import PooledEncoderOutput
@@ -134,6 +135,7 @@ class PackedEncoder:
             packing.seed_for(1.0)
         worth_it = selection is not None and selection.is_worth_it(is_trained(layers[-1], hidden_states))
         last_layer = layers.pop() if worth_it else None
+        convert_for(layers, hidden_states, packing)
         rows = run_stack(layers, hidden_states, packing) if recorded.states is None else None
         if rows is not None:
             hidden_states = rows

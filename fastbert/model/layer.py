@@ -41,7 +41,7 @@ from .plain import (
     is_plain_linear,
 )
 from .swap import replaces
-from .trained_layer import trained_layer
+from .trained_layer import is_last_layer, trained_layer
 
 # Streams of the dropout generator: one for each op of each layer, and after them one for the embeddings.
 STREAMS_PER_LAYER = 3
@@ -147,7 +147,8 @@ class FusedLayer:
         else:
             context, hidden_states = _self_attention_of(self.attention.self, hidden_states, packing, read, first_stream)
         hidden_states = _output(self.attention.output, context, hidden_states, packing, first_stream + 1)
-        return _feed_forward(self.intermediate, self.output, hidden_states, packing, first_stream + 2)
+        in_half = not is_last_layer(self)
+        return _feed_forward(self.intermediate, self.output, hidden_states, packing, first_stream + 2, in_half)
 
     def _as_one_node(self, hidden_states: Tensor, packing: Packing, first_stream: int) -> Tensor | None:
         """The whole layer as ``trained_layer`` has it, None where that does not take it."""
@@ -205,29 +206,31 @@ def _self_attention_of(
     return context.index_select(0, places), rows.index_select(0, places)
 
 
-def _output(module: nn.Module, x: Tensor, residual: Tensor, packing: Packing, stream: int) -> Tensor:
+def _output(module: nn.Module, x: Tensor, residual: Tensor, packing: Packing, stream: int, in_half: bool = True) -> Tensor:
     """BertSelfOutput and BertOutput: Linear, dropout, residual and LayerNorm."""
     dense = module.dense
     if is_plain_linear(dense):
-        return _add_layer_norm(module, linear(x, dense.weight, None), dense.bias, residual, packing, stream)
-    return _add_layer_norm(module, dense(x), None, residual, packing, stream)
+        return _add_layer_norm(module, linear(x, dense.weight, None), dense.bias, residual, packing, stream, in_half)
+    return _add_layer_norm(module, dense(x), None, residual, packing, stream, in_half)
 
 
-def _feed_forward(intermediate: nn.Module, output: nn.Module, x: Tensor, packing: Packing, stream: int) -> Tensor:
+def _feed_forward(intermediate: nn.Module, output: nn.Module, x: Tensor, packing: Packing, stream: int, in_half: bool) -> Tensor:
     """BertIntermediate and BertOutput."""
     first, activation, second = intermediate.dense, intermediate.intermediate_act_fn, output.dense
     if is_plain_linear(first) and is_exact_gelu(activation) and is_plain_linear(second):
         y = feed_forward(_for_matmul(x), first.weight, first.bias, second.weight)
-        return _add_layer_norm(output, y, second.bias, x, packing, stream)
-    return _output(output, _intermediate(intermediate, x), x, packing, stream)
+        return _add_layer_norm(output, y, second.bias, x, packing, stream, in_half)
+    return _output(output, _intermediate(intermediate, x), x, packing, stream, in_half)
 
 
-def _add_layer_norm(module: nn.Module, x: Tensor, bias: Tensor | None, residual: Tensor, packing: Packing, stream: int) -> Tensor:
-    """The end of BertSelfOutput and BertOutput, behind the Linear."""
+def _add_layer_norm(
+    module: nn.Module, x: Tensor, bias: Tensor | None, residual: Tensor, packing: Packing, stream: int, in_half: bool
+) -> Tensor:
+    """The end of BertSelfOutput and BertOutput, behind the Linear; in_half: see ``trained_layer.is_last_layer``."""
     norm, dropout = module.LayerNorm, packing.dropout_of(active_dropout_p(module.dropout), stream)
     parameters = bias, residual, norm.weight, norm.bias, norm.eps
     # Under autocast Linears give half precision, and transformers adds that to hidden states which stay float32 through all layers.
-    if residual.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
+    if in_half and residual.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
         half, y = add_layer_norm_mixed(x, *parameters, **dropout)
         return with_half(y, half)
     return add_layer_norm(x.to(torch.promote_types(x.dtype, residual.dtype)), *parameters, **dropout)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,18 @@ from torch.nn import functional as F
 from ..ops import native
 from ..ops.native.inference import are_readable_ids, read_mask
 from ..ops.registration import dispatch_mode_is_on
+
+
+class InHalf(NamedTuple):
+    """The parameters of a layer's matmuls as autocast has them, and what they were made of: where it was, and its versions."""
+
+    tensors: tuple[Tensor, ...]
+    sources: tuple[Tensor, ...]
+    made_of: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> InHalf:
+        return cls(tuple(tensors), tuple(sources), [(source.data_ptr(), source._version) for source in sources])
 
 
 class Packing:
@@ -28,6 +41,7 @@ class Packing:
         self._seed: Tensor | None = None
         self._dropout_p: dict[int, float] = {}
         self._padding_mask: Tensor | None = None
+        self.in_half: dict[Any, InHalf] = {}
         self._rows: Tensor | None = None
 
     @classmethod
@@ -95,6 +109,15 @@ class Packing:
         if not torch.compiler.is_compiling():
             p = self._dropout_p.setdefault(stream, p)
         return {"dropout_p": p, "seed": self.seed_for(p), "stream": stream}
+
+    def take_in_half(self, layer: Any, dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
+        """What :mod:`.in_half` made of the layer's parameters in this forward pass, once; None where it did not, or for another
+        dtype, or where they have changed since."""
+        made = self.in_half.pop(layer, None)
+        if made is None or made.tensors[0].dtype != dtype:
+            return None
+        same = made.made_of == [(source.data_ptr(), source._version) for source in made.sources]
+        return made.tensors if same else None
 
     @property
     def default_positions(self) -> Tensor:

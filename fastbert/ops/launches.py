@@ -181,7 +181,7 @@ def _add_layer_norm(backward: bool, dtype: torch.dtype, hidden: int, dropout_p: 
 
 
 def _add_layer_norm_mixed(backward: bool, dtype: torch.dtype, hidden: int, dropout_p: float) -> None:
-    """Of the last layer's results only the float32 one is read, of all others both."""
+    """Of results that no matmul reads there is no gradient in half precision. The last layer has the op in float32."""
     from fastbert_kernels import add_layer_norm_mixed
 
     dropout = _dropout(dropout_p)
@@ -194,6 +194,7 @@ def _add_layer_norm_mixed(backward: bool, dtype: torch.dtype, hidden: int, dropo
                 )
         else:
             add_layer_norm_mixed.add_layer_norm_mixed_forward(x, parameter, residual, parameter, parameter, EPS, *dropout)
+    _add_layer_norm(backward, torch.float32, hidden, dropout_p)
 
 
 def _gelu_layer_norm(backward: bool, dtype: torch.dtype, hidden: int) -> None:
@@ -215,6 +216,7 @@ def _linear_gelu(backward: bool, dtype: torch.dtype, in_features: int, out_featu
         x, u = torch.zeros(rows, in_features, dtype=dtype), torch.zeros(rows, out_features, dtype=dtype)
         if backward:
             linear_gelu.linear_gelu_backward(u, x, weight, bias, None if recompute else u)
+            linear_gelu.bias_gelu_backward(u, u, bias, torch.float32)  # under autocast
         else:
             for keep_preactivation in (not recompute, False):
                 linear_gelu.linear_gelu_forward(x, weight, bias, keep_preactivation)

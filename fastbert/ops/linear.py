@@ -23,6 +23,7 @@ from . import backends, calibration
 from .registration import contiguous_grad, register, under_autocast
 
 DTYPES = (torch.float32, torch.bfloat16)
+_HALVES = (torch.bfloat16, torch.float16)
 # Below FEW_ROWS a matmul is bound by reading (and packing) its weight. Less than MEASURED_FLOPS takes the first candidate:
 # calls cost as much as their work there, and a model of that size must not wait for a measurement.
 FEW_ROWS, MEASURED_FLOPS = 256, 1 << 24
@@ -138,17 +139,25 @@ def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
     return _DX[choice("dx", dy.dtype, dy.shape[0], weight.numel())](dy, weight)
 
 
-def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient of the weight: dy^T x, (out_features, in_features)."""
+def linear_dweight(dy: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The gradient of the weight: dy^T x, (out_features, in_features), in dy's dtype.
+
+    dtype: torch.float32 where that of the weight is and dy's is not. A GPU stores the sums as they are then, which saves their
+    rounding and the kernel that would convert them; elsewhere nothing changes.
+    """
+    if dtype == torch.float32 and dy.dtype in _HALVES and dy.device.type == "cuda":
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
     if not is_ours(dy, x):
         return dy.t() @ x
     return _DWEIGHT[choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1])](dy, x)
 
 
-def linear_parameter_gradients(dy: Tensor, x: Tensor, needs_weight: bool, needs_bias: bool) -> tuple[Tensor | None, Tensor | None]:
+def linear_parameter_gradients(
+    dy: Tensor, x: Tensor, needs_weight: bool, needs_bias: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor | None, Tensor | None]:
     """:func:`linear_dweight` and the gradient of the bias, the sums of dy's columns, (out_features,) in dy's dtype or float32."""
     if not (needs_weight and needs_bias and is_ours(dy, x)):
-        return linear_dweight(dy, x) if needs_weight else None, dy.sum(0) if needs_bias else None
+        return linear_dweight(dy, x, dtype) if needs_weight else None, dy.sum(0, dtype=dtype) if needs_bias else None
     name = choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1])
     return _native().matmul_and_row_sums(dy.t(), x) if name == "fastbert" else (_DWEIGHT[name](dy, x), dy.sum(0))
 

@@ -8,9 +8,17 @@ from torch.nn import functional as F
 
 from fastbert.ops import backends
 from fastbert.ops import linear as products
-from fastbert.ops.linear import linear, linear_dweight, linear_dweight_into, linear_dx, linear_forward, linear_forward_into
+from fastbert.ops.linear import (
+    linear,
+    linear_dweight,
+    linear_dweight_into,
+    linear_dx,
+    linear_forward,
+    linear_forward_into,
+    linear_parameter_gradients,
+)
 
-from .helpers import assert_within_budget, gradients, merged
+from .helpers import DEVICE, assert_within_budget, gradients, merged
 from .test_linear_gelu import SHAPES, inputs_for
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -53,6 +61,20 @@ def test_every_candidate_is_right(product, dtype, name, rows, in_features, out_f
         return [ours(*operands)], [plain(*operands)], [plain(x, weight, bias, dy)]
 
     assert_within_budget(*merged(draw, rows * out_features), [product])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_float32_weights(dtype):
+    """A GPU does not round them to the dtype of what was multiplied; a CPU leaves them in it."""
+    (x, weight, _), dy = inputs_for(300, 40, 24, dtype, False)
+    operands = [t.to(DEVICE, dtype) for t in (dy, x)]
+    dweight, dbias = linear_parameter_gradients(*operands, True, True, torch.float32)
+    for found, expected in ((dweight, dy.t() @ x), (dbias, dy.sum(0))):
+        assert found.dtype == torch.float32 or DEVICE == "cpu"
+        error = (found.double().cpu() - expected).norm() / expected.norm()
+        assert error <= (1e-5 if DEVICE == "cuda" else torch.finfo(dtype).eps)
+    assert linear_dweight(*operands).dtype == dtype
 
 
 @pytest.mark.parametrize(("product", "dtype", "name"), [c for c in CHOICES if c.values[0] != "dx"])

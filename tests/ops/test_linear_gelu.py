@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from fastbert.ops import linear_gelu
+from fastbert.ops.backends import implementation
+from fastbert.ops.reference import gelu_derivative
 
 from .helpers import assert_within_budget, backend_cases, device_of, gradients, merged, rounded
 
@@ -47,6 +49,20 @@ def check_gradients(backend, dtype, rows, in_features, out_features, with_bias, 
 @pytest.mark.parametrize(("backend", "dtype"), backend_cases("linear_gelu"))
 def test_with_gradients(backend, dtype, rows, in_features, out_features, with_bias, recompute):
     check_gradients(backend, dtype, rows, in_features, out_features, with_bias, recompute)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 8), (3, 33), (130, 264)])
+@pytest.mark.parametrize(("backend", "dtype"), [case for case in backend_cases("linear_gelu") if case.values[0] != "auto"])
+def test_the_bias_gradient_in_the_dtype_of_the_parameter(backend, dtype, rows, columns):
+    """Of half precision under autocast the sums, in float32, are not rounded: as far from the truth as in float32."""
+    device, module = device_of(backend), implementation("linear_gelu", backend)
+    u, dy = (torch.randn(rows, columns, dtype=torch.float64).to(dtype) for _ in range(2))
+    bias = torch.randn(columns, dtype=torch.float64).to(dtype)
+    du, dbias = module.bias_gelu_backward(dy.to(device), u.to(device), bias.to(device), torch.float32)
+    assert (du.dtype, dbias.dtype) == (dtype, torch.float32)
+    expected = (dy.double() * gelu_derivative(u.double() + bias.double())).sum(0)
+    torch.testing.assert_close(dbias.double().cpu(), expected, rtol=2e-3, atol=2e-3 * max(1, rows) ** 0.5)
+    assert module.bias_gelu_backward(dy.to(device), u.to(device), None, torch.float32)[1] is None
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backend_cases("linear_gelu"))

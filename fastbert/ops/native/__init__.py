@@ -25,7 +25,7 @@ from .extension import (
     supported_instruction_sets,
     unavailable_reason,
 )
-from .feed_forward import feed_forward_backward, linear_gelu_backward, linear_gelu_forward
+from .feed_forward import bias_gelu_backward, feed_forward_backward, linear_gelu_backward, linear_gelu_forward
 from .int8_linear import int8_linear_forward, int8_unavailable_reasons
 from .layer_norms import add_layer_norm_backward, add_layer_norm_forward, gelu_layer_norm_backward, gelu_layer_norm_forward
 from .mlm_loss import mlm_loss_backward, mlm_loss_forward
@@ -44,6 +44,7 @@ __all__ = [
     "attention_forward",
     "attention_of_rows_backward",
     "attention_of_rows_forward",
+    "bias_gelu_backward",
     "cpu_features",
     "embedding_layer_norm_backward",
     "embedding_layer_norm_forward",

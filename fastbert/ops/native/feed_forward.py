@@ -36,10 +36,15 @@ def linear_gelu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`reference.linear_gelu_backward`."""
-    u = linear_forward(x, weight, None) if u is None else u
+    du, dbias = bias_gelu_backward(dy, linear_forward(x, weight, None) if u is None else u, bias, x.dtype)
+    return linear_dx(du, weight), linear_dweight(du, x), dbias
+
+
+def bias_gelu_backward(dy: Tensor, u: Tensor, bias: Tensor | None, dbias_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """See :func:`reference.bias_gelu_backward`."""
     du = torch.empty_like(u)
     dbias = _bias_gelu_backward(dy, u, bias, du, None)
-    return linear_dx(du, weight), linear_dweight(du, x), None if bias is None else dbias.to(bias.dtype)
+    return du, None if bias is None else dbias.to(dbias_dtype)
 
 
 def _bias_gelu_backward(dy: Tensor, u: Tensor, bias: Tensor | None, du: Tensor, y: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ from .embedding_layer_norm import (
 from .encoder_layer import encoder_layer_forward
 from .gelu_layer_norm import gelu_layer_norm_backward, gelu_layer_norm_forward
 from .int8_linear import INT8_LARGEST, int8_linear_forward, quantize_rows, quantize_weight
-from .linear_gelu import gelu_derivative, linear_gelu_backward, linear_gelu_forward
+from .linear_gelu import bias_gelu_backward, gelu_derivative, linear_gelu_backward, linear_gelu_forward
 from .mlm_loss import mlm_loss_backward, mlm_loss_forward
 from .philox_dropout import (
     DROPOUT_LEVELS,
@@ -58,6 +58,7 @@ __all__ = [
     "attention_keep",
     "attention_of_rows_backward",
     "attention_of_rows_forward",
+    "bias_gelu_backward",
     "dropout",
     "dropout_keep",
     "dropout_scale",

@@ -30,10 +30,13 @@ def linear_gelu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns (dx, dweight, dbias); dbias is None without a bias. Where u was not kept (None) it is computed again."""
-    u = x @ weight.t() if u is None else u
+    du, dbias = bias_gelu_backward(dy, x @ weight.t() if u is None else u, bias, x.dtype)
+    return du @ weight, du.t() @ x, dbias
+
+
+def bias_gelu_backward(dy: Tensor, u: Tensor, bias: Tensor | None, dbias_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The gradients of u, (rows, columns), and of bias, (columns,) in dbias_dtype, None without one; dy: that of gelu(u + bias)."""
     preactivation = u.to(statistics_dtype(u))
     preactivation = preactivation if bias is None else preactivation + bias
     du = dy * gelu_derivative(preactivation)
-    dbias = None if bias is None else du.sum(0).to(bias.dtype)
-    du = du.to(dy.dtype)
-    return du @ weight, du.t() @ x, dbias
+    return du.to(dy.dtype), None if bias is None else du.sum(0).to(dbias_dtype)
