@@ -53,7 +53,8 @@ def test_they_are_the_parameters_rounded(sizes):
         projections = attention.query, attention.key, attention.value
         expected = (
             torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections]),
-            layer.attention.output.dense.weight, layer.intermediate.dense.weight, layer.intermediate.dense.bias, layer.output.dense.weight,
+            layer.attention.output.dense.weight, layer.intermediate.dense.weight, layer.intermediate.dense.bias,
+            layer.output.dense.weight,
         )  # fmt: skip
         for tensor, parameter in zip(made.tensors, expected, strict=True):
             assert torch.equal(tensor, parameter.to(DTYPE)) and not tensor.requires_grad
