@@ -15,9 +15,11 @@ namespace fastbert::cuda {
 
 // The kernels of attention.cu's launchers: for a GPU of compute capability 9.0, this head_dim and at most so many tokens,
 // and for everything else. delta: a workspace of (num_heads, total).
-constexpr int kHopperHeadDim = 64, kHopperMaxSeqlen = 512;
-void attention_forward_hopper(const AttentionForwardParams& params, int64_t max_seqlen, void* stream);
-void attention_backward_hopper(const AttentionBackwardParams& params, int64_t max_seqlen, void* stream);
+constexpr int kHopperHeadDim = 64, kHopperMaxSeqlen = 512, kHopperTileKeys = 64;
+void attention_forward_hopper(const AttentionForwardParams& params, const DrawnBits& drawn, int64_t max_seqlen,
+                              void* stream);
+void attention_backward_hopper(const AttentionBackwardParams& params, const DrawnBits& drawn, int64_t max_seqlen,
+                               void* stream);
 void attention_forward_streaming(const AttentionForwardParams& params, int64_t max_seqlen, void* stream);
 void attention_backward_streaming(const AttentionBackwardParams& params, float* delta, int64_t max_seqlen, void* stream);
 
@@ -92,23 +94,37 @@ struct HeadDropout {
 
   // What is_kept tells of each element. Rows are 16 queries from this one of the batch, columns 64 keys from this one of the
   // sequence, a multiple of 8.
-  __device__ __forceinline__ uint32_t kept(uint32_t query, uint32_t key) const {
-    const uint32_t quad = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
+  __device__ __forceinline__ uint32_t kept(uint32_t query, uint32_t key) const { return exchanged(drawn(query, key)); }
+
+  // What a lane of it draws, of query drawn_query() and of every other eight keys from the drawn_half()-th on.
+  __device__ __forceinline__ uint32_t drawn(uint32_t query, uint32_t key) const {
     uint32_t bits = 0;
 #pragma unroll
-    for (uint32_t c = 0; c < 4; ++c) add(bits, query + quad + 8 * (place & 1), key / 8 + 2 * c + (place >> 1));
+    for (uint32_t c = 0; c < 4; ++c) add(bits, query + drawn_query(), key / 8 + 2 * c + drawn_half());
+    return bits;
+  }
+  __device__ __forceinline__ static uint32_t drawn_query() { return threadIdx.x % 32 / 4 + 8 * (threadIdx.x & 1); }
+  __device__ __forceinline__ static uint32_t drawn_half() { return threadIdx.x % 4 / 2; }
+
+  // kept() of what the lanes drew.
+  __device__ __forceinline__ static uint32_t exchanged(uint32_t bits) {
     bits = transpose_bits<1, 1, 0x55555555>(bits);
     return transpose_bits<2, 2, 0x33333333>(bits);
   }
 
-  // The same of a transposed product: rows are 16 keys, columns 64 queries.
+  // The same as kept() of a transposed product: rows are 16 keys, columns 64 queries.
   __device__ __forceinline__ uint32_t kept_transposed(uint32_t key, uint32_t query) const {
-    const uint32_t quad = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
     uint32_t bits = 0;
 #pragma unroll
-    for (uint32_t c = 0; c < 4; ++c) {
-      add(bits, query + 8 * (2 * c + (quad >> 2)) + 2 * place + (quad & 1), key / 8 + (quad >> 1 & 1));
-    }
+    for (uint32_t c = 0; c < 4; ++c) add(bits, query + transposed_query(c), key / 8 + transposed_half());
+    return exchanged_transposed(bits);
+  }
+  __device__ __forceinline__ static uint32_t transposed_query(uint32_t c) {
+    const uint32_t quad = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
+    return 8 * (2 * c + (quad >> 2)) + 2 * place + (quad & 1);
+  }
+  __device__ __forceinline__ static uint32_t transposed_half() { return threadIdx.x % 32 / 8 & 1; }
+  __device__ __forceinline__ static uint32_t exchanged_transposed(uint32_t bits) {
     bits = transpose_bits<4, 16, 0x0000FFFF>(bits);
     bits = transpose_bits<8, 1, 0x55555555>(bits);
     return transpose_bits<16, 2, 0x33333333>(bits);
@@ -123,6 +139,38 @@ struct HeadDropout {
     for (int w = 0; w < 4; ++w) bits = (bits >> 1 & 0x7FFF7FFF) | kept_halves(words.w[w], threshold);
   }
 };
+
+// Of one head of one sequence, DrawnBits: for each tile of 64 keys the words of all queries, two of each,
+// HeadDropout::drawn() of both halves. In place of four Philox calls of a lane the backward pass reads four words.
+struct DrawnWords {
+  uint32_t* first;  // of the first tile of keys and the first query; null where nothing is kept
+  int64_t tile_stride;
+
+  __device__ __forceinline__ DrawnWords(const DrawnBits& bits, int64_t total, const Head& head)
+      : first(bits.words == nullptr ? nullptr : bits.words + 2 * (head.head * bits.tiles * total + head.start)),
+        tile_stride(2 * total) {}
+
+  __device__ __forceinline__ bool are_there() const { return first != nullptr; }
+  __device__ __forceinline__ uint32_t* at(int tile, int query, int half) const {
+    return first + tile * tile_stride + 2 * query + half;
+  }
+};
+
+// HeadDropout::kept_transposed from memory in two steps, between which the words arrive: of a tile of keys, whose 16 of this
+// warp are the w-th, and the 64 queries from this one of the sequence.
+__device__ __forceinline__ void load_drawn(uint32_t (&words)[4], const DrawnWords& drawn, int tile, int query, int length) {
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int row = query + HeadDropout::transposed_query(c);
+    words[c] = row < length ? *drawn.at(tile, row, HeadDropout::transposed_half()) : 0;
+  }
+}
+__device__ __forceinline__ uint32_t kept_transposed_of(const uint32_t (&words)[4], int w) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) bits |= (words[c] >> 4 * w & 0x000F000F) << 4 * c;
+  return HeadDropout::exchanged_transposed(bits);
+}
 
 // Of what HeadDropout drew: bit 16 h + 2 j + r is set where element i = 2 r + h of columns j is kept.
 __device__ __forceinline__ bool is_kept(uint32_t kept, int columns, int element) {

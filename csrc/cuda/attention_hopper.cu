@@ -25,7 +25,8 @@ constexpr int kMaxWarpgroups = 4;
 
 template <typename T, bool kDropout>
 __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
-    forward_kernel(AttentionForwardParams p, const __grid_constant__ TensorMap qkv, int fewest_tiles, int most_tiles) {
+    forward_kernel(AttentionForwardParams p, DrawnBits drawn_bits, const __grid_constant__ TensorMap qkv, int fewest_tiles,
+                   int most_tiles) {
 #if FASTBERT_HOPPER
   // Of a lane's 16 probabilities of a row, where 1 is the largest one of the first tile: beyond it the maximum is raised.
   constexpr float kLargestSum = 4096.0f;
@@ -52,6 +53,7 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
     }
   }
   const HeadDropout dropout(p.dropout, head.head);
+  const DrawnWords drawn_words(drawn_bits, p.total, head);
   __syncthreads();  // the mbarriers are there
   const int last_rows = head.length - first_key(0);
   if (last_rows < kTileRows) {
@@ -79,7 +81,14 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
       multiply_by_rows<T>(scores, q, matrix_at(keys, 2 * slot * kTileBytes));
       products_commit();
       [[maybe_unused]] uint32_t kept;
-      if constexpr (kDropout) kept = dropout.kept(static_cast<uint32_t>(head.start + warp_query), first_key(slot));
+      if constexpr (kDropout) {
+        const uint32_t drawn = dropout.drawn(static_cast<uint32_t>(head.start + warp_query), first_key(slot));
+        const int query = warp_query + HeadDropout::drawn_query();
+        if (drawn_words.are_there() && query < head.length) {
+          *drawn_words.at(first_key(slot) / kTileRows, query, HeadDropout::drawn_half()) = drawn;
+        }
+        kept = HeadDropout::exchanged(drawn);
+      }
       products_wait<0>();  // for the last tile's values, too
       pin(scores);
       pin(out);
@@ -138,7 +147,7 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
 
 }  // namespace
 
-void attention_forward_hopper(const AttentionForwardParams& p, int64_t max_seqlen, void* stream) {
+void attention_forward_hopper(const AttentionForwardParams& p, const DrawnBits& drawn, int64_t max_seqlen, void* stream) {
   const bool is_bfloat16 = p.dtype == DType::bfloat16;
   const TensorMap qkv =
       make_tensor_map(p.qkv, is_bfloat16, p.total, 3 * p.num_heads * kHeadDim, 3 * p.num_heads * kHeadDim * 2, kTileRows);
@@ -153,7 +162,7 @@ void attention_forward_hopper(const AttentionForwardParams& p, int64_t max_seqle
     const int64_t shares = min((places + heads - 1) / heads, int64_t{tiles + warpgroups - 1} / warpgroups);
     const auto run = [&](auto kernel) {
       launch("attention forward", kernel, dim3(static_cast<unsigned>(heads), static_cast<unsigned>(shares)),
-             warpgroups * kWarpgroup, tiles * 2 * kTileBytes + 1024, stream, p, qkv, fewest, most);
+             warpgroups * kWarpgroup, tiles * 2 * kTileBytes + 1024, stream, p, drawn, qkv, fewest, most);
     };
     if (is_bfloat16) {
       p.dropout.threshold != 0 ? run(forward_kernel<__nv_bfloat16, true>) : run(forward_kernel<__nv_bfloat16, false>);

@@ -9,7 +9,8 @@
 
 namespace fastbert::cuda {
 
-constexpr int kHeadDim = kHopperHeadDim, kTileRows = 64, kTileBytes = kTileRows * kHeadDim * 2, kWarpgroup = 128;
+constexpr int kHeadDim = kHopperHeadDim, kTileRows = kHopperTileKeys, kTileBytes = kTileRows * kHeadDim * 2,
+              kWarpgroup = 128;
 constexpr int kMaxTiles = kHopperMaxSeqlen / kTileRows;  // of a sequence
 
 __host__ __device__ constexpr int num_tiles(int64_t length) {

@@ -80,7 +80,7 @@ __device__ __forceinline__ void find_statistics(float* lse_log2, float* deltas, 
 
 template <typename T, int kWarpgroups, bool kDropout>
 __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
-    backward_kernel(AttentionBackwardParams p, const __grid_constant__ TensorMap qkv_map,
+    backward_kernel(AttentionBackwardParams p, DrawnBits drawn_bits, const __grid_constant__ TensorMap qkv_map,
                     const __grid_constant__ TensorMap dout_map, int fewest_tiles, int most_tiles) {
 #if FASTBERT_HOPPER
   using Layout = Layout<kWarpgroups>;
@@ -125,6 +125,7 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
     if (threadIdx.x == 0 && step + 1 < steps) copy_queries(step + 1);
   };
   const HeadDropout dropout(p.dropout, head.head);
+  const DrawnWords drawn_words(drawn_bits, p.total, head);
   // What dropout scales by is left out of dS, and put into what is made of it.
   const float dropout_scale = kDropout ? p.dropout.scale : 1.0f;
   const float kept_share = kDropout ? 1.0f - static_cast<float>(p.dropout.threshold) / 65536.0f : 1.0f;
@@ -217,6 +218,13 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
       products_commit();
       multiply_by_rows<T>(dp, v, dout_tile);
       products_commit();
+      [[maybe_unused]] uint32_t drawn[4];
+      if constexpr (kDropout) {
+        if (drawn_words.are_there()) {
+          const int key_tile = min(first_tile + my_warpgroup, tiles - 1);  // of keys past the end anything will do
+          load_drawn(drawn, drawn_words, key_tile, tile * kTileRows, head.length);
+        }
+      }
       // The last tile's dQ, while all wait for these products: its dS has been there for a while.
       const bool has_last_dq = tile > 0 && has_dq(tile - 1);
       products_wait<2>();
@@ -228,8 +236,9 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
       }
       [[maybe_unused]] uint32_t kept;
       if constexpr (kDropout) {
-        kept =
-            dropout.kept_transposed(static_cast<uint32_t>(warp_key), static_cast<uint32_t>(head.start + tile * kTileRows));
+        kept = drawn_words.are_there() ? kept_transposed_of(drawn, warp_of_warpgroup())
+                                       : dropout.kept_transposed(static_cast<uint32_t>(warp_key),
+                                                                 static_cast<uint32_t>(head.start + tile * kTileRows));
       }
       products_wait<2>();
       pin(scores);
@@ -300,14 +309,15 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
 
 // Of the sequences of so many tiles.
 template <int kWarpgroups>
-void launch_backward(const AttentionBackwardParams& p, int fewest_tiles, int most_tiles, void* stream) {
+void launch_backward(const AttentionBackwardParams& p, const DrawnBits& drawn, int fewest_tiles, int most_tiles,
+                     void* stream) {
   const bool is_bfloat16 = p.dtype == DType::bfloat16;
   const int64_t hidden = p.num_heads * kHeadDim;
   const TensorMap qkv = make_tensor_map(p.qkv, is_bfloat16, p.total, 3 * hidden, 3 * hidden * 2, kTileRows);
   const TensorMap dout = make_tensor_map(p.dout, is_bfloat16, p.total, hidden, hidden * 2, kTileRows);
   const auto run = [&](auto kernel) {
     launch("attention backward", kernel, static_cast<unsigned>(p.batch * p.num_heads), kWarpgroups * kWarpgroup,
-           Layout<kWarpgroups>::bytes(most_tiles) + 1024, stream, p, qkv, dout, fewest_tiles, most_tiles);
+           Layout<kWarpgroups>::bytes(most_tiles) + 1024, stream, p, drawn, qkv, dout, fewest_tiles, most_tiles);
   };
   if (is_bfloat16) {
     p.dropout.threshold != 0 ? run(backward_kernel<__nv_bfloat16, kWarpgroups, true>)
@@ -320,12 +330,12 @@ void launch_backward(const AttentionBackwardParams& p, int fewest_tiles, int mos
 
 }  // namespace
 
-void attention_backward_hopper(const AttentionBackwardParams& p, int64_t max_seqlen, void* stream) {
+void attention_backward_hopper(const AttentionBackwardParams& p, const DrawnBits& drawn, int64_t max_seqlen, void* stream) {
   constexpr int kFewTiles = 2;  // of one warpgroup's blocks
   const int most_tiles = num_tiles(max_seqlen);
   const bool all_equal = p.total == p.batch * max_seqlen;
-  if (most_tiles > kFewTiles) launch_backward<2>(p, kFewTiles + 1, most_tiles, stream);
-  if (most_tiles <= kFewTiles || !all_equal) launch_backward<1>(p, 1, min(most_tiles, kFewTiles), stream);
+  if (most_tiles > kFewTiles) launch_backward<2>(p, drawn, kFewTiles + 1, most_tiles, stream);
+  if (most_tiles <= kFewTiles || !all_equal) launch_backward<1>(p, drawn, 1, min(most_tiles, kFewTiles), stream);
 }
 
 }  // namespace fastbert::cuda

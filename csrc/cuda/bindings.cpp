@@ -153,25 +153,28 @@ PYBIND11_MODULE(_cuda, m) {
       },
       Release());
 
+  m.def("attention_drawn_tiles", &cuda::attention_drawn_tiles);
   m.def(
       "attention_forward",
-      [](Address qkv, Address cu_seqlens, Address out, Address lse, int64_t total, int64_t batch, int64_t num_heads,
-         int64_t head_dim, int64_t max_seqlen, float softmax_scale, const Dropout& dropout, DType dtype, Address stream) {
+      [](Address qkv, Address cu_seqlens, Address out, Address lse, Address drawn, int64_t drawn_tiles, int64_t total,
+         int64_t batch, int64_t num_heads, int64_t head_dim, int64_t max_seqlen, float softmax_scale, const Dropout& dropout,
+         DType dtype, Address stream) {
         cuda::attention_forward({pointer<const void>(qkv), pointer<const int32_t>(cu_seqlens), pointer<void>(out),
                                  pointer<float>(lse), total, batch, num_heads, head_dim, softmax_scale, dropout, dtype},
-                                max_seqlen, pointer<void>(stream));
+                                {pointer<uint32_t>(drawn), drawn_tiles}, max_seqlen, pointer<void>(stream));
       },
       Release());
 
   m.def(
       "attention_backward",
-      [](Address dout, Address qkv, Address out, Address lse, Address cu_seqlens, Address dqkv, Address delta, int64_t total,
-         int64_t batch, int64_t num_heads, int64_t head_dim, int64_t max_seqlen, float softmax_scale, const Dropout& dropout,
-         DType dtype, Address stream) {
+      [](Address dout, Address qkv, Address out, Address lse, Address cu_seqlens, Address dqkv, Address delta, Address drawn,
+         int64_t drawn_tiles, int64_t total, int64_t batch, int64_t num_heads, int64_t head_dim, int64_t max_seqlen,
+         float softmax_scale, const Dropout& dropout, DType dtype, Address stream) {
         cuda::attention_backward({pointer<const void>(dout), pointer<const void>(qkv), pointer<const void>(out),
                                   pointer<const float>(lse), pointer<const int32_t>(cu_seqlens), pointer<void>(dqkv), total,
                                   batch, num_heads, head_dim, softmax_scale, dropout, dtype},
-                                 pointer<float>(delta), max_seqlen, pointer<void>(stream));
+                                 {pointer<uint32_t>(drawn), drawn_tiles}, pointer<float>(delta), max_seqlen,
+                                 pointer<void>(stream));
       },
       Release());
 

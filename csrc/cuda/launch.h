@@ -54,7 +54,16 @@ void lamb(const OptimizerParams& params, const OptimizerGroup* groups, int64_t n
 constexpr int64_t kMaxHeadDim = 128;
 
 // max_seqlen: the length of the longest sequence, or more. delta: a workspace of (num_heads, total).
-void attention_forward(const AttentionForwardParams& params, int64_t max_seqlen, void* stream);
-void attention_backward(const AttentionBackwardParams& params, float* delta, int64_t max_seqlen, void* stream);
+// What dropout drew in a forward pass, for its backward pass, which would have to draw it again: a bit for each probability,
+// (num_heads, tiles, total, 2) as attention.cuh has it. words: null where nothing is kept; tiles: attention_drawn_tiles(),
+// of keys; 0 where the kernels draw again.
+struct DrawnBits {
+  uint32_t* words;
+  int64_t tiles;
+};
+int64_t attention_drawn_tiles(int64_t head_dim, int64_t max_seqlen);
+void attention_forward(const AttentionForwardParams& params, const DrawnBits& drawn, int64_t max_seqlen, void* stream);
+void attention_backward(const AttentionBackwardParams& params, const DrawnBits& drawn, float* delta, int64_t max_seqlen,
+                        void* stream);
 
 }  // namespace fastbert::cuda

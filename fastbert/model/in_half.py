@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..ops.registration import dispatch_mode_is_on, transform_reasons, under_autocast
 from .adjacent import are_adjacent, joined
-from .layer import FusedLayer, layer_fallback_reasons
+from .layer import FusedLayer
 from .packing import InHalf, Packing
-from .trained_layer import op_by_op_reasons
+from .plain import is_plain_linear
 
 _ALIGNMENT = 128  # elements: 256 bytes, where an allocation of its own would begin
 
@@ -36,7 +36,7 @@ def is_wanted(x: Tensor) -> bool:
 
 
 def converted(layers: Sequence[nn.Module], x: Tensor) -> dict[nn.Module, InHalf]:
-    """By layer; without those that are frozen, or that ``trained_layer`` does not take."""
+    """By layer; without those that are frozen, or that multiply something else than their parameters."""
     sources = {layer: found for layer in layers if (found := _sources(layer, x))}
     originals = {layer: [joined(group) for group in groups] for layer, groups in sources.items()}
     flat = [original for group in originals.values() for original in group]
@@ -60,12 +60,18 @@ def _in_one_buffer(originals: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _sources(layer: nn.Module, x: Tensor) -> list[tuple[Tensor, ...]]:
-    """The parameters of what ``_TrainedLayer.forward`` multiplies, in its order; none where the layer is not trained there."""
-    if not isinstance(layer, FusedLayer) or layer_fallback_reasons(layer) or op_by_op_reasons(layer):
+    """The parameters of what ``_TrainedLayer.forward`` multiplies, in its order; none where they are not what it would take.
+
+    What else may keep a layer from it is not asked, for the time that it takes: then they are made for nothing.
+    """
+    if not isinstance(layer, FusedLayer):
         return []
-    projections = layer.attention.self.query, layer.attention.self.key, layer.attention.self.value
-    weights, biases = [p.weight for p in projections], [p.bias for p in projections]
+    attention = layer.attention.self
+    projections = attention.query, attention.key, attention.value
     project, first, second = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
+    if not all(is_plain_linear(linear) and linear.bias is not None for linear in (*projections, project, first, second)):
+        return []
+    weights, biases = [p.weight for p in projections], [p.bias for p in projections]
     groups = [tuple(weights), tuple(biases), (project.weight,), (first.weight,), (first.bias,), (second.weight,)]
     parameters = [p for group in groups for p in group]
     if any(p.dtype != x.dtype or p.device != x.device or not p.is_contiguous() for p in parameters):

@@ -15,12 +15,13 @@ takes and gives both (``take_half``), because the kernels that end its halves wr
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import backends
+from ..ops import backends, cuda
 from ..ops.add_layer_norm import has_mixed_kernel
 from ..ops.attention import check_sequences
 from ..ops.backends import implementation_for
@@ -173,8 +174,7 @@ class _TrainedLayer(torch.autograd.Function):
             x16 = x
         with torch.autocast(x.device.type, enabled=False):
             qkv = linear_forward(x16, wqkv, bqkv).view(len(x), 3, call.num_heads, -1)
-            module = implementation_for("attention", "auto", qkv, "forward", **_attention_sizes(call, qkv))
-            context, lse = module.attention_forward(qkv, cu_seqlens, call.max_seqlen, call.softmax_scale, *dropouts[0])
+            context, lse, bits = _attention(call, qkv, cu_seqlens, dropouts[0])
             a = linear_forward(context.view(len(x), -1), wo, None)
             ended1 = _end(a, bo, x, weight1, ln_bias1, call.eps[0], dropouts[1])
             h = ended1.y if call.dtype is None else ended1.half
@@ -183,7 +183,7 @@ class _TrainedLayer(torch.autograd.Function):
         ctx.num_weights = len(qkv_weights)
         statistics = (ended1.z, ended1.mean, ended1.rstd, ended2.z, ended2.mean, ended2.rstd)
         ctx.save_for_backward(
-            cu_seqlens, seed, x16, qkv, context, lse, h, *statistics, wo, w1, b1, w2, weight1, weight2, *qkv_weights, *wide
+            cu_seqlens, seed, x16, qkv, context, lse, bits, h, *statistics, wo, w1, b1, w2, weight1, weight2, *qkv_weights, *wide
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         return ended2.y, ended2.half
@@ -203,7 +203,7 @@ class _TrainedLayer(torch.autograd.Function):
         needs, call = ctx.needs_input_grad[4:], ctx.call
         if dy is None and dhalf is None:
             return [None] * len(needs)
-        cu_seqlens, seed, x16, qkv, context, lse, h, z1, mean1, rstd1, z2, mean2, rstd2, *others = ctx.saved_tensors
+        cu_seqlens, seed, x16, qkv, context, lse, bits, h, z1, mean1, rstd1, z2, mean2, rstd2, *others = ctx.saved_tensors
         wo, w1, b1, w2, weight1, weight2, *others = others
         dropouts = call.dropouts_with(seed)
         wqkv, wide = joined(others[: ctx.num_weights]), others[ctx.num_weights :]
@@ -222,10 +222,7 @@ class _TrainedLayer(torch.autograd.Function):
             dx16, dwqkv, dbqkv = None, None, None
             if needs_x or any(needs[1:8]):
                 dcontext = linear_dx(da, wo).view(context.shape)
-                module = implementation_for("attention", "auto", qkv, "backward", **_attention_sizes(call, qkv))
-                dqkv = module.attention_backward(
-                    dcontext, qkv, context, lse, cu_seqlens, call.max_seqlen, call.softmax_scale, *dropouts[0]
-                ).view(len(x16), -1)
+                dqkv = _attention_backward(call, dcontext, qkv, context, lse, cu_seqlens, dropouts[0], bits).view(len(x16), -1)
                 dx16 = linear_dx(dqkv, wqkv) if needs_x or needs_half else None
                 dwqkv, dbqkv = linear_parameter_gradients(
                     dqkv, x16, needs_query or needs_key or needs_value, needs_qb or needs_kb or needs_vb, call.gradient_dtype
@@ -240,8 +237,34 @@ class _TrainedLayer(torch.autograd.Function):
         return [gradient if needed else None for gradient, needed in zip(found, needs, strict=True)]
 
 
-def _attention_sizes(call: Call, qkv: Tensor) -> dict[str, int]:
-    return {"rows": len(qkv), "head_dim": qkv.shape[-1], "max_seqlen": call.max_seqlen}
+def _attention(call: Call, qkv: Tensor, cu_seqlens: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The result, lse, and the bits that dropout drew, where CUDA C++ has both directions and its backward pass reads them."""
+    modules = [_attention_module(call, qkv, direction) for direction in ("forward", "backward")]
+    arguments = qkv, cu_seqlens, call.max_seqlen, call.softmax_scale, *dropout
+    if all(module is cuda for module in modules):
+        return cuda.attention_forward_and_bits(*arguments)
+    return *modules[0].attention_forward(*arguments), None
+
+
+def _attention_backward(
+    call: Call,
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    dropout: Dropout,
+    bits: Tensor | None,
+) -> Tensor:
+    arguments = dout, qkv, out, lse, cu_seqlens, call.max_seqlen, call.softmax_scale, *dropout
+    if bits is not None:
+        return cuda.attention_backward(*arguments, bits)
+    return _attention_module(call, qkv, "backward").attention_backward(*arguments)
+
+
+def _attention_module(call: Call, qkv: Tensor, direction: str) -> ModuleType:
+    sizes = {"rows": len(qkv), "head_dim": qkv.shape[-1], "max_seqlen": call.max_seqlen}
+    return implementation_for("attention", "auto", qkv, direction, **sizes)
 
 
 def is_last_layer(layer: Any) -> bool:

@@ -293,6 +293,27 @@ def test_bad_input_is_named(change, message):
         attention(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("capability", [90] if DEVICE == "cpu" else [None], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[1], [64, 128], [130, 3, 65, 200], [512, 40], [321]])
+def test_the_bits_that_dropout_drew(lengths, dtype, capability):
+    """Gradients made with them are those of bits that are drawn again; where the kernel reads none there are none."""
+    skip_unless_supported("cuda", DEVICE, dtype, 64)
+    qkv, cu_seqlens, longest = packed(lengths, 2, 64)
+    qkv, cu_seqlens, dropout = qkv.to(DEVICE, dtype), cu_seqlens.to(DEVICE), (0.3, new_seed().to(DEVICE), 5)
+    arguments = qkv, cu_seqlens, longest + 7, 0.125
+    out, lse, bits = cuda.attention_forward_and_bits(*arguments, *dropout)
+    for found, expected in zip((out, lse), cuda.attention_forward(*arguments, *dropout), strict=True):
+        assert torch.equal(found, expected)
+    dout = torch.randn_like(out)
+    again = cuda.attention_backward(dout, qkv, out, lse, *arguments[1:], *dropout)
+    assert torch.equal(cuda.attention_backward(dout, qkv, out, lse, *arguments[1:], *dropout, bits), again)
+    if DEVICE == "cpu" or torch.cuda.get_device_capability() == (9, 0):
+        assert (bits is None) == (longest + 7 > 512)
+        assert bits is None or bits.shape == (2, -(-(longest + 7) // 64), sum(lengths), 2)
+    assert cuda.attention_forward_and_bits(*arguments, 0.0)[2] is None
+
+
 def test_an_explicit_backend_is_never_replaced():
     refused = "backend 'cuda' cannot run attention: .*head_dim is 12, its kernels take multiples of 8 up to 128"
     with pytest.raises(RuntimeError, match=refused):

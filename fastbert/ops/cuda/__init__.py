@@ -4,7 +4,7 @@ Inputs are contiguous CUDA tensors of float32, bfloat16 or float16. Work is queu
 device. Statistics and sums are float32 and the same in every run.
 """
 
-from .attention import attention_backward, attention_forward
+from .attention import attention_backward, attention_forward, attention_forward_and_bits
 from .embedding_layer_norm import embedding_layer_norm_backward, embedding_layer_norm_forward
 from .extension import DEVICE_TYPE, unavailable_reason
 from .layer_norms import add_layer_norm_backward, add_layer_norm_forward, gelu_layer_norm_backward, gelu_layer_norm_forward
@@ -19,6 +19,7 @@ __all__ = [
     "add_layer_norm_forward",
     "attention_backward",
     "attention_forward",
+    "attention_forward_and_bits",
     "embedding_layer_norm_backward",
     "embedding_layer_norm_forward",
     "gelu_layer_norm_backward",

@@ -16,9 +16,10 @@ _HIDDEN_MULTIPLE = 8
 NAMES = (
     "DEVICE_TYPE", "DType", "Dropout", "MAX_HIDDEN", "MAX_OPTIMIZER_GROUPS", "OPTIMIZER_CHUNK", "OPTIMIZER_COEFFICIENTS",
     "OptimizerGroup", "OptimizerParams", "adamw", "add_layer_norm_backward", "add_layer_norm_forward", "assign_chunks",
-    "attention_backward", "attention_forward", "embedding_layer_norm_backward", "embedding_layer_norm_forward",
-    "gelu_layer_norm_backward", "gelu_layer_norm_forward", "gradient_norm", "lamb", "mlm_loss_backward", "mlm_loss_forward",
-    "mlm_loss_lines", "row_lines", "table_gradient", "table_gradient_pieces", "write_words",
+    "attention_backward", "attention_drawn_tiles", "attention_forward", "embedding_layer_norm_backward",
+    "embedding_layer_norm_forward", "gelu_layer_norm_backward", "gelu_layer_norm_forward", "gradient_norm", "lamb",
+    "mlm_loss_backward", "mlm_loss_forward", "mlm_loss_lines", "row_lines", "table_gradient", "table_gradient_pieces",
+    "write_words",
 )  # fmt: skip
 
 extension, _import_error = import_built("_cuda", NAMES)
