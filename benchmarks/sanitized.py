@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Collection
 
 import torch
 
@@ -24,17 +25,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=backends.BACKENDS, default="cuda")
     parser.add_argument("--scale", choices=SCALES, default="small")
+    parser.add_argument("--without", nargs="+", choices=backends.OPS, default=(), metavar="OP")
     arguments = parser.parse_args()
-    document = run(arguments.backend, arguments.scale)
+    document = run(arguments.backend, arguments.scale, arguments.without)
     print(json.dumps(document))
     sys.exit(1 if document["not_run"] else 0)
 
 
-def run(backend: str, scale: str) -> dict[str, object]:
-    """ops: those that ran; not_run: the reasons against the others that the backend has kernels for."""
+def run(backend: str, scale: str, without: Collection[str] = ()) -> dict[str, object]:
+    """ops: those that ran; not_run: the reasons against the others that the backend has kernels for. without: not asked for."""
     device = {"native": "cpu", "cuda": cuda.DEVICE_TYPE}.get(backend, "cuda")
     ran, not_run = [], {}
-    for op in cuda.OPS if backend == "cuda" else backends.OPS:
+    for op in (op for op in (cuda.OPS if backend == "cuda" else backends.OPS) if op not in without):
         reasons = backends.not_supported_reasons(backend, op, device, torch.bfloat16)
         if reasons:
             not_run[op] = reasons
