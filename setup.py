@@ -78,12 +78,17 @@ INSTRUCTION_SETS = {
         "avx512": AVX512_FLAGS,
         "avx512_vnni": [*AVX512_FLAGS, "-mavx512vnni"],
         "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
+        "avx512_amx": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     },
     "aarch64": {"baseline": []},
 }
 
 # Of a set that differs from the one before it in these alone.
-OPS_OF = dict.fromkeys(("avx2_vnni", "avx512_vnni"), ("encoder_layer",))
+OPS_OF = {
+    "avx2_vnni": ("encoder_layer",),
+    "avx512_vnni": ("encoder_layer",),
+    "avx512_amx": ("attention", "encoder_layer", "packed_dense", "matmul"),
+}
 
 CUDA_SOURCES = ("csrc/cuda/bindings.cpp", *(path.as_posix() for path in sorted(Path("csrc/cuda").glob("*.cu"))))
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

@@ -26,7 +26,7 @@ struct ForwardScratch {
 
   ForwardScratch(Arena& arena, const Shape& shape)
       : keys(arena.floats(shape.padded_length * shape.head_dim)),
-        values(arena.floats(shape.length * shape.padded_head_dim)),
+        values(arena.floats(shape.depth_length * shape.padded_head_dim)),
         queries(arena.floats(shape.query_block * shape.padded_head_dim)),
         scores(arena.floats(shape.query_block * shape.score_leading)),
         out(arena.floats(shape.query_block * shape.padded_head_dim)),
@@ -43,14 +43,14 @@ struct BackwardScratch {
   BackwardScratch(Arena& arena, const Shape& shape)
       : keys_transposed(arena.floats(shape.padded_length * shape.head_dim)),
         values_transposed(arena.floats(shape.padded_length * shape.head_dim)),
-        keys(arena.floats(shape.length * shape.padded_head_dim)),
+        keys(arena.floats(shape.depth_length * shape.padded_head_dim)),
         left(arena.floats(shape.query_block * shape.padded_head_dim)),
-        queries(arena.floats(shape.query_block * shape.padded_head_dim)),
-        douts(arena.floats(shape.query_block * shape.padded_head_dim)),
+        queries(arena.floats(round_up(shape.query_block, kRowMultiple) * shape.padded_head_dim)),
+        douts(arena.floats(round_up(shape.query_block, kRowMultiple) * shape.padded_head_dim)),
         scores(arena.floats(shape.query_block * shape.score_leading)),
         dscores(arena.floats(shape.query_block * shape.score_leading)),
         dqueries(arena.floats(shape.query_block * shape.padded_head_dim)),
-        dkeys(arena.floats(shape.length * shape.padded_head_dim)),
+        dkeys(arena.floats(shape.depth_length * shape.padded_head_dim)),
         dvalues(arena.floats(shape.length * shape.padded_head_dim)),
         lanes(arena.floats(round_up(shape.query_block, kWidth) * kWidth)),
         lse(arena.floats(round_up(shape.query_block, kWidth))),
@@ -131,7 +131,7 @@ void forward_head(const Operands<T>& p, T* out, float* lse, const AttentionItem&
   const Rows<T> queries = p.q.from(item.first_query, column);
   out += item.first_query * hidden + column;
   if (lse != nullptr) lse += head * p.queries.count + item.first_query;
-  const int64_t head_groups = groups<Dot>(p.head_dim), key_groups = groups<Dot>(shape.length);
+  const int64_t head_groups = groups<Dot>(p.head_dim), key_groups = depth_of<Dot>(shape.length);
   Prefetcher prefetcher(shape.length, count_tiles(item.num_queries, shape.length, head_groups) +
                                           count_tiles(item.num_queries, p.head_dim, key_groups));
   const int64_t bytes = p.head_dim * sizeof(T), stride = hidden * sizeof(T);
@@ -153,6 +153,7 @@ void forward_head(const Operands<T>& p, T* out, float* lse, const AttentionItem&
     const LeftMatrix block = as_left<Dot>(queries.from(first), rows, shape, scratch.queries);
     softmax_block<Dot>(p, lse == nullptr ? nullptr : lse + first, item.first_query + first, head, rows, block, packed_keys,
                        bound, shape, scratch, prefetcher);
+    fill_depth<Dot>(scratch.scores, rows, shape);
     multiply<Dot>(rows, shape.padded_head_dim, key_groups, {scratch.scores, shape.score_leading, 1}, packed_values,
                   {scratch.out, shape.padded_head_dim},
                   StoreScaled<T>{out + first * hidden, hidden, p.head_dim, scratch.rows.out_scale, 1}, prefetcher);
@@ -255,7 +256,7 @@ void backward_head(const Operands<T>& p, const Gradients<T>& gradients, const At
   const Written<T> dk = gradients.dk.from(item.start, column), dv = gradients.dv.from(item.start, column);
   if (item.num_queries == 0) return fill_zeros(dk, dv, shape);
   const float* lse = gradients.lse + head * p.queries.count + item.first_query;
-  const int64_t head_groups = groups<Dot>(p.head_dim), row_groups = groups<Dot>(shape.length);
+  const int64_t head_groups = groups<Dot>(p.head_dim), row_groups = depth_of<Dot>(shape.length);
   Prefetcher prefetcher(shape.length, 2 * count_tiles(item.num_queries, shape.length, head_groups) +
                                           3 * count_tiles(item.num_queries, p.head_dim, row_groups));
   const int64_t bytes = p.head_dim * sizeof(T);
@@ -301,6 +302,7 @@ void backward_head(const Operands<T>& p, const Gradients<T>& gradients, const At
                                      ? differentiate_block<Dot, true>(p, first_query, head, rows, shape, scratch)
                                      : differentiate_block<Dot, false>(p, first_query, head, rows, shape, scratch);
 
+    fill_depth<Dot>(scratch.scores, rows, shape);  // what block.dscores reads in place of float32's
     multiply<Dot>(rows, shape.padded_head_dim, row_groups, block.dscores, packed_keys,
                   {scratch.dqueries, shape.padded_head_dim},
                   StoreScaled<T>{dq.from(first).data, dq.stride, p.head_dim, &p.softmax_scale, 0}, prefetcher);

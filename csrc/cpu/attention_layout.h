@@ -23,10 +23,28 @@ struct DotFor<BFloat16> {
 constexpr int64_t kMinQueryBlock = 24;
 constexpr int64_t kScoreFloats = 48 * 1024;  // of a block of queries: 192 KB of the second-level cache
 
+// A product's depth along keys or queries is whole tiles where the instruction set has them; what is behind the last one is
+// 0.
+#if defined(__AMX_TILE__)
+template <typename Dot>
+constexpr int64_t kGroupMultiple = Dot::kElements == 2 ? kTileSide : 1;
+constexpr int64_t kRowMultiple = 2 * kTileSide;
+#else
+template <typename Dot>
+constexpr int64_t kGroupMultiple = 1;
+constexpr int64_t kRowMultiple = 1;
+#endif
+
+template <typename Dot>
+constexpr int64_t depth_of(int64_t rows) {
+  return round_up(groups<Dot>(rows), kGroupMultiple<Dot>);
+}
+
 // What an item needs to know of a head's size, and the leading dimensions of the packed copies.
 struct Shape {
   int64_t length, head_dim;
   int64_t padded_length, padded_head_dim;  // whole vectors
+  int64_t depth_length;                    // rows along which a product's depth may go
   int64_t score_leading;  // an odd number of cache lines: walking down a column touches all sets of the cache
   int64_t query_block;    // whole tiles; the blocks of an item are of nearly equal size
 
@@ -35,6 +53,7 @@ struct Shape {
         head_dim(head_dim),
         padded_length(round_up(length, kWidth)),
         padded_head_dim(round_up(head_dim, kWidth)),
+        depth_length(round_up(length, kRowMultiple)),
         score_leading((round_up(length, 16) / 16 | 1) * 16) {
     const int64_t fitting = kScoreFloats / score_leading, largest = fitting < kMinQueryBlock ? kMinQueryBlock : fitting;
     const int64_t blocks = queries > largest ? (queries + largest - 1) / largest : 1;
@@ -101,7 +120,7 @@ LeftMatrix as_left(Rows<T> from, int64_t rows, const Shape& shape, float* to) {
   return {to, shape.padded_head_dim, 1};
 }
 
-// Packs rows (rows, head_dim) as B, (groups(rows), padded_head_dim) groups along the rows.
+// Packs rows (rows, head_dim) as B, (depth_of(rows), padded_head_dim) groups along the rows.
 template <typename Dot, typename T>
 RightMatrix pack_right(Rows<T> from, int64_t rows, const Shape& shape, float* to) {
   float* const data = to;
@@ -117,7 +136,19 @@ RightMatrix pack_right(Rows<T> from, int64_t rows, const Shape& shape, float* to
       }
     });
   }
+  std::memset(to, 0, (depth_of<Dot>(rows) - groups<Dot>(rows)) * shape.padded_head_dim * sizeof(float));
   return {data, shape.padded_head_dim};
+}
+
+// Of rows of A along the keys, whose columns up to padded_length are there: the others of the depth, 0.
+template <typename Dot>
+void fill_depth(float* rows, int64_t num_rows, const Shape& shape) {
+  if constexpr (kGroupMultiple<Dot> > 1) {
+    const int64_t behind = depth_of<Dot>(shape.length) * Dot::kElements - shape.padded_length;
+    for (int64_t row = 0; row < num_rows && behind > 0; ++row) {
+      std::memset(reinterpret_cast<BFloat16*>(rows + row * shape.score_leading) + shape.padded_length, 0, behind * 2);
+    }
+  }
 }
 
 // Packs the transpose of rows (length, head_dim) as B, panels of (groups(head_dim), padded_length); the padding is 0.

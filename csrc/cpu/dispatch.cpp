@@ -5,6 +5,12 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__) && !defined(FASTBERT_WITHOUT_avx512_bf16) && \
+    !defined(FASTBERT_WITHOUT_avx512_amx)
+#define FASTBERT_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <stdexcept>
@@ -70,6 +76,26 @@ const InstructionSet avx512_bf16_set = [] {
   return InstructionSet{"avx512_bf16", true, true, FASTBERT_FOR_EACH_KERNEL(FASTBERT_TABLE_VALUE)};
 }();
 #endif
+
+#if defined(FASTBERT_AMX)
+const InstructionSet avx512_amx_set = [] {
+  InstructionSet set = avx512_bf16_set;
+  set.name = "avx512_amx";
+#define FASTBERT_TAKE_KERNEL(kernel, Params) set.kernel = avx512_amx::kernel;
+  FASTBERT_FOR_EACH_KERNEL_OF_TILES(FASTBERT_TAKE_KERNEL)
+  return set;
+}();
+
+// Whether the CPU has AMX for bfloat16 and int8 and the operating system, which is asked for it once for the whole process,
+// keeps the tiles of its threads: Linux documents that in Documentation/arch/x86/xstate.rst.
+bool may_use_amx() {
+  constexpr unsigned bits = 1u << 22 | 1u << 24 | 1u << 25;  // amx_bf16, amx_tile, amx_int8
+  constexpr int arch_req_xcomp_perm = 0x1023, tile_data = 18;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & bits) != bits) return false;
+  return syscall(SYS_arch_prctl, arch_req_xcomp_perm, tile_data) == 0;
+}
+#endif
 #endif
 
 // Those that this CPU and its operating system support, from the narrowest to the widest.
@@ -89,7 +115,12 @@ std::vector<const InstructionSet*> supported_sets() {
       if (__builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512_vnni_set);
 #endif
 #if !defined(FASTBERT_WITHOUT_avx512_bf16)
-      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512_bf16_set);
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
+        sets.push_back(&avx512_bf16_set);
+#if defined(FASTBERT_AMX)
+        if (may_use_amx()) sets.push_back(&avx512_amx_set);
+#endif
+      }
 #endif
     }
   }

@@ -1,5 +1,5 @@
 // Which instruction set the kernels use: baseline (SSE2 or NEON), avx2, avx2_vnni (with the dot product of 8-bit integers),
-// avx512, avx512_vnni or avx512_bf16 (with that product and the one of bfloat16).
+// avx512, avx512_vnni, avx512_bf16 (with that product and the one of bfloat16) or avx512_amx (with tiles for both).
 
 #pragma once
 

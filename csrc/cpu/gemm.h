@@ -2,12 +2,16 @@
 // with a few vectors of B.
 //
 // The depth is counted in groups of 4 bytes: one float32 (FloatDot), or two neighbouring bfloat16 (BFloat16Dot) whose
-// products one instruction adds to a float32. C is float32.
+// products one instruction adds to a float32. C is float32. AMX multiplies tiles of the latter from the same operands.
 
 #pragma once
 
 #include "cpu/prefetch.h"
 #include "cpu/vec.h"
+
+#if defined(__AMX_TILE__)
+#include "cpu/tiles.h"
+#endif
 
 namespace fastbert::cpu::FASTBERT_ISA {
 
@@ -150,6 +154,49 @@ FASTBERT_INLINE void multiply_panel(int64_t vectors, int64_t rows, int64_t colum
   multiply_tiles<Dot, Vectors>(rows, column, depth, a, b, b_leading, addend, finish, prefetcher);
 }
 
+#if defined(__AMX_TILE__)
+template <int Vectors = kPanelVectors, typename Finish>
+FASTBERT_INLINE void finish_row(int vectors, int64_t row, int64_t column, const float* sums, const Finish& finish) {
+  if constexpr (Vectors > 1) {
+    if (vectors < Vectors) return finish_row<Vectors - 1>(vectors, row, column, sums, finish);
+  }
+  Vec of_row[Vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) of_row[v] = load(sums + v * kWidth);
+  finish(row, column, of_row);
+}
+
+// multiply() of bfloat16 and a depth of whole tiles. Of a panel of fewer columns than tiles have, what lies behind its rows
+// is multiplied too, and left.
+template <bool kHasTwo, typename Finish>
+void multiply_by_tiles(const TileParts& parts, int64_t columns, int64_t depth, LeftMatrix a, RightMatrix b,
+                       const Partial& partial, const Finish& finish, Prefetcher& prefetcher) {
+  constexpr int passes = kHasTwo ? 2 : 1;
+  alignas(64) float sums[2 * kTileSide * kPanelColumns];
+  for (int64_t column = 0; column < columns; column += kPanelColumns) {
+    const int vectors = static_cast<int>(std::min<int64_t>(columns - column, kPanelColumns) / kWidth);
+    const bool packed = b.leading == 0;
+    const int64_t leading = packed ? vectors * kWidth : b.leading;
+    const float* panel = b.data + (packed ? column * depth : column);
+    for (int64_t part = 0; part < parts.count; ++part) {
+      const int64_t first_row = parts.first_row(part);
+      for (int pass = 0; pass * kPanelVectors < passes * vectors; ++pass) {
+        const int64_t first_column = pass * kPanelColumns / passes;
+        const float* addend = partial.data + first_row * partial.leading + column + first_column;
+        multiply_tiles<false, kHasTwo>(parts, depth / kTileSide, {a.data + first_row * a.row_stride, a.row_stride * 4},
+                                       {panel + first_column, leading * 4},
+                                       {partial.accumulate ? addend : nullptr, partial.leading * 4},
+                                       {sums + first_column, kPanelColumns * 4}, [] {});
+      }
+      for (int64_t row = part + 1 == parts.count ? parts.repeated : 0; row < parts.size; ++row) {
+        finish_row(vectors, first_row + row, column, sums + row * kPanelColumns, finish);
+        if (row % kTileRows == 0) prefetcher.step();
+      }
+    }
+  }
+}
+#endif
+
 // C (rows, columns) = A B, or C += A B where the partial sums accumulate. columns is a multiple of kWidth, depth counts
 // groups. finish(row, column, sums) takes the finished vectors of one row from a column on. Each element of C is a sum of
 // sums over kDepthBlock groups (whose rounding errors grow with the block, not with the depth), the same in whatever tile it
@@ -157,6 +204,16 @@ FASTBERT_INLINE void multiply_panel(int64_t vectors, int64_t rows, int64_t colum
 template <typename Dot, typename Finish>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, LeftMatrix a, RightMatrix b, Partial partial,
                      const Finish& finish, Prefetcher& prefetcher) {
+#if defined(__AMX_TILE__)
+  if constexpr (Dot::kElements == 2) {
+    if (rows > 0 && a.depth_stride == 1 && depth % kTileSide == 0) {
+      const TileParts parts(rows);
+      const Tiles tiles(parts);
+      return parts.has_two ? multiply_by_tiles<true>(parts, columns, depth, a, b, partial, finish, prefetcher)
+                           : multiply_by_tiles<false>(parts, columns, depth, a, b, partial, finish, prefetcher);
+    }
+  }
+#endif
   for (int64_t first_k = 0; first_k < depth; first_k += kDepthBlock) {
     const bool last = depth - first_k <= kDepthBlock;
     const int64_t block = last ? depth - first_k : kDepthBlock;

@@ -26,6 +26,17 @@
   X(packed_dense, PackedDenseParams)                                 \
   X(encoder_layer, EncoderLayerParams)
 
+// Those that multiply bfloat16 or int8.
+#define FASTBERT_FOR_EACH_KERNEL_OF_TILES(X)                   \
+  X(attention_forward, AttentionForwardParams)                 \
+  X(attention_backward, AttentionBackwardParams)               \
+  X(attention_of_rows_forward, AttentionOfRowsForwardParams)   \
+  X(attention_of_rows_backward, AttentionOfRowsBackwardParams) \
+  X(matmul, MatmulParams)                                      \
+  X(pack_weight, PackWeightParams)                             \
+  X(packed_dense, PackedDenseParams)                           \
+  X(encoder_layer, EncoderLayerParams)
+
 #define FASTBERT_DECLARE_KERNEL(name, Params) void name(const Params& params, int num_threads);
 
 namespace fastbert::cpu {
@@ -52,6 +63,9 @@ FASTBERT_DECLARE_VNNI(avx512_vnni, avx512)
 namespace avx512_bf16 {
 FASTBERT_FOR_EACH_KERNEL(FASTBERT_DECLARE_KERNEL)
 }
+namespace avx512_amx {
+FASTBERT_FOR_EACH_KERNEL_OF_TILES(FASTBERT_DECLARE_KERNEL)
+}  // namespace avx512_amx
 #endif
 
 }  // namespace fastbert::cpu

@@ -92,6 +92,61 @@ struct ColumnSums {
   }
 };
 
+// A block's rows of a transposed A, copied: those of a group of the depth side by side or, for tiles, the groups of a row.
+template <typename Group>
+struct CopiedRows {
+  uint32_t* to;
+  int64_t groups;
+
+#if defined(__AMX_TILE__)
+  static constexpr bool kInRows = Group::kElements > 1;
+#else
+  static constexpr bool kInRows = false;
+#endif
+
+  static int64_t size(int64_t groups) { return kMaxBlockRows * (kInRows ? row_groups(groups) + kWidth : groups); }
+
+  template <typename T, typename See>
+  void copy(const T* a, int64_t depth_stride, int64_t depth, int64_t rows, See&& see) const {
+    const int64_t ahead = kLinesAhead * depth_stride;
+    if constexpr (!kInRows) {
+      pack_columns<Group, kMaxBlockRows>(a, depth_stride, depth, rows, 0, groups, ahead, to, see);
+    } else {
+      uint32_t* side_by_side = to + kMaxBlockRows * row_groups(groups);  // a few groups at a time
+      for (int64_t first = 0; first < groups; first += kWidth) {
+        const int64_t count = groups - first < kWidth ? groups - first : kWidth, skipped = first * Group::kElements;
+        pack_columns<Group, kMaxBlockRows>(
+            a + skipped * depth_stride, depth_stride, depth - skipped, rows, 0, count, ahead, side_by_side,
+            [&](int64_t group, int64_t column, VecUint elements) { see(first + group, column, elements); });
+        for (int64_t row = 0; row < rows; row += kWidth) turn(side_by_side + row, to + row * row_groups(groups) + first);
+      }
+    }
+  }
+
+  auto left() const {
+    const char* data = reinterpret_cast<const char*>(to);
+    if constexpr (kInRows) {
+      return LeftRows<Group>{data, row_groups(groups) * 4};
+    } else {
+      return LeftColumns{data};
+    }
+  }
+
+ private:
+  // An odd number of cache lines: walking down a column of tiles touches all sets of the cache.
+  static int64_t row_groups(int64_t groups) { return (round_up(groups, kWidth) / kWidth | 1) * kWidth; }
+
+  // A square of groups; of one at the end of the depth what is behind it, too, which nobody reads.
+  void turn(const uint32_t* from, uint32_t* rows) const {
+    Vec square[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) std::memcpy(&square[i], from + i * kMaxBlockRows, sizeof(Vec));
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) std::memcpy(rows + i * row_groups(groups), &square[i], sizeof(Vec));
+  }
+};
+
 // What becomes of the sums of a block of rows and a chunk of columns; see MatmulEnd.
 template <typename T>
 struct StoreProduct {
@@ -188,28 +243,25 @@ struct Product {
   void multiply(int64_t first_row, int64_t last_row, int64_t first_panel, int64_t last_panel) const {
     constexpr int64_t sums_size = kSumVectors * kWidth;
     const int64_t rows = last_row - first_row;
-    float* scratch = thread_scratch(static_cast<size_t>(sums_size + (a_is_transposed ? groups * kMaxBlockRows : 0)));
+    float* scratch =
+        thread_scratch(static_cast<size_t>(sums_size + (a_is_transposed ? CopiedRows<Group>::size(groups) : 0)));
     Vec* sums = reinterpret_cast<Vec*>(scratch);
     if (!a_is_transposed) {
       const LeftRows<Group> left{reinterpret_cast<const char*>(a + first_row * p.a_row_stride),
                                  p.a_row_stride * static_cast<int64_t>(sizeof(T))};
       return multiply_panels(left, first_row, rows, first_panel, last_panel, sums);
     }
-    const auto pack = [&](auto&& see) {
-      pack_columns<Group, kMaxBlockRows>(a + first_row, p.a_depth_stride, p.depth, rows, 0, groups,
-                                         kLinesAhead * p.a_depth_stride, reinterpret_cast<uint32_t*>(scratch + sums_size),
-                                         see);
-    };
+    const CopiedRows<Group> copied{reinterpret_cast<uint32_t*>(scratch + sums_size), groups};
+    const auto copy = [&](auto&& see) { copied.copy(a + first_row, p.a_depth_stride, p.depth, rows, see); };
     if (p.row_sums != nullptr && first_column == 0 && first_panel == 0) {
       ColumnSums<Group> column_sums;
-      pack([&](int64_t group, int64_t column, VecUint elements) { column_sums(group, column, elements); });
+      copy([&](int64_t group, int64_t column, VecUint elements) { column_sums(group, column, elements); });
       for_columns(rows,
                   [&](int64_t row, auto extent) { store(p.row_sums + first_row + row, column_sums.total(row), extent); });
     } else {
-      pack([](int64_t, int64_t, VecUint) {});
+      copy([](int64_t, int64_t, VecUint) {});
     }
-    const LeftColumns left{reinterpret_cast<const char*>(scratch + sums_size)};
-    multiply_panels(left, first_row, rows, first_panel, last_panel, sums);
+    multiply_panels(copied.left(), first_row, rows, first_panel, last_panel, sums);
   }
 
   template <typename Left>

@@ -252,6 +252,14 @@ void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t*
   }
 }
 
+}  // namespace fastbert::cpu::FASTBERT_ISA
+
+#if defined(__AMX_TILE__)
+#include "cpu/tile_gemm.h"
+#endif
+
+namespace fastbert::cpu::FASTBERT_ISA {
+
 // Calls finish(row, column, sums, extent) for A (rows, groups), at most kMaxBlockRows rows, times the panels [first_panel,
 // last_panel) of a B of so many columns, whose panel i is at panel_at(i). sums: kSumVectors vectors of scratch memory.
 //
@@ -261,6 +269,19 @@ void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t*
 template <typename Group, typename Left, typename PanelAt, typename Finish>
 void multiply_packed_panels(int64_t rows, int64_t groups, Left a, int64_t first_panel, int64_t last_panel, int64_t columns,
                             const PanelAt& panel_at, typename Group::Sum* sums, const Finish& finish) {
+#if defined(__AMX_TILE__)
+  if constexpr (std::is_same_v<Left, LeftRows<Group>> && Group::kElements > 1) {
+    if (rows > 0 && groups >= kTileSide) {
+      const TileParts parts(rows);
+      const Tiles tiles(parts);
+      const auto multiply = [&](auto has_two) {
+        multiply_panels_of_tiles<Group, decltype(has_two)::value>(parts, groups, a, first_panel, last_panel, columns,
+                                                                  panel_at, sums, finish);
+      };
+      return parts.has_two ? multiply(std::true_type()) : multiply(std::false_type());
+    }
+  }
+#endif
   // 16 registers are full of a tile's sums, and float32's multiplications take so long that it makes no difference.
   constexpr bool worthwhile = kVectorRegisters == 32 && Group::kElements > 1;
   const bool may_wait = worthwhile && rows >= kFewestRowsThatWait;

@@ -202,7 +202,13 @@ def _instruction_set_lines(cpu: dict[str, Any]) -> list[str]:
     if used is None:
         return []
     slower = "" if used == supported[-1] else f", forced by FASTBERT_CPU_ISA; {supported[-1]} would be the fastest here"
-    return [f"  the C++ kernels use {used}{slower}"]
+    lines = [f"  the C++ kernels use {used}{slower}"]
+    if {"amx_tile", "amx_bf16", "amx_int8"} <= set(cpu["features"]) and "avx512_amx" not in supported:
+        lines.append(
+            "  not avx512_amx, though the CPU has it: the system does not let this process use its tiles (Linux does from 5.16), "
+            "or the compiler knew no flags for it"
+        )
+    return lines
 
 
 def _openmp_lines(runtimes: list[str] | None) -> list[str]:

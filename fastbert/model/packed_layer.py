@@ -211,7 +211,7 @@ def _kind(weights: EncoderLayerWeights, rows: torch.dtype) -> str:
 
 
 def _measured_fastest(layer: nn.Module, packed: PackedEncoderLayers, weights: EncoderLayerWeights, dtypes: _Dtypes) -> str:
-    """Which of the candidates is the faster on this machine; one that multiplies with AMX may gain more than one call does."""
+    """Which of the candidates is the faster on this machine: oneDNN may multiply with instructions that our kernels lack."""
     total, (rows, autocast) = sum(_TIMED_LENGTHS), dtypes
     flops = 2 * total * sum(linear.weight.numel() for _, linear in weights.linears())
     if flops < 4 * MEASURED_FLOPS or not calibration.is_on():

@@ -54,7 +54,7 @@ def test_reasons_are_shown():
         "versions": {"fastbert": "1.0", "triton": None},
         "cpu": {
             "model": "A",
-            "features": [],
+            "features": ["amx_tile", "amx_bf16", "amx_int8"],
             "torch_capability": "DEFAULT",
             "cores": 2,
             "torch_threads": 2,
@@ -88,6 +88,7 @@ def test_reasons_are_shown():
         "attention on cpu: reference (float32, bfloat16)",
         "not triton: it is for GPUs; it is not installed",
         "the C++ kernels use avx2, forced by FASTBERT_CPU_ISA; avx512 would be the fastest here",
+        "not avx512_amx, though the CPU has it: the system does not let",
         "more than one",
         "B, compute capability 9.0",
         "dx, float32, many rows        onednn 440, torch 210",

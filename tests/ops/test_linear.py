@@ -222,6 +222,30 @@ def test_matmul_on_every_instruction_set():
 
 
 @no_native
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 31, 32, 33, 50, 65, 95, 96, 97, 200])
+def test_products_of_whole_numbers_are_exact(rows, transposed):
+    """On every instruction set, at sizes beside those of its tiles, panels and blocks; in bfloat16 but for one rounding."""
+    from fastbert.ops import native
+
+    before = native.instruction_set()
+    try:
+        for depth, columns in ((2, 65), (30, 1), (32, 64), (34, 130), (98, 48), (768, 127), (1538, 16)):
+            a, b, bias = (torch.randint(-4, 5, size).float() for size in ((rows, depth), (depth, columns), (columns,)))
+            a = a.t().contiguous().t() if transposed else a
+            for name in native.supported_instruction_sets():
+                native.set_instruction_set(name)
+                for dtype in filter(native.multiplies, (torch.float32, torch.bfloat16)):
+                    for right in (b, b.t().contiguous().t()):
+                        found = native.matmul(a.to(dtype), right.to(dtype), bias.to(dtype))
+                        assert torch.equal(found, torch.addmm(bias, a, b).to(dtype)), (name, dtype, depth, columns)
+                    found, sums = native.matmul_and_row_sums(a.to(dtype), b.to(dtype))
+                    assert torch.equal(found, (a @ b).to(dtype)) and torch.equal(sums, a.sum(1)), (name, dtype, depth, columns)
+    finally:
+        native.set_instruction_set(before)
+
+
+@no_native
 @pytest.mark.parametrize("dtype", dtypes_of_native_matmul())
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("rows", "depth", "columns"), [(500, 300, 200), (20, 700, 1900), (5, 40, 30), (1, 64, 640)])

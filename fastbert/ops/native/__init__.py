@@ -2,11 +2,11 @@
 
 Inputs are contiguous CPU tensors of float32 or bfloat16 (``backends.py`` refuses others); a block of logits may have a row
 stride. Arithmetic, statistics and sums are float32, except that attention and matmuls multiply bfloat16 as it is, and add the
-products in float32, with avx512_bf16. Results do not depend on the number of threads, which is torch's.
+products in float32, with avx512_bf16 and avx512_amx. Results do not depend on the number of threads, which is torch's.
 
 The extension links no OpenMP runtime: it is handed the entry point of the one that torch uses, so the process has one.
-FASTBERT_CPU_ISA=baseline|avx2|avx2_vnni|avx512|avx512_vnni|avx512_bf16 forces an instruction set; the default is the widest that
-the CPU supports.
+FASTBERT_CPU_ISA=baseline|avx2|avx2_vnni|avx512|avx512_vnni|avx512_bf16|avx512_amx forces an instruction set; the default is the
+widest that the CPU supports and, for the tiles of AMX, the operating system.
 """
 
 from .attention import attention_backward, attention_forward, attention_of_rows_backward, attention_of_rows_forward

@@ -67,7 +67,8 @@ def unavailable_reason() -> str | None:
 
 
 def instruction_set() -> str:
-    """The one in use: "baseline" (SSE2 or NEON), "avx2", "avx2_vnni", "avx512", "avx512_vnni" or "avx512_bf16" (with VNNI).
+    """The one in use: "baseline" (SSE2 or NEON), "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16" (with VNNI) or
+    "avx512_amx".
 
     The extension must be available.
     """
