@@ -36,7 +36,8 @@ struct ForwardScratch {
 };
 
 struct BackwardScratch {
-  float *keys_transposed, *values_transposed, *keys, *left, *queries, *douts, *scores, *dscores, *dqueries, *dkeys, *dvalues;
+  float *keys_transposed, *values_transposed, *keys, *left, *queries, *douts, *scores, *dscores, *turned, *dqueries, *dkeys,
+      *dvalues;
   float *lanes, *lse, *delta;  // of a block's queries, as SoftmaxRows
   uint16_t* bits[2];
 
@@ -49,6 +50,7 @@ struct BackwardScratch {
         douts(arena.floats(round_up(shape.query_block, kRowMultiple) * shape.padded_head_dim)),
         scores(arena.floats(shape.query_block * shape.score_leading)),
         dscores(arena.floats(shape.query_block * shape.score_leading)),
+        turned(arena.floats(kRowMultiple == 1 ? 0 : shape.padded_length * turned_leading(shape.query_block / 2))),
         dqueries(arena.floats(shape.query_block * shape.padded_head_dim)),
         dkeys(arena.floats(shape.depth_length * shape.padded_head_dim)),
         dvalues(arena.floats(shape.length * shape.padded_head_dim)),
@@ -308,11 +310,12 @@ void backward_head(const Operands<T>& p, const Gradients<T>& gradients, const At
                   StoreScaled<T>{dq.from(first).data, dq.stride, p.head_dim, &p.softmax_scale, 0}, prefetcher);
     const auto add_block = [&](LeftMatrix a, RightMatrix b, float* sums, Written<T> to, float scale) {
       const Partial partial{sums, shape.padded_head_dim, first > 0};
+      const LeftMatrix left_rows = turned<Dot>(a, shape.length, groups<Dot>(rows), scratch.turned);
       if (rows < left) {
-        multiply<Dot>(shape.length, shape.padded_head_dim, groups<Dot>(rows), a, b, partial,
+        multiply<Dot>(shape.length, shape.padded_head_dim, depth_of<Dot>(rows), left_rows, b, partial,
                       StoreRows{sums, shape.padded_head_dim}, prefetcher);
       } else {
-        multiply<Dot>(shape.length, shape.padded_head_dim, groups<Dot>(rows), a, b, partial,
+        multiply<Dot>(shape.length, shape.padded_head_dim, depth_of<Dot>(rows), left_rows, b, partial,
                       StoreScaled<T>{to.data, to.stride, p.head_dim, &scale, 0}, prefetcher);
       }
     };

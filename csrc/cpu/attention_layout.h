@@ -179,6 +179,32 @@ RightMatrix pack_transposed(Rows<T> from, const Shape& shape, float* to) {
   return {to, 0};
 }
 
+// A product's A whose rows lie side by side, as the product reads it: where that is by tiles, a copy in `to`, whose rows are
+// the groups of the depth and 0 behind them.
+inline int64_t turned_leading(int64_t depth) { return (round_up(depth, kWidth) / kWidth | 1) * kWidth; }
+
+template <typename Dot>
+LeftMatrix turned(LeftMatrix a, int64_t rows, int64_t depth, float* to) {
+  if constexpr (kGroupMultiple<Dot> == 1) {
+    return a;
+  } else {
+    const int64_t leading = turned_leading(depth);
+    for (int64_t row = 0; row < rows; row += kWidth) {
+      for (int64_t group = 0; group < depth; group += kWidth) {
+        Vec square[kWidth];
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) {
+          square[i] = group + i < depth ? load(a.data + row + (group + i) * a.depth_stride) : Vec{};
+        }
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) store(to + (row + i) * leading + group, square[i]);
+      }
+    }
+    return {to, leading, 1};
+  }
+}
+
 // Stores a vector of elements of A, (rows, depth) groups along the depth: those from `element` on of one row.
 template <typename Dot>
 FASTBERT_INLINE void store_elements(float* row, int64_t element, Vec v) {
