@@ -174,7 +174,7 @@ void multiply_by_tiles(const TileParts& parts, int64_t columns, int64_t depth, L
   constexpr int passes = kHasTwo ? 2 : 1;
   alignas(64) float sums[2 * kTileSide * kPanelColumns];
   for (int64_t column = 0; column < columns; column += kPanelColumns) {
-    const int vectors = static_cast<int>(std::min<int64_t>(columns - column, kPanelColumns) / kWidth);
+    const int vectors = static_cast<int>(least(columns - column, kPanelColumns) / kWidth);
     const bool packed = b.leading == 0;
     const int64_t leading = packed ? vectors * kWidth : b.leading;
     const float* panel = b.data + (packed ? column * depth : column);

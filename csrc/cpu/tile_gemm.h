@@ -26,7 +26,7 @@ void multiply_panels_of_tiles(const TileParts& parts, int64_t groups, LeftRows<G
     const uint32_t* packed = panel_at(panel);
     const int64_t column = panel * kPanelColumns;
     for (int64_t first_group = 0; first_group < in_tiles; first_group += kTileGroupBlock) {
-      const int64_t block = std::min(in_tiles - first_group, kTileGroupBlock), steps = block / kTileSide;
+      const int64_t block = least(in_tiles - first_group, kTileGroupBlock), steps = block / kTileSide;
       const uint32_t* block_start = packed + first_group * kPanelColumns;
       // The block that follows in memory, a few lines after each step of this one.
       const char* next = reinterpret_cast<const char*>(block_start + block * kPanelColumns);
@@ -45,7 +45,7 @@ void multiply_panels_of_tiles(const TileParts& parts, int64_t groups, LeftRows<G
               parts, steps, {rows.data, rows.row_bytes}, {block_start + pass * vectors * kTileSide, kPanelColumns * 4},
               first_group > 0 ? of_part : nothing, of_part, [&] {
                 for (int64_t line = 0; line < lines; ++line, next += kCacheLine) __builtin_prefetch(next, 0, 2);
-                for (const int64_t until = std::min(waiting + rows_of_step, end); waiting < until; ++waiting) {
+                for (const int64_t until = least(waiting + rows_of_step, end); waiting < until; ++waiting) {
 #pragma GCC unroll 4
                   for (int v = 0; v < vectors; ++v) {
                     finish(first_row + waiting, column - kPanelColumns + (pass * vectors + v) * kWidth,
@@ -58,7 +58,7 @@ void multiply_panels_of_tiles(const TileParts& parts, int64_t groups, LeftRows<G
     }
     for (int64_t part = 0; part < parts.count && in_tiles < groups; ++part) {
       for (int64_t row = 0; row < parts.size; row += kTileRows) {
-        packed_rows<Group, 0>(std::min<int64_t>(parts.size - row, kTileRows), groups - in_tiles,
+        packed_rows<Group, 0>(least(parts.size - row, kTileRows), groups - in_tiles,
                               a.from(parts.first_row(part) + row, in_tiles), packed + in_tiles * kPanelColumns,
                               sums + (part * parts.size + row) * kPanelVectors, true, nullptr, NothingWaits());
       }
@@ -66,7 +66,7 @@ void multiply_panels_of_tiles(const TileParts& parts, int64_t groups, LeftRows<G
     if (panel + 1 < last_panel) continue;
     for (int64_t row = 0; row < parts.rows; ++row) {
       const typename Group::Sum* of_row = sums + parts.place_of(row) * kPanelVectors;
-      for_columns(std::min<int64_t>(columns - column, kPanelColumns),
+      for_columns(least(columns - column, kPanelColumns),
                   [&](int64_t offset, auto extent) { finish(row, column + offset, of_row[offset / kWidth], extent); });
     }
   }

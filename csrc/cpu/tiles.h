@@ -1,18 +1,19 @@
 // AMX's tiles, for the products of gemm.h and packed_gemm.h.
 //
 // A tile is 16 rows of 64 bytes: of A, 16 rows of 16 groups; of B, 16 groups of 16 columns, as both headers pack them. One
-// instruction adds the products of both to a tile of 16 x 16 sums, in 16 cycles, ten times what vectors do. Two tiles of A
-// and two of B are loaded for four such instructions, in less than that time.
+// instruction adds the products of both to a tile of 16 x 16 sums, in 16 cycles. Two tiles of A and two of B are loaded for
+// four such instructions, in less than that time.
 
 #pragma once
-
-#include <algorithm>
 
 #include "cpu/vec.h"
 
 namespace fastbert::cpu::FASTBERT_ISA {
 
 constexpr int64_t kTileSide = 16;  // rows of a tile, and the groups or sums of each
+
+// The standard library's could be compiled for one instruction set and linked into another.
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A block of rows in parts of one tile or two above each other, all of the same size, so that one configuration does for
 // them. The last part ends with the rows and so begins among those of the part before; its sums lie behind the others' all
