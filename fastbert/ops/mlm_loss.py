@@ -85,6 +85,8 @@ def _blocks(hidden: Tensor, num_classes: int) -> Iterator[tuple[int, int, Tensor
     block = min(block, num_classes)
     stride = -(-block // _BLOCK_MULTIPLE) * _BLOCK_MULTIPLE
     buffer = hidden.new_empty(rows, stride)
+    if hidden.device.type == "cpu":
+        buffer[:, block:].zero_()  # oneDNN's tiles (AMX) multiply what lies behind a row of bfloat16, too, by 0: a NaN would stay
     for first in range(0, num_classes, block):
         end = min(first + block, num_classes)
         yield first, end, buffer[:, : end - first]
