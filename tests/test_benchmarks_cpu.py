@@ -12,6 +12,7 @@ from benchmarks import ceilings, cpu_goals, goals, memory, peers, training
 from benchmarks.finetune import TASK
 from benchmarks.harness import quiet
 from benchmarks.inference import LARGEST_DIFFERENCE, Contender, difference
+from benchmarks.peers import with_torch
 from benchmarks.workloads import STANDARD, Workload, config_for, padded_batch, workload, workloads
 
 
@@ -97,10 +98,13 @@ def test_micro_batches_are_the_batch():
     assert sum(len(part["labels"]) for _, part in parts) == 32
 
 
-def test_float32_precision_is_changed_for_one_contender_only():
+@pytest.mark.parametrize("rounds", [False, True])
+def test_float32_precision_is_changed_for_one_contender_only(rounds, monkeypatch):
+    """And not where float32 would then be multiplied in bfloat16."""
+    monkeypatch.setattr(with_torch, "onednn_rounds_float32", lambda: rounds)
     before = torch.get_float32_matmul_precision()
     with pytest.raises(ZeroDivisionError), peers.onednn_float32_matmul():
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.get_float32_matmul_precision() == (before if rounds else "medium")
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 from collections.abc import Iterator
 
@@ -106,7 +107,21 @@ def token_budget_groups(ascending: list[int], budget: int) -> Iterator[slice]:
 
 @contextlib.contextmanager
 def onednn_float32_matmul() -> Iterator[None]:
-    """Float32 matmuls go to oneDNN instead of MKL; on CPUs with AMX it then multiplies in bfloat16."""
+    """Float32 matmuls go to oneDNN instead of MKL, unless it then multiplies in bfloat16."""
+    with contextlib.nullcontext() if onednn_rounds_float32() else _medium_precision():
+        yield
+
+
+@functools.cache
+def onednn_rounds_float32() -> bool:
+    """Whether torch's float32 matmul on oneDNN multiplies in bfloat16 here, as on CPUs with AMX."""
+    exact = torch.full((256, 256), 1 + 2**-12)
+    with _medium_precision():
+        return not torch.equal(exact @ torch.eye(256), exact)
+
+
+@contextlib.contextmanager
+def _medium_precision() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
