@@ -239,11 +239,11 @@ class _TrainedLayer(torch.autograd.Function):
 
 def _attention(call: Call, qkv: Tensor, cu_seqlens: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor, Tensor | None]:
     """The result, lse, and the bits that dropout drew, where CUDA C++ has both directions and its backward pass reads them."""
-    modules = [_attention_module(call, qkv, direction) for direction in ("forward", "backward")]
+    module = _attention_module(call, qkv, "forward")
     arguments = qkv, cu_seqlens, call.max_seqlen, call.softmax_scale, *dropout
-    if all(module is cuda for module in modules):
+    if module is cuda and _attention_module(call, qkv, "backward") is cuda:
         return cuda.attention_forward_and_bits(*arguments)
-    return *modules[0].attention_forward(*arguments), None
+    return *module.attention_forward(*arguments), None
 
 
 def _attention_backward(
