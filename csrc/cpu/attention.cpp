@@ -52,7 +52,7 @@ struct BackwardScratch {
         dscores(arena.floats(shape.query_block * shape.score_leading)),
         turned(arena.floats(kRowMultiple == 1 ? 0 : shape.padded_length * turned_leading(shape.query_block / 2))),
         dqueries(arena.floats(shape.query_block * shape.padded_head_dim)),
-        dkeys(arena.floats(shape.depth_length * shape.padded_head_dim)),
+        dkeys(arena.floats(shape.length * shape.padded_head_dim)),
         dvalues(arena.floats(shape.length * shape.padded_head_dim)),
         lanes(arena.floats(round_up(shape.query_block, kWidth) * kWidth)),
         lse(arena.floats(round_up(shape.query_block, kWidth))),

@@ -179,10 +179,11 @@ RightMatrix pack_transposed(Rows<T> from, const Shape& shape, float* to) {
   return {to, 0};
 }
 
-// A product's A whose rows lie side by side, as the product reads it: where that is by tiles, a copy in `to`, whose rows are
-// the groups of the depth and 0 behind them.
+// Of rows of so many groups: an odd number of cache lines, as score_leading.
 inline int64_t turned_leading(int64_t depth) { return (round_up(depth, kWidth) / kWidth | 1) * kWidth; }
 
+// A product's A whose rows lie side by side, as the product reads it: where that is by tiles, a copy in `to`, whose rows are
+// the groups of the depth and 0 behind them.
 template <typename Dot>
 LeftMatrix turned(LeftMatrix a, int64_t rows, int64_t depth, float* to) {
   if constexpr (kGroupMultiple<Dot> == 1) {
