@@ -114,12 +114,11 @@ def _seconds(run: Callable[[], Any], device: str) -> float:
 def _traced(run: Callable[[], Any], device: str, dtype: str) -> tuple[float, Spent]:
     """Seconds of a run under the profiler, and where they went without what is outside."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    before = _layer_seconds(dtype)
-    with quiet(), _named_calls(), profile(activities=activities) as profiler:
+    with quiet(), _named_calls(), encoder_layer.work_counted() as work, profile(activities=activities) as profiler:
         seconds = _seconds(run, device)
     parts, operators = (device_times if device == "cuda" else cpu_times)(profiler.events())
-    for part, after in _layer_seconds(dtype).items():
-        parts[part] += after - before[part]
+    for part, layer_seconds in _layer_seconds(work, dtype).items():
+        parts[part] += layer_seconds
     parts.pop(OUTSIDE, None)
     return seconds, (parts, operators)
 
@@ -202,9 +201,8 @@ def _named_calls() -> Iterator[None]:
             setattr(owner, attribute, function)
 
 
-def _layer_seconds(dtype: str) -> dict[str, float]:
-    """By part, what the native encoder layers have counted so far: thread-seconds, spread over the threads evenly."""
+def _layer_seconds(work: Mapping[str, float], dtype: str) -> dict[str, float]:
+    """By part, what the native encoder layers have counted: thread-seconds, spread over the threads evenly."""
     rest = fused(LAYER_NORM, COPIES) if dtype == "int8" else LAYER_NORM
     names = {"linear": fused(LINEAR, GELU), "attention": ATTENTION, "rest": rest}
-    counted = encoder_layer.work_seconds()
-    return {part: counted[name] / torch.get_num_threads() for name, part in names.items()}
+    return {part: work[name] / torch.get_num_threads() for name, part in names.items()}

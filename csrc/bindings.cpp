@@ -320,13 +320,12 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
 
-  // What a layer is made of; x, cu_seqlens, y and the workspace come with each call.
+  // What a layer is made of; x, cu_seqlens, y, the workspace and the counters come with each call.
   py::class_<EncoderLayerParams>(m, "EncoderLayer", py::module_local())
       .def(py::init([](const PackedLinear& qkv, const PackedLinear& attention_output, const PackedLinear& intermediate,
                        const PackedLinear& output, Address attention_norm_weight, Address attention_norm_bias,
                        Address output_norm_weight, Address output_norm_bias, float attention_norm_eps, float output_norm_eps,
-                       int64_t num_heads, int64_t head_dim, float softmax_scale, DType dtype, DType weight_dtype,
-                       Address nanoseconds) {
+                       int64_t num_heads, int64_t head_dim, float softmax_scale, DType dtype, DType weight_dtype) {
         return EncoderLayerParams{nullptr,
                                   nullptr,
                                   nullptr,
@@ -348,7 +347,7 @@ PYBIND11_MODULE(_cpu, m) {
                                   softmax_scale,
                                   dtype,
                                   weight_dtype,
-                                  pointer<int64_t>(nanoseconds)};
+                                  nullptr};
       }));
 
   // The layers of an encoder one after the other: x -> y. All have the same hidden size and dtype of rows.
@@ -364,15 +363,17 @@ PYBIND11_MODULE(_cpu, m) {
                                                         num_threads);
            })
       // snapshots: compared while the other threads begin, which nobody waits for then. False where one has changed.
-      .def("forward", [](const EncoderLayers& encoder, Address x, Address cu_seqlens, Address y, Address workspace,
-                         int64_t total, int64_t batch, int num_threads, const std::vector<const Snapshot*>& snapshots) {
-        std::optional<py::gil_scoped_release> released;
-        const auto wanted = [&] {
-          if (!all_unchanged(snapshots)) return false;
-          released.emplace();
-          return true;
-        };
-        return cpu::encoder_layers(encoder.layers, pointer<const void>(x), pointer<const int32_t>(cu_seqlens),
-                                   pointer<void>(y), pointer<void>(workspace), total, batch, num_threads, wanted);
-      });
+      .def("forward",
+           [](const EncoderLayers& encoder, Address x, Address cu_seqlens, Address y, Address workspace, int64_t total,
+              int64_t batch, int num_threads, const std::vector<const Snapshot*>& snapshots, Address nanoseconds) {
+             std::optional<py::gil_scoped_release> released;
+             const auto wanted = [&] {
+               if (!all_unchanged(snapshots)) return false;
+               released.emplace();
+               return true;
+             };
+             return cpu::encoder_layers(encoder.layers, pointer<const void>(x), pointer<const int32_t>(cu_seqlens),
+                                        pointer<void>(y), pointer<void>(workspace), total, batch, num_threads, wanted,
+                                        pointer<int64_t>(nanoseconds));
+           });
 }

@@ -313,7 +313,7 @@ struct EncoderLayerParams {
   float softmax_scale;
   DType dtype;           // of x and y
   DType weight_dtype;    // of all four weights: dtype, or a narrower one that rows are converted to
-  int64_t* nanoseconds;  // (3,): what the threads spent in linear layers, attention and the rest is added
+  int64_t* nanoseconds;  // (3,): what threads spend in linear layers, attention and the rest is added; null: not counted
 };
 
 // A parameter that has a gradient, with its optimizer's state: float32 at any address, numel of each, and one step count.

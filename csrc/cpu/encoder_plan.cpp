@@ -117,7 +117,8 @@ int64_t encoder_layers_workspace_bytes(const std::vector<EncoderLayerParams>& la
 }
 
 bool encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x, const int32_t* cu_seqlens, void* y,
-                    void* workspace, int64_t total, int64_t batch, int num_threads, const std::function<bool()>& wanted) {
+                    void* workspace, int64_t total, int64_t batch, int num_threads, const std::function<bool()>& wanted,
+                    int64_t* nanoseconds) {
   const std::thread::id caller = std::this_thread::get_id();
   void* between = workspace;
   workspace = static_cast<char*>(workspace) + bytes_between(layers, total);
@@ -133,6 +134,7 @@ bool encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x
       layer.workspace = workspace;
       layer.total = total;
       layer.batch = batch;
+      layer.nanoseconds = nanoseconds;
       encoder_layer(layer, num_threads);
       from = to;
     }

@@ -75,8 +75,9 @@ int64_t encoder_layers_workspace_bytes(const std::vector<EncoderLayerParams>& la
 
 // Layers of the same hidden size and dtype of rows, one after the other: x -> y.
 // The calling thread asks wanted() before it takes part, while the others begin. Where that is false, they stop, y holds
-// nothing, and so is what this returns.
+// nothing, and so is what this returns. nanoseconds: as in EncoderLayerParams.
 bool encoder_layers(const std::vector<EncoderLayerParams>& layers, const void* x, const int32_t* cu_seqlens, void* y,
-                    void* workspace, int64_t total, int64_t batch, int num_threads, const std::function<bool()>& wanted);
+                    void* workspace, int64_t total, int64_t batch, int num_threads, const std::function<bool()>& wanted,
+                    int64_t* nanoseconds);
 
 }  // namespace fastbert::cpu
