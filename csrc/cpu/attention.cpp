@@ -50,7 +50,7 @@ struct BackwardScratch {
         douts(arena.floats(round_up(shape.query_block, kRowMultiple) * shape.padded_head_dim)),
         scores(arena.floats(shape.query_block * shape.score_leading)),
         dscores(arena.floats(shape.query_block * shape.score_leading)),
-        turned(arena.floats(kRowMultiple == 1 ? 0 : shape.padded_length * turned_leading(shape.query_block / 2))),
+        turned(arena.floats(kRowMultiple == 1 ? 0 : shape.padded_length * odd_lines(shape.query_block / 2))),
         dqueries(arena.floats(shape.query_block * shape.padded_head_dim)),
         dkeys(arena.floats(shape.length * shape.padded_head_dim)),
         dvalues(arena.floats(shape.length * shape.padded_head_dim)),

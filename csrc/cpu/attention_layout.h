@@ -45,8 +45,8 @@ struct Shape {
   int64_t length, head_dim;
   int64_t padded_length, padded_head_dim;  // whole vectors
   int64_t depth_length;                    // rows along which a product's depth may go
-  int64_t score_leading;  // an odd number of cache lines: walking down a column touches all sets of the cache
-  int64_t query_block;    // whole tiles; the blocks of an item are of nearly equal size
+  int64_t score_leading;
+  int64_t query_block;  // whole tiles; the blocks of an item are of nearly equal size
 
   Shape(int64_t length, int64_t head_dim, int64_t queries)
       : length(length),
@@ -54,7 +54,7 @@ struct Shape {
         padded_length(round_up(length, kWidth)),
         padded_head_dim(round_up(head_dim, kWidth)),
         depth_length(round_up(length, kRowMultiple)),
-        score_leading((round_up(length, 16) / 16 | 1) * 16) {
+        score_leading(odd_lines(length)) {
     const int64_t fitting = kScoreFloats / score_leading, largest = fitting < kMinQueryBlock ? kMinQueryBlock : fitting;
     const int64_t blocks = queries > largest ? (queries + largest - 1) / largest : 1;
     query_block = round_up((queries + blocks - 1) / blocks, kTileRows);
@@ -163,24 +163,15 @@ RightMatrix pack_transposed(Rows<T> from, const Shape& shape, float* to) {
       const int64_t rows = shape.length - first < kWidth ? shape.length - first : kWidth;
       for_columns(depth, [&](int64_t group, auto extent) {
         const int64_t d = group * Dot::kElements;
-        Vec square[kWidth];
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) {
-          square[i] = i < rows ? load_groups<Dot>(from[first + i] + d, shape.head_dim - d) : Vec{};
-        }
-        transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) {
-          if (i < extent.count) store(panel_to + (group + i) * width + column, square[i]);
-        }
+        transpose([&](int i) { return i < rows ? load_groups<Dot>(from[first + i] + d, shape.head_dim - d) : Vec{}; },
+                  [&](int i, Vec groups) {
+                    if (i < extent.count) store(panel_to + (group + i) * width + column, groups);
+                  });
       });
     }
   }
   return {to, 0};
 }
-
-// Of rows of so many groups: an odd number of cache lines, as score_leading.
-inline int64_t turned_leading(int64_t depth) { return (round_up(depth, kWidth) / kWidth | 1) * kWidth; }
 
 // A product's A whose rows lie side by side, as the product reads it: where that is by tiles, a copy in `to`, whose rows are
 // the groups of the depth and 0 behind them.
@@ -189,17 +180,12 @@ LeftMatrix turned(LeftMatrix a, int64_t rows, int64_t depth, float* to) {
   if constexpr (kGroupMultiple<Dot> == 1) {
     return a;
   } else {
-    const int64_t leading = turned_leading(depth);
+    const int64_t leading = odd_lines(depth);
     for (int64_t row = 0; row < rows; row += kWidth) {
       for (int64_t group = 0; group < depth; group += kWidth) {
-        Vec square[kWidth];
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) {
-          square[i] = group + i < depth ? load(a.data + row + (group + i) * a.depth_stride) : Vec{};
-        }
-        transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) store(to + (row + i) * leading + group, square[i]);
+        const float* first = a.data + row + group * a.depth_stride;
+        transpose([&](int i) { return group + i < depth ? load(first + i * a.depth_stride) : Vec{}; },
+                  [&](int i, Vec groups) { store(to + (row + i) * leading + group, groups); });
       }
     }
     return {to, leading, 1};

@@ -104,7 +104,7 @@ struct CopiedRows {
   static constexpr bool kInRows = false;
 #endif
 
-  static int64_t size(int64_t groups) { return kMaxBlockRows * (kInRows ? row_groups(groups) + kWidth : groups); }
+  static int64_t size(int64_t groups) { return kMaxBlockRows * (kInRows ? odd_lines(groups) + kWidth : groups); }
 
   template <typename T, typename See>
   void copy(const T* a, int64_t depth_stride, int64_t depth, int64_t rows, See&& see) const {
@@ -112,13 +112,13 @@ struct CopiedRows {
     if constexpr (!kInRows) {
       pack_columns<Group, kMaxBlockRows>(a, depth_stride, depth, rows, 0, groups, ahead, to, see);
     } else {
-      uint32_t* side_by_side = to + kMaxBlockRows * row_groups(groups);  // a few groups at a time
+      uint32_t* side_by_side = to + kMaxBlockRows * odd_lines(groups);  // a few groups at a time
       for (int64_t first = 0; first < groups; first += kWidth) {
         const int64_t count = groups - first < kWidth ? groups - first : kWidth, skipped = first * Group::kElements;
         pack_columns<Group, kMaxBlockRows>(
             a + skipped * depth_stride, depth_stride, depth - skipped, rows, 0, count, ahead, side_by_side,
             [&](int64_t group, int64_t column, VecUint elements) { see(first + group, column, elements); });
-        for (int64_t row = 0; row < rows; row += kWidth) turn(side_by_side + row, to + row * row_groups(groups) + first);
+        for (int64_t row = 0; row < rows; row += kWidth) turn(side_by_side + row, to + row * odd_lines(groups) + first);
       }
     }
   }
@@ -126,24 +126,21 @@ struct CopiedRows {
   auto left() const {
     const char* data = reinterpret_cast<const char*>(to);
     if constexpr (kInRows) {
-      return LeftRows<Group>{data, row_groups(groups) * 4};
+      return LeftRows<Group>{data, odd_lines(groups) * 4};
     } else {
       return LeftColumns{data};
     }
   }
 
  private:
-  // An odd number of cache lines: walking down a column of tiles touches all sets of the cache.
-  static int64_t row_groups(int64_t groups) { return (round_up(groups, kWidth) / kWidth | 1) * kWidth; }
-
   // A square of groups; of one at the end of the depth what is behind it, too, which nobody reads.
   void turn(const uint32_t* from, uint32_t* rows) const {
-    Vec square[kWidth];
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) std::memcpy(&square[i], from + i * kMaxBlockRows, sizeof(Vec));
-    transpose(square);
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) std::memcpy(rows + i * row_groups(groups), &square[i], sizeof(Vec));
+    const auto load_row = [&](int i) {
+      Vec row;
+      std::memcpy(&row, from + i * kMaxBlockRows, sizeof(Vec));
+      return row;
+    };
+    transpose(load_row, [&](int i, Vec row) { std::memcpy(rows + i * odd_lines(groups), &row, sizeof(Vec)); });
   }
 };
 

@@ -314,14 +314,10 @@ inline void pack_panel_of_rows(const float* rows, int64_t stride, int64_t count,
     const float* from = rows + column * stride;
     const int64_t there = count - column < kWidth ? count - column : kWidth;
     for_columns(groups, [&](int64_t group, auto extent) {
-      Vec square[kWidth];
-#pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) square[i] = i < there ? load(from + i * stride + group, extent) : Vec{};
-      transpose(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) {
-        if (i < extent.count) std::memcpy(panel + (group + i) * kPanelColumns + column, &square[i], sizeof(Vec));
-      }
+      transpose([&](int i) { return i < there ? load(from + i * stride + group, extent) : Vec{}; },
+                [&](int i, Vec groups) {
+                  if (i < extent.count) std::memcpy(panel + (group + i) * kPanelColumns + column, &groups, sizeof(Vec));
+                });
     });
   }
 }

@@ -52,6 +52,10 @@ struct Part {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// At least n words of 4 bytes that are an odd number of cache lines: in rows of so many, walking down a column touches all
+// sets of the cache.
+constexpr int64_t odd_lines(int64_t n) { return (round_up(n, 16) / 16 | 1) * 16; }
+
 // x - 0 is x for every x, -0 too, and compiles to a broadcast alone (0 + x would not).
 FASTBERT_INLINE Vec splat(float x) { return x - Vec{}; }
 
@@ -215,8 +219,12 @@ FASTBERT_INLINE void interleave_pairs(Vec a, Vec b, Vec& low, Vec& high, std::in
   high = shuffle<(Lane / 2 % 2 * kWidth + kWidth / 2 + Lane / 4 * 2 + Lane % 2)...>(a, b);
 }
 
-// Transposes a square of kWidth vectors in place: log2(kWidth) perfect shuffles.
-FASTBERT_INLINE void transpose(Vec (&square)[kWidth]) {
+// Transposes a square, log2(kWidth) perfect shuffles: from(i) is a row of it, to(i, column) takes a column.
+template <typename From, typename To>
+FASTBERT_INLINE void transpose(const From& from, const To& to) {
+  Vec square[kWidth];
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) square[i] = from(i);
 #pragma GCC unroll 4
   for (int stride = 1; stride < kWidth; stride *= 2) {
     Vec mixed[kWidth];
@@ -228,6 +236,8 @@ FASTBERT_INLINE void transpose(Vec (&square)[kWidth]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) square[i] = mixed[i];
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) to(i, square[i]);
 }
 
 // The 64-bit products of the low halves of the 64-bit lanes; their high halves are ignored.
