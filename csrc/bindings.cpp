@@ -214,11 +214,11 @@ PYBIND11_MODULE(_cpu, m) {
       "matmul",
       [](Address a, Address b, Address bias, Address c, Address u, Address y, Address row_sums, Address packed_b,
          int64_t rows, int64_t depth, int64_t columns, int64_t a_row_stride, int64_t a_depth_stride, int64_t b_depth_stride,
-         int64_t b_column_stride, int64_t c_row_stride, MatmulEnd end, DType dtype, int num_threads) {
+         int64_t b_column_stride, int64_t c_row_stride, MatmulEnd end, DType dtype, DType c_dtype, int num_threads) {
         cpu::matmul(
             {pointer<const void>(a), pointer<const void>(b), pointer<const float>(bias), pointer<void>(c),
              pointer<const float>(u), pointer<float>(y), pointer<float>(row_sums), pointer<void>(packed_b), rows, depth,
-             columns, a_row_stride, a_depth_stride, b_depth_stride, b_column_stride, c_row_stride, end, dtype},
+             columns, a_row_stride, a_depth_stride, b_depth_stride, b_column_stride, c_row_stride, end, dtype, c_dtype},
             num_threads);
       },
       Release());

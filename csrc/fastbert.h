@@ -241,7 +241,8 @@ struct MatmulParams {
   int64_t rows, depth, columns;
   int64_t a_row_stride, a_depth_stride, b_depth_stride, b_column_stride, c_row_stride;
   MatmulEnd end;
-  DType dtype;  // of a, b and c
+  DType dtype;    // of a and b
+  DType c_dtype;  // dtype or float32
 };
 
 // Folds a block of logits into each row's running softmax statistics.

@@ -303,7 +303,10 @@ void multiply_chunks(const MatmulParams& p, int num_threads) {
 void matmul(const MatmulParams& p, int num_threads) {
   // dispatch.cpp lets pass what the instruction set can do.
 #if defined(__AVX512BF16__)
-  if (p.dtype == DType::bfloat16) return multiply_chunks<BFloat16Group, BFloat16, StoreProduct<BFloat16>>(p, num_threads);
+  if (p.dtype == DType::bfloat16) {
+    return p.c_dtype == DType::bfloat16 ? multiply_chunks<BFloat16Group, BFloat16, StoreProduct<BFloat16>>(p, num_threads)
+                                        : multiply_chunks<BFloat16Group, BFloat16, StoreProduct<float>>(p, num_threads);
+  }
 #endif
   if (p.end == MatmulEnd::gelu) return multiply_chunks<FloatGroup, float, StoreGelu>(p, num_threads);
   if (p.end == MatmulEnd::gelu_gradient) return multiply_chunks<FloatGroup, float, StoreGeluGradient>(p, num_threads);

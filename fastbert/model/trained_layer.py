@@ -347,7 +347,7 @@ def _feed_forward_backward(
     of the parameters here."""
     module = implementation_for("linear_gelu", "auto", x, "backward")
     if len(kept) == 1:
-        return module.feed_forward_backward(df, x, weight, bias, kept[0], out_weight, needs)
+        return module.feed_forward_backward(df, x, weight, bias, kept[0], out_weight, needs, dtype)
     u, y = kept
     dout_weight = linear_dweight(df, y, dtype) if needs[3] else None
     du, dbias = module.bias_gelu_backward(linear_dx(df, out_weight), u, bias, dtype or bias.dtype)

@@ -142,24 +142,33 @@ def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
 def linear_dweight(dy: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The gradient of the weight: dy^T x, (out_features, in_features), in dy's dtype.
 
-    dtype: torch.float32 where that of the weight is and dy's is not. A GPU stores the sums as they are then, which saves their
-    rounding and the kernel that would convert them; elsewhere nothing changes.
+    dtype: torch.float32 where that of the weight is and dy's is not. A GPU and our own matmul store the sums as they are then,
+    which saves their rounding and the pass that would convert them; with other libraries nothing changes.
     """
-    if dtype == torch.float32 and dy.dtype in _HALVES and dy.device.type == "cuda":
-        return torch.mm(dy.t(), x, out_dtype=torch.float32)
-    if not is_ours(dy, x):
-        return dy.t() @ x
-    return _DWEIGHT[choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1])](dy, x)
+    return _dweight_by(_dweight_choice(dy, x), dy, x, dtype)
+
+
+def _dweight_choice(dy: Tensor, x: Tensor) -> str:
+    return choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1]) if is_ours(dy, x) else "torch"
+
+
+def _dweight_by(name: str, dy: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype == torch.float32 and dy.dtype in _HALVES:
+        if dy.device.type == "cuda":
+            return torch.mm(dy.t(), x, out_dtype=dtype)
+        if name == "fastbert":
+            return _native().matmul(dy.t(), x, dtype=dtype)
+    return _DWEIGHT[name](dy, x)
 
 
 def linear_parameter_gradients(
     dy: Tensor, x: Tensor, needs_weight: bool, needs_bias: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """:func:`linear_dweight` and the gradient of the bias, the sums of dy's columns, (out_features,) in dy's dtype or float32."""
-    if not (needs_weight and needs_bias and is_ours(dy, x)):
-        return linear_dweight(dy, x, dtype) if needs_weight else None, dy.sum(0, dtype=dtype) if needs_bias else None
-    name = choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1])
-    return _native().matmul_and_row_sums(dy.t(), x) if name == "fastbert" else (_DWEIGHT[name](dy, x), dy.sum(0))
+    name = _dweight_choice(dy, x) if needs_weight else None
+    if name == "fastbert" and needs_bias:
+        return _native().matmul_and_row_sums(dy.t(), x, dtype)
+    return _dweight_by(name, dy, x, dtype) if needs_weight else None, dy.sum(0, dtype=dtype) if needs_bias else None
 
 
 def linear_then_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:

@@ -64,17 +64,29 @@ def test_every_candidate_is_right(product, dtype, name, rows, in_features, out_f
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_of_float32_weights(dtype):
-    """A GPU does not round them to the dtype of what was multiplied; a CPU leaves them in it."""
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.float16, "torch"), *((torch.bfloat16, name) for name in products.candidates("dweight", torch.bfloat16))],
+)
+def test_gradients_of_float32_weights(dtype, name, monkeypatch):
+    """A GPU and our own matmul do not round them to the dtype of what was multiplied; other libraries do."""
+    monkeypatch.setattr(products, "choice", lambda *_: name)
     (x, weight, _), dy = inputs_for(300, 40, 24, dtype, False)
     operands = [t.to(DEVICE, dtype) for t in (dy, x)]
+    rounded = DEVICE == "cpu" and name != "fastbert"
     dweight, dbias = linear_parameter_gradients(*operands, True, True, torch.float32)
-    for found, expected in ((dweight, dy.t() @ x), (dbias, dy.sum(0))):
-        assert found.dtype == torch.float32 or DEVICE == "cpu"
+    dweight_alone, none = linear_parameter_gradients(*operands, True, False, torch.float32)
+    assert none is None and torch.equal(dweight_alone, dweight)
+    assert torch.equal(linear_dweight(*operands, torch.float32), dweight)
+    for found, expected, dtype_found in (
+        (dweight, dy.t() @ x, dtype if rounded else torch.float32),
+        (dbias, dy.sum(0), torch.float32),
+        (linear_parameter_gradients(*operands, False, True, torch.float32)[1], dy.sum(0), torch.float32),
+        (linear_dweight(*operands), dy.t() @ x, dtype),
+    ):
+        assert found.dtype == dtype_found
         error = (found.double().cpu() - expected).norm() / expected.norm()
-        assert error <= (1e-5 if DEVICE == "cuda" else torch.finfo(dtype).eps)
-    assert linear_dweight(*operands).dtype == dtype
+        assert error <= (1e-5 if dtype_found == torch.float32 else torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(("product", "dtype", "name"), [c for c in CHOICES if c.values[0] != "dx"])
@@ -119,6 +131,35 @@ def test_matmul_of_operands_as_they_lie(rows, depth, columns, transposed, dtype)
         return [native.matmul(a, b, bias)], [torch.addmm(bias, a, b)], [torch.addmm(bias.double(), a.double(), b.double())]
 
     assert_within_budget(*merged(draw, rows * columns), ["c"])
+
+
+@no_native
+@pytest.mark.skipif(torch.bfloat16 not in dtypes_of_native_matmul(), reason="this CPU has no dot product of bfloat16")
+@pytest.mark.parametrize("transposed", [(False, False), (True, True)])
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 1, 1), (75, 513, 65), (200, 131, 1), (3, 40, 1601), (97, 64, 128)])
+def test_unrounded_sums_of_bfloat16(rows, depth, columns, transposed):
+    from fastbert.ops import native
+
+    before = native.instruction_set()
+    try:
+        for name in native.supported_instruction_sets():
+            native.set_instruction_set(name)
+            if not native.multiplies(torch.bfloat16):
+                continue
+
+            def draw():
+                shapes = ((rows, depth), (depth, columns))
+                a, b = (torch.randn(s[::-1]).bfloat16().t() if t else torch.randn(s).bfloat16() for s, t in zip(shapes, transposed))
+                found = native.matmul(a, b, dtype=torch.float32)
+                assert found.dtype == torch.float32 and torch.equal(found.bfloat16(), native.matmul(a, b))
+                given = torch.full((rows, columns + 3), float("nan"))
+                native.matmul(a, b, out=given[:, :columns])
+                assert torch.equal(given[:, :columns], found) and given[:, columns:].isnan().all()
+                return [found], [a.float() @ b.float()], [a.double() @ b.double()]
+
+            assert_within_budget(*merged(draw, rows * columns), ["c"])
+    finally:
+        native.set_instruction_set(before)
 
 
 @no_native
@@ -188,7 +229,7 @@ def test_matmul_stays_within_its_workspace(depth, columns, dtype):
             if native.multiplies(dtype):
                 native.EXTENSION.matmul(
                     a.data_ptr(), b.data_ptr(), 0, c.data_ptr(), 0, 0, 0, workspace.data_ptr(), 2, depth, columns, *a.stride(),
-                    *b.stride(), columns, native.EXTENSION.MatmulEnd.product, number, 2,
+                    *b.stride(), columns, native.EXTENSION.MatmulEnd.product, number, number, 2,
                 )  # fmt: skip
                 assert (workspace[size:] == 0x5A).all()
                 torch.testing.assert_close(c, torch.full_like(c, depth), rtol=1e-2, atol=0)

@@ -59,9 +59,17 @@ def _bias_gelu_backward(dy: Tensor, u: Tensor, bias: Tensor | None, du: Tensor, 
 
 
 def feed_forward_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, out_weight: Tensor, needs: list[bool]
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    out_weight: Tensor,
+    needs: list[bool],
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight, bias and out_weight of gelu(x weight^T + bias) out_weight^T; ``needs``: which are wanted.
+    """The gradients of x, weight, bias and out_weight of gelu(x weight^T + bias) out_weight^T; ``needs``: which are wanted;
+    dtype: as of ``linear_dweight``, for those of the parameters.
 
     dy: (rows, out_features); x: (rows, in_features); u = x weight^T (rows, intermediate). What multiplies dy with out_weight, or
     one pass behind it, makes the gradient of u, and gelu(u + bias) again.
@@ -73,9 +81,9 @@ def feed_forward_backward(
     else:
         du, gelu = linear_dx(dy, out_weight), torch.empty_like(u) if needs[3] else None
         dbias = _bias_gelu_backward(du, u, bias, du, gelu)
-    dout_weight = linear_dweight(dy, gelu) if needs[3] else None
+    dout_weight = linear_dweight(dy, gelu, dtype) if needs[3] else None
     del through, gelu  # before the next matmuls ask for memory
     dx = linear_dx(du, weight) if needs[0] else None
-    dweight, sums = linear_parameter_gradients(du, x, needs[1], needs[2] and dbias is None)
+    dweight, sums = linear_parameter_gradients(du, x, needs[1], needs[2] and dbias is None, dtype)
     dbias = sums if dbias is None else dbias
-    return dx, dweight, dbias.to(bias.dtype) if needs[2] else None, dout_weight
+    return dx, dweight, dbias.to(dtype or bias.dtype) if needs[2] else None, dout_weight
