@@ -105,7 +105,7 @@ def test_toy_run_of_embed(data_folder):
     assert contenders["fastbert, bfloat16"]["lowest_cosine"] > 0.99
     for figures in contenders.values():
         assert figures["tokens_per_second"] == pytest.approx(result["tokens"] / figures["median_s"])
-        assert 0 < figures["share_of_matmul"] < 2
+        assert figures["share_of_matmul"] > 0
 
 
 def test_toy_run_of_batches(data_folder):

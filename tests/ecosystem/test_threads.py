@@ -65,6 +65,7 @@ def in_threads(work: Callable[[int], object], beside: Callable[[], object] | Non
 
     def repeat():
         start.wait()
+        beside()  # at least once, however slow the machine
         while not done.is_set():
             beside()
 
