@@ -66,7 +66,8 @@ def _forward_kernel(
             logit_sum += tl.sum(scores, 0)
         scores = tl.where(inside, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 0))
-        row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(scores - new_max), 0)
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)  # all classes so far may be ruled out
+        row_sum = row_sum * tl.exp(row_max - base) + tl.sum(tl.exp(scores - base), 0)
         row_max = new_max
     tl.store(row_max_ptr + row, row_max)
     tl.store(row_sum_ptr + row, row_sum)

@@ -150,6 +150,9 @@ void require_supported(const MatmulParams& params) {
   if (!multiplies(params.dtype) || params.dtype == DType::int8 || gelu_of_half) {
     throw std::invalid_argument("this instruction set has no matmul of this dtype");
   }
+  if (params.row_sums != nullptr && params.a_row_stride != 1 && params.rows > 1) {
+    throw std::invalid_argument("the sums of rows come with an A whose columns are contiguous");
+  }
 }
 
 void require_packed_for_this(const PackedLinear& linear) {

@@ -26,11 +26,12 @@ void forward(const MlmLossForwardParams& p, int num_threads) {
     });
     const float block_max = max_slots(maxima);
     const float max = p.row_max[row] > block_max ? p.row_max[row] : block_max;
+    const float base = max == -__builtin_inff() ? 0.0f : max;  // all classes so far may be ruled out
     Vec sums[kSlots]{};
     for_columns_in_slots(p.block, [&](int64_t column, auto extent, int slot) {
-      sums[slot] += within(exp(load_scores(logits, float32(p.bias), column, extent) - max), 0.0f, extent);
+      sums[slot] += within(exp(load_scores(logits, float32(p.bias), column, extent) - base), 0.0f, extent);
     });
-    const float rescale = exp(splat(p.row_max[row] - max))[0];
+    const float rescale = exp(splat(p.row_max[row] - base))[0];
     p.row_sum[row] = p.row_sum[row] * rescale + sum_slots(sums);
     p.row_max[row] = max;
     if (p.logit_sum != nullptr) p.logit_sum[row] += sum_slots(logit_sums);

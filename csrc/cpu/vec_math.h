@@ -29,7 +29,7 @@ FASTBERT_INLINE Vec exp(Vec x) {
   const Vec r = (clamped - n * ln2_high) - n * ln2_low;
   const Vec mantissa = (polynomial(r, q) * r + 1.0f) * r + 1.0f;
   const Vec y = (Vec)((VecUint)mantissa + ((VecUint)shifted << 23));  // unsigned: what is out of range wraps around
-  return x < -87.0f ? Vec{} : y;
+  return x < -87.0f ? Vec{} : x == x ? y : x;                         // the shift makes a number of some NaNs
 }
 
 // 2^x for x up to 127, to 1.5 units in the last place; exactly 1 for 0; 0 below -126, where results would be denormal; NaN
@@ -49,7 +49,7 @@ FASTBERT_INLINE Vec exp2(Vec x) {
   const Vec shifted = x + round_to_integer;
   const Vec f = x - (shifted - round_to_integer);
   const Vec y = polynomial(f, q) * f + 1.0f;
-  return x < smallest ? Vec{} : (Vec)((VecUint)y + ((VecUint)shifted << 23));
+  return x < smallest ? Vec{} : x == x ? (Vec)((VecUint)y + ((VecUint)shifted << 23)) : x;
 #endif
 }
 

@@ -152,7 +152,7 @@ class Packing:
             return x[:: self.shape[1]]
         rows, exists = self.first_rows(x.shape[0])
         first = x.index_select(0, rows)
-        return first if exists is None else first * exists.unsqueeze(-1)
+        return first if exists is None else first.masked_fill(~exists.unsqueeze(-1), 0.0)
 
     def first_rows(self, total: int) -> tuple[Tensor, Tensor | None]:
         """(num_sequences,) each: the row of ``total`` > 0 at each first position, and whether there is one (None: everywhere)."""

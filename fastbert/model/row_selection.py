@@ -87,7 +87,7 @@ class RowSelection:
     def first_positions(self, x: Tensor) -> Tensor:
         """(len(rows), ...) -> (num_sequences, ...): :meth:`Packing.first_positions` of what was computed for ``rows``."""
         first = x.index_select(0, self._places_of_first)
-        return first if self._exists is None else first * self._exists.unsqueeze(-1)
+        return first if self._exists is None else first.masked_fill(~self._exists.unsqueeze(-1), 0.0)
 
     def all_rows(self) -> tuple[Tensor, Tensor]:
         """(order, places): every row's index, ``rows`` before the others, and where in ``order`` each row stands.

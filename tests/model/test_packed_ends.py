@@ -341,3 +341,13 @@ def test_modes_that_watch_operators_see_them():
             got = ours(**batch).pooler_output
     assert {"fastbert.embedding_layer_norm.default", "aten.tanh.default"} <= set(seen)
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_is_not_finite_stays_with_its_text(gradients):
+    """The pooler reads a row of zeros for a text without tokens, not a neighbour's times 0."""
+    model = fastbert.BertModel(small_config()).eval()
+    model.embeddings.word_embeddings.weight.data[7] = torch.nan
+    ids, mask = torch.tensor([[5, 6, 8], [7, 7, 9], [7, 6, 7]]), torch.tensor([[0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    with torch.set_grad_enabled(gradients):
+        assert model(ids, attention_mask=mask).pooler_output.isnan().any(1).tolist() == [False, True, False]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -178,6 +180,25 @@ def test_matmul_takes_any_strides(dtype):
     out = torch.full((20, 50), float("nan"), dtype=dtype)
     torch.testing.assert_close(native.matmul(a, b, out=out[:, :40]), a @ b, **tolerance)
     assert out[:, 40:].isnan().all()
+
+
+@no_native
+@pytest.mark.parametrize("dtype", dtypes_of_native_matmul())
+@pytest.mark.parametrize("rows", [1, 32, 33])
+@pytest.mark.parametrize("columns", [1, 50])
+def test_gradients_of_operands_as_they_lie(columns, rows, dtype):
+    """An odd depth of bfloat16 is filled up to pairs, and the sums of rows read the columns of what that makes."""
+    from fastbert.ops import native
+
+    tolerance = {"rtol": 2e-2, "atol": 1e-1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    for dy_turned, x_turned in itertools.product((False, True), repeat=2):
+        dy, x = (
+            torch.randn(width, rows).to(dtype).t() if turned else torch.randn(rows, width).to(dtype)
+            for width, turned in ((40, dy_turned), (columns, x_turned))
+        )
+        product, sums = native.matmul_and_row_sums(dy.t(), x)
+        torch.testing.assert_close(product, dy.t() @ x, **tolerance)
+        torch.testing.assert_close(sums, dy.float().sum(0))
 
 
 @no_native

@@ -112,6 +112,19 @@ def test_large_logits_do_not_overflow(backend, dtype, many_blocks):
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backend_cases("mlm_loss"))
+def test_classes_that_are_ruled_out(backend, dtype, many_blocks):
+    """A bias of -infinity, of the first blocks of classes too, is a probability of 0; of all of them there is no loss."""
+    device = device_of(backend)
+    (h, w, b), labels = inputs_for(rows=6, hidden=24, classes=700, dtype=dtype)
+    b[:520], labels = -torch.inf, labels.clamp(min=520)
+    h, w, b, labels = h.to(device, dtype), w.to(device, dtype), b.to(device, dtype), labels.to(device)
+    loss = mlm_loss(h, w, b, labels, backend=backend)[0]
+    expected = F.cross_entropy(h.double() @ w.double().t() + b.double(), labels)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=0)
+    assert mlm_loss(h, w, torch.full_like(b, -torch.inf), labels, backend=backend)[0].isnan()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("mlm_loss"))
 def test_no_label_counts(backend, dtype):
     """As torch's cross_entropy: the mean over nothing is NaN, the sum 0, and no gradient flows in either case."""
     device = device_of(backend)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from fastbert.ops import backends, linear_gelu, native
+from fastbert.ops import attention, backends, linear_gelu, mlm_loss, native
 
 from . import test_add_layer_norm, test_attention, test_embedding_layer_norm, test_gelu_layer_norm, test_linear_gelu, test_mlm_loss
 from .helpers import gradients
@@ -54,6 +54,19 @@ def test_gelu_and_its_derivative_over_the_whole_range(instruction_set):
     smallest = torch.finfo(torch.float32).tiny  # normal number: a denormal one may be 0
     assert (error <= budget * (v * cdf).abs() + smallest).all(), (error / (v * cdf).abs() - budget).max()
     assert (u.grad.double() - (cdf + v * pdf)).abs().max() < 2e-7
+
+
+def test_every_nan_stays_one(instruction_set):
+    """Of those that lie in memory that nobody wrote, too: the shifts of an exponential make numbers of some."""
+    for pattern in (0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1, -0x400000):
+        nan = torch.tensor([pattern], dtype=torch.int32).view(torch.float32)
+        qkv, bounds = torch.randn(5, 3, 1, 8), torch.tensor([0, 5], dtype=torch.int32)
+        qkv[2, 0, 0, 0] = nan
+        out = attention(qkv, bounds, 5, backend="native")
+        assert out[2].isnan().all() and out[[0, 1, 3, 4]].isfinite().all()
+        weight = torch.randn(300, 8)
+        weight[5, 0] = nan
+        assert mlm_loss(torch.randn(4, 8), weight, None, torch.arange(4), backend="native")[0].isnan()
 
 
 @pytest.mark.parametrize("op", backends.OPS)

@@ -66,7 +66,8 @@ def _matmul(
     a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
     if a.dtype == torch.bfloat16:  # elements that follow each other along the depth are read in pairs
         if depth % 2 and (a.stride(1) == 1 or b.stride(0) == 1):
-            a, b, depth = F.pad(a, (0, 1)), F.pad(b, (0, 0, 0, 1)), depth + 1
+            a = F.pad(a.t(), (0, 0, 0, 1)).t() if a.stride(0) == 1 else F.pad(a, (0, 1))  # as it lies: row_sums need that
+            b, depth = F.pad(b, (0, 0, 0, 1)), depth + 1
         if b.stride(0) == 1 and b.stride(1) % 2:
             b = b.contiguous()
     bias = as_float32(None if bias is None else bias.contiguous())

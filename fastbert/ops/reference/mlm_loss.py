@@ -31,7 +31,8 @@ def mlm_loss_forward(
     if bias is not None:
         scores = scores + bias
     new_max = torch.maximum(row_max, scores.amax(-1))
-    row_sum.mul_((row_max - new_max).exp()).add_((scores - new_max.unsqueeze(-1)).exp().sum(-1))
+    base = new_max.masked_fill(new_max == -torch.inf, 0.0)  # all classes so far may be ruled out
+    row_sum.mul_((row_max - base).exp()).add_((scores - base.unsqueeze(-1)).exp().sum(-1))
     row_max.copy_(new_max)
     inside = (labels >= first_class) & (labels < first_class + logits.shape[-1])
     column = torch.where(inside, labels - first_class, 0)
