@@ -131,6 +131,7 @@ class PackedEncoder:
         if known and not all_rows_reasons(self, recorded.states is not None):
             selection = RowSelection(packing, total, labels, first=has_pooler, labelled_rows=labelled_rows)
         layers = list(self.encoder.layer)
+        of_layers = _packings(packing, layers)
         if torch.compiler.is_compiling() and _drops(self.encoder):  # a checkpointed layer may not draw what later ones use
             packing.seed_for(1.0)
         worth_it = selection is not None and selection.is_worth_it(is_trained(layers[-1], hidden_states))
@@ -140,12 +141,12 @@ class PackedEncoder:
         if rows is not None:
             hidden_states = rows
         else:
-            for layer in layers:
-                hidden_states = recorded.add(layer.on_packed_rows(hidden_states, packing), packing)
+            for layer, packing_of_layer in zip(layers, of_layers, strict=False):
+                hidden_states = recorded.add(layer.on_packed_rows(hidden_states, packing_of_layer), packing)
             if last_layer is None:
                 take_half(hidden_states)  # which no layer will
 
-        output = self._output(hidden_states, packing, selection, last_layer)
+        output = self._output(hidden_states, packing, selection, last_layer, of_layers[-1])
         pooler = getattr(self, "pooler", None)
         if pooler is not None:
             if last_layer is not None or reads_first_rows(self):
@@ -166,7 +167,7 @@ class PackedEncoder:
         return output.to_tuple() if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False else output
 
     def _answer(self, packing: Packing, rows: Tensor, pooled: Tensor | None):
-        output = self._output(rows, packing, None, None)
+        output = self._output(rows, packing, None, None, packing)
         if pooled is not None:
             output["pooler_output"] = pooled
         return output
@@ -175,7 +176,14 @@ class PackedEncoder:
         """(1, length) or (batch, length): the positions of tokens whose caller names none."""
         return packing.default_positions
 
-    def _output(self, hidden_states: Tensor, packing: Packing, selection: RowSelection | None, last_layer: nn.Module | None):
+    def _output(
+        self,
+        hidden_states: Tensor,
+        packing: Packing,
+        selection: RowSelection | None,
+        last_layer: nn.Module | None,
+        packing_of_last: Packing,
+    ):
         """The output made of ``hidden_states`` (total, hidden), which are final, or the input of ``last_layer``."""
         if torch.compiler.is_compiling():
             theirs = self.output_class.__bases__[1]
@@ -184,8 +192,8 @@ class PackedEncoder:
         if last_layer is None:
             output.set_rows(hidden_states, packing, selection)
         else:
-            selected = SelectedRows(selection, lambda read: last_layer(hidden_states, packing, read=read))
-            output.set_selected_rows(selected, tuple(last_layer.parameters()))
+            selected = SelectedRows(selection, lambda read: last_layer(hidden_states, packing_of_last, read=read))
+            output.set_selected_rows(selected, last_layer)
         return output
 
     def _row_through_their_forward(self, packing, kwargs, **inputs):
@@ -219,6 +227,14 @@ def not_told_reasons(encoder: nn.Module) -> list[str]:
     if not (is_of_fast_class(encoder) and isinstance(encoder, PackedEncoder)):
         return [f"the encoder is {type(encoder).__module__}.{type(encoder).__qualname__}"]
     return ["the encoder has hooks, or another forward than its class"] if is_watched(encoder) else []
+
+
+def _packings(packing: Packing, layers: list[nn.Module]) -> list[Packing]:
+    """What each of the layers is called with: ``packing``, unless their indices are not the numbers of their calls."""
+    attentions = (getattr(getattr(layer, "attention", None), "self", None) for layer in layers)
+    if all(getattr(attention, "layer_idx", None) == index for index, attention in enumerate(attentions)):
+        return [packing] * len(layers) or [packing]
+    return [packing.for_layer(index) for index in range(len(layers))]
 
 
 def _drops(encoder: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from transformers.utils import output_capturing
 from ..ops.registration import transform_reasons
 from .attention_interface import is_known_attention
 from .layer import FusedLayer
-from .plain import is_watched
+from .plain import base_was_changed, is_watched
 
 # Whether output_hidden_states takes indices of hidden states. Older versions take any list for True, or count layers from 0.
 _TAKES_INDICES = hasattr(output_capturing, "selected_hidden_states")
@@ -52,8 +52,10 @@ def model_fallback_reasons(
     reasons += transform_reasons()
     if nn.modules.module._has_any_global_hook():
         reasons.append("hooks for all modules are registered (torch.nn.modules.module.register_module_..._hook)")
-    if is_watched(model.encoder):
+    if is_watched(model.encoder) or base_was_changed(type(model.encoder)):
         reasons.append("the encoder has hooks, or its forward was replaced")
+    if base_was_changed(type(model)):
+        reasons.append("the forward of transformers' class was replaced")
     foreign = {type(layer).__qualname__ for layer in model.encoder.layer if not isinstance(layer, FusedLayer)}
     if foreign:
         reasons.append(f"encoder layers are of another class: {', '.join(sorted(foreign))}")

@@ -32,6 +32,7 @@ from .int8 import Int8Linear, join
 from .packed_layer import drop_if_trained, forget, packed_again, packed_layer
 from .packing import Packing
 from .plain import (
+    base_was_changed,
     class_was_changed,
     has_hooks,
     has_own_forward,
@@ -139,7 +140,8 @@ class FusedLayer:
         :func:`layer_notes`. On a CPU they alone have queries; elsewhere attention computes all rows, and what comes behind it
         these. Behind attention their dropout masks go by their position in ``read``.
         """
-        first_stream = (self.attention.self.layer_idx or 0) * STREAMS_PER_LAYER
+        index = (self.attention.self.layer_idx or 0) if packing.layer_index is None else packing.layer_index
+        first_stream = index * STREAMS_PER_LAYER
         if read is None and (done := self._as_one_node(hidden_states, packing, first_stream)) is not None:
             return done
         if read is None:
@@ -154,8 +156,9 @@ class FusedLayer:
         """The whole layer as ``trained_layer`` has it, None where that does not take it."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
-        modules = self.attention.self.dropout, self.attention.output.dropout, self.output.dropout
-        dropouts = [packing.dropout_of(active_dropout_p(module), first_stream + i) for i, module in enumerate(modules)]
+        ends = self.attention.output.dropout, self.output.dropout
+        rates = active_attention_dropout_p(self.attention.self), *map(active_dropout_p, ends)
+        dropouts = [packing.dropout_of(p, first_stream + i) for i, p in enumerate(rates)]
         arguments = tuple((dropout["dropout_p"], dropout["seed"], dropout["stream"]) for dropout in dropouts)
         done = trained_layer(self, hidden_states, take_half, packing, arguments)
         return None if done is None else with_half(*done) if done[1] is not None else done[0]
@@ -181,7 +184,7 @@ def _padding_mask(layer: nn.Module, rows: Tensor, packing: Packing) -> Tensor | 
 
 def _self_attention(module: nn.Module, hidden_states: Tensor, packing: Packing, stream: int) -> Tensor:
     qkv = _project_qkv(module, hidden_states).view(-1, 3, module.num_attention_heads, module.attention_head_size)
-    dropout = packing.dropout_of(active_dropout_p(module.dropout), stream)
+    dropout = packing.dropout_of(active_attention_dropout_p(module), stream)
     return attention(qkv, packing.cu_seqlens, packing.max_seqlen, softmax_scale=module.scaling, **dropout).flatten(1)
 
 
@@ -198,7 +201,7 @@ def _self_attention_of(
     rows = hidden_states.index_select(0, sorted_rows)
     q = linear(rows, module.query.weight, module.query.bias).view(-1, *heads)
     kv = _project_plain(linears, hidden_states, 1).view(-1, 2, *heads)
-    dropout = packing.dropout_of(active_dropout_p(module.dropout), stream)
+    dropout = packing.dropout_of(active_attention_dropout_p(module), stream)
     context = attention_of_rows(
         q, kv, sorted_rows, packing.cu_seqlens, packing.max_seqlen, softmax_scale=module.scaling, **dropout
     ).flatten(1)
@@ -278,12 +281,19 @@ def active_dropout_p(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
+def active_attention_dropout_p(self_attention: nn.Module) -> float:
+    """The probability that attention drops with: its own mode decides, as in transformers, not that of its nn.Dropout."""
+    return self_attention.dropout.p if self_attention.training else 0.0
+
+
 # --- what may be fused ---------------------------------------------------------------------------------------------------
 
 
 def layer_fallback_reasons(layer: nn.Module) -> list[str]:
     """Why this layer has to run transformers' own forward, on padded rows; empty where it runs fused."""
     reasons = []
+    if base_was_changed(type(layer)):
+        reasons.append("the forward of transformers' class was replaced")
     if layer.chunk_size_feed_forward:
         reasons.append(f"chunk_size_feed_forward is {layer.chunk_size_feed_forward}")
     modules = []

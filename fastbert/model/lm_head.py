@@ -21,7 +21,7 @@ from ..ops.mlm_loss import IGNORE_INDEX
 from ..ops.registration import at_least_float32, transform_reasons
 from .outputs import Deferred, EncoderOutput
 from .packing import Packing
-from .plain import has_hooks, has_plain_parameters, is_exact_gelu, is_plain_linear, is_watched
+from .plain import has_hooks, has_plain_parameters, is_exact_gelu, is_plain, is_plain_linear, lends_parameters
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,18 @@ class LanguageModelHead:
         return outputs.packing.pad(rows)
 
     def set_logits(self, output: Any, name: str, outputs: Any, *, deferred: bool) -> None:
-        """Field ``name`` of ``output``: at once, or when it is read, which is an error once the parameters have changed."""
-        if not deferred or torch.compiler.is_compiling():
+        """Field ``name`` of ``output``: at once, or when it is read, which is an error once the head has changed.
+
+        At once also where that is to be expected: parameters of this call alone (``torch.func.functional_call``), or, in calls
+        without gradients, a head with adapters or hooks, which somebody may switch off again.
+        """
+        parts = [part for part in (*(m for m, _ in self.containers), self.dense, self.activation, self.norm, self.decoder) if part]
+        for_now = any(lends_parameters(part) for part in parts) or (self.notes() and not torch.is_grad_enabled())
+        if not deferred or for_now or torch.compiler.is_compiling():
             setattr(output, name, self.logits(outputs))
         else:
-            parts = (*(module for module, _ in self.containers), self.dense, self.norm, self.decoder)
-            parameters = dict.fromkeys(getattr(outputs, "computed_later", ()))
-            parameters |= {p: None for part in parts if part is not None for p in part.parameters()}
-            output.defer(name, Deferred(lambda: self.logits(outputs), tuple(parameters)))
+            modules = dict.fromkeys([*parts, *getattr(outputs, "computed_later", ())])
+            output.defer(name, Deferred(lambda: self.logits(outputs), tuple(modules)))
 
     def container_reasons(self) -> list[str]:
         """Why transformers' modules are called, on all rows; empty where the fused path takes the rows that it needs."""
@@ -95,8 +99,8 @@ class LanguageModelHead:
         for module, expected in self.containers:
             if type(module) is not expected:
                 reasons.append(f"the head has a {type(module).__module__}.{type(module).__qualname__}")
-            elif is_watched(module):
-                reasons.append(f"{expected.__name__} has hooks, or another forward than its class")
+            elif not is_plain(module):
+                reasons.append(f"{expected.__name__} has hooks, or another forward than its class had")
         for name in ("dense", "activation", "norm", "decoder"):
             part = getattr(self, name)
             if part is not None and any(map(has_hooks, part.modules())):
@@ -108,7 +112,7 @@ class LanguageModelHead:
             is_plain_linear(self.dense)
             and (self.activation is None or is_exact_gelu(self.activation))
             and type(self.norm) is nn.LayerNorm
-            and not is_watched(self.norm)
+            and is_plain(self.norm)
             and has_plain_parameters(self.norm)
         )
 

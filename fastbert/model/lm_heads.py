@@ -17,7 +17,7 @@ from .encoder import not_told_reasons, sequences_in_row
 from .inputs import check_labels
 from .lm_head import IGNORE_INDEX, LanguageModelHead
 from .outputs import BertForPreTrainingOutput, BertLMHeadOutput, MaskedLMOutput
-from .plain import is_watched
+from .plain import is_plain
 from .swap import replaces
 
 
@@ -176,7 +176,7 @@ class BertForPreTraining(LabelledRowsOnly, PackedHead, hf.BertForPreTraining):
         _check_labels(labels, input_ids, inputs_embeds)
         labelled_rows = _take_labelled_rows(kwargs, labels)
         inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        if type(self.cls) is not hf.BertPreTrainingHeads or is_watched(self.cls):
+        if type(self.cls) is not hf.BertPreTrainingHeads or not is_plain(self.cls):
             # Whoever is asked for both logits at once gets all hidden states.
             return super().forward(
                 input_ids, attention_mask, **inputs, labels=labels, next_sentence_label=next_sentence_label, **kwargs

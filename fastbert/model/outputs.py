@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import modeling_outputs
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -35,27 +35,26 @@ class Deferred:
     """A tensor that is computed on first use, by ``compute``, under the modes (gradients, inference, autocast) of the forward pass
     that it belongs to.
 
-    ``parameters``: what ``compute`` reads. Where one has been changed in place since (an optimizer step), the result would
-    not be that of this forward pass, and asking for it is an error.
+    ``modules``: what ``compute`` reads or calls. Where one of them, or what is in it, has been changed since (an optimizer step,
+    other weights, hooks, an adapter that was switched), the result would not be that of this forward pass, and asking for it is an
+    error.
     """
 
     compute: Callable[[], Tensor]
-    parameters: tuple[Tensor, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
 
     def __post_init__(self) -> None:
         self._grad_enabled, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self._autocast, self._versions = {}, []
-        if self.parameters:
-            types = {p.device.type for p in self.parameters} & {"cpu", "cuda"}
+        self._autocast, self._states = {}, _states(self.modules)
+        if self.modules:
+            types = {p.device.type for module in self.modules for p in module.parameters()} & {"cpu", "cuda"}
             self._autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in types}
-            # Tensors made under inference_mode count no versions; nothing trains them either.
-            self._versions = [None if p.is_inference() else p._version for p in self.parameters]
 
     def __call__(self, name: str) -> Tensor:
-        if self._versions != [None if p.is_inference() else p._version for p in self.parameters]:
+        if self._states != _states(self.modules):
             raise RuntimeError(
-                f"outputs.{name} is computed when it is first read, and the model's parameters have changed since the forward "
-                f"pass; read outputs.{name} before the optimizer step"
+                f"outputs.{name} is computed when it is first read, and the model's parameters or modules have changed since the "
+                f"forward pass; read outputs.{name} before the optimizer step, or whatever else changes them"
             )
         with ExitStack() as modes:
             if torch.is_inference_mode_enabled() != self._inference:  # before the grad mode, which it sets as well
@@ -75,6 +74,43 @@ class Deferred:
         converted = copy.copy(self)
         converted.compute = compute
         return converted
+
+
+# What every module has; of these attributes the dicts in _HELD are compared, where something is in them.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_HELD = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Same:
+    """An object, equal to itself alone, which lives as long as this: another one may have its address afterwards."""
+
+    __slots__ = ("of",)
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.of is other.of
+
+    __hash__ = None
+
+
+def _states(modules: tuple[nn.Module, ...]) -> list[Any]:
+    """What is in modules and in all modules in them, by identity, and of tensors their dtype and how often they were changed."""
+    states = []
+    for part in (part for module in modules for part in module.modules()):
+        held = vars(part)
+        own = [(name, _Same(value)) for name, value in held.items() if name not in _OF_EVERY_MODULE]
+        inside = [(key, _state(value)) for name in _HELD for key, value in held[name].items()]
+        states.append((type(part), own, inside))
+    return states
+
+
+def _state(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return _Same(value)
+    # Those made under inference_mode count no versions; nothing trains them either.
+    return _Same(value), value.dtype, None if value.is_inference() else value._version
 
 
 class LazyOutput:
@@ -164,23 +200,23 @@ def _is(frame: FrameType, module: str, function: str) -> bool:
 class EncoderOutput(LazyOutput):
     """Beside transformers' fields: ``packed`` (total, hidden), the encoder's rows before padding, and their ``packing``.
 
-    ``selection``: the rows that a masked-LM head reads, where it said so; ``computed_later``: the parameters that ``packed``
+    ``selection``: the rows that a masked-LM head reads, where it said so; ``computed_later``: the modules that ``packed``
     depends on from now on, where the encoder has computed those rows alone.
     """
 
     selection: RowSelection | None
-    computed_later: tuple[Tensor, ...]
+    computed_later: tuple[nn.Module, ...]
 
     def set_rows(self, rows: Tensor, packing: Packing, selection: RowSelection | None = None) -> None:
         """Makes ``rows`` (total, hidden) the result, and ``last_hidden_state`` what they are with padding."""
         self._set(_rows=rows, _selected=None, packing=packing, selection=selection, computed_later=())
         self.defer("last_hidden_state", Deferred(lambda: packing.pad(rows)))
 
-    def set_selected_rows(self, selected: SelectedRows, parameters: tuple[Tensor, ...]) -> None:
-        """:meth:`set_rows` where the last layer, with these parameters, has computed some rows and does the others when read."""
+    def set_selected_rows(self, selected: SelectedRows, last_layer: nn.Module) -> None:
+        """:meth:`set_rows` where the last layer has computed some rows and does the others when read."""
         packing = selected.selection.packing
-        self._set(_selected=selected, packing=packing, selection=selected.selection, computed_later=parameters)
-        self.defer("last_hidden_state", Deferred(lambda: packing.pad(selected.all()), parameters))
+        self._set(_selected=selected, packing=packing, selection=selected.selection, computed_later=(last_layer,))
+        self.defer("last_hidden_state", Deferred(lambda: packing.pad(selected.all()), (last_layer,)))
 
     def _set(self, **attributes: Any) -> None:
         """Attributes that are no fields, which transformers' ``__setattr__`` would look for among these."""

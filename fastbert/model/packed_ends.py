@@ -18,7 +18,7 @@ from ..ops.native.inference import EmbeddingTables, PackedDense, are_readable_id
 from ..ops.registration import dispatch_mode_is_on, under_autocast
 from .layer import active_dropout_p
 from .packing import Packing
-from .plain import is_plain, is_plain_linear
+from .plain import has_attributes_for_parameters, is_plain, is_plain_linear
 from .snapshot import Snapshot, attributes_of
 
 TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
@@ -83,6 +83,8 @@ def keep_tables(model: nn.Module) -> EmbeddingTables | None:
     """Makes what :func:`tables_of` returns, of embeddings without ``embedding_notes``; None where they drop or run otherwise."""
     embeddings, norm = model.embeddings, model.embeddings.LayerNorm
     tables = [getattr(embeddings, name) for name in TABLES]
+    if has_attributes_for_parameters(norm) or any("weight" not in table._parameters for table in tables):
+        return None
     parameters = [*(table.weight for table in tables), norm.weight, norm.bias]
     memory = [parameter.detach() for parameter in parameters]
     dropout = embeddings.dropout
@@ -138,6 +140,8 @@ def pool(pooler: nn.Module, first: Tensor) -> Tensor | None:
 def _keep_dense(pooler: nn.Module) -> PackedDense | None:
     linear, activation = pooler.dense, pooler.activation
     if not (is_plain_linear(linear) and type(activation) is nn.Tanh and is_plain(activation) and is_plain(pooler)):
+        return None
+    if has_attributes_for_parameters(linear):
         return None
     parameters = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
     memory = [parameter.detach() for parameter in parameters]

@@ -30,8 +30,8 @@ from ..ops.registration import under_autocast
 from .adjacent import cat_of_any
 from .int8 import Int8Linear, join
 from .packing import Packing
-from .plain import is_exact_gelu, is_int8_linear, is_plain_linear, is_watched
-from .snapshot import Snapshot, attributes_of
+from .plain import base_was_changed, has_attributes_for_parameters, is_exact_gelu, is_int8_linear, is_plain_linear, is_watched
+from .snapshot import Snapshot
 from .swap import is_of_fast_class
 
 _Dtypes = tuple[torch.dtype, torch.dtype | None]  # of rows, and autocast's
@@ -53,6 +53,7 @@ class _Entry:
             self.dtypes == dtypes
             and self.instruction_set == instruction_set
             and self.layer_type is type(layer)
+            and not base_was_changed(self.layer_type)
             and self.snapshot.unchanged()
         )
 
@@ -75,6 +76,7 @@ class _Stack:
             and self.instruction_set == instruction_set
             and [other() for other in self.behind_first] == layers[1:]
             and self.types == list(map(type, layers))
+            and not any(map(base_was_changed, set(self.types)))
         )
 
 
@@ -257,6 +259,12 @@ def _changed_parts(layer: nn.Module) -> list[str]:
         return ["its Linears are not all plain ones, or all int8"]
     if not is_exact_gelu(layer.intermediate.intermediate_act_fn):
         return ["its activation is not the erf-GELU"]
+    read = [*_norms(layer), *(linear for linear in linears if not is_int8_linear(linear))]
+    if any(map(has_attributes_for_parameters, read)):
+        return ["a weight or bias of its is a tensor that is no parameter"]
+    width, hidden = linears[0].weight.shape[:2]
+    if width != hidden:
+        return [f"its queries are {width} wide, where hidden states are {hidden}: heads were pruned"]
     return []
 
 
@@ -301,12 +309,14 @@ def _norm_weights(norm: nn.LayerNorm) -> LayerNormWeights:
     return LayerNormWeights(norm.weight.detach(), norm.bias.detach(), norm.eps)
 
 
-def _dropouts(layer: nn.Module) -> list[nn.Dropout]:
-    return [layer.attention.self.dropout, layer.attention.output.dropout, layer.output.dropout]
+def _dropouts(layer: nn.Module) -> list[tuple[nn.Dropout, nn.Module]]:
+    """And the modules whose mode decides whether they drop: attention takes the probability and its own mode."""
+    attention, ends = layer.attention.self, (layer.attention.output.dropout, layer.output.dropout)
+    return [(attention.dropout, attention), *((dropout, dropout) for dropout in ends)]
 
 
 def _drops(layer: nn.Module) -> bool:
-    return any(dropout.training and dropout.p > 0 for dropout in _dropouts(layer))
+    return any(decides.training and dropout.p > 0 for dropout, decides in _dropouts(layer))
 
 
 def _learns(layer: nn.Module, x: Tensor) -> bool:
@@ -318,7 +328,10 @@ def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
     norms = _norms(layer)
     attributes = {layer: ("chunk_size_feed_forward",), layer.attention.self: ("num_attention_heads", "scaling")}
     attributes |= dict.fromkeys(norms, ("eps",))
-    attributes |= {dropout: attributes_of(dropout) for dropout in _dropouts(layer)}
+    for dropout, decides in _dropouts(layer):
+        attributes[dropout] = ("p",)
+        if dropout.p > 0:
+            attributes[decides] = (*attributes[decides], "training")
     snapshot = Snapshot(layer.modules(), attributes, _held(layer))
     rows, autocast = dtypes
     weights = _weights_under(autocast, layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ class Packing:
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, shape: tuple[int, int], indices: Tensor | None = None) -> None:
         self.cu_seqlens, self.max_seqlen, self.shape, self.indices = cu_seqlens, max_seqlen, shape, indices
-        self._seed: Tensor | None = None
+        self.layer_index: int | None = None
+        self._seeds: list[Tensor] = []  # the one, once it is drawn
         self._dropout_p: dict[int, float] = {}
         self._padding_mask: Tensor | None = None
         self.in_half: dict[Any, InHalf] = {}
@@ -96,9 +98,16 @@ class Packing:
         """
         if dropout_p == 0.0:
             return None
-        if self._seed is None:
-            self._seed = torch.randint(2**62, (1,), device=self.cu_seqlens.device)
-        return self._seed
+        if not self._seeds:
+            self._seeds.append(torch.randint(2**62, (1,), device=self.cu_seqlens.device))
+        return self._seeds[0]
+
+    def for_layer(self, index: int) -> Packing:
+        """This packing for the layer that is called as number ``index``: copies of a layer, or one that is called twice, have one
+        ``layer_idx``, and each call needs dropout masks of its own."""
+        own = copy.copy(self)
+        own.layer_index = index
+        return own
 
     def dropout_of(self, p: float, stream: int) -> dict[str, Any]:
         """The arguments of an op with dropout: ``p`` as it was when this stream was first asked for, the seed, and the stream.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +34,35 @@ def has_own_forward(module: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
+# The classes whose calls are passed by, with the ``forward`` that each had when fastbert was imported.
+_FORWARDS: dict[type, Any] = {}
+
+
+def remember(*kinds: type) -> None:
+    """To be called at import, with classes of torch and transformers, so that :func:`class_was_changed` knows their ``forward``."""
+    for kind in kinds:
+        _FORWARDS.setdefault(kind, kind.forward)
+
+
+remember(nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, nn.GELU, nn.Tanh, GELUActivation)
+
+
 def class_was_changed(module: nn.Module) -> bool:
-    """Whether somebody put another ``forward`` on the class itself, which is defined elsewhere then."""
+    """Whether somebody put another ``forward`` on the class itself: since then, or before, of another module."""
     kind = type(module)
-    return getattr(kind.forward, "__module__", None) != kind.__module__
+    return getattr(kind.forward, "__module__", None) != kind.__module__ or base_was_changed(kind)
+
+
+def base_was_changed(kind: type) -> bool:
+    """Whether somebody put another ``forward`` on a class that ``kind`` is or was made of, and that may not be called."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(base.forward is not forward for base, forward in _bases(kind))
+
+
+@functools.cache
+def _bases(kind: type) -> list[tuple[type, Any]]:
+    return [(base, _FORWARDS[base]) for base in kind.__mro__ if base in _FORWARDS and "forward" in vars(base)]
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -66,6 +93,18 @@ def has_plain_parameters(norm: nn.LayerNorm) -> bool:
     """Whether reading ``weight`` and ``bias`` is all there is to this LayerNorm."""
     compiling = torch.compiler.is_compiling()  # torch.export has tensors of its own in their places
     return all(type(p) in (nn.Parameter, Tensor) or (compiling and p is not None) for p in (norm.weight, norm.bias))
+
+
+def has_attributes_for_parameters(module: nn.Module) -> bool:
+    """Whether a tensor that is no registered parameter is in the place of ``weight`` or ``bias``. Reading it is right, but neither
+    ``parameters()`` nor a snapshot of the module knows of it."""
+    return not module._parameters.keys() >= {"weight", "bias"}
+
+
+def lends_parameters(module: nn.Module) -> bool:
+    """Whether ``torch.func.functional_call`` has put tensors in the places of parameters, for one call."""
+    parameters = (parameter for part in module.modules() for parameter in part._parameters.values())
+    return any(parameter is not None and not isinstance(parameter, nn.Parameter) for parameter in parameters)
 
 
 def is_exact_gelu(activation: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from .heads import MultipleChoice, QuestionAnswering, TokenClassification
 from .lm_head import LanguageModelHead
 from .lm_heads import MaskedLM
 from .outputs import EncoderOutput
-from .plain import is_watched
+from .plain import is_plain
 from .swap import FastParts, replaces
 
 
@@ -52,7 +52,7 @@ class _FirstTokenClassification(_MeanLoss):
             rows = packing.unpad(outputs.last_hidden_state)
         if packing is None:
             features = outputs.last_hidden_state
-        elif is_watched(self.classifier) or not type(self.classifier).__module__.startswith("transformers."):
+        elif not is_plain(self.classifier) or not type(self.classifier).__module__.startswith("transformers."):
             features = packing.to_sequences(rows)  # another classifier than transformers' may look at all tokens, as a hook may
         else:
             features = packing.first_positions(rows).unsqueeze(1)

@@ -23,6 +23,7 @@ from .fallback import hidden_states_wanted, model_fallback_reasons
 from .packed_ends import embed_at_once, entry_of, takes
 from .packed_layer import stack_of
 from .packing import Packing
+from .plain import base_was_changed
 from .row_selection import few_are_worth_it, reads_first_rows
 from .snapshot import AttributesSnapshot, Snapshot, all_unchanged
 
@@ -101,6 +102,8 @@ def answer(
     embeddings, stack = request.embeddings(), request.stack()
     pooler = None if request.pooler is None else request.pooler()
     gone = embeddings is None or stack is None or (request.pooler is not None and pooler is None)
+    if base_was_changed(type(model)) or (stack is not None and base_was_changed(stack.types[0])):
+        return None
     if gone or stack.instruction_set != native.instruction_set() or not all_unchanged(request.read_first):
         _requests.pop(model, None)
         return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops.mlm_loss import IGNORE_INDEX
 from .layer import int8_parts, layer_notes
 from .packing import Packing
-from .plain import is_plain
+from .plain import is_plain, lends_parameters
 
 # Gathering rows and scattering their gradients costs a few passes over them: not worth it for the last few rows.
 _LARGEST_SHARE = 0.9
@@ -145,6 +145,8 @@ def all_rows_reasons(encoder: nn.Module, hidden_states_wanted: bool = False) -> 
     if not len(layers):
         return ["there is none"]
     reasons = layer_notes(layers[-1])
+    if lends_parameters(layers[-1]):
+        reasons.append("its parameters are those of this call alone (torch.func.functional_call)")
     if int8_parts(layers[-1]):
         reasons.append("it multiplies int8, which is for inference")
     if layers[-1]._compiled_call_impl is not None:

@@ -7,11 +7,14 @@ checkpointing off without a word. Our classes therefore add methods, never state
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .plain import remember
 
 _FAST: dict[type, type] = {}
 _THEIRS: dict[type, type] = {}
@@ -19,6 +22,8 @@ _THEIRS: dict[type, type] = {}
 
 def replaces(theirs: type) -> Callable[[type], type]:
     """Class decorator: live modules of exactly the class ``theirs`` can become the decorated class, and back."""
+
+    remember(*(kind for kind in vars(sys.modules[theirs.__module__]).values() if _is_module_class(kind)))
 
     def register(ours: type) -> type:
         _FAST[theirs], _THEIRS[ours] = ours, theirs
@@ -32,6 +37,10 @@ def replaces(theirs: type) -> Callable[[type], type]:
         return ours
 
     return register
+
+
+def _is_module_class(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, nn.Module)
 
 
 def _annotate_kwargs(forward: Callable, annotation: object) -> None:

@@ -5,6 +5,7 @@ Each test does the same to a plain and to a fast model, and wants the same numbe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -213,19 +214,48 @@ def test_a_hook_before_a_layer_sees_what_transformers_gives_it(door):
 
 CLASSES = [
     hf.BertEmbeddings, hf.BertSelfAttention, hf.BertAttention, hf.BertSelfOutput, hf.BertIntermediate, hf.BertOutput,
-    hf.BertPooler, GELUActivation, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, nn.Tanh,
+    hf.BertPooler, hf.BertLayer, hf.BertEncoder, hf.BertModel, GELUActivation, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding,
+    nn.Tanh,
 ]  # fmt: skip
 
 
+def replace_forward(kind: type, wraps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wraps: by a function that says of itself what the original does, its module too."""
+    original = kind.forward
+
+    def forward(*args, **kwargs):
+        return scaled(original(*args, **kwargs))
+
+    monkeypatch.setattr(kind, "forward", functools.wraps(original)(forward) if wraps else forward)
+
+
+@pytest.mark.parametrize("wraps", [False, True])
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("door", DOORS)
-def test_a_forward_replaced_on_a_class_is_called(door, kind, monkeypatch):
+def test_a_forward_replaced_on_a_class_is_called(door, kind, wraps, monkeypatch):
     theirs, ours = fast_pair(door, "BertModel")
-    original, batch = kind.forward, inputs_for("BertModel")
-    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: scaled(original(*args, **kwargs)))
+    batch = inputs_for("BertModel")
+    with torch.no_grad():  # what they leave behind knows the class as it is
+        ours(**batch), ours(**batch)
+    replace_forward(kind, wraps, monkeypatch)
     for gradients in (torch.no_grad, torch.enable_grad):
         with gradients():
             got, expected = (model(**batch) for model in (ours, theirs))
         assert_same_on_real_tokens(got.last_hidden_state, expected.last_hidden_state)
         torch.testing.assert_close(got.pooler_output, expected.pooler_output, atol=2e-5, rtol=2e-5)
     assert notes_of(ours) or kind in (hf.BertPooler, nn.Tanh)
+    monkeypatch.undo()
+    with torch.no_grad():
+        got, expected = (model(**batch).last_hidden_state for model in (ours, theirs))
+    assert_same_on_real_tokens(got, expected)
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+@pytest.mark.parametrize("kind", [hf.BertOnlyMLMHead, hf.BertLMPredictionHead, hf.BertPredictionHeadTransform, nn.LayerNorm])
+def test_a_forward_replaced_on_a_heads_class_is_called(kind, wraps, monkeypatch):
+    theirs, ours = fast_pair("class", "BertForMaskedLM")
+    replace_forward(kind, wraps, monkeypatch)
+    assert_same_training_step(ours, theirs, "BertForMaskedLM")
+    batch = inputs_for("BertForMaskedLM")
+    assert_same_on_real_tokens(*(model(**batch).logits for model in (ours, theirs)))
+    assert fastbert.explain(ours).head

@@ -178,3 +178,45 @@ def test_what_a_layer_keeps_for_the_backward_pass():
     config = small_config()
     per_row = 8 * config.hidden_size + config.intermediate_size + config.num_attention_heads + 4
     assert kept(4) - kept(3) == int(mask().sum()) * per_row
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("attention_drops", [False, True])
+def test_attention_drops_by_its_own_mode(attention_drops, gradients):
+    """As in transformers, where the mode of its nn.Dropout does not count."""
+    for model in pair("BertModel", attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0):
+        with torch.set_grad_enabled(gradients):
+            model(**inputs_for("BertModel"))  # packed in its present mode
+            for layer in model.encoder.layer:
+                layer.attention.self.training, layer.attention.self.dropout.training = attention_drops, not attention_drops
+            batch = inputs_for("BertModel")
+            same = torch.equal(*(model(**batch).last_hidden_state for _ in range(2)))
+        assert same != attention_drops
+
+
+def test_a_copied_layer_has_dropout_of_its_own():
+    model = fastbert.BertModel(small_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    first = model.encoder.layer[0]
+    second = copy.deepcopy(first)
+    second.output.dropout.p = 0.5
+    model.encoder.layer = nn.ModuleList([first, second])
+    batch = inputs_for("BertModel")
+    assert not torch.equal(*(model.train()(**batch).last_hidden_state for _ in range(2)))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_shared_layer_drops_anew_at_each_call(checkpointed):
+    model = fastbert.BertModel(small_config(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0))
+    layer = model.encoder.layer[0]
+    layer.attention.output.dropout.p = 0.0
+    model.encoder.layer = nn.ModuleList([layer] * 3)
+    with torch.no_grad():  # of what is dropped the LayerNorm makes a negative number
+        layer.output.dense.weight.zero_()
+        layer.output.dense.bias.fill_(100.0)
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    states = model.train()(**inputs_for("BertModel"), output_hidden_states=True).hidden_states[1:]
+    one, two, three = ((state > 0)[mask().bool()] for state in states)
+    for same in (one == two, two == three, one == three):
+        assert 0.4 < same.float().mean() < 0.6
+    states[-1].sum().backward()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from transformers.modeling_outputs import MaskedLMOutput
 
 import fastbert
 from fastbert.model.outputs import PooledEncoderOutput
 
-from .helpers import inputs_for, pair, small_config
+from .helpers import VOCABULARY, inputs_for, on_real_tokens, pair, small_config
 
 
 @pytest.fixture
@@ -133,6 +136,66 @@ def test_logits_after_an_optimizer_step_are_refused():
     optimizer.step()
     with pytest.raises(RuntimeError, match="read outputs.logits before the optimizer step"):
         _ = output.logits
+
+
+def hooks_that_go(model: nn.Module) -> contextlib.AbstractContextManager:
+    return model.cls.predictions.decoder.register_forward_hook(lambda _, inputs, output: 2 * output)
+
+
+def adapters_off(model: nn.Module) -> contextlib.AbstractContextManager:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    return (
+        peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval().disable_adapter()
+    )
+
+
+@pytest.mark.parametrize("switch", [hooks_that_go, adapters_off])
+def test_logits_of_a_head_that_is_something_else_afterwards(switch):
+    """At once without gradients (a reference model's, say); with gradients somebody may never read them."""
+    batch, results = inputs_for("BertForMaskedLM"), []
+    for model in pair("BertForMaskedLM"):
+        switched = switch(model)
+        with switched, torch.no_grad():
+            output = model(**batch)
+        results.append(on_real_tokens(output.logits))
+    torch.testing.assert_close(*results, atol=2e-5, rtol=2e-5)
+    _, ours = pair("BertForMaskedLM")
+    with switch(ours):
+        output = ours(**batch)
+    with pytest.raises(RuntimeError, match="parameters or modules have changed since the forward pass"):
+        _ = output.logits
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.load_state_dict({name: 1.2 * x for name, x in model.state_dict().items()}, assign=True),
+        lambda model: model.double(),
+        lambda model: fastbert.quantize(model),
+        lambda model: model.resize_token_embeddings(VOCABULARY + 8),
+    ],
+    ids=["assigned", "double", "int8", "resized"],
+)
+def test_logits_of_a_model_that_is_another_one_afterwards_are_refused(change):
+    _, ours = pair("BertForMaskedLM")
+    output = ours(**inputs_for("BertForMaskedLM"))
+    change(ours)
+    with pytest.raises(RuntimeError, match="parameters or modules have changed since the forward pass"):
+        _ = output.logits
+
+
+@pytest.mark.parametrize("part", ["", "layer.2.", "cls."])
+def test_logits_of_parameters_of_one_call(part):
+    """torch.func.functional_call: gone when the logits are read, which may take part in the loss."""
+    batch, results = inputs_for("BertForMaskedLM"), []
+    for model in pair("BertForMaskedLM"):
+        named = {name: (1.3 * p.detach()).requires_grad_() for name, p in model.named_parameters() if part in name}
+        output = functional_call(model, named, kwargs=batch)
+        (output.loss + on_real_tokens(output.logits).square().mean()).backward()
+        results.append([on_real_tokens(output.logits), *(p.grad for p in named.values() if p.grad is not None)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("forward_in_autocast", [True, False])

@@ -11,6 +11,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import prune_linear_layer
 
 import fastbert
 from fastbert.model import layer as layer_module
@@ -558,3 +559,46 @@ def test_a_first_call_draws_nothing_from_torchs_generator():
     with torch.no_grad():
         model(**batch)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("path", ["intermediate.dense", "attention.self.query", "output.LayerNorm"])
+def test_tensors_in_the_places_of_parameters(path, calls):
+    """A hypernetwork's weights, say: those of this call are read, and get their gradients."""
+    theirs, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        ours(**batch)
+    weights = [torch.randn_like(theirs.encoder.layer[1].get_submodule(path).weight).mul_(0.1).requires_grad_() for _ in range(3)]
+    for model in (theirs, ours):
+        model.requires_grad_(False)
+        del model.encoder.layer[1].get_submodule(path).weight
+    for weight in weights:
+        results = []
+        for model in (theirs, ours):
+            model.encoder.layer[1].get_submodule(path).weight = weight
+            with torch.no_grad():
+                without = output(model, batch)
+            hidden = output(model, batch)
+            results.append((without, hidden, *torch.autograd.grad(hidden.pow(3).sum(), weight)))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-3)
+    assert "a weight or bias of its is a tensor that is no parameter" in str(fastbert.explain(ours))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pruned_heads(dtype):
+    theirs, ours = pair(NAME)
+    batch, keep = inputs_for(NAME), torch.arange(24)
+    for model in (theirs, ours):
+        attention = model.encoder.layer[1].attention
+        for name in ("query", "key", "value"):
+            setattr(attention.self, name, prune_linear_layer(getattr(attention.self, name), keep))
+        attention.output.dense = prune_linear_layer(attention.output.dense, keep, dim=1)
+        attention.self.num_attention_heads, attention.self.all_head_size = 2, 24
+        model.to(dtype)
+    with torch.no_grad():
+        error = (output(ours, batch) - output(theirs, batch)).abs().max()
+    assert error < (2e-5 if dtype == torch.float32 else 0.1)
+    assert "its queries are 24 wide, where hidden states are 48" in str(fastbert.explain(ours))
+    with torch.no_grad():
+        assert (output(fastbert.quantize(ours), batch) - output(theirs, batch)).abs().max() < 0.3
