@@ -249,8 +249,8 @@ PYBIND11_MODULE(_cpu, m) {
       Release());
 
   py::class_<Snapshot>(m, "Snapshot", py::module_local())
-      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&, bool, const Memory&,
-                    const Memory&>());
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
+                    bool, const Memory&, const Memory&>());
   m.def("all_unchanged", &all_unchanged);
   m.def("multiplies", &cpu::multiplies);
   m.def("packed_weight_bytes", &cpu::packed_weight_bytes);

@@ -129,11 +129,16 @@ PyObject* Snapshot::Known::referent() const {
 py::object Snapshot::Known::alive() const { return py::reinterpret_borrow<py::object>(is(object_) ? object_ : nullptr); }
 
 Snapshot::Snapshot(const py::list& objects, const py::list& attributes, const py::list& dicts, const py::list& counted,
-                   const py::list& tensors, bool count_versions, const Memory& arrays, const Memory& read)
-    : count_versions_(count_versions), words_(arrays), fingerprint_(words_.fingerprint()) {
+                   const py::list& tensors, const py::list& storages, bool count_versions, const Memory& arrays,
+                   const Memory& read)
+    : is_expired_(py::module_::import("torch").attr("UntypedStorage").attr("_expired")),
+      count_versions_(count_versions),
+      words_(arrays),
+      fingerprint_(words_.fingerprint()) {
   if (objects.size() != attributes.size()) throw std::invalid_argument("objects and attributes differ in length");
   if (tensors.size() != arrays.size()) throw std::invalid_argument("tensors and arrays differ in length");
-  std::unordered_set<PyObject*> asked;
+  if (tensors.size() != storages.size()) throw std::invalid_argument("tensors and storages differ in length");
+  std::unordered_set<PyObject*> asked, in_dicts;
   for (const py::handle object : objects) asked.insert(object.ptr());
   for (const py::handle tensor : tensors) asked.insert(tensor.ptr());
   Lines lines;
@@ -145,6 +150,7 @@ Snapshot::Snapshot(const py::list& objects, const py::list& attributes, const py
   const auto know_entry = [&](PyObject* dict, py::handle key) {
     const py::handle value = value_of(dict, key.ptr());
     const Known known = asked.count(value.ptr()) > 0 ? Known::by_address(value) : know(value);
+    in_dicts.insert(value.ptr());
     entries_.push_back({py::reinterpret_borrow<py::object>(key), known});
     lines.add_object(key);
   };
@@ -173,11 +179,13 @@ Snapshot::Snapshot(const py::list& objects, const py::list& attributes, const py
                         dicts_.size() - dicts_before});
   }
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const py::object tensor = tensors[i];
+    const py::object tensor = tensors[i], number = storages[i].attr("cdata");
+    if (in_dicts.count(tensor.ptr()) == 0) throw std::invalid_argument("a tensor is in none of the objects' dicts");
     const int64_t version = count_versions ? version_of(tensor) : 0;
-    tensors_.push_back(
-        {know(tensor), arrays[i].first, version, is_matrix(tensor), count_elements(tensor), is_contiguous(tensor)});
+    tensors_.push_back({tensor.ptr(), storages[i], number, arrays[i].first, version, is_matrix(tensor),
+                        count_elements(tensor), is_contiguous(tensor)});
     lines.add_object(tensor);
+    lines.add_object(number);
   }
   lines.add(read);
   for (const char* word : words_.addresses()) lines.add(word, sizeof(uint32_t));
@@ -223,8 +231,9 @@ bool Snapshot::objects_are_unchanged() const {
 }
 
 bool Snapshot::is_unchanged(const Tensor& known) const {
-  const py::object tensor = known.tensor.alive();
-  if (!tensor || address_of(tensor) != known.address) return false;
+  const py::object tensor = py::reinterpret_borrow<py::object>(known.tensor);
+  if (address_of(tensor) != known.address) return false;
+  if (checked(PyObject_CallOneArg(is_expired_.ptr(), known.number.ptr())).ptr() == Py_True) return false;
   if (count_versions_ && version_of(tensor) != known.version) return false;
   // Through `.data` a matrix becomes a part of itself, or itself transposed, which moves nothing and counts no version.
   return !known.matrix || (count_elements(tensor) == known.elements && is_contiguous(tensor) == known.contiguous);

@@ -23,12 +23,13 @@ using Memory = std::vector<std::pair<uintptr_t, int64_t>>;  // (address, bytes) 
 class Snapshot {
  public:
   // objects[i] has the attributes attributes[i], by name, which need not be there; under each name of `dicts` it has a dict,
-  // whose entries of now are compared, and of `counted` one that may not have others either. tensors: torch's, whose memory
-  // is arrays; count_versions: whether they have version counters. read: memory that torch reads when it is asked about
-  // them.
+  // whose entries of now are compared, and of `counted` one that may not have others either. tensors: torch's, each
+  // of which is in one of those dicts, whose memory is arrays; storages: a StorageWeakRef for each, because memory that was
+  // freed is given to others, who may be its successors; count_versions: whether they have version counters. read: memory
+  // that torch reads when it is asked about them.
   Snapshot(const pybind11::list& objects, const pybind11::list& attributes, const pybind11::list& dicts,
-           const pybind11::list& counted, const pybind11::list& tensors, bool count_versions, const Memory& arrays,
-           const Memory& read);
+           const pybind11::list& counted, const pybind11::list& tensors, const pybind11::list& storages, bool count_versions,
+           const Memory& arrays, const Memory& read);
 
   // Compares all of it, objects by identity. Raises what comparing keys raises.
   bool unchanged() const;
@@ -38,7 +39,7 @@ class Snapshot {
   void prefetch() const;
 
  private:
-  // An object, by identity: another one may be in its place once it is gone.
+  // An object, by identity: another one may be at its address once it is gone.
   class Known {
    public:
     explicit Known(pybind11::handle object);
@@ -75,7 +76,10 @@ class Snapshot {
     size_t attributes, dicts;
   };
   struct Tensor {
-    Known tensor;
+    PyObject* tensor;          // which is there: the dict that holds it was compared before. No weak reference: torch does
+                               // not swap a tensor that has one
+    pybind11::object storage;  // keeps the number valid
+    pybind11::object number;   // by which torch knows the storage
     uintptr_t address;
     int64_t version;
     bool matrix;
@@ -91,6 +95,7 @@ class Snapshot {
   std::vector<Dict> dicts_;
   std::vector<Entry> entries_;
   std::vector<Tensor> tensors_;
+  pybind11::object is_expired_;  // torch's answer by a storage's number
   bool count_versions_;
   cpu::Words words_;
   uint64_t fingerprint_;

@@ -96,11 +96,12 @@ class _Same:
 
 
 def _states(modules: tuple[nn.Module, ...]) -> list[Any]:
-    """What is in modules and in all modules in them, by identity, and of tensors their dtype and how often they were changed."""
+    """What is in modules and in all modules in them, by identity, and of tensors also how often they were changed."""
     states = []
-    for part in (part for module in modules for part in module.modules()):
+    for part in dict.fromkeys(part for module in modules for part in module.modules()):
         held = vars(part)
-        own = [(name, _Same(value)) for name, value in held.items() if name not in _OF_EVERY_MODULE]
+        is_torchs = type(part).__module__.startswith("torch.nn.")  # sizes and rates: of a Dropout a forward pass keeps its own
+        own = [] if is_torchs else [(name, _Same(value)) for name, value in held.items() if name not in _OF_EVERY_MODULE]
         inside = [(key, _state(value)) for name in _HELD for key, value in held[name].items()]
         states.append((type(part), own, inside))
     return states
@@ -110,7 +111,7 @@ def _state(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return _Same(value)
     # Those made under inference_mode count no versions; nothing trains them either.
-    return _Same(value), value.dtype, None if value.is_inference() else value._version
+    return _Same(value), value.dtype, value.shape, None if value.is_inference() else value._version
 
 
 class LazyOutput:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..ops import native
 
@@ -19,7 +20,7 @@ _TENSOR_BYTES, _STORAGE_BYTES = 208, 96
 class Snapshot:
     """What :meth:`unchanged` compares: of the ``modules``, submodules and their classes, parameters, buffers, hooks, ``forward``
     methods, put on a module or on its class, and the attributes that are named, by identity; of the ``tensors``, which are on the
-    CPU, also where they are, their version counters (those made in inference mode have none), and a few words of each, because an
+    CPU and parameters or buffers of the modules, also whose memory they have, their version counters (those made in inference mode have none), and a few words of each, because an
     update through ``.data`` leaves the counters alone; of matrices also how large they are, and whether contiguous. ``may_grow``:
     whether submodules, parameters and buffers may be added.
 
@@ -38,12 +39,13 @@ class Snapshot:
         modules = list(modules)
         names = [["forward", *attributes.get(module, ())] for module in modules]
         kept = [tensor.detach() for tensor in tensors]  # while it is read: other threads may give a tensor other memory
+        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in kept]
         arrays = [(tensor.data_ptr(), _extent(tensor)) for tensor in kept]
         read = [(tensor._cdata, _TENSOR_BYTES) for tensor in tensors]
         read += [(tensor.untyped_storage()._cdata, _STORAGE_BYTES) for tensor in tensors]
         dicts, counted = (list(_HELD), list(_HOOKS)) if may_grow else ([], [*_HELD, *_HOOKS])
         self.handle = native.EXTENSION.Snapshot(
-            modules, names, dicts, counted, list(tensors), not any(map(Tensor.is_inference, tensors)), arrays, read,
+            modules, names, dicts, counted, list(tensors), storages, not any(map(Tensor.is_inference, tensors)), arrays, read,
         )  # fmt: skip
 
     def unchanged(self) -> bool:
@@ -54,7 +56,7 @@ class AttributesSnapshot:
     """The same of any object's attributes: all that it has itself, and those of ``names`` that it may get."""
 
     def __init__(self, of: object, names: Iterable[str]) -> None:
-        self.handle = native.EXTENSION.Snapshot([of], [[*vars(of), *names]], [], [], [], False, [], [])
+        self.handle = native.EXTENSION.Snapshot([of], [[*vars(of), *names]], [], [], [], [], False, [], [])
 
 
 def all_unchanged(handles: list[Any]) -> bool:

@@ -602,3 +602,44 @@ def test_pruned_heads(dtype):
     assert "its queries are 24 wide, where hidden states are 48" in str(fastbert.explain(ours))
     with torch.no_grad():
         assert (output(fastbert.quantize(ours), batch) - output(theirs, batch)).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("path", ["encoder.layer.1.output.dense", "pooler.dense", "embeddings.word_embeddings"])
+def test_memory_in_the_place_of_freed_memory(path, calls):
+    """A tensor that is given other memory through ``.data`` counts no version, and may get the memory that was its own before."""
+    theirs, ours = pair(NAME)
+    batch, rounds = inputs_for(NAME), 0
+    weights = [model.get_submodule(path).weight for model in (theirs, ours)]
+    addresses = set()
+    for element in range(100, 700, 23):  # past the first words, which are looked at
+        results = []
+        for model, weight in zip((theirs, ours), weights, strict=True):
+            changed = weight.data.clone()
+            changed.view(-1)[element] += 5.0
+            weight.data = changed
+            del changed
+            addresses.add(weight.data_ptr())
+            with torch.no_grad():
+                got = model(**batch)
+            results.append((on_real_tokens(got.last_hidden_state), got.pooler_output))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+        rounds += 1
+    assert len(addresses) < 2 * rounds
+
+
+def test_torch_swaps_parameters(calls):
+    """As ``torch.utils.swap_tensors`` refuses to where anybody refers to a tensor weakly."""
+    theirs, ours = pair(NAME)
+    batch = inputs_for(NAME)
+    with torch.no_grad():
+        ours(**batch), ours(**batch)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for model in (theirs, ours):
+            model.double().float().load_state_dict({name: 1.5 * x for name, x in model.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    with torch.no_grad():
+        assert (output(ours, batch) - output(theirs, batch)).abs().max() < 2e-5

@@ -10,6 +10,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastbert.model import snapshot as snapshot_module
 from fastbert.model.snapshot import Snapshot
@@ -160,8 +161,9 @@ def test_several_at_once():
         assert native.EXTENSION.all_unchanged(snapshots[changed + 1 :])
 
 
-def _snapshot(objects, attributes, dicts=(), counted=(), tensors=(), arrays=()):
-    return native.EXTENSION.Snapshot(objects, attributes, list(dicts), list(counted), list(tensors), False, list(arrays), [])
+def _snapshot(objects, attributes, dicts=(), counted=(), tensors=(), storages=(), arrays=()):
+    tensors, storages = list(tensors), list(storages)
+    return native.EXTENSION.Snapshot(objects, attributes, list(dicts), list(counted), tensors, storages, False, list(arrays), [])
 
 
 class Thing:
@@ -180,8 +182,15 @@ def test_what_does_not_fit_is_an_error():
             _snapshot([Thing()], [[]], **names)
     with pytest.raises(TypeError, match="unhashable"):
         _snapshot([Thing()], [[[]]])
+    with pytest.raises(ValueError, match="tensors and storages differ in length"):
+        _snapshot([], [], tensors=[torch.ones(2)], arrays=[(0, 0)])
+    storage = StorageWeakRef(torch.ones(2).untyped_storage())
+    with pytest.raises(ValueError, match="a tensor is in none of the objects' dicts"):
+        _snapshot([], [], tensors=[torch.ones(2)], storages=[storage], arrays=[(0, 0)])
+    thing = Thing()
+    thing.entries = {"tensor": Thing()}
     with pytest.raises(AttributeError, match="dim"):
-        _snapshot([], [], tensors=[Thing()], arrays=[(0, 0)])
+        _snapshot([thing], [[]], ["entries"], tensors=thing.entries.values(), storages=[storage], arrays=[(0, 0)])
 
 
 def test_what_comparing_keys_raises_is_raised():
