@@ -42,9 +42,11 @@ def classification_scores(predicted: NDArray[np.integer], labels: NDArray[np.int
 def multi_label_scores(predicted: NDArray[np.bool_], labels: NDArray[np.bool_]) -> dict[str, float]:
     """f1_micro, f1_macro and accuracy (the share of examples of which all labels are right). predicted, labels: (n, k)."""
     metrics = optional("sklearn.metrics")
+    # Of a single column scikit-learn makes two classes, among which "not the label" would count, too; of several it counts columns.
+    counted = [1] if labels.shape[1] == 1 else None
     return {
-        "f1_micro": float(metrics.f1_score(labels, predicted, average="micro", zero_division=0)),
-        "f1_macro": float(metrics.f1_score(labels, predicted, average="macro", zero_division=0)),
+        "f1_micro": float(metrics.f1_score(labels, predicted, labels=counted, average="micro", zero_division=0)),
+        "f1_macro": float(metrics.f1_score(labels, predicted, labels=counted, average="macro", zero_division=0)),
         "accuracy": float((predicted == labels).all(axis=1).mean()),
     }
 

@@ -165,6 +165,16 @@ def test_scores_of_each_problem(tmp_path):
     assert constant["pearson_spearman"] == 0.0
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("chosen", "f1"), [("", 0.0), ("bc", 0.5), ("ab", 1.0), ("abcd", 2 / 3)])
+def test_scores_of_one_label_are_those_of_that_label(chosen, f1, tmp_path):
+    """Of a single column scikit-learn makes two classes: "not the label" would count like the label."""
+    task, examples = read(tmp_path, "text\tlabel\na\tx\nb\tx\nc\t\nd\t\n", "multi-label-classification")
+    outputs = [np.array([1.0 if text in chosen else -1.0], np.float32) for text in "abcd"]
+    scores = task.with_labels_of(examples).scores(outputs, None, examples)
+    assert scores == {"f1_micro": pytest.approx(f1), "f1_macro": pytest.approx(f1), "accuracy": 1.0 if chosen == "ab" else 0.5}
+
+
 def test_inputs_that_are_no_texts():
     task = task_for("text-classification")
     assert [(e.text, e.text_pair) for e in task.examples_from(["a", ("b", "c")])] == [("a", None), ("b", "c")]
