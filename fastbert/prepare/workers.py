@@ -6,6 +6,7 @@ find theirs closed and end. What is read ahead and what waits for an earlier bat
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -43,11 +44,14 @@ def encode_in_order(batches: Iterator[Batch], tokenizer_json: str, vocab_size: i
         context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads in whatever state they are
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, tokenizer_json, vocab_size), daemon=True)
+            # No tokenizer among its arguments: of more than a pipe holds, start() would wait for a process that may have died.
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             processes[ours] = process
         try:
+            for connection in processes:
+                connection.send((tokenizer_json, vocab_size))
             yield from _follow(batches, list(processes))
         except (EOFError, ConnectionError) as error:
             raise WorkerDied("a process that encodes ended by itself; perhaps the system has no more memory") from error
@@ -97,13 +101,12 @@ def _follow(batches: Iterator[Batch], idle: list[Connection]) -> Iterator[Encode
                 read.append(batch)
 
 
-def _work(connection: Connection, tokenizer_json: str, vocab_size: int) -> None:
+def _work(connection: Connection) -> None:
+    """A process: the tokenizer comes in, then documents, and their ids go out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends this one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
-    encoder = SentenceEncoder.from_json(tokenizer_json, vocab_size)
-    while True:
-        try:
+    with contextlib.suppress(EOFError, ConnectionError):
+        encoder = SentenceEncoder.from_json(*connection.recv())
+        while True:
             parts = connection.recv()
-        except EOFError:
-            return
-        connection.send(tuple(encode_documents(encoder, documents) for documents in parts))
+            connection.send(tuple(encode_documents(encoder, documents) for documents in parts))

@@ -21,6 +21,7 @@ from fastbert.prepare.run import PreparationStopped
 from fastbert.prepare.settings import PrepareSettings
 from fastbert.train.errors import SettingsError
 
+from ..processes import ForkedModule
 from .helpers import all_documents, contents, documents, run
 
 Corpus = tuple[str, ...]
@@ -211,6 +212,26 @@ def test_a_worker_that_dies_ends_the_run_with_a_clear_error(
     run(corpus, tmp_path / "killed", tokenizer=tokenizer_folder, resume=True)
     run(corpus, tmp_path / "whole", tokenizer=tokenizer_folder)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+# As many bytes of a tokenizer as a pipe does not hold, and workers that end before they read any.
+DYING_WORKERS = """
+import multiprocessing, shutil
+from fastbert.prepare.workers import encode_in_order
+
+multiprocessing.set_executable(shutil.which("false"))
+list(encode_in_order(iter([]), "x" * 1_000_000, 100, 2))
+"""
+
+
+def test_workers_that_die_while_they_start_are_no_reason_to_wait(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        process = ForkedModule([sys.executable, "-c", DYING_WORKERS], stdout=log, stderr=log)
+        try:
+            assert process.wait(timeout=60) == 1
+        finally:
+            process.kill()
+    assert "WorkerDied: a process that encodes ended by itself" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(
