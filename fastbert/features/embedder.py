@@ -194,14 +194,15 @@ class Embedder:
         return [*bounds, len(texts)] if texts else [0]
 
     def check_texts(self, texts: Sequence[Text], text_pairs: Sequence[str] | None) -> None:
-        """Raises TextError for a text of which the tokenizer keeps nothing, before anything is computed.
+        """Raises TextError for a text, or one of a pair, of which the tokenizer keeps nothing, before anything is computed.
 
         No tokenizer of BERT's kind drops letters or digits, so that only texts without any are tokenized: nearly none. Where one
         does, :meth:`embed` finds out.
         """
         bounds = self.chunk_bounds(texts, text_pairs)
         for start, end in zip(bounds, bounds[1:]):
-            doubtful = [index for index in range(start, end) if not any(map(str.isalnum, texts[index]))]
+            parts = (texts,) if text_pairs is None else (texts, text_pairs)
+            doubtful = [i for i in range(start, end) if not all(any(map(str.isalnum, part[i])) for part in parts)]
             pairs = None if text_pairs is None else [text_pairs[index] for index in doubtful]
             try:
                 if doubtful:
@@ -259,8 +260,11 @@ class Embedder:
             encoded = self._tokenized(visible, text_pairs, words)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         special = self.tokenizer.num_special_tokens_to_add(pair=text_pairs is not None)
-        if lengths and min(lengths) <= special:
-            raise TextError(lengths.index(min(lengths)), "has nothing that the tokenizer keeps")
+        bare_texts = (index for index, length in enumerate(lengths) if length <= special)
+        if text_pairs is not None:
+            bare_texts = (index for index, part in enumerate(encoded.encodings) if not {0, 1} <= set(part.sequence_ids))
+        if (bare_text := next(bare_texts, None)) is not None:
+            raise TextError(bare_text, "has nothing that the tokenizer keeps")
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         inputs = {
             name: np.fromiter(chain.from_iterable(encoded[name]), np.int64, offsets[-1])

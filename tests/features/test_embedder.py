@@ -276,3 +276,15 @@ def test_a_text_of_which_the_tokenizer_keeps_nothing(checkpoint):
     with pytest.raises(TextError, match="has nothing that the tokenizer keeps") as caught:
         embedder(["good", "\u200d"])
     assert caught.value.index == 1
+
+
+@pytest.mark.parametrize("pair", [("good", "\u200d"), ("\u200d", "good")])
+def test_a_text_of_a_pair_of_which_the_tokenizer_keeps_nothing(any_checkpoint, pair):
+    """Also where both together have more tokens than the special ones."""
+    embedder = Embedder.from_pretrained(str(any_checkpoint), device="cpu")
+    texts, pairs = zip(("good", "word1 ..."), pair)
+    for refuse in (embedder, embedder.check_texts):
+        with pytest.raises(TextError, match="has nothing that the tokenizer keeps") as caught:
+            refuse(texts, pairs)
+        assert caught.value.index == 1
+    assert len(embedder(["...", "good"], ["good", "..."])) == 2
