@@ -78,7 +78,7 @@ def predict(
         predictions = predictor.predict(
             examples, progress="predict" if sys.stderr.isatty() else None, say=lambda line: print(line, file=sys.stderr)
         )
-        rows = [{"input": example.place, **prediction} for example, prediction in zip(examples, predictions, strict=True)]
+        rows = examples.with_places(predictions)
         document: dict[str, Any] = {"model": model, "task": predictor.task.name, "predictions": len(rows)}
         if target is None:
             for row in rows:

@@ -285,7 +285,7 @@ def save_model(tuning: Tuning, prepared: PreparedTask, output: Path, settings: F
         if name != TRAIN:
             outputs = tuning.outputs[name] if name in tuning.outputs else outputs_of(split, tuning, prepared, settings)
             predictions = prepared.task.predictions(outputs, split.features, split.examples)
-            write_jsonl(new / f"predictions_{name}.jsonl", predictions)
+            write_jsonl(new / f"predictions_{name}.jsonl", split.examples.with_places(predictions))
     with quiet_transformers():
         final = tuning.finish(new)
         final.model.save_pretrained(new)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fastbert.data.errors import DataError
 
@@ -91,6 +91,11 @@ class Examples(Generic[E]):
         for example in self.items:
             digest.update(repr(example).encode())
         return digest.hexdigest()
+
+    def with_places(self, predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One prediction of each example, behind ``input``, the place that the example was read from."""
+        places = [example.place for example in self.items]  # type: ignore[attr-defined]
+        return [{"input": place, **prediction} for place, prediction in zip(places, predictions, strict=True)]
 
     def error(self, example: E | None, field: str | None, problem: str) -> DataError:
         """The error of ``problem`` in a field of an example, or of all of them."""

@@ -170,6 +170,7 @@ def test_every_folder_predicts(run, data):
     examples = predictor.read(data / "RTE/test.tsv")
     expected = predictions(folder, "test")
     assert [row["label"] for row in predictor.predict(examples)] == [row["label"] for row in expected]
+    assert [row["input"] for row in expected] == [example.place for example in examples]
     assert predictor([("house song", "river film")])[0]["label"] in ("entailment", "not_entailment")
 
 
