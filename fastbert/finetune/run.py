@@ -36,7 +36,7 @@ from fastbert.train.run_folder import check_outside, write_json
 from fastbert.whole_file import whole_file
 
 from .adapt import ADAPTATION_NAME, LONGEST, adapt, check_adaptation, check_corpus, effect
-from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
+from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run, write_errors
 from .modes import Tuning, autocast_dtype, check_packages, in_mode, prepare_mode
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .report import write_report
@@ -84,7 +84,8 @@ class FinetuneResult:
 def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
     """Runs, or with ``settings.resume`` continues, a fine-tuning; ``say`` gets lines for people.
 
-    Raises :class:`SettingsError` for what cannot be done as asked and DataError for bad data, both before anything is trained.
+    Raises :class:`SettingsError` for what cannot be done as asked and DataError for bad data, both before anything is trained, and
+    TrainingError for training that diverges and a disk that is full.
     """
     refuse_several_processes(settings.command_name)
     output = Path(settings.output)
@@ -137,7 +138,8 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         best = best_seed(document["seeds"], metric)
         document["notes"] = list(tuning.whole.notes)
         if best is None or result.scores[DEV][metric] > document["seeds"][best]["scores"][DEV][metric]:
-            save_model(tuning, prepared, output, settings)
+            with write_errors(output):
+                save_model(tuning, prepared, output, settings)
         document["seeds"][str(seed)] = result.__dict__
         write_json(output / RUN_NAME, document)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)

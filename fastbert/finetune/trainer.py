@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from fastbert.tasks.model import TaskModel
 from fastbert.train.errors import TrainingError
 
+from .folder import write_errors
 from .settings import FinetuneSettings
 
 Say = Callable[[str], None]
@@ -50,8 +51,10 @@ class FineTuning(Trainer):
         return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Raises TrainingError where it cannot be written."""
         started = time.perf_counter()
-        super()._save_checkpoint(*args, **kwargs)
+        with write_errors(Path(self.args.output_dir)):
+            super()._save_checkpoint(*args, **kwargs)
         self.aside_seconds += time.perf_counter() - started
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import resource
 import shutil
 import signal
 import sys
@@ -254,6 +255,62 @@ def test_resumed_after_a_kill(toy_model, sentiment_folder, tmp_path):
     said: list[str] = []
     result = finetune(settings(toy_model, sentiment_folder, tmp_path / "run", resume=True, **changes), said.append)
     assert result.scores == expected.scores
+
+
+@pytest.fixture
+def room():
+    """``room(n)``: from now on no file becomes larger than n bytes, as on a disk that is full; ``room()``: there is room again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        (0.5, r"Error while serializing: .*\(os error 27\)"),
+        (1.5, r"\[enforce fail at inline_container.*"),
+    ],  # optimizer.pt has twice as much
+)
+def test_a_disk_that_is_full_at_a_checkpoint(weights, problem, toy_model, sentiment_folder, tmp_path, room):
+    expected = finetune(settings(toy_model, sentiment_folder, tmp_path / "whole", epochs=3), **SILENT)
+    size = (tmp_path / "whole" / "model.safetensors").stat().st_size
+    evaluated: list[str] = []
+
+    def fill(line: str) -> None:
+        if "dev accuracy" in line:
+            evaluated.append(line)
+            if len(evaluated) == 2:
+                room(int(weights * size))
+
+    message = rf"run/checkpoints/seed-0 cannot be written to: {problem} \([\d,.]+ MB are free there\); .* --resume goes on"
+    with pytest.raises(TrainingError, match=message):
+        finetune(settings(toy_model, sentiment_folder, tmp_path / "run", epochs=3), fill)
+    room()
+    result = finetune(settings(toy_model, sentiment_folder, tmp_path / "run", epochs=3, resume=True), **SILENT)
+    assert result.scores == expected.scores
+
+
+def test_a_disk_that_is_full_at_the_end(toy_model, sentiment_folder, tmp_path, room, monkeypatch):
+    given = settings(toy_model, sentiment_folder, tmp_path / "run", epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_tokenizer", lambda *given: room(100))
+        message = r"run cannot be written to: .*File too large.* \([\d,.]+ MB are free there\); .* --resume goes on"
+        with pytest.raises(TrainingError, match=message):
+            finetune(given, **SILENT)
+    room()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    finetune(settings(toy_model, sentiment_folder, tmp_path / "run", epochs=2, resume=True), **SILENT)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_other_errors_at_a_checkpoint_are_what_they_were(toy_model, sentiment_folder, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("an unknown one")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="^an unknown one$"):
+        finetune(settings(toy_model, sentiment_folder, tmp_path / "run", epochs=1), **SILENT)
 
 
 def test_a_label_in_one_row_is_known_wherever_the_row_goes(toy_model, tmp_path):
