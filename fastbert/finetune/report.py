@@ -54,6 +54,12 @@ def _facts(
 ) -> dict[str, Any]:
     seconds = sum(seed["train_seconds"] for seed in results["seeds"])
     tokens = sum(seed["train_seconds"] * seed["tokens_per_second"] for seed in results["seeds"])
+    # A process that was left the end of a run alone has no speed.
+    speed = {
+        "seconds": seconds,
+        "examples_per_second": tokens / prepared.train.tokens * len(prepared.train.examples) / seconds,
+        "tokens_per_second": tokens / seconds,
+    }
     chosen = {name: getattr(settings, name) for name in _SETTINGS if getattr(settings, name) is not None}
     return {
         "task": prepared.task.name,
@@ -67,12 +73,7 @@ def _facts(
         "seeds": list(settings.seeds),
         "best_seed": results["best_seed"],
         "settings": {**chosen, "learning_rate": settings.effective_learning_rate, "max_seq_length": prepared.max_seq_length},
-        "speed": {
-            "seconds": seconds,
-            "examples_per_second": tokens / prepared.train.tokens * len(prepared.train.examples) / seconds,
-            "tokens_per_second": tokens / seconds,
-            "machine": device_name(pick_device(settings.device)),
-        },
+        "speed": {**(speed if tokens else {}), "machine": device_name(pick_device(settings.device))},
         "pictures": dict(pictures),
         "notes": [*_adaptation(results["adaptation"]), *results["notes"]],
     }

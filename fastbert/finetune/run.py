@@ -238,9 +238,11 @@ def train_seed(
     trainer = build_trainer(
         tuning.trained, tuning.rows[TRAIN], settings, seed, metric=metric, score=score, folder=checkpoints, say=say, **changes
     )
+    newest = _resumable(checkpoints) if settings.resume else None
     started = time.perf_counter()
     with quiet_transformers():
-        trainer.train(resume_from_checkpoint=_resumable(checkpoints) if settings.resume else None)
+        if newest is None or not trainer.finish_from(newest):
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     seconds = time.perf_counter() - started - trainer.aside_seconds
     state = trainer.state
     scored = [split for name, split in prepared.splits.items() if split.labelled and name != TRAIN]
@@ -265,11 +267,10 @@ def outputs_of(split: Split, tuning: Tuning, prepared: PreparedTask, settings: F
     return model_outputs(tuning.trained, rows, family=prepared.task.family, autocast=autocast_dtype(settings))
 
 
-def _resumable(checkpoints: Path) -> str | None:
+def _resumable(checkpoints: Path) -> Path | None:
     """The newest checkpoint that the Trainer finished writing."""
     finished = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    newest = max(finished, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
+    return max(finished, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _is_json(path: Path) -> bool:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastbert.tasks.model import TaskModel
 from fastbert.train.errors import TrainingError
@@ -33,6 +35,18 @@ class FineTuning(Trainer):
         self.start = Start()
         self.add_callback(self.start)
         self.aside_seconds = 0.0
+
+    def finish_from(self, checkpoint: Path) -> bool:
+        """Takes the state and the best model of a training that ended with ``checkpoint``, by its steps or by early stopping, as
+        :meth:`train` leaves them; False, with nothing done, where it had not ended. ``train`` would take a step too many."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if not state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            return False
+        # By its number, since the folder may have been moved.
+        state.best_model_checkpoint = str(checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"))
+        self.state, self.start.epoch = state, float(state.epoch or 0)
+        self._load_best_model()
+        return True
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Raises TrainingError for a loss or a gradient that is not finite: no later step would mend it."""

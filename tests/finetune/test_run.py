@@ -23,6 +23,7 @@ from fastbert.features.settings import EmbedSettings
 from fastbert.finetune import run as module
 from fastbert.finetune.run import finetune
 from fastbert.finetune.settings import FinetuneSettings
+from fastbert.finetune.trainer import FineTuning
 from fastbert.glue.run import glue
 from fastbert.glue.settings import GlueSettings
 from fastbert.tasks.predictor import Predictor
@@ -441,3 +442,40 @@ def test_a_resumed_run_stops_as_early_as_any_other(toy_model, sentiment_folder, 
     (half / "trainer_state.json").write_text('{"epoch": 1')
     result = train(tmp_path / "run", resume=True)
     assert (result.steps, result.best_step, result.scores) == (expected.steps, expected.best_step, expected.scores)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_steps": 7},  # in an epoch
+        {"max_steps": 7, "mode": "lora"},
+        {"max_steps": 7, "mode": "head"},
+        {"max_steps": 14, "eval_steps": 4, "learning_rate": 0.1},
+        {"epochs": 1.5},
+        {"epochs": 40, "eval_steps": 6, "early_stopping": 2},
+    ],
+)
+def test_a_run_that_was_killed_at_the_end_of_its_training(changes, toy_model, sentiment_folder, tmp_path, monkeypatch):
+    """Behind its last checkpoint, in front of its model: nothing is left to train."""
+
+    def run(name: str, **more):
+        return finetune(settings(toy_model, sentiment_folder, tmp_path / name, **{**changes, **more}), **SILENT)
+
+    def log(name: str) -> list[dict]:
+        rows = json.loads((tmp_path / name / "run.json").read_text())["seeds"]["0"]["log"]
+        return [row for row in rows if "train_runtime" not in row]  # the seconds of a process that trained
+
+    expected = run("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuning, "_load_best_model", lambda trainer: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run("run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    result = run("moved", resume=True)
+    assert result.scores == expected.scores and log("moved") == log("whole")
+    for name in ("steps", "best_step", "epochs"):
+        assert result.seeds[0][name] == expected.seeds[0][name]
+    assert "tokens/s" in (tmp_path / "whole" / "README.md").read_text()
+    assert "tokens/s" not in (tmp_path / "moved" / "README.md").read_text()
+    for name in ("model.safetensors", "predictions_test.jsonl"):
+        assert (tmp_path / "moved" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
