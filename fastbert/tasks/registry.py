@@ -57,6 +57,9 @@ def save_task(task: Task, max_seq_length: int, folder: Path) -> None:
 def load_task(folder: Path) -> tuple[Task, int]:
     """(task, longest sequence) of a fine-tuned folder. Raises DataError where there is none, or it is damaged."""
     path = folder / TASK_NAME
+    if not folder.is_dir():
+        found = "a file, expected a folder" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {found}; fastbert finetune writes the models that predict")
     if not path.is_file():
         raise DataError(f"{folder}: the folder holds no {TASK_NAME}; fastbert finetune writes it beside the model")
     try:

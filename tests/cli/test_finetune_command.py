@@ -69,7 +69,9 @@ def test_texts_and_files(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--model", "nowhere", "x"], 1, "nowhere: the folder holds no task.json; fastbert finetune writes it"),
+        (["--model", "nowhere", "x"], 1, "nowhere: no such folder; fastbert finetune writes the models that predict"),
+        (["--model", "file.txt", "x"], 1, "file.txt: a file, expected a folder; fastbert finetune writes the models that predict"),
+        (["--model", "folder.csv", "x"], 1, "folder.csv: the folder holds no task.json; fastbert finetune writes it"),
         (["--model", "nowhere"], 2, "give either texts or --input FILE"),
         (["--model", "nowhere", "--input", "absent.txt"], 2, "--input absent.txt: no such file"),
         (["--model", "nowhere", "x", "--output", "a.xml"], 2, "must end in .jsonl or .csv"),
@@ -83,6 +85,7 @@ def test_texts_and_files(trained, tmp_path):
 def test_wrong_usage_of_predict(arguments, code, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file.txt").touch()
     done = run("predict", *arguments)
     assert done.exit_code == code
     assert message in done.stderr
