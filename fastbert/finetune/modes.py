@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fastbert.model.accelerate import restore
-from fastbert.model.int8 import Int8Linear
+from fastbert.model.int8_checkpoint import METHOD as INT8
 from fastbert.tasks.model import TaskModel, accelerated
 from fastbert.tasks.task import Outputs
 from fastbert.train.errors import SettingsError
@@ -77,6 +77,20 @@ def check_packages(mode: str) -> None:
         _import_peft()
 
 
+def check_config(config: PretrainedConfig, settings: FinetuneSettings) -> None:
+    """Raises SettingsError for what the configuration of ``settings.model`` shows without its weights: that they are int8, and that
+    it has fewer layers than are to train."""
+    if (config.to_dict().get("quantization_config") or {}).get("quant_method") == INT8:
+        raise SettingsError(f"--model {settings.model} holds int8 weights, which cannot train: give the model it was made of")
+    layers = _upper_layers(settings)
+    if settings.mode == "top-k" and layers > (there := getattr(config, "num_hidden_layers", layers)):
+        raise SettingsError(f"--top-k-layers is {layers}; --model {settings.model} has {there} layers, of which 1 to all may train")
+
+
+def _upper_layers(settings: FinetuneSettings) -> int:
+    return settings.top_k_layers or TOP_K_LAYERS
+
+
 def prepare_mode(loaded: TaskModel, rows: dict[str, Rows], settings: FinetuneSettings, *, family: str, say: Say) -> Tuning:
     """Makes ``loaded`` train what ``settings.mode`` says; ``rows``: the features of all splits; ``family``: the task's.
 
@@ -96,14 +110,13 @@ def prepare_mode(loaded: TaskModel, rows: dict[str, Rows], settings: FinetuneSet
 
 def in_mode(model: PreTrainedModel, settings: FinetuneSettings, family: str) -> nn.Module:
     """``model`` with what does not train frozen, or under its adapters. Raises SettingsError as :func:`prepare_mode` does."""
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
-        raise SettingsError(f"--model {settings.model} holds int8 weights, which cannot train: give the model it was made of")
+    check_config(model.config, settings)
     if settings.mode == "lora":
         return with_lora(model, family, settings.lora_r or LORA_R, settings.lora_alpha or LORA_ALPHA)
     if settings.mode == "head":
         freeze_below(model, 0, settings.mode)
     elif settings.mode == "top-k":
-        freeze_below(model, settings.top_k_layers or TOP_K_LAYERS, settings.mode)
+        freeze_below(model, _upper_layers(settings), settings.mode)
     return model
 
 
@@ -117,7 +130,7 @@ def freeze_below(model: PreTrainedModel, layers: int, mode: str) -> None:
     """Freezes embeddings and all encoder layers but the upper ``layers``, and takes their dropout away: Trainer puts a model into
     training mode at every step, which ``eval()`` would not outlive. The configuration that is saved keeps the dropout.
 
-    Raises SettingsError where there is no such encoder, or it has fewer layers.
+    Raises SettingsError where there is no such encoder.
     """
     encoder = model.base_model
     stack = getattr(getattr(encoder, "encoder", None), "layer", None)
@@ -125,10 +138,6 @@ def freeze_below(model: PreTrainedModel, layers: int, mode: str) -> None:
         raise SettingsError(
             f"--mode {mode} needs an encoder with embeddings and layers like BERT's (RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA); "
             f"{type(model).__name__} has none"
-        )
-    if layers > len(stack):
-        raise SettingsError(
-            f"--top-k-layers is {layers}; {type(model).__name__} has {len(stack)} layers, of which 1 to all may train"
         )
     around = [module for name, module in encoder.named_children() if name not in ("encoder", "pooler")]
     for part in (*around, *stack[: len(stack) - layers]):

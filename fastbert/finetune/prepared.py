@@ -18,6 +18,7 @@ from fastbert.tasks.model import check_length, load_config, load_task_tokenizer,
 from fastbert.tasks.task import Features, Task
 from fastbert.train.errors import SettingsError
 
+from .modes import check_config
 from .settings import FinetuneSettings
 
 Say = Callable[[str], None]
@@ -74,12 +75,13 @@ class PreparedTask:
 def prepare_task(task: Task, sources: dict[str, Source], settings: FinetuneSettings, say: Say) -> PreparedTask:
     """Reads and checks everything, so that bad data end a run before it begins.
 
-    Raises DataError naming file, row and column, and SettingsError for a length that the model does not take and for packages that
-    are missing.
+    Raises DataError naming file, row and column, and SettingsError for a length that the model does not take, for what its
+    configuration refuses and for packages that are missing.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise SettingsError("transformers' Trainer needs accelerate: pip install 'fastbert[train]'")
     config = load_config(settings.model)
+    check_config(config, settings)
     tokenizer = load_task_tokenizer(settings.model, config, task)
     longest = longest_sequence(config, tokenizer)
     max_seq_length = settings.max_seq_length or min(longest, _DEFAULT_LENGTHS.get(task.family, longest))

@@ -98,7 +98,9 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
         check_outside(output, [name for name in given if name is not None])
     device = pick_device(settings.device)
     _refuse_several_gpus(device)
-    prepared = prepare_task(task_of(settings), sources_of(settings), settings, say)
+    task = task_of(settings)
+    main_metric(settings, task)  # one that the task cannot have is refused before its data are read
+    prepared = prepare_task(task, sources_of(settings), settings, say)
     metric = main_metric(settings, prepared.task)
     data = {
         name: {**split.facts(prepared.task), "fingerprint": split.examples.fingerprint()} for name, split in prepared.splits.items()

@@ -52,6 +52,8 @@ class TokenClassification(Task):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
+        if self.entities is None:  # the tags will tell which of them
+            return tuple(dict.fromkeys((*metrics.TAGS, *metrics.ENTITIES)))
         return metrics.ENTITIES if self.entities else metrics.TAGS
 
     @property

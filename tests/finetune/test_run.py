@@ -152,6 +152,36 @@ def test_settings_that_do_not_fit(changes, message, toy_model, sentiment_folder,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "beauty"}, "--metric beauty is no score of sentiment"),
+        (
+            {"task": "token-classification", "metric": "beauty"},
+            "--metric beauty is no score of token-class.*; it has accuracy, f1_m",
+        ),
+        ({"mode": "top-k", "top_k_layers": 9}, r"--top-k-layers is 9; --model .* has \d layers"),
+        ({"model": "int8"}, "int8 holds int8 weights, which cannot train"),
+    ],
+)
+def test_what_the_settings_and_the_configuration_show_is_refused_before_anything_is_read(
+    changes, message, toy_model, sentiment_folder, tmp_path
+):
+    (sentiment_folder / "train.tsv").write_bytes(b"text\tlabel\n\xff\t1\n")
+    if "model" in changes:
+        shutil.copytree(toy_model, tmp_path / "int8")
+        path = tmp_path / "int8/config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "fastbert_int8"}}))
+        changes = {"model": str(tmp_path / "int8")}
+    with pytest.raises(SettingsError, match=message):
+        finetune(settings(toy_model, sentiment_folder, tmp_path / "run", **changes), **SILENT)
+
+
+def test_a_score_of_entities_may_be_named_before_the_tags_are_read(toy_model, entity_folder, tmp_path):
+    given = settings(toy_model, entity_folder, tmp_path / "run", task="token-classification", metric="precision", max_steps=1)
+    assert finetune(given, **SILENT).main_metric == "precision"
+
+
 def test_int8_weights_are_refused(toy_model, sentiment_folder, tmp_path):
     model = fastbert.quantize(fastbert.BertForSequenceClassification.from_pretrained(toy_model).eval())
     model.save_pretrained(tmp_path / "int8")
