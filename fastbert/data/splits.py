@@ -59,6 +59,7 @@ def _splits_of_folder(folder: Path, given: Iterable[str]) -> dict[str, Source]:
     if "train" not in found:
         listed = ", ".join(path.name for path in files[:10]) or "no files"
         listed += f" and {len(files) - 10} more" if len(files) > 10 else ""
+        listed += "".join(f", and a link to nothing, {path.name}" for path in sorted(folder.iterdir()) if not path.exists())
         raise DataError(
             f"{folder}: no file for training: expected one with train in its name, such as train.tsv "
             f"({', '.join(SPLIT_FILE_TYPES)}, also with .gz); the folder holds {listed}"

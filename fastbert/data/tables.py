@@ -302,7 +302,8 @@ def _label(number: int | None, names: Sequence[str]) -> str | None:
 def _checked(name: str, columns: Sequence[str], rows: list[dict[str, Any]], places: list[str]) -> Table:
     """The table, once all its rows have the same columns and each column values of one kind."""
     if not rows:
-        raise DataError(f"{name}: there are no rows")
+        ends = "; its lines end in CR alone, expected LF or CRLF" if any("\r" in column for column in columns) else ""
+        raise DataError(f"{name}: there are no rows{ends}")
     _check_columns(name, None, columns)
     expected = dict.fromkeys(columns)
     first: dict[str, tuple[str, str]] = {}  # column: its kind, and the place that showed it

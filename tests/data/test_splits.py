@@ -128,3 +128,9 @@ def test_the_real_folders(data_folder: Path) -> None:
         "dev": "dev-v1.1.json.gz",
     }
     assert list(find_splits(str(data_folder / "pos/ud_english_ewt"))) == ["train", "dev", "test"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "train.tsv").symlink_to(tmp_path / "gone.tsv")
+    with pytest.raises(DataError, match=r"no file for training.* holds no files, and a link to nothing, train\.tsv$"):
+        find_splits(str(tmp_path))
