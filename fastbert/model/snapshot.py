@@ -20,9 +20,9 @@ _TENSOR_BYTES, _STORAGE_BYTES = 208, 96
 class Snapshot:
     """What :meth:`unchanged` compares: of the ``modules``, submodules and their classes, parameters, buffers, hooks, ``forward``
     methods, put on a module or on its class, and the attributes that are named, by identity; of the ``tensors``, which are on the
-    CPU and parameters or buffers of the modules, also whose memory they have, their version counters (those made in inference mode have none), and a few words of each, because an
-    update through ``.data`` leaves the counters alone; of matrices also how large they are, and whether contiguous. ``may_grow``:
-    whether submodules, parameters and buffers may be added.
+    CPU and parameters or buffers of the modules, also what memory they have, their version counters (those made in inference mode
+    have none), and a few words of each, because an update through ``.data`` leaves the counters alone; of matrices also how large
+    they are, and whether contiguous. ``may_grow``: whether submodules, parameters and buffers may be added.
 
     The native extension compares all of it, and keeps nothing alive: a hook or an attribute that leads to the model would otherwise
     keep that alive through whoever holds the snapshot. The extension must be available.

@@ -73,6 +73,12 @@ def fastest(
     return preferred if preferred is not None and rates.get(preferred, 0.0) * (1 + PREFERENCE) >= rates[best] else best
 
 
+def is_known(kind: str, candidates: Mapping[str, Callable[..., object]]) -> bool:
+    """Whether :func:`fastest` has its answer for these candidates already, from this process or the file."""
+    with _lock:
+        return kind in _of_threads() and _of_threads()[kind].keys() == candidates.keys()
+
+
 def known() -> dict[str, dict[str, float]]:
     """kind -> candidate -> FLOP/s, fastest first, of what has been needed so far at this number of threads."""
     return _known.get(torch.get_num_threads(), {})
@@ -82,15 +88,20 @@ def _calibrate(
     kind: str, candidates: Mapping[str, Callable[..., object]], operands: Callable[[], tuple], flops: float
 ) -> dict[str, float]:
     with _lock:
-        threads = torch.get_num_threads()
-        if threads not in _known:
-            _known[threads] = _read(cache_file())
-        rates = _known[threads].get(kind)
+        of_threads = _of_threads()
+        rates = of_threads.get(kind)
         if rates is None or rates.keys() != candidates.keys():
-            rates = _measure(candidates, operands, flops)
-            _known[threads][kind] = rates
-            _write(cache_file(), _known[threads])
+            rates = of_threads[kind] = _measure(candidates, operands, flops)
+            _write(cache_file(), of_threads)
         return rates
+
+
+def _of_threads() -> dict[str, dict[str, float]]:
+    """kind -> candidate -> FLOP/s at this number of threads, with what the file has. To be asked by who has the lock."""
+    threads = torch.get_num_threads()
+    if threads not in _known:
+        _known[threads] = _read(cache_file())
+    return _known[threads]
 
 
 def _measure(candidates: Mapping[str, Callable[..., object]], operands: Callable[[], tuple], flops: float) -> dict[str, float]:

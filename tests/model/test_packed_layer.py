@@ -350,6 +350,27 @@ def test_the_faster_of_both_is_taken(calls, monkeypatch, tmp_path, winner):
     assert ("measured here: op by op 2 GFLOP/s, one call 1 GFLOP/s" in text) == (winner == "op by op")
 
 
+def test_what_is_known_is_not_measured_again(calls, monkeypatch, tmp_path):
+    """By a later process: its first call packs, runs nothing for the measurement, and is the only one that packs."""
+    monkeypatch.setenv("FASTBERT_CALIBRATION", "on")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "_known", {})
+    batch, packed, op_by_op = inputs_for(NAME), [], []
+    pack, run = packed_layer._pack, layer_module.FusedLayer.op_by_op
+    monkeypatch.setattr(packed_layer, "_pack", lambda *args: packed.append(1) or pack(*args))
+    monkeypatch.setattr(layer_module.FusedLayer, "op_by_op", lambda *args: op_by_op.append(1) or run(*args))
+    for measured in (True, False):
+        _, model = pair(NAME, hidden_size=192, intermediate_size=768)
+        calibration._known.clear()
+        packed.clear(), op_by_op.clear()
+        with torch.no_grad():
+            model(**batch)
+            assert bool(op_by_op) == measured
+            if not measured:
+                model(**batch)
+                assert len(packed) == 3
+
+
 def test_explain_says_what_inference_takes(calls):
     _, model = pair(NAME)
     assert "one call per layer on packed weights" in str(fastbert.explain(model))
