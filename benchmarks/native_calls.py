@@ -168,7 +168,7 @@ def matmul_and_layer(cpu: Any, memory: Memory) -> Iterator[tuple[str, int, tuple
     # a times b transposed, as in a forward pass.
     strides = (depth, 1, 1, depth, columns)
     out = memory.empty(rows, columns)
-    end = (cpu.MatmulEnd.product, cpu.DType.float32, THREADS)
+    end = (cpu.MatmulEnd.product, cpu.DType.float32, cpu.DType.float32, THREADS)
     yield "matmul", rows * depth * columns, (a, b, bias, out, 0, 0, 0, packed, rows, depth, columns, *strides, *end)
 
     float32, hidden, wide = cpu.DType.float32, LAYER_HIDDEN, LAYER_WIDE
@@ -179,7 +179,7 @@ def matmul_and_layer(cpu: Any, memory: Memory) -> Iterator[tuple[str, int, tuple
         bias = memory.values("float32", out_features)
         linears.append(cpu.PackedLinear(packed, bias, 0, 0, out_features, in_features))
     norms = [memory.values("float32", hidden) for _ in range(4)]
-    shape = (EPS, EPS, hidden // HEAD_DIM, HEAD_DIM, HEAD_DIM**-0.5, float32, float32, memory.integers([0] * 3))
+    shape = (EPS, EPS, hidden // HEAD_DIM, HEAD_DIM, HEAD_DIM**-0.5, float32, float32)
     layers = cpu.EncoderLayers([cpu.EncoderLayer(*linears, *norms, *shape)])
     total, batch = sum(LENGTHS), len(LENGTHS)
     bounds = memory.integers([sum(LENGTHS[:i]) for i in range(batch + 1)], "i")
@@ -190,7 +190,7 @@ def matmul_and_layer(cpu: Any, memory: Memory) -> Iterator[tuple[str, int, tuple
     yield "packed_dense", total * hidden * wide, dense
 
     multiply_adds = total * (4 * hidden * hidden + 2 * hidden * wide)
-    yield "encoder_layer", multiply_adds, (layers, x, bounds, y, workspace, total, batch, THREADS, [])
+    yield "encoder_layer", multiply_adds, (layers, x, bounds, y, workspace, total, batch, THREADS, [], 0)
 
 
 def main() -> None:
