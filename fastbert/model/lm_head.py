@@ -86,7 +86,7 @@ class LanguageModelHead:
         without gradients, a head with adapters or hooks, which somebody may switch off again.
         """
         parts = [part for part in (*(m for m, _ in self.containers), self.dense, self.activation, self.norm, self.decoder) if part]
-        for_now = any(lends_parameters(part) for part in parts) or (self.notes() and not torch.is_grad_enabled())
+        for_now = any(map(lends_parameters, parts)) or (not torch.is_grad_enabled() and self.notes())
         if not deferred or for_now or torch.compiler.is_compiling():
             setattr(output, name, self.logits(outputs))
         else:
