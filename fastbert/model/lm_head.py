@@ -85,7 +85,7 @@ class LanguageModelHead:
         At once also where that is to be expected: parameters of this call alone (``torch.func.functional_call``), or, in calls
         without gradients, a head with adapters or hooks, which somebody may switch off again.
         """
-        parts = [part for part in (*(m for m, _ in self.containers), self.dense, self.activation, self.norm, self.decoder) if part]
+        parts = [part for part in (self.containers[0][0], self.decoder) if part is not None]  # the others are in the first
         for_now = any(map(lends_parameters, parts)) or (not torch.is_grad_enabled() and self.notes())
         if not deferred or for_now or torch.compiler.is_compiling():
             setattr(output, name, self.logits(outputs))

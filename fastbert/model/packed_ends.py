@@ -83,7 +83,7 @@ def keep_tables(model: nn.Module) -> EmbeddingTables | None:
     """Makes what :func:`tables_of` returns, of embeddings without ``embedding_notes``; None where they drop or run otherwise."""
     embeddings, norm = model.embeddings, model.embeddings.LayerNorm
     tables = [getattr(embeddings, name) for name in TABLES]
-    if has_attributes_for_parameters(norm) or any("weight" not in table._parameters for table in tables):
+    if any(map(has_attributes_for_parameters, (*tables, norm))):
         return None
     parameters = [*(table.weight for table in tables), norm.weight, norm.bias]
     memory = [parameter.detach() for parameter in parameters]

@@ -76,8 +76,12 @@ class _Stack:
             and self.instruction_set == instruction_set
             and [other() for other in self.behind_first] == layers[1:]
             and self.types == list(map(type, layers))
-            and not any(map(base_was_changed, set(self.types)))
+            and not self.is_overruled()
         )
+
+    def is_overruled(self) -> bool:
+        """Whether somebody put another ``forward`` on a class that one of the layers' was made of."""
+        return any(map(base_was_changed, set(self.types)))
 
 
 _entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
@@ -262,8 +266,7 @@ def _changed_parts(layer: nn.Module) -> list[str]:
         return ["its Linears are not all plain ones, or all int8"]
     if not is_exact_gelu(layer.intermediate.intermediate_act_fn):
         return ["its activation is not the erf-GELU"]
-    read = [*_norms(layer), *(linear for linear in linears if not is_int8_linear(linear))]
-    if any(map(has_attributes_for_parameters, read)):
+    if any(map(has_attributes_for_parameters, (*linears, *_norms(layer)))):
         return ["a weight or bias of its is a tensor that is no parameter"]
     width, hidden = linears[0].weight.shape[:2]
     if width != hidden:

@@ -98,7 +98,7 @@ def has_plain_parameters(norm: nn.LayerNorm) -> bool:
 def has_attributes_for_parameters(module: nn.Module) -> bool:
     """Whether a tensor that is no registered parameter is in the place of ``weight`` or ``bias``. Reading it is right, but neither
     ``parameters()`` nor a snapshot of the module knows of it."""
-    return not module._parameters.keys() >= {"weight", "bias"}
+    return not vars(module).keys().isdisjoint(("weight", "bias"))
 
 
 def lends_parameters(module: nn.Module) -> bool:

@@ -102,12 +102,10 @@ def answer(
     embeddings, stack = request.embeddings(), request.stack()
     pooler = None if request.pooler is None else request.pooler()
     gone = embeddings is None or stack is None or (request.pooler is not None and pooler is None)
-    if base_was_changed(type(model)) or (stack is not None and base_was_changed(stack.types[0])):
-        return None
     if gone or stack.instruction_set != native.instruction_set() or not all_unchanged(request.read_first):
         _requests.pop(model, None)
         return None
-    if not is_known_attention(request.attention):
+    if base_was_changed(type(model)) or stack.is_overruled() or not is_known_attention(request.attention):
         return None
     packing = Packing.from_mask(attention_mask, tuple(input_ids.shape), input_ids.device)
     total = (input_ids if packing.indices is None else packing.indices).numel()

@@ -66,9 +66,7 @@ def fastest(
     called only where there is something to measure; flops: of one call; preferred: the candidate that is taken unless another one
     is more than ``PREFERENCE`` faster.
     """
-    rates = _known.get(torch.get_num_threads(), {}).get(kind)
-    if rates is None or rates.keys() != candidates.keys():
-        rates = _calibrate(kind, candidates, operands, flops)
+    rates = _rates_of(candidates, known().get(kind)) or _calibrate(kind, candidates, operands, flops)
     best = next(iter(rates))
     return preferred if preferred is not None and rates.get(preferred, 0.0) * (1 + PREFERENCE) >= rates[best] else best
 
@@ -76,7 +74,7 @@ def fastest(
 def is_known(kind: str, candidates: Mapping[str, Callable[..., object]]) -> bool:
     """Whether :func:`fastest` has its answer for these candidates already, from this process or the file."""
     with _lock:
-        return kind in _of_threads() and _of_threads()[kind].keys() == candidates.keys()
+        return _rates_of(candidates, _of_threads().get(kind)) is not None
 
 
 def known() -> dict[str, dict[str, float]]:
@@ -89,11 +87,16 @@ def _calibrate(
 ) -> dict[str, float]:
     with _lock:
         of_threads = _of_threads()
-        rates = of_threads.get(kind)
-        if rates is None or rates.keys() != candidates.keys():
+        rates = _rates_of(candidates, of_threads.get(kind))
+        if rates is None:
             rates = of_threads[kind] = _measure(candidates, operands, flops)
             _write(cache_file(), of_threads)
         return rates
+
+
+def _rates_of(candidates: Mapping[str, Callable[..., object]], rates: dict[str, float] | None) -> dict[str, float] | None:
+    """``rates`` where they are of these candidates."""
+    return rates if rates is not None and rates.keys() == candidates.keys() else None
 
 
 def _of_threads() -> dict[str, dict[str, float]]:

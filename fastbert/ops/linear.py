@@ -193,15 +193,13 @@ def _takes_gelu_along(product: str, rows: Tensor, weight: Tensor) -> bool:
 
 def linear_dweight_into(out: Tensor, dy: Tensor, x: Tensor) -> None:
     """:func:`linear_dweight` written to ``out``, which has contiguous rows."""
-    if is_ours(dy, x):
-        name = choice("dweight", dy.dtype, dy.shape[0], dy.shape[1] * x.shape[1])
-        if name == "fastbert":
-            _native().matmul(dy.t(), x, out=out)
-            return
-        if name != "torch":
-            out.copy_(_DWEIGHT[name](dy, x))
-            return
-    torch.mm(dy.t(), x, out=out)
+    name = _dweight_choice(dy, x)
+    if name == "fastbert":
+        _native().matmul(dy.t(), x, out=out)
+    elif name == "torch":
+        torch.mm(dy.t(), x, out=out)
+    else:
+        out.copy_(_DWEIGHT[name](dy, x))
 
 
 def is_ours(a: Tensor, b: Tensor) -> bool:
