@@ -12,7 +12,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import FrameType
 from typing import Any
 
@@ -50,8 +50,12 @@ class Deferred:
             types = {p.device.type for module in self.modules for p in module.parameters()} & {"cpu", "cuda"}
             self._autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in types}
 
+    def is_current(self) -> bool:
+        """Whether the modules are still as they were in the forward pass."""
+        return self._states == _states(self.modules)
+
     def __call__(self, name: str) -> Tensor:
-        if self._states != _states(self.modules):
+        if not self.is_current():
             raise RuntimeError(
                 f"outputs.{name} is computed when it is first read, and the model's parameters or modules have changed since the "
                 f"forward pass; read outputs.{name} before the optimizer step, or whatever else changes them"
@@ -186,8 +190,16 @@ class LazyOutput:
         self._compute_all()
         return super().__reduce__()
 
+    def __repr__(self) -> str:
+        """As a dataclass has it, but of a field that can no longer be computed: a log or a debugger may print any output."""
+        values = {field.name: object.__getattribute__(self, field.name) for field in fields(self)}
+        gone = {name for name, value in values.items() if isinstance(value, Deferred) and not value.is_current()}
+        shown = (f"{name}={_GONE if name in gone else repr(getattr(self, name))}" for name in values)
+        return f"{type(self).__qualname__}({', '.join(shown)})"
+
 
 _EMPTY: dict[type, dict[str, Any]] = {}  # the attributes of an output without fields
+_GONE = "<not computed before the model changed>"
 
 # Module and function of the two callers that :class:`LazyOutput` speaks of; what the first one then applies to tensors.
 _CONVERSION, _CONVERTS = ("accelerate.utils.operations", "recursively_apply"), "_convert_to_fp32"
@@ -252,27 +264,27 @@ class EncoderOutput(LazyOutput):
         return self._all_rows() if state is padded and state._version == version else self.packing.unpad(state)
 
 
-@dataclass
+@dataclass(repr=False)
 class PooledEncoderOutput(EncoderOutput, BaseModelOutputWithPoolingAndCrossAttentions):
     """The output of an encoder that may have a pooler."""
 
 
-@dataclass
+@dataclass(repr=False)
 class PlainEncoderOutput(EncoderOutput, BaseModelOutputWithPastAndCrossAttentions):
     """The output of an encoder that never has one (ELECTRA)."""
 
 
-@dataclass
+@dataclass(repr=False)
 class MaskedLMOutput(LazyOutput, modeling_outputs.MaskedLMOutput):
     """Beside transformers' fields: ``mlm_correct`` and ``mlm_count``, as in :class:`BertForPreTrainingOutput`."""
 
 
-@dataclass
+@dataclass(repr=False)
 class BertLMHeadOutput(LazyOutput, CausalLMOutputWithCrossAttentions):
     """transformers' fields, the logits deferred where labels are given."""
 
 
-@dataclass
+@dataclass(repr=False)
 class BertForPreTrainingOutput(LazyOutput, HFBertForPreTrainingOutput):
     """Beside transformers' fields, for telemetry: ``mlm_loss`` and ``next_sentence_loss`` (0-d, whose sum is ``loss``),
     ``mlm_correct`` and ``mlm_count`` (0-d int64: labelled tokens whose label has the largest logit, and labelled tokens).

@@ -136,6 +136,13 @@ def test_logits_after_an_optimizer_step_are_refused():
     optimizer.step()
     with pytest.raises(RuntimeError, match="read outputs.logits before the optimizer step"):
         _ = output.logits
+    shown = repr(output)  # by whatever logs it
+    assert shown.startswith(f"MaskedLMOutput(loss={output.loss!r}, logits=<not computed before the model changed>, ")
+
+
+def test_what_is_printed_is_what_transformers_prints(output):
+    theirs = MaskedLMOutput(loss=output.loss, logits=output.logits)
+    assert repr(output).startswith(repr(theirs)[:-1])
 
 
 def hooks_that_go(model: nn.Module) -> contextlib.AbstractContextManager:
