@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import subprocess
@@ -50,6 +51,27 @@ def test_a_source_distribution_has_all_of_csrc(monkeypatch):
     runpy.run_path("setup.py")
     named = {path for module in given["ext_modules"] for path in (*module.sources, *module.depends)}
     assert named == {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "csrc").rglob("*.*")}
+
+
+def test_what_is_imported_is_declared():
+    """Not left to what another dependency happens to bring."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [
+        *project["dependencies"],
+        *(name for extra in ("train", "eval") for name in project["optional-dependencies"][extra]),
+    ]
+    names = {re.match(r"[\w-]+", requirement)[0].replace("-", "_") for requirement in declared}
+    imported = set()
+    for path in [*(REPOSITORY / "fastbert").rglob("*.py"), *(REPOSITORY / "kernels").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.partition(".")[0])
+    others = imported - sys.stdlib_module_names - {"fastbert", "fastbert_kernels"}
+    assert {"torch", "typer"} < others
+    assert {{"sklearn": "scikit_learn"}.get(name, name) for name in others} <= names
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():
