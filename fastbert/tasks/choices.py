@@ -16,7 +16,7 @@ from fastbert.data.sources import Source
 from fastbert.data.tables import Table, read_table
 
 from .examples import ChoiceExample, Examples
-from .task import Features, Outputs, Task
+from .task import Features, Outputs, Task, labels_config, unnamed
 
 # What published data sets call them, the first that is there wins.
 _CONTEXTS = ("context", "sent1", "premise", "article", "passage", "ctx")
@@ -117,7 +117,7 @@ class MultipleChoice(Task):
                 raise examples.error(example, "label", problem)
 
     def config(self) -> dict[str, Any]:
-        return {}  # one logit a choice, whatever num_labels says
+        return labels_config(unnamed(2))  # as transformers has it by itself: the head is one logit a choice, whatever this says
 
     def features(
         self, examples: Examples[ChoiceExample], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, *, labelled: bool

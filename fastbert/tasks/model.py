@@ -33,7 +33,7 @@ from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import check_sizes
 
 from .choices import pad_choices
-from .task import Task
+from .task import Task, unnamed
 
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 # Longest sequence of a model that has no positions of its own to run out of.
@@ -85,12 +85,11 @@ def load_model(name: str, task: Task, *, fast: bool = True) -> TaskModel:
 
 def other_head(config: PretrainedConfig, changes: dict[str, Any]) -> list[str]:
     """A note on a head of the checkpoint that fits in size and was trained on something else than what ``changes`` say."""
-    held, wanted = config.id2label, changes.get("id2label", config.id2label)
-    problem = changes.get("problem_type", config.problem_type)
-    if held != wanted:
-        labels = [textwrap.shorten(", ".join(map(str, names.values())), 80, placeholder=" ...") for names in (held, wanted)]
+    held, wanted, problem = tuple(config.id2label.values()), tuple(changes["id2label"].values()), changes["problem_type"]
+    if wanted not in (held, unnamed(len(wanted))):
+        labels = [textwrap.shorten(", ".join(map(str, names)), 80, placeholder=" ...") for names in (held, wanted)]
         other = f"labels {labels[0]}; the task's are {labels[1]}"
-    elif config.problem_type not in (None, problem):
+    elif problem is not None and config.problem_type not in (None, problem):
         other = f"{config.problem_type}; the task is {problem}"
     else:
         return []

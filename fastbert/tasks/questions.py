@@ -18,7 +18,7 @@ from fastbert.train.errors import SettingsError
 
 from .examples import Answer, Examples, QuestionExample
 from .squad_metric import squad_scores
-from .task import Features, Outputs, Task
+from .task import Features, Outputs, Task, labels_config, unnamed
 
 # As in Devlin et al. (2019) and the code that came with it.
 N_BEST = 20
@@ -119,7 +119,7 @@ class QuestionAnswering(Task):
                     raise examples.error(example, "answers", problem)
 
     def config(self) -> dict[str, Any]:
-        return {"num_labels": 2}  # logits of start and end
+        return labels_config(unnamed(2))  # logits of start and end
 
     # --- features ----------------------------------------------------------------------------------------------------------
 

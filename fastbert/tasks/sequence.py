@@ -21,7 +21,7 @@ from fastbert.data.tables import Table, file_kind, read_table
 from . import metrics
 from .columns import find_label_columns, find_text_columns
 from .examples import Examples, TextExample
-from .task import Features, Outputs, Task
+from .task import Features, Outputs, Task, labels_config, unnamed
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 _METRICS = {SINGLE: metrics.CLASSIFICATION, MULTI: metrics.MULTI_LABEL, REGRESSION: metrics.REGRESSION}
@@ -190,13 +190,8 @@ class TextClassification(Task):
 
     def config(self) -> dict[str, Any]:
         if self.problem == REGRESSION:
-            return {"num_labels": 1, "problem_type": REGRESSION}
-        return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: number for number, label in enumerate(self.labels)},
-            "problem_type": self.problem,
-        }
+            return labels_config(unnamed(1), REGRESSION)
+        return labels_config(self.labels, self.problem)
 
     def features(
         self, examples: Examples[TextExample], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, *, labelled: bool

@@ -31,6 +31,22 @@ class Features:
     notices: list[str] = field(default_factory=list)
 
 
+def unnamed(count: int) -> tuple[str, ...]:
+    """What transformers calls the classes of a head whose outputs have no names."""
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
+def labels_config(labels: Sequence[str], problem: str | None = None) -> dict[str, Any]:
+    """What a configuration says of a head with these labels: all of it, or names that a checkpoint's head had would stay."""
+    id2label = dict(enumerate(labels))
+    return {
+        "num_labels": len(labels),
+        "id2label": id2label,
+        "label2id": {label: number for number, label in id2label.items()},
+        "problem_type": problem,
+    }
+
+
 @dataclass(frozen=True)
 class Task(ABC):
     """``name``: as ``--task`` gives it; ``labels``: names of the classes by their number, empty before they are known or where

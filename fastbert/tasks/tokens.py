@@ -19,7 +19,7 @@ from fastbert.data.tables import file_kind, read_table
 
 from . import metrics
 from .examples import Examples, WordsExample
-from .task import Features, Outputs, Task
+from .task import Features, Outputs, Task, labels_config
 from .words import read_words
 
 IGNORED = -100
@@ -127,11 +127,7 @@ class TokenClassification(Task):
                 raise examples.error(example, "tags", f"has {len(example.tags)} tags for {len(example.words)} words")
 
     def config(self) -> dict[str, Any]:
-        return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": dict(self._numbers),
-        }
+        return labels_config(self.labels)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

@@ -127,6 +127,16 @@ def test_a_head_of_another_task_and_the_same_size_is_named(toy_model, toy_tokeni
     assert several.notes == (note.format("single_label_classification; the task is multi_label_classification"),)
 
 
+@pytest.mark.parametrize("task", [*TASKS.values(), task_for("regression")], ids=lambda task: task.name)
+def test_nothing_of_a_classifier_stays_in_the_configuration(task, toy_model, toy_tokenizer, tmp_path):
+    """Neither the names of its labels nor what they are."""
+    load_model(str(toy_model), task_for("multi-label-classification", labels=("no", "yes"))).model.save_pretrained(tmp_path)
+    toy_tokenizer.save_pretrained(tmp_path)
+    found, expected = (load_model(str(name), task).model.config for name in (tmp_path, toy_model))
+    for name in ("id2label", "label2id", "problem_type"):
+        assert getattr(found, name) == getattr(expected, name), name
+
+
 def test_checkpoints_that_cannot_be_used(toy_model, toy_tokenizer, tmp_path):
     with pytest.raises(SettingsError, match="the folder holds no config.json"):
         load_model(str(tmp_path), TASKS["text"])
