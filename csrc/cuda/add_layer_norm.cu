@@ -89,10 +89,9 @@ __global__ void __launch_bounds__(Group<T, kThreads>::kBlock, Group<T, kThreads>
       gradient[i] = layer_norm_gradient(gradient[i], x_hat[i], rstd, means.x * inverse_hidden, means.y * inverse_hidden);
     }
     group.store(p.dresidual, row * p.hidden, width, gradient);
-    if (p.dropout.threshold != 0) {
-      group.drop(gradient, row, p.hidden, p.dropout);
-      group.store(p.dx, row * p.hidden, width, gradient);
-    }
+    if (p.dropout.threshold != 0) group.drop(gradient, row, p.hidden, p.dropout);
+    // Also where a probability is so small that nothing is dropped.
+    if (p.dx != nullptr) group.store(p.dx, row * p.hidden, width, gradient);
 #pragma unroll
     for (int i = 0; i < kElementsPerThread; ++i) dbias[i] += gradient[i];
   }

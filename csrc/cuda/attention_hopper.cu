@@ -162,7 +162,7 @@ void attention_forward_hopper(const AttentionForwardParams& p, const DrawnBits& 
     const int64_t shares = min((places + heads - 1) / heads, int64_t{tiles + warpgroups - 1} / warpgroups);
     const auto run = [&](auto kernel) {
       launch("attention forward", kernel, dim3(static_cast<unsigned>(heads), static_cast<unsigned>(shares)),
-             warpgroups * kWarpgroup, tiles * 2 * kTileBytes + 1024, stream, p, drawn, qkv, fewest, most);
+             warpgroups * kWarpgroup, tiles * 2 * kTileBytes + 1024, stream, p, drawn, qkv, fewest, tiles);
     };
     if (is_bfloat16) {
       p.dropout.threshold != 0 ? run(forward_kernel<__nv_bfloat16, true>) : run(forward_kernel<__nv_bfloat16, false>);

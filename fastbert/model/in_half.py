@@ -24,8 +24,14 @@ _ALIGNMENT = 128  # elements: 256 bytes, where an allocation of its own would be
 def convert_for(layers: Sequence[nn.Module], x: Tensor, packing: Packing) -> None:
     """Leaves with ``packing`` what the ``layers`` that are trained on ``x`` will read under autocast. CPUs convert as they go: a
     launch costs nothing there, and what was converted long ago has left the caches."""
-    if x.device.type != "cpu" and is_wanted(x):
-        packing.in_half = converted(layers, x)
+    if x.device.type != "cpu":
+        convert_if_wanted(layers, x, packing)
+
+
+def convert_if_wanted(layers: Sequence[nn.Module], x: Tensor, packing: Packing) -> None:
+    """:func:`convert_for` on any device."""
+    if is_wanted(x):
+        packing.in_half.update(converted(layers, x))  # not rebound: the packings of copied layers have the same dict
 
 
 def is_wanted(x: Tensor) -> bool:

@@ -60,9 +60,12 @@ def test_dropout_is_the_counter_based_one_on_a_stream_of_its_own(calls):
     got = ours.eval().embeddings(batch["input_ids"], batch["token_type_ids"]).flatten(0, 1)
     dropped = embedded(ours.train(), {**batch, "attention_mask": torch.ones(BATCH, LENGTH)}).flatten(0, 1)
     (call,) = calls
-    assert call["stream"] == 3 * ours.config.num_hidden_layers
+    assert call["stream"] == 3 * len(ours.encoder.layer)
     expected = reference.dropout(got, 0.3, call["seed"], call["stream"])
     torch.testing.assert_close(dropped, expected, atol=2e-6, rtol=2e-5)
+    ours.encoder.layer.append(copy.deepcopy(ours.encoder.layer[0]))  # which the configuration does not know of
+    embedded(ours, batch)
+    assert calls[1]["stream"] == 3 * len(ours.encoder.layer)
 
 
 def test_active_dropout_in_an_inactive_model():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -34,8 +36,7 @@ def convert_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[Packing]:
     packings = []
 
     def convert_for(layers, x, packing):
-        if in_half.is_wanted(x):
-            packing.in_half = in_half.converted(layers, x)
+        in_half.convert_if_wanted(layers, x, packing)
         packings.append(packing)
 
     monkeypatch.setattr(encoder, "convert_for", convert_for)
@@ -69,6 +70,14 @@ def test_a_step_has_the_same_bits(dropout, convert_everywhere, monkeypatch):
     assert packing.in_half == {}  # every layer has taken its own
     monkeypatch.setattr(encoder, "convert_for", lambda *_: None)
     assert_same(found, results(model, autocast=True))
+
+
+def test_copies_of_a_layer_take_theirs(convert_everywhere):
+    model = model_of(0.0)
+    model.bert.encoder.layer[2] = copy.deepcopy(model.bert.encoder.layer[1])
+    results(model, autocast=True)
+    (packing,) = convert_everywhere
+    assert packing.in_half == {}
 
 
 def test_what_has_changed_since_is_converted_again(convert_everywhere, monkeypatch):

@@ -114,6 +114,11 @@ def test_dropout_mask_is_the_references_bit_for_bit(backend, dtype):
     assert torch.equal(x.grad.cpu().double().abs() > SMALLEST, keep)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), backend_cases("add_layer_norm"))
+def test_a_probability_so_small_that_nothing_is_dropped(backend, dtype):
+    check(backend, dtype, 5, 40, dropout_p=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

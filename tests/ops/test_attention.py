@@ -323,3 +323,23 @@ def test_an_explicit_backend_is_never_replaced():
 def test_the_cuda_backend_refuses_a_scale_that_turns_scores_around():
     with pytest.raises(ValueError, match="positive softmax_scale"):
         cuda.attention_forward(torch.zeros(1, 3, 1, 8), torch.tensor([0, 1], dtype=torch.int32), 1, softmax_scale=-1.0)
+
+
+@pytest.mark.parametrize("capability", [90] if DEVICE == "cpu" else [None], indirect=True)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("lengths", [[190, 20], [20, 500]])
+def test_a_sequence_longer_than_max_seqlen_is_left_out(lengths, dropout_p, capability):
+    """The chip has room for max_seqlen, and so have the bits that dropout drew."""
+    skip_unless_supported("cuda", DEVICE, torch.bfloat16, 64)
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("of other GPUs' kernels nothing has the size of max_seqlen")
+    qkv, cu_seqlens, longest = packed(lengths, 2, 64)
+    (qkv,), seed, bound = rounded(qkv, dtype=torch.bfloat16), new_seed(), longest - 100
+    arguments = qkv.to(DEVICE, torch.bfloat16), cu_seqlens.to(DEVICE), bound, 0.125, dropout_p, seed.to(DEVICE), 7
+    out, _, _ = cuda.attention_forward_and_bits(*arguments)
+    expected = plain(qkv, cu_seqlens, 0.125, dropout_p, seed, 7)
+    for length, found, right in zip(lengths, out.cpu().double().split(lengths), expected.split(lengths), strict=True):
+        if length > bound:
+            assert found.isnan().all()
+        else:
+            torch.testing.assert_close(found, right, rtol=0, atol=2e-2)

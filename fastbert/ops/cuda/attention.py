@@ -37,7 +37,8 @@ def attention_forward_and_bits(
     max_seqlen draws again, or nothing is dropped.
     """
     total, _, num_heads, head_dim = qkv.shape
-    tiles = extension.attention_drawn_tiles(head_dim, max_seqlen) if dropout_p > 0.0 else 0
+    with device_guard(qkv):
+        tiles = extension.attention_drawn_tiles(head_dim, max_seqlen) if dropout_p > 0.0 else 0
     bits = torch.empty(num_heads, tiles, total, 2, dtype=torch.int32, device=qkv.device) if tiles else None
     return *_forward(qkv, cu_seqlens, max_seqlen, softmax_scale, bits, dropout_p, seed, stream), bits
 
