@@ -34,6 +34,11 @@ class ModuleBuild:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def architectures(self) -> list[str]:
+        """Those that there are kernels for: "sm_90a"."""
+        return list(dict.fromkeys(kernel["architecture"] for kernel in self.kernels))
+
+    @property
     def spilling(self) -> list[dict[str, Any]]:
         """The kernels that keep something in memory for want of registers, or have a stack there."""
         return [k for k in self.kernels if k["stack_bytes"] or k["spill_store_bytes"] or k["spill_load_bytes"]]
@@ -71,6 +76,15 @@ def why_not_built(module: str) -> str | None:
     if report is None or module not in report.modules:
         return f"fastbert.{module} was never built: install the package (pip install -e .)"
     return report.modules[module].reason
+
+
+def built_architectures() -> list[str]:
+    """What ``_cuda`` has kernels for; none where no report says so."""
+    try:
+        report = read_build_report()
+    except ValueError:
+        return []
+    return report.modules["_cuda"].architectures if report is not None and "_cuda" in report.modules else []
 
 
 def import_built(module: str, names: tuple[str, ...]) -> tuple[Any, str | None]:

@@ -33,6 +33,8 @@ PYBIND11_MODULE(_cuda, m) {
       .value("float16", DType::float16);
 
   m.attr("DEVICE_TYPE") = cuda::device_type();
+  m.attr("RUNTIME_VERSION") = cuda::runtime_version();
+  m.def("driver_version", &cuda::driver_version);
   m.attr("MAX_HIDDEN") = cuda::kMaxHidden;
   m.def("row_lines", &cuda::row_lines);
 

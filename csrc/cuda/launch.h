@@ -10,6 +10,10 @@ namespace fastbert::cuda {
 // Where the kernels run: "cuda", or "cpu" where a C++ compiler made them for tests.
 const char* device_type();
 
+// CUDA's version that this was built with, and the highest that the driver takes: 13000 for 13.0.
+int runtime_version();
+int driver_version();
+
 // hidden is a multiple of 8 up to this.
 constexpr int64_t kMaxHidden = 4096;
 

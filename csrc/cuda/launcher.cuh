@@ -44,6 +44,14 @@ inline constexpr bool kBuiltForHopper = true;
 inline constexpr bool kBuiltForHopper = false;
 #endif
 
+// CUDA's version as the driver has it, 13000 for 13.0. Asking makes no context on a GPU.
+inline int version_of_driver() {
+  int version = 0;
+  check("cudaDriverGetVersion", cudaDriverGetVersion(&version));
+  return version;
+}
+inline constexpr int kRuntimeVersion = CUDART_VERSION;
+
 inline int num_processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // Has the kernel's limit of dynamic shared memory be at least so many bytes. It only rises: it is one for all threads and

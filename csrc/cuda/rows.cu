@@ -23,6 +23,8 @@ __global__ void __launch_bounds__(kWarp* kLanes) sum_lines_kernel(LineSums p) {
 }  // namespace
 
 const char* device_type() { return kDeviceType; }
+int runtime_version() { return kRuntimeVersion; }
+int driver_version() { return version_of_driver(); }
 
 int64_t row_lines(int64_t rows, int64_t hidden, DType dtype) {
   int64_t lines = 1;

@@ -139,7 +139,7 @@ def _kernels(build: ModuleBuild) -> dict[str, Any] | None:
         return None
     return {
         "compiled": len(build.kernels),
-        "architectures": list(dict.fromkeys(kernel["architecture"] for kernel in build.kernels)),
+        "architectures": build.architectures,
         "most_registers": max(build.kernels, key=lambda kernel: kernel["registers"]),
         "spilling": build.spilling,
         "warnings": build.warnings,

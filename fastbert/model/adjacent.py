@@ -69,11 +69,16 @@ def _flatten(group: list[Tensor], kind: type) -> bool:
         and _owns_its_memory(p)
         for p in group
     )
-    if not ours_to_move:
+    # Moves that are recorded would come with each replay, out of memory that has long been freed.
+    is_recorded = first.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not ours_to_move or is_recorded:
         return False
     # Parameters whose memory was made in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
         buffer = cat_of_any([p.detach() for p in group]).untyped_storage()
+        if first.device.type == "cuda":
+            # Once a layer: other streams may write the memory that is freed here, and read the new one, from now on.
+            torch.cuda.current_stream(first.device).synchronize()
         size = buffer.nbytes() // 3
         for index, parameter in enumerate(group):
             part = buffer[index * size : (index + 1) * size]  # a storage that keeps the buffer alive

@@ -154,3 +154,40 @@ def test_work_is_queued_on_the_current_stream():
 @pytest.mark.parametrize("op", ["attention", "add_layer_norm", "mlm_loss"])
 def test_a_gpu_runs_a_kernel_and_not_the_reference(op):
     assert backends.select(op, "auto", "cuda", torch.bfloat16) != "reference"
+
+
+@pytest.mark.cuda
+def test_parameters_stay_where_they_are_while_a_first_call_is_recorded():
+    """What moved them would be recorded, too, and copy freed memory into them at each replay."""
+    torch.manual_seed(0)
+    model = fastbert.BertModel(small_config()).to(DEVICE).eval()
+    batch = {"input_ids": torch.randint(1, 130, (2, 9), device=DEVICE)}
+    warm = fastbert.BertModel(small_config()).to(DEVICE).eval()  # compiles the kernels
+    with torch.no_grad():
+        warm(**batch)
+        expected = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(graph, stream=stream):
+            recorded = model(**batch).last_hidden_state
+        graph.replay()
+        torch.cuda.synchronize()
+        found = recorded.clone()
+        assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+        torch.testing.assert_close(found, model(**batch).last_hidden_state)
+
+
+@pytest.mark.cuda
+def test_a_first_call_on_a_stream_of_its_own_moves_parameters_whole():
+    torch.manual_seed(0)
+    model = fastbert.BertModel(small_config()).to(DEVICE).eval()
+    expected = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    batch, stream = {"input_ids": torch.randint(1, 130, (2, 9), device=DEVICE)}, torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # what moves them waits behind it
+        model(**batch)
+    noise = [torch.full_like(parameter, 7.0) for parameter in model.parameters()]  # where the old memory was freed to
+    torch.cuda.synchronize()
+    assert len(noise) == len(expected)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())

@@ -10,6 +10,8 @@ inline constexpr const char* kDeviceType = "cpu";
 
 inline int capability() { return simt::capability(); }
 inline constexpr bool kBuiltForHopper = true;
+inline int version_of_driver() { return 0; }
+inline constexpr int kRuntimeVersion = 0;
 inline int num_processors() { return 2; }
 
 // Refuses what a GPU of this compute capability refuses: more dynamic shared memory than there is for one block, no blocks
