@@ -28,9 +28,10 @@ class CheckedLoading:
             if found is None:
                 hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
                 model_type = hf.BertConfig.get_config_dict(config or pretrained_model_name_or_path, **hub)[0].get("model_type")
-            if model_type not in (None, "bert"):
+            own = cls.config_class.model_type  # of a class derived from ours, with a configuration of its own
+            if model_type not in (None, "bert", own) and not isinstance(found, cls.config_class):
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} holds a model of type {model_type!r}, {cls.__name__} loads 'bert'; "
+                    f"{pretrained_model_name_or_path} holds a model of type {model_type!r}, {cls.__name__} loads {own!r}; "
                     f"its weights would not fit (transformers.AutoModel loads any type)"
                 )
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)

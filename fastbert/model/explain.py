@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from transformers import Pipeline
 
 from ..ops import backends, measured_backends
@@ -14,7 +15,7 @@ from .attention_interface import NAME as ATTENTION
 from .cache_name import CACHE
 from .embeddings import embedding_notes
 from .encoder import PackedEncoder
-from .fallback import hidden_states_wanted, model_fallback_reasons
+from .fallback import MASK_IN_COMPILED_CODE, hidden_states_wanted, model_fallback_reasons
 from .heads import FirstRowsOnly
 from .layer import FusedLayer, int8_parts, layer_fallback_reasons, layer_notes
 from .lm_heads import LabelledRowsOnly
@@ -112,22 +113,39 @@ def explain(model: nn.Module | Pipeline, **inputs: Any) -> Explanation:
         names = ", ".join(theirs.__name__ for theirs in known)
         raise TypeError(f"{type(module).__qualname__} contains no encoder that fastbert knows ({names})")
     head = next((m for m in module.modules() if _has_language_model_head(m)), None)
-    first, *others = (_explain_encoder(name, encoder, inputs) for name, encoder in encoders.items())
+    first, *others = (_explain_encoder(name, encoder, inputs, _is_compiled(module, name)) for name, encoder in encoders.items())
+    is_compiled = _is_compiled(module, first.name)
     first.head, first.others = None if head is None else _head_notes(head), others
+    if is_compiled and first.head is not None:
+        first.head.append("loss of all rows: torch.compile cannot know how many have a label")
     reader = next((m for m in module.modules() if isinstance(m, LabelledRowsOnly | FirstRowsOnly)), None)  # not what wraps it
-    first.last_layer = None if reader is None else _last_layer_reasons(reader, inputs)
+    if reader is not None:
+        first.last_layer = ["it is compiled"] if is_compiled else _last_layer_reasons(reader, inputs)
     return first
 
 
-def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> Explanation:
+def _is_compiled(module: nn.Module, name: str) -> bool:
+    """Whether torch.compile was asked for the submodule ``name``, or for what it is in."""
+    holders = [module]
+    for part in filter(None, name.split(".")):
+        holders.append(getattr(holders[-1], part))
+    return any(isinstance(holder, OptimizedModule) or holder._compiled_call_impl is not None for holder in holders)
+
+
+def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any], compiled: bool) -> Explanation:
     if isinstance(encoder, PackedEncoder):
         reasons, notes = _fallback_reasons(encoder, inputs), embedding_notes(encoder)
+        if compiled and inputs.get("attention_mask", True) is not None and MASK_IN_COMPILED_CODE not in reasons:
+            reasons.append(MASK_IN_COMPILED_CODE)
         if has_own_forward(encoder):
             reasons.append("its forward was replaced on the instance, perhaps by one that calls transformers'")
     else:
         kind = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
         only = ", only its attention runs on real tokens alone" if encoder.config._attn_implementation == ATTENTION else ""
-        reasons = [f"it is {kind}: see fastbert.accelerate{only}"]
+        remedy = "see fastbert.accelerate"
+        if type(encoder) not in encoder_classes():
+            remedy += ", which knows transformers' own classes; derive yours from fastbert's"
+        reasons = [f"it is {kind}: {remedy}{only}"]
         notes = ["called as transformers' module by its forward pass"]
     layers = {
         index: layer_notes(layer) if isinstance(layer, FusedLayer) else [f"is {type(layer).__qualname__}, not fastbert's"]
@@ -135,17 +153,18 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any]) -> E
     }
     int8 = {index: names for index, layer in enumerate(encoder.encoder.layer) if (names := int8_parts(layer))}
     weight = next(encoder.parameters())
+    graph = ["torch.compile has its ops in a graph"] if compiled else []
     inference = {}
     if weight.device.type == "cpu" and not reasons:
         inference = {
-            index: layer_fallback_reasons(layer) or packing_reasons(layer, weight.dtype)
+            index: layer_fallback_reasons(layer) or packing_reasons(layer, weight.dtype) or graph
             for index, layer in enumerate(encoder.encoder.layer)
             if isinstance(layer, FusedLayer)
         }
     training = {}
     if not reasons:
         training = {
-            index: layer_fallback_reasons(layer) or op_by_op_reasons(layer) or _dtype_reasons(layer)
+            index: layer_fallback_reasons(layer) or op_by_op_reasons(layer) or _dtype_reasons(layer) or graph
             for index, layer in enumerate(encoder.encoder.layer)
             if isinstance(layer, FusedLayer)
         }

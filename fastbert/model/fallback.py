@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import output_capturing
 
-from ..ops.registration import transform_reasons
+from ..ops.registration import has_no_data, transform_reasons
 from .attention_interface import is_known_attention
 from .layer import FusedLayer
 from .plain import base_was_changed, is_watched
 
 # Whether output_hidden_states takes indices of hidden states. Older versions take any list for True, or count layers from 0.
 _TAKES_INDICES = hasattr(output_capturing, "selected_hidden_states")
+MASK_IN_COMPILED_CODE = "torch.compile cannot know how many tokens a mask leaves; pass no mask, or packed inputs (cu_seq_lens_q)"
 
 
 def model_fallback_reasons(
@@ -35,12 +36,18 @@ def model_fallback_reasons(
         reasons.append("attn_implementation is 'eager' (the one that returns attention weights)")
     elif not is_known_attention(attention):
         reasons.append(f"attn_implementation is {attention!r}, under which somebody registered a function of their own")
-    if is_causal:
+    layers = model.encoder.layer
+    if is_causal is None:  # transformers' default for the argument, and what attention reads where there is none
+        is_causal = getattr(config, "is_causal", None)
+    if is_causal or (is_causal is None and any(_is_causal(layer) for layer in layers)):
         reasons.append("is_causal asks for attention to earlier tokens alone")
     if output_attentions or (output_attentions is None and getattr(config, "output_attentions", False)):
         reasons.append("output_attentions asks for attention weights, which fused attention never stores")
     if not (_TAKES_INDICES or output_hidden_states is None or isinstance(output_hidden_states, bool)):
         reasons.append("output_hidden_states is no flag, which this version of transformers reads in its own way")
+    wanted = hidden_states_wanted(config, {} if output_hidden_states is None else {"output_hidden_states": output_hidden_states})
+    if wanted and len(layers) > 0 and layers[0]._forward_pre_hooks:
+        reasons.append("a hook may change what the first layer is called with, which is hidden_states[0]")
     if config.is_decoder or encoder_hidden_states is not None or past_key_values is not None:
         reasons.append("the model runs as a decoder (causal mask, key-value cache or cross-attention)")
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -48,18 +55,24 @@ def model_fallback_reasons(
     if torch.jit.is_tracing():
         reasons.append("torch.jit.trace would freeze the sequence lengths of its example")
     if attention_mask is not None and torch.compiler.is_compiling():
-        reasons.append("torch.compile cannot know how many tokens a mask leaves; pass no mask, or packed inputs (cu_seq_lens_q)")
+        reasons.append(MASK_IN_COMPILED_CODE)
     reasons += transform_reasons()
+    if has_no_data():
+        reasons.append("tensors have no numbers to look at (FakeTensorMode, make_fx)")
     if nn.modules.module._has_any_global_hook():
         reasons.append("hooks for all modules are registered (torch.nn.modules.module.register_module_..._hook)")
     if is_watched(model.encoder) or base_was_changed(type(model.encoder)):
         reasons.append("the encoder has hooks, or its forward was replaced")
     if base_was_changed(type(model)):
         reasons.append("the forward of transformers' class was replaced")
-    foreign = {type(layer).__qualname__ for layer in model.encoder.layer if not isinstance(layer, FusedLayer)}
+    foreign = {type(layer).__qualname__ for layer in layers if not isinstance(layer, FusedLayer)}
     if foreign:
         reasons.append(f"encoder layers are of another class: {', '.join(sorted(foreign))}")
     return reasons
+
+
+def _is_causal(layer: nn.Module) -> bool:
+    return isinstance(layer, FusedLayer) and getattr(layer.attention.self, "is_causal", False)
 
 
 def hidden_states_wanted(config: Any, arguments: dict[str, Any]) -> bool | int | list[int] | None:

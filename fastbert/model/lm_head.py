@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..ops import gelu_layer_norm, mlm_loss
 from ..ops.linear import linear
 from ..ops.mlm_loss import IGNORE_INDEX
-from ..ops.registration import at_least_float32, transform_reasons
+from ..ops.registration import at_least_float32, has_no_data, transform_reasons
 from .outputs import Deferred, EncoderOutput
 from .packing import Packing
 from .plain import has_hooks, has_plain_parameters, is_exact_gelu, is_plain, is_plain_linear, lends_parameters
@@ -87,7 +87,7 @@ class LanguageModelHead:
         """
         parts = [part for part in (self.containers[0][0], self.decoder) if part is not None]  # the others are in the first
         for_now = any(map(lends_parameters, parts)) or (not torch.is_grad_enabled() and self.notes())
-        if not deferred or for_now or torch.compiler.is_compiling():
+        if not deferred or for_now or torch.compiler.is_compiling() or has_no_data():
             setattr(output, name, self.logits(outputs))
         else:
             modules = dict.fromkeys([*parts, *getattr(outputs, "computed_later", ())])
@@ -140,7 +140,7 @@ def _labelled_rows(outputs: Any, labels: Tensor, labelled: Tensor | None) -> tup
         rows, row_labels = outputs.packed, packing.unpad(labels)
     else:
         rows, row_labels = outputs.last_hidden_state.flatten(0, 1), labels.flatten()
-    if labelled is None and torch.compiler.is_compiling():
+    if labelled is None and (torch.compiler.is_compiling() or has_no_data()):
         return rows, row_labels
     if labelled is None:
         labelled = (row_labels != IGNORE_INDEX).nonzero().squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,9 +37,19 @@ def _bert_head(cls: nn.Module, expected: type) -> LanguageModelHead:
     )
 
 
-def _check_labels(labels: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-    if labels is not None:
-        check_labels(labels, tuple((inputs_embeds if input_ids is None else input_ids).shape[:2]))
+def _shape_of_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, ...]:
+    return tuple((inputs_embeds if input_ids is None else input_ids).shape[:2])
+
+
+def _beside_tokens(labels: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
+    """Labels (batch, length), or as many in a row, as (batch, length). Raises ValueError for others."""
+    if labels is None:
+        return None
+    shape = _shape_of_tokens(input_ids, inputs_embeds)
+    if labels.dim() == 1 and labels.numel() == math.prod(shape):
+        return labels.view(shape)
+    check_labels(labels, shape)
+    return labels
 
 
 def _take_labelled_rows(kwargs: dict[str, Any], labels: Tensor | None) -> Tensor | None:
@@ -119,7 +130,7 @@ class MaskedLM(LabelledRowsOnly):
         labels: Tensor | None = None,
         **kwargs,
     ):
-        _check_labels(labels, input_ids, inputs_embeds)
+        labels = _beside_tokens(labels, input_ids, inputs_embeds)
         num_items = kwargs.pop("num_items_in_batch", None)
         labelled_rows = _take_labelled_rows(kwargs, labels)
         outputs = self.base_model(
@@ -173,7 +184,7 @@ class BertForPreTraining(LabelledRowsOnly, PackedHead, hf.BertForPreTraining):
         next_sentence_label: Tensor | None = None,
         **kwargs,
     ):
-        _check_labels(labels, input_ids, inputs_embeds)
+        labels = _beside_tokens(labels, input_ids, inputs_embeds)
         labelled_rows = _take_labelled_rows(kwargs, labels)
         inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         if type(self.cls) is not hf.BertPreTrainingHeads or not is_plain(self.cls):
@@ -228,7 +239,6 @@ class BertLMHeadModel(PackedHead, hf.BertLMHeadModel, hf.GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ):
-        _check_labels(labels, input_ids, inputs_embeds)
         arguments = {
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
@@ -238,6 +248,7 @@ class BertLMHeadModel(PackedHead, hf.BertLMHeadModel, hf.GenerationMixin):
             "encoder_attention_mask": encoder_attention_mask,
         }
         if labels is not None:
+            check_labels(labels, _shape_of_tokens(input_ids, inputs_embeds))
             packing = sequences_in_row(
                 self.bert, attention_mask, kwargs, past_key_values, input_ids=input_ids, token_type_ids=token_type_ids,
                 position_ids=position_ids, inputs_embeds=inputs_embeds,

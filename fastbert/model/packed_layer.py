@@ -332,7 +332,11 @@ def _learns(layer: nn.Module, x: Tensor) -> bool:
 @torch.no_grad()
 def _pack(layer: nn.Module, dtypes: _Dtypes) -> _Entry:
     norms = _norms(layer)
-    attributes = {layer: ("chunk_size_feed_forward",), layer.attention.self: ("num_attention_heads", "scaling")}
+    attributes = {
+        layer: ("chunk_size_feed_forward",),
+        layer.attention.self: ("num_attention_heads", "scaling", "is_causal"),
+        layer.intermediate.intermediate_act_fn: ("approximate",),
+    }
     attributes |= dict.fromkeys(norms, ("eps",))
     for dropout, decides in _dropouts(layer):
         attributes[dropout] = ("p",)

@@ -29,8 +29,8 @@ from .snapshot import AttributesSnapshot, Snapshot, all_unchanged
 
 # What a call asks a configuration for, under the names that transformers keeps it by; it may not have it yet.
 _SETTINGS = (
-    "_attn_implementation_internal", "_output_attentions", "is_decoder", "max_position_embeddings", "output_attentions",
-    "output_hidden_states", "return_dict",
+    "_attn_implementation_internal", "_output_attentions", "is_causal", "is_decoder", "max_position_embeddings",
+    "output_attentions", "output_hidden_states", "return_dict",
 )  # fmt: skip
 
 

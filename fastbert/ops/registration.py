@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
 NAMESPACE = "fastbert"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -122,9 +124,17 @@ def dispatch_mode_is_on() -> bool:
     return _get_current_dispatch_mode() is not None
 
 
+def has_no_data() -> bool:
+    """Whether tensors are made that have shapes alone: somebody asks what a call would need, or draws its graph."""
+    if torch.compiler.is_compiling() or not dispatch_mode_is_on():
+        return False
+    return any(isinstance(mode, FakeTensorMode | ProxyTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
+
+
 def under_autocast(x: torch.Tensor) -> bool:
-    """Whether autocast chooses the dtype of matmuls of ``x``. torch raises where it is asked about the meta device."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    """Whether autocast chooses the dtype of matmuls of ``x``: it leaves float64 alone, and torch raises where it is asked about the
+    meta device."""
+    return x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastbert
 
-from ..model.helpers import VOCABULARY, assert_same_gradients, inputs_for, mask
+from ..model.helpers import VOCABULARY, assert_same_gradients, inputs_for, mask, small_config
 from ..model.test_packed_inputs import packed
 from .helpers import DOORS, assert_same_on_real_tokens, fast_pair
 
@@ -256,3 +259,40 @@ def test_onnx(door, tmp_path):
     torch.onnx.export(ours, kwargs=batch, f=path, dynamo=True)
     outputs = runtime.InferenceSession(path).run(None, {key: value.numpy() for key, value in batch.items()})
     assert_same_on_real_tokens(torch.from_numpy(outputs[0]), theirs(**batch).logits)
+
+
+@pytest.mark.parametrize("how", ["function", "method", "part"])
+def test_explain_knows_of_compilation(how):
+    """Of the encoder, or of what it is in; before the first call, too."""
+    ours = fastbert.BertForMaskedLM(small_config())
+    head = fastbert.BertForMaskedLM(small_config())
+    if how == "function":
+        ours = torch.compile(ours)
+    else:
+        (ours if how == "method" else ours.bert).compile()
+    head.cls.compile()
+    assert "torch.compile cannot know how many tokens a mask leaves" in fastbert.explain(ours).encoder[0]
+    without = fastbert.explain(ours, attention_mask=None)
+    assert without.encoder == [] and "torch.compile has its ops in a graph" in str(without)
+    assert "all rows: torch.compile" in without.head[-1] and without.last_layer == ["it is compiled"]
+    assert fastbert.explain(head).fast
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["BertModel", "BertForSequenceClassification", "BertForMaskedLM", "BertForPreTraining"])
+def test_shapes_without_numbers(name, grad, with_labels):
+    """Memory estimates, and what plans a model's parallelism, ask for no more."""
+    batch = {key: value for key, value in inputs_for(name).items() if with_labels or "label" not in key}
+    with FakeTensorMode(), torch.set_grad_enabled(grad):
+        given = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in batch.items()}
+        expected, got = (getattr(library, name)(small_config())(**given) for library in (transformers, fastbert))
+        assert {key: got[key].shape for key in expected} == {key: value.shape for key, value in expected.items()}
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
+def test_a_graph_that_make_fx_draws(name):
+    _, ours = fast_pair("class", name)
+    first, second = inputs_for(name)["input_ids"].chunk(2)
+    graph = make_fx(lambda ids: ours(ids)[0])(first)
+    torch.testing.assert_close(graph(second), ours(second)[0], atol=2e-5, rtol=2e-5)

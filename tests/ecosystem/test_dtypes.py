@@ -151,3 +151,22 @@ def test_deferred_logits_keep_their_autocast(door):
         inside = ours(**{key: value for key, value in batch.items() if key != "labels"}).logits
     assert output.logits.dtype == inside.dtype == torch.bfloat16
     assert torch.equal(output.logits * mask().unsqueeze(-1), inside * mask().unsqueeze(-1))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("door", DOORS)
+def test_autocast_leaves_float64_alone(door, name, grad):
+    theirs, ours = fast_pair(door, name)
+    batch = inputs_for(name)
+    batch |= {key: batch[key].repeat(10, 1) for key in ("input_ids", "attention_mask", "token_type_ids")}
+    batch = {key: value for key, value in batch.items() if "label" not in key}
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        expected, got = theirs.double()(**batch), ours.double()(**batch)
+    for key in expected:
+        assert got[key].dtype == torch.float64
+        torch.testing.assert_close(on_real(got[key], batch), on_real(expected[key], batch), rtol=0, atol=1e-12)
+
+
+def on_real(values: torch.Tensor, batch: dict) -> torch.Tensor:
+    return values[batch["attention_mask"].bool()] if values.shape[:2] == batch["attention_mask"].shape else values

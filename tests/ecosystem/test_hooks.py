@@ -18,7 +18,7 @@ from transformers.models.bert import modeling_bert as hf
 import fastbert
 from fastbert.model.cache_name import CACHE
 
-from ..model.helpers import BATCH, LENGTH, inputs_for
+from ..model.helpers import BATCH, LENGTH, inputs_for, on_real_tokens
 from .helpers import DOORS, assert_same_on_real_tokens, assert_same_training_step, fast_pair, notes_of
 
 NAME = "BertForSequenceClassification"
@@ -259,3 +259,16 @@ def test_a_forward_replaced_on_a_heads_class_is_called(kind, wraps, monkeypatch)
     batch = inputs_for("BertForMaskedLM")
     assert_same_on_real_tokens(*(model(**batch).logits for model in (ours, theirs)))
     assert fastbert.explain(ours).head
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_hidden_states_are_what_layers_are_called_with(door):
+    """The first of them is what a hook of the first layer leaves."""
+    theirs, ours = fast_pair(door, "BertModel")
+    batch = inputs_for("BertModel")
+    for model in (theirs, ours):
+        model.encoder.layer[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * 1.5, *inputs[1:]))
+    expected, got = (model(**batch, output_hidden_states=True) for model in (theirs, ours))
+    for found, right in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(on_real_tokens(found), on_real_tokens(right), atol=2e-5, rtol=2e-5)
+    assert "hidden_states[0]" in str(fastbert.explain(ours, output_hidden_states=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import fastbert
 
@@ -49,14 +50,36 @@ def test_sequences_longer_than_the_model():
 
 
 def test_a_checkpoint_of_another_architecture(tmp_path):
-    import transformers
-
     config = transformers.RobertaConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     transformers.RobertaModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a model of type 'roberta', BertModel loads 'bert'"):
         fastbert.BertModel.from_pretrained(tmp_path)
+
+
+class OwnConfig(transformers.BertConfig):
+    model_type = "own-bert"
+
+
+class OwnModel(fastbert.BertForSequenceClassification):
+    config_class = OwnConfig
+
+
+def test_a_derived_class_with_a_configuration_of_its_own(tmp_path):
+    """Loads what it has saved, what BERT has, and nothing else."""
+    saved = OwnModel(OwnConfig(**small_config().to_diff_dict()))
+    saved.save_pretrained(tmp_path / "own")
+    loaded = OwnModel.from_pretrained(tmp_path / "own")
+    assert type(loaded.config) is OwnConfig and torch.equal(loaded.classifier.weight, saved.classifier.weight)
+    given = fastbert.BertForSequenceClassification.from_pretrained(
+        tmp_path / "own", config=transformers.BertConfig.from_pretrained(tmp_path / "own")
+    )
+    assert torch.equal(given.classifier.weight, saved.classifier.weight)
+    fastbert.BertForSequenceClassification(small_config()).save_pretrained(tmp_path / "bert")
+    assert isinstance(OwnModel.from_pretrained(tmp_path / "bert"), OwnModel)
+    with pytest.raises(ValueError, match="holds a model of type 'own-bert', BertModel loads 'bert'"):
+        fastbert.BertModel.from_pretrained(tmp_path / "own")
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):

@@ -199,3 +199,14 @@ def test_rows_that_are_not_the_labelled_ones_are_refused(name):
     for given in (rows.int(), rows.unsqueeze(0), rows.to("meta")):
         with pytest.raises(ValueError, match=r"expected int64 \(cap,\)"):
             ours(**batch, labelled_rows=given)
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+def test_labels_in_a_row(name):
+    """As transformers takes them."""
+    theirs, ours = pair(name)
+    batch = inputs_for(name)
+    flat = {**batch, "labels": batch["labels"].flatten()}
+    torch.testing.assert_close(ours(**flat).loss, theirs(**flat).loss, atol=2e-6, rtol=2e-5)
+    with pytest.raises(ValueError, match="labels has shape"):
+        ours(**{**flat, "labels": flat["labels"][1:]})

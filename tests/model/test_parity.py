@@ -295,3 +295,23 @@ def test_causal_attention_runs_as_transformers_does():
     assert (expected - theirs(ids).last_hidden_state).abs().max() > 0.01
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
     assert "is_causal" in str(fastbert.explain(ours, input_ids=ids, is_causal=True))
+
+
+@pytest.mark.parametrize("where", ["configuration", "modules"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_causal_attention_that_is_set_runs_as_transformers_does(where, grad):
+    """It holds for calls without a mask; also where it is set after others."""
+    theirs, ours = pair("BertModel")
+    ids = inputs_for("BertModel")["input_ids"]
+    with torch.set_grad_enabled(grad):
+        before = [model(ids).last_hidden_state for _ in range(3) for model in (theirs, ours)]
+        for model in (theirs, ours):
+            if where == "configuration":
+                model.config.is_causal = True
+            else:
+                for layer in model.encoder.layer:
+                    layer.attention.self.is_causal = True
+        expected, got = (model(ids).last_hidden_state for model in (theirs, ours))
+    assert (expected - before[0]).abs().max() > 0.01
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+    assert "is_causal" in str(fastbert.explain(ours))
