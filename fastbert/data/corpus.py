@@ -305,6 +305,8 @@ def _parquet_rows(path: Path, reading: Reading) -> Iterator[list[str] | None]:
             names = file.schema_arrow.names
             if text_column not in names:
                 raise CorpusError(f"{path}: no column {text_column!r}; it has {_listed(names)}")
+            if names.count(text_column) > 1:
+                raise CorpusError(f"{path}: {names.count(text_column)} columns are called {text_column!r}, expected one")
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_column]):
                 for value in batch.column(text_column):
                     row += 1
@@ -324,6 +326,8 @@ def _python_value(scalar: Any, text_column: str, where: str) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         raise CorpusError(f"{where}: column {text_column!r} is not UTF-8 ({error.reason})") from error
+    except (OverflowError, ValueError) as error:  # a date that Python's calendar does not have
+        raise CorpusError(f"{where}: column {text_column!r} holds no text ({scalar.type}: {error})") from error
 
 
 def _dataset_rows(part: CorpusPart, reading: Reading) -> Iterator[list[str] | None]:

@@ -100,7 +100,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise CorpusError(f"{path}: format {found!r} is not known here, only {FORMAT}; prepare the corpus anew")
+    try:
+        _check_entries(manifest)
+    except (KeyError, TypeError) as error:
+        raise CorpusError(f"{path}: damaged ({type(error).__name__}: {error}); prepare the corpus anew") from error
     return manifest
+
+
+def _check_entries(manifest: dict[str, Any]) -> None:
+    """Raises KeyError or TypeError where there is not what a reader will look for."""
+    kinds = {"complete": bool, "facts": dict, "settings": dict, "shards": dict}
+    if manifest["complete"]:
+        kinds["tokenizer"] = dict
+    for name, kind in kinds.items():
+        if not isinstance(manifest[name], kind):
+            raise TypeError(f"{name} is {manifest[name]!r:.40}")
+    if manifest["complete"]:
+        manifest["tokenizer"]["fingerprint"]
+    for shard in _shards(manifest, *SPLITS):
+        for field in dataclasses.fields(Shard):
+            value = getattr(shard, field.name)
+            if type(value) is not {"str": str, "int": int}[field.type]:
+                raise TypeError(f"{field.name} of a shard is {value!r:.40}")
 
 
 def open_shards(folder: str | Path) -> TokenShards:
@@ -243,7 +264,7 @@ class TokenShards(Sequence["TokenizedCorpus"]):
         try:
             arrays = map_arrays(path)
             ids, sentence_lengths, document_lengths = (arrays[name] for name in _ARRAYS)
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CorpusError(f"{path}: this shard is damaged ({error}); prepare the corpus anew") from error
         corpus = TokenizedCorpus(ids, _offsets(sentence_lengths), _offsets(document_lengths))
         counts = (corpus.num_documents, corpus.num_sentences, corpus.num_tokens)

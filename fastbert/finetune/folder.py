@@ -40,7 +40,7 @@ def check_folder(output: Path, command: str, *, resume: bool, overwrite: bool) -
         raise SettingsError(f"--output {output} is a file; give a folder")
     run = read_run(output)
     if run is None:
-        if output.is_dir() and any(output.iterdir()):
+        if output.is_dir() and any(path.name != f".{RUN_NAME}.new" for path in output.iterdir()):  # which a killed run leaves
             raise SettingsError(f"{output} holds files but no {RUN_NAME} of fastbert {command}: choose another --output")
         if resume:
             raise SettingsError(f"{output} holds no run: there is nothing to resume (leave out --resume to start one)")

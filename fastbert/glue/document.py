@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def glue_document(
     scores = {name: {int(seed): one["score"] for seed, one in entry["seeds"].items()} for name, entry in tasks.items()}
     return {
         "command_name": settings.command_name,
-        "command": settings.command(),
+        "command": _command(settings, results),
         "settings": settings.to_dict(),
         "fastbert": __version__,
         "model": settings.model,
@@ -47,6 +48,15 @@ def glue_document(
         "left_out": dict(left_out),
         "submission": submission,
     }
+
+
+def _command(settings: GlueSettings, results: Results) -> str:
+    """That gives all these results: a resumed run may have been asked for some of them."""
+    tasks, seeds = tuple(task.name for task in GLUE_TASKS if task.name in results), sorted(set().union(*results.values()))
+    if not seeds:
+        return settings.command()
+    asked = tasks if settings.tasks and len(tasks) < len(GLUE_TASKS) else ()
+    return dataclasses.replace(settings, tasks=asked, seeds=tuple(seeds)).command()
 
 
 def task_entry(task: GlueTask, runs: Mapping[int, Mapping[str, Any]], model: str, notes: list[str]) -> dict[str, Any]:

@@ -262,11 +262,13 @@ def no_submission(reason: str) -> dict[str, Any]:
 
 
 def _read_predictions(path: Path) -> list[str | float]:
-    """Label or number of each row, out of what fine-tuning wrote; none where it wrote nothing."""
+    """Label or number of each row, out of what fine-tuning wrote; none where it wrote nothing, or the file is damaged."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8") as file:
-        return [_answer(json.loads(line)) for line in file]
+    try:
+        return [_answer(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 def _answer(prediction: dict[str, Any]) -> str | float:

@@ -67,6 +67,11 @@ def load_task(folder: Path) -> tuple[Task, int]:
         maker = {cls.__name__: cls for cls, _ in _MAKERS.values()}[document.pop("class")]
         max_seq_length = int(document.pop("max_seq_length"))
         fields = {key: tuple(value) if key in _TUPLES and value is not None else value for key, value in document.items()}
-        return maker(**fields), max_seq_length
+        task = maker(**fields)
+        if not isinstance(task.labels, tuple) or not all(isinstance(label, str) for label in task.labels):
+            raise TypeError(f"labels are {document['labels']!r:.40}")
+        if max_seq_length < 1:
+            raise ValueError(f"max_seq_length is {max_seq_length}")
+        return task, max_seq_length
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a task of this version of fastbert ({type(error).__name__}: {error})") from error

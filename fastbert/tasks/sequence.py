@@ -119,12 +119,13 @@ class TextClassification(Task):
         self.check_present(train)
         pairs = train.items[0].text_pair is not None
         if self.labels:
+            counts = self.label_counts(train)
+            if len(counts) == 1 and set(counts.values()) == {len(train)}:
+                raise _never_changes(train, next(iter(counts)))
             return replace(self, pairs=pairs)
         if self.problem == REGRESSION:
             if len({example.label for example in train}) == 1:
-                raise train.error(
-                    None, "label", f"holds {train.items[0].label} in all {len(train)} rows: there is nothing to learn"
-                )
+                raise _never_changes(train, train.items[0].label)
             return replace(self, pairs=pairs)
         labels = train.label_columns or tuple(sorted(self.label_counts(train), key=_order))
         self._check_learnable(train, labels)
@@ -140,7 +141,7 @@ class TextClassification(Task):
                 if train.label_columns:
                     problem = f"holds {'1' if count else '0'} in all {len(train)} rows: there is nothing to learn"
                     raise DataError.at(train.source, None, label, problem)
-                raise train.error(None, "label", f"holds {label!r} in all {len(train)} rows: there is nothing to learn")
+                raise _never_changes(train, label)
         alone = self.problem == MULTI and not any(len(example.label) > 1 for example in train)  # type: ignore[arg-type]
         if alone and not train.label_columns and {label.lower() for label in labels} <= {*_FALSE, *_TRUE}:
             held = " or ".join(map(repr, labels))
@@ -290,6 +291,10 @@ def _without_text(value: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return {type(None): "null", bytes: "bytes", list: "a list", dict: "an object"}.get(type(value))
+
+
+def _never_changes(train: Examples, label: Any) -> DataError:
+    return train.error(None, "label", f"holds {label!r} in all {len(train)} rows: there is nothing to learn")
 
 
 def _label(value: Any, example: TextExample, examples: Examples) -> str:

@@ -187,6 +187,18 @@ def test_parquet_columns_are_checked(tmp_path: Path) -> None:
         paragraphs(write_parquet(tmp_path / "b.parquet", text=["x", "y", None]))
 
 
+def test_parquet_columns_that_cannot_be_text(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    twice = pyarrow.table([pyarrow.array(["x"]), pyarrow.array(["y"])], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(CorpusError, match=r"twice\.parquet: 2 columns are called 'text', expected one"):
+        paragraphs(tmp_path / "twice.parquet")
+    for value, problem in ((0, "must hold a string, found datetime"), (10**15, r"holds no text \(timestamp")):
+        parquet.write_table(pyarrow.table({"text": pyarrow.array([value], pyarrow.timestamp("s"))}), tmp_path / "days.parquet")
+        with pytest.raises(CorpusError, match=rf"days\.parquet, row 1: column 'text' {problem}"):
+            paragraphs(tmp_path / "days.parquet")
+
+
 def test_a_truncated_parquet_file_is_refused(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", text=["x", "y"] * 500)
     path.write_bytes(path.read_bytes()[:-20])

@@ -47,7 +47,7 @@ def write_folder(folder: Path, tokenizer: PreTrainedTokenizerFast, train: list[T
         for split, parts in ((TRAIN, train), (HELD_OUT, held_out))
     }
     made = {"name": "mine", "vocab_size": len(tokenizer), "fingerprint": tokenizer_fingerprint(tokenizer)}
-    manifest = {"format": 1, "complete": True, "tokenizer": made, "shards": shards, "facts": {"documents": 5}}
+    manifest = {"format": 1, "complete": True, "tokenizer": made, "shards": shards, "facts": {"documents": 5}, "settings": {}}
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -179,6 +179,37 @@ def test_an_unfinished_folder_is_refused(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({**manifest, "complete": False}))
     assert is_prepared(folder)
     with pytest.raises(CorpusError, match=r"in part only \(6 shards\).*--resume"):
+        open_shards(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"without": name} for name in ("complete", "facts", "settings", "shards", "tokenizer")),
+        *({name: 3} for name in ("complete", "facts", "settings", "shards", "tokenizer")),
+        {"tokenizer": {}}, {"shards": {}}, {"shards": {"train": [7], "held-out": []}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_without_what_is_read_is_refused(folder: Path, changes: dict) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest.pop(changes.pop("without", None), None)
+    (folder / MANIFEST).write_text(json.dumps({**manifest, **changes}))
+    with pytest.raises(CorpusError, match=rf"{MANIFEST}: damaged \(.*\); prepare the corpus anew"):
+        open_shards(folder)
+
+
+@pytest.mark.parametrize("field", ["file", "bytes", "sha256", "documents", "sentences", "tokens"])
+@pytest.mark.parametrize("value", [None, "without", [1]])
+def test_a_manifest_with_a_damaged_shard_is_refused(folder: Path, field: str, value: object) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    shard = manifest["shards"]["train"][0]
+    if value == "without":
+        del shard[field]
+    else:
+        shard[field] = value
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CorpusError, match=rf"{MANIFEST}: damaged"):
         open_shards(folder)
 
 

@@ -267,6 +267,10 @@ def test_a_run_is_not_overwritten_by_accident(toy_model, sentiment_folder, tmp_p
         with pytest.raises(SettingsError, match="holds files but no run.json"):
             finetune(settings(toy_model, sentiment_folder, stranger, **change), **SILENT)
     assert (stranger / "thesis.txt").is_file()
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".run.json.new").write_text("{")  # before its first run.json was whole
+    finetune(settings(toy_model, sentiment_folder, killed, max_steps=1), **SILENT)
 
 
 def test_resumed_after_a_kill(toy_model, sentiment_folder, tmp_path):

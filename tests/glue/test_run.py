@@ -233,6 +233,14 @@ def test_a_run_that_was_stopped_goes_on(make_settings, tmp_path, monkeypatch):
     assert trained[3:] == ["cola", "qnli", "cola"]  # "cola", "qnli" of the whole run
     assert set(more["tasks"]) == {"cola", "qnli"} and set(more["tasks"]["cola"]["seeds"]) == {"0", "3"}
     assert more["average"]["sd"] is None
+    assert "--tasks cola qnli --seeds 0 3" in more["command"]  # what gives all that is there
+
+    before = (tmp_path / "stopped/submission.zip").read_bytes()
+    for damaged in (tmp_path / "stopped").glob("*/seed-*/predictions_test.jsonl"):
+        damaged.write_bytes(damaged.read_bytes()[:-30])
+    glue(dataclasses.replace(settings, resume=True, seeds=(0, 3)), lambda line: None)
+    assert trained[6:] == ["qnli"]  # with the other seed
+    assert (tmp_path / "stopped/submission.zip").read_bytes() == before
 
 
 def test_a_library_that_is_missing_is_named_at_once(make_settings, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -150,6 +151,15 @@ def test_checkpoints_that_cannot_be_used(toy_model, toy_tokenizer, tmp_path):
 def test_a_task_goes_to_json_and_back(family, tmp_path):
     save_task(TASKS[family], 77, tmp_path)
     assert load_task(tmp_path) == (TASKS[family], 77)
+
+
+@pytest.mark.parametrize("change", [{"labels": None}, {"labels": [1]}, {"max_seq_length": -1}, {"max_seq_length": None}])
+def test_a_damaged_task_is_named(change, tmp_path):
+    save_task(TASKS["text"], 77, tmp_path)
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match="task.json: not a task of this version of fastbert"):
+        load_task(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -282,9 +282,25 @@ def test_pairs_and_single_texts_are_not_mixed(tmp_path):
     with pytest.raises(DataError, match="train.tsv, line 2: has a second text, but the training data are single texts"):
         task.with_labels_of(single).check(pairs, labelled=True)
     glue = task_for("rte")
-    _, train = read(tmp_path, "sentence1\tsentence2\tlabel\na\tb\tentailment\n", "rte")
+    _, train = read(tmp_path, "sentence1\tsentence2\tlabel\na\tb\tentailment\nc\td\tnot_entailment\n", "rte")
     with pytest.raises(DataError, match="inputs, input 1: has no second text"):
         glue.with_labels_of(train).check(glue.examples_from(["a"]), labelled=False)
+
+
+@pytest.mark.parametrize("name", ["rte", "sentiment", "multi-label-classification"])
+def test_labels_that_are_given_and_never_change(name, tmp_path):
+    """Of GLUE's tasks, and where a fine-tuned model is trained further."""
+    task = task_for(name) if name == "rte" else task_for(name, labels=("entailment", "not_entailment", "other"))
+    header = "sentence1\tsentence2" if name == "rte" else "text"
+    row = "a\tb" if name == "rte" else "a"
+    _, same = read(tmp_path, f"{header}\tlabel\n{row}\tentailment\n{row}\tentailment\n", name)
+    with pytest.raises(DataError, match="column 'label': holds 'entailment' in all 2 rows: there is nothing to learn"):
+        task.with_labels_of(same)
+    _, two = read(tmp_path, f"{header}\tlabel\n{row}\tentailment\n{row}\tnot_entailment\n", name)
+    assert task.with_labels_of(two).labels == task.labels
+    if name == "multi-label-classification":
+        _, some = read(tmp_path, f"{header}\tlabel\n{row}\tentailment\n{row}\t\n", name)
+        assert task.with_labels_of(some).labels == task.labels
 
 
 def test_columns_that_are_labels_are_all_labels_in_their_order(tmp_path):
