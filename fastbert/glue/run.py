@@ -266,7 +266,8 @@ def _read_predictions(path: Path) -> list[str | float]:
     if not path.is_file():
         return []
     try:
-        return [_answer(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        with path.open(encoding="utf-8") as file:
+            return [_answer(json.loads(line)) for line in file]
     except (ValueError, KeyError, TypeError):
         return []
 

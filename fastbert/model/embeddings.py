@@ -78,8 +78,8 @@ def _fused_embeddings(model, packing, input_ids, token_type_ids, position_ids) -
         padding_idx=-1 if padding_idx is None else padding_idx,
         dropout_p=dropout_p,
         seed=packing.seed_for(dropout_p),
-        stream=len(model.encoder.layer)
-        * STREAMS_PER_LAYER,  # behind those of the layers, of which there may be more than configured
+        # Behind those of the layers, of which there may be more than are configured.
+        stream=len(model.encoder.layer) * STREAMS_PER_LAYER,
     )
     if _asks_for_gradients(module.word_embeddings) and torch.is_grad_enabled():
         embedded.requires_grad_()
