@@ -181,6 +181,7 @@ def find_nvcc() -> str:
 def cuda_arch_flags(nvcc: str) -> list[str]:
     """One -gencode per architecture; the lowest also as PTX, which newer GPUs than those listed compile when they load it."""
     requested = [arch for arch in os.environ.get("FASTBERT_CUDA_ARCHS", "").replace(",", ";").split(";") if arch]
+    requested.sort(key=lambda arch: int(re.sub(r"\D", "", arch) or 0))
     known = run_command([nvcc, "--list-gpu-code"]).split()
     archs = requested or [arch for arch in CUDA_ARCHS if f"sm_{arch.rstrip('af')}" in known]
     if not archs:

@@ -66,6 +66,17 @@ def test_every_source_is_built_for_every_architecture(build):
     assert {(kernel["source"], kernel["architecture"]) for kernel in build.kernels} == {(s, a) for s in sources for a in wanted}
 
 
+def test_the_lowest_architecture_is_there_for_newer_gpus(monkeypatch):
+    """As PTX, in whatever order they were asked for."""
+    setuptools = pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    flags = runpy.run_path(str(REPOSITORY / "setup.py"))["cuda_arch_flags"]
+    monkeypatch.setitem(flags.__globals__, "run_command", lambda command: "")
+    monkeypatch.setenv("FASTBERT_CUDA_ARCHS", "100;90a,80")
+    assert [flag.rpartition("code=")[2] for flag in flags("nvcc")] == ["[sm_80,compute_80]", "sm_90a", "sm_100"]
+
+
 def test_nothing_spills(build):
     assert build.spilling == []
 

@@ -110,8 +110,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _check_entries(manifest: dict[str, Any]) -> None:
     """Raises KeyError or TypeError where there is not what a reader will look for."""
     kinds = {"complete": bool, "facts": dict, "settings": dict, "shards": dict}
-    if manifest["complete"]:
-        kinds["tokenizer"] = dict
+    kinds["tokenizer" if manifest["complete"] else "position"] = dict
     for name, kind in kinds.items():
         if not isinstance(manifest[name], kind):
             raise TypeError(f"{name} is {manifest[name]!r:.40}")

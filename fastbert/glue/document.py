@@ -51,10 +51,9 @@ def glue_document(
 
 
 def _command(settings: GlueSettings, results: Results) -> str:
-    """That gives all these results: a resumed run may have been asked for some of them."""
-    tasks, seeds = tuple(task.name for task in GLUE_TASKS if task.name in results), sorted(set().union(*results.values()))
-    if not seeds:
-        return settings.command()
+    """That gives these results and what else was asked for: a resumed run may have been asked for some of them alone."""
+    tasks = tuple(task.name for task in GLUE_TASKS if task.name in results or task.name in settings.tasks)
+    seeds = sorted({*settings.seeds, *(seed for runs in results.values() for seed in runs)})
     asked = tasks if settings.tasks and len(tasks) < len(GLUE_TASKS) else ()
     return dataclasses.replace(settings, tasks=asked, seeds=tuple(seeds)).command()
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.registration import has_no_data
 from . import request
 from .cache_name import CACHE, takes_their_cache
 from .embeddings import embed
-from .fallback import hidden_states_wanted, model_fallback_reasons
+from .fallback import CAUSAL, hidden_states_wanted, model_fallback_reasons
 from .in_half import convert_for
 from .inputs import check_inputs, warn_of_first_position
 from .layer import active_dropout_p, take_half
@@ -90,6 +91,10 @@ class PackedEncoder:
             return super().forward(attention_mask=attention_mask, **inputs, **decoder, **kwargs)
         if encoder_hidden_states is not None or past_key_values is not None:
             raise ValueError("packed inputs (cu_seq_lens_q) cannot be combined with cross-attention or a key-value cache")
+        if CAUSAL in reasons:
+            raise ValueError(
+                "packed inputs (cu_seq_lens_q) cannot be combined with is_causal, which holds where no mask is needed alone"
+            )
         return self._row_through_their_forward(packing, kwargs, **inputs)
 
     def packed_row(self, attention_mask, kwargs, past_key_values=None, **inputs) -> Packing | None:
@@ -106,7 +111,7 @@ class PackedEncoder:
             if longest is None:  # compiled code takes a bound: it cannot know the number
                 longest = shape[1] if torch.compiler.is_compiling() else int(cu_seqlens.diff().max())
             packing = Packing(cu_seqlens, int(longest), shape)
-        elif position_ids is None or attention_mask is not None or torch.jit.is_tracing():
+        elif position_ids is None or attention_mask is not None or torch.jit.is_tracing() or has_no_data():
             return None
         else:
             packing = Packing.from_positions(position_ids, shape)

@@ -129,13 +129,20 @@ def _is_compiled(module: nn.Module, name: str) -> bool:
     holders = [module]
     for part in filter(None, name.split(".")):
         holders.append(getattr(holders[-1], part))
-    return any(isinstance(holder, OptimizedModule) or holder._compiled_call_impl is not None for holder in holders)
+    return any(map(_calls_compiled, holders))
+
+
+def _calls_compiled(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")  # model.forward = torch.compile(model.forward)
+    is_compiled = isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+    return is_compiled or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any], compiled: bool) -> Explanation:
     if isinstance(encoder, PackedEncoder):
         reasons, notes = _fallback_reasons(encoder, inputs), embedding_notes(encoder)
-        if compiled and inputs.get("attention_mask", True) is not None and MASK_IN_COMPILED_CODE not in reasons:
+        has_mask = inputs.get("attention_mask", None if "cu_seq_lens_q" in inputs else True) is not None
+        if compiled and has_mask and MASK_IN_COMPILED_CODE not in reasons:
             reasons.append(MASK_IN_COMPILED_CODE)
         if has_own_forward(encoder):
             reasons.append("its forward was replaced on the instance, perhaps by one that calls transformers'")
@@ -153,18 +160,19 @@ def _explain_encoder(name: str, encoder: nn.Module, inputs: dict[str, Any], comp
     }
     int8 = {index: names for index, layer in enumerate(encoder.encoder.layer) if (names := int8_parts(layer))}
     weight = next(encoder.parameters())
-    graph = ["torch.compile has its ops in a graph"] if compiled else []
+    in_graph = ["torch.compile has its ops in a graph"]
+    graphs = [in_graph if compiled or _calls_compiled(layer) else [] for layer in encoder.encoder.layer]
     inference = {}
     if weight.device.type == "cpu" and not reasons:
         inference = {
-            index: layer_fallback_reasons(layer) or packing_reasons(layer, weight.dtype) or graph
+            index: layer_fallback_reasons(layer) or packing_reasons(layer, weight.dtype) or graphs[index]
             for index, layer in enumerate(encoder.encoder.layer)
             if isinstance(layer, FusedLayer)
         }
     training = {}
     if not reasons:
         training = {
-            index: layer_fallback_reasons(layer) or op_by_op_reasons(layer) or _dtype_reasons(layer) or graph
+            index: layer_fallback_reasons(layer) or op_by_op_reasons(layer) or _dtype_reasons(layer) or graphs[index]
             for index, layer in enumerate(encoder.encoder.layer)
             if isinstance(layer, FusedLayer)
         }

@@ -196,7 +196,8 @@ def packing_reasons(layer: nn.Module, dtype: torch.dtype) -> list[str]:
         return ["its weights are on the meta device"]
     if _drops(layer):
         return ["dropout is on, as in training (model.eval() ends that)"]
-    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    half = dtype != torch.float64 and torch.is_autocast_enabled("cpu")
+    autocast = torch.get_autocast_dtype("cpu") if half else None
     weights = _weights_under(autocast, layer)
     if reasons := not_supported_reasons(weights, dtype, "cpu"):
         return reasons

@@ -101,7 +101,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if torch.compiler.is_compiling():  # it chooses its own matmul
         return F.linear(x, weight, bias)
-    if x.device.type == "cpu" and x.dtype != torch.float64 and under_autocast(x):
+    if x.device.type == "cpu" and under_autocast(x):
         dtype = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not is_ours(x, weight):

@@ -76,7 +76,10 @@ class PreparedFolder:
 
     @property
     def position(self) -> Position:
-        return Position(**self.manifest["position"])
+        try:
+            return Position(**self.manifest["position"])
+        except TypeError as error:
+            raise CorpusError(f"{self.path / MANIFEST}: damaged ({error}); prepare the corpus anew") from error
 
     @property
     def facts(self) -> dict[str, Any]:

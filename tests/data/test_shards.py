@@ -176,7 +176,7 @@ def test_verify_finds_one_changed_id(folder: Path) -> None:
 
 def test_an_unfinished_folder_is_refused(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "complete": False}))
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "complete": False, "position": {}}))
     assert is_prepared(folder)
     with pytest.raises(CorpusError, match=r"in part only \(6 shards\).*--resume"):
         open_shards(folder)
@@ -187,6 +187,7 @@ def test_an_unfinished_folder_is_refused(folder: Path) -> None:
     [
         *({"without": name} for name in ("complete", "facts", "settings", "shards", "tokenizer")),
         *({name: 3} for name in ("complete", "facts", "settings", "shards", "tokenizer")),
+        {"complete": False}, {"complete": False, "position": 3},  # of where to go on
         {"tokenizer": {}}, {"shards": {}}, {"shards": {"train": [7], "held-out": []}},
     ],
     ids=str,

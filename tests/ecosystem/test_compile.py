@@ -276,6 +276,17 @@ def test_explain_knows_of_compilation(how):
     assert without.encoder == [] and "torch.compile has its ops in a graph" in str(without)
     assert "all rows: torch.compile" in without.head[-1] and without.last_layer == ["it is compiled"]
     assert fastbert.explain(head).fast
+    assert fastbert.explain(ours, cu_seq_lens_q=torch.tensor([0, 3]), max_length_q=3).encoder == []
+
+
+def test_explain_knows_of_compiled_layers_and_forwards():
+    layers, forward = (fastbert.BertModel(small_config()).eval() for _ in range(2))
+    layers.encoder.layer[1].compile()
+    explanation = fastbert.explain(layers)
+    assert explanation.inference[0] == explanation.training[0] == []
+    assert "has its ops in a graph" in explanation.inference[1][0] and explanation.training[1] == explanation.inference[1]
+    forward.forward = torch.compile(forward.forward)
+    assert any("torch.compile cannot know" in reason for reason in fastbert.explain(forward).encoder)
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
@@ -288,6 +299,9 @@ def test_shapes_without_numbers(name, grad, with_labels):
         given = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in batch.items()}
         expected, got = (getattr(library, name)(small_config())(**given) for library in (transformers, fastbert))
         assert {key: got[key].shape for key in expected} == {key: value.shape for key, value in expected.items()}
+        if name == "BertModel":
+            row = {"input_ids": torch.zeros(1, 9).long(), "position_ids": torch.arange(9)[None]}
+            assert fastbert.BertModel(small_config())(**row).last_hidden_state.shape == (1, 9, 48)
 
 
 @pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])

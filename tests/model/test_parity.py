@@ -315,3 +315,5 @@ def test_causal_attention_that_is_set_runs_as_transformers_does(where, grad):
     assert (expected - before[0]).abs().max() > 0.01
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
     assert "is_causal" in str(fastbert.explain(ours))
+    with pytest.raises(ValueError, match="packed inputs .* cannot be combined with is_causal"):
+        ours(ids[:1], cu_seq_lens_q=torch.tensor([0, 4, ids.shape[1]]))
