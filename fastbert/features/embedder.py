@@ -168,6 +168,7 @@ class Embedder:
         if text_pairs is not None and len(text_pairs) != len(texts):
             raise ValueError(f"there are {len(texts)} texts and {len(text_pairs)} text_pairs; each text needs its own")
         _check_kinds(texts, text_pairs)
+        self._check_room(text_pairs)
         bounds = self.chunk_bounds(texts, text_pairs)
         parts = [
             self.embed(texts[start:end], None if text_pairs is None else text_pairs[start:end])
@@ -194,11 +195,13 @@ class Embedder:
         return [*bounds, len(texts)] if texts else [0]
 
     def check_texts(self, texts: Sequence[Text], text_pairs: Sequence[str] | None) -> None:
-        """Raises TextError for a text, or one of a pair, of which the tokenizer keeps nothing, before anything is computed.
+        """Raises TextError for a text, or one of a pair, of which the tokenizer keeps nothing, before anything is computed, and
+        SettingsError where pairs have no room.
 
         No tokenizer of BERT's kind drops letters or digits, so that only texts without any are tokenized: nearly none. Where one
         does, :meth:`embed` finds out.
         """
+        self._check_room(text_pairs)
         bounds = self.chunk_bounds(texts, text_pairs)
         for start, end in zip(bounds, bounds[1:]):
             parts = (texts,) if text_pairs is None else (texts, text_pairs)
@@ -338,6 +341,14 @@ class Embedder:
             raise SettingsError(f"--max-seq-length must be at least {shortest}, special tokens included, not {wanted}")
         check_length(wanted, positions, self.model.name_or_path)
         return wanted
+
+    def _check_room(self, text_pairs: Sequence[str] | None) -> None:
+        """Raises SettingsError where a token of each text of a pair has no room."""
+        shortest = self.tokenizer.num_special_tokens_to_add(pair=True) + 2
+        if text_pairs is not None and self.max_seq_length < shortest:
+            raise SettingsError(
+                f"--max-seq-length must be at least {shortest} for pairs, special tokens included, not {self.max_seq_length}"
+            )
 
     def _notes(self) -> list[str]:
         if not self.packed:

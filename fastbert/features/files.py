@@ -25,6 +25,7 @@ from fastbert.whole_file import whole_file
 
 from .embedder import Embedded
 from .parts import Parts
+from .settings import offsets_of
 from .texts import Texts
 
 
@@ -51,6 +52,17 @@ def write_output(files: list[Path], parts: Parts, bounds: list[int], texts: Text
         write(beside, chunks, texts, dim, by_token)
 
 
+def has_offsets(output: Path) -> bool:
+    """Whether beside ``output`` is the file of its offsets, and not another one of that name."""
+    if output.suffix.lower() != ".npy":
+        return False
+    try:
+        rows, offsets = np.load(output, mmap_mode="r"), np.load(offsets_of(output), mmap_mode="r")
+        return offsets.dtype == np.int64 and offsets.ndim == 1 and int(offsets[-1]) == len(rows)
+    except (OSError, ValueError, IndexError, TypeError):
+        return False
+
+
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """As :func:`whole_file`, and on the disk before it gets its name: the parts are deleted then."""
@@ -62,14 +74,16 @@ def _whole(path: Path) -> Iterator[Path]:
 
 def _write_npy(files: list[Path], parts: Parts, dim: int) -> None:
     offsets = np.cumsum(np.concatenate([[0], *(parts.counts(index) for index in range(parts.count))]), dtype=np.int64)
-    for path in files[1:]:
-        with _whole(path) as beside, beside.open("wb") as file:
-            np.save(file, offsets)
-    with _whole(files[0]) as beside, beside.open("wb") as file:
-        header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (int(offsets[-1]), dim)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for index in range(parts.count):
-            file.write(parts.read(index).rows.data)
+    with contextlib.ExitStack() as names:  # which both get at the end: neither belongs to the other's older version
+        beside = [names.enter_context(_whole(path)) for path in files]
+        for path in beside[1:]:
+            with path.open("wb") as file:
+                np.save(file, offsets)
+        with beside[0].open("wb") as file:
+            header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (int(offsets[-1]), dim)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for index in range(parts.count):
+                file.write(parts.read(index).rows.data)
 
 
 def _write_parquet(path: Path, chunks: Iterator[tuple[Embedded, int]], texts: Texts, dim: int, by_token: bool) -> None:

@@ -20,10 +20,10 @@ from fastbert.train.errors import TrainingError
 from fastbert.train.launch import refuse_several_processes
 
 from .embedder import Embedder, TextError
-from .files import check_format, write_output
+from .files import check_format, has_offsets, write_output
 from .parts import Parts
 from .sentence_transformers_settings import checkpoint_hint
-from .settings import EmbedSettings, check_output
+from .settings import EmbedSettings, check_output, offsets_of
 from .texts import Texts, read_texts
 from .workers import Chunk, Done, WorkerDied, make_chunk, make_chunks
 
@@ -129,7 +129,10 @@ def embed(settings: EmbedSettings, say: Say) -> EmbedResult:
     seconds = time.perf_counter() - start
 
     try:
+        outdated = has_offsets(settings.output) and not by_token
         write_output(settings.files, parts, bounds, texts, dim=dim, by_token=by_token)
+        if outdated:
+            offsets_of(settings.output).unlink()
         totals = [parts.totals(index) for index in range(parts.count)]
         parts.delete()
     except OSError as error:

@@ -85,7 +85,7 @@ class EmbedSettings:
     def files(self) -> list[Path]:
         """All that the run writes: the output, and at level "token" of ``.npy`` beside it the one of the offsets."""
         offsets = self.level == "token" and self.output.suffix.lower() == ".npy"
-        return [self.output, self.output.with_suffix(".offsets.npy")] if offsets else [self.output]
+        return [self.output, offsets_of(self.output)] if offsets else [self.output]
 
     def deciding(self) -> dict[str, Any]:
         """What decides about the output beside model, input and kind of device: a run that goes on must have the same."""
@@ -131,3 +131,8 @@ def check_output(settings: EmbedSettings) -> None:
             raise SettingsError(f"{path} is there and whole: there is nothing to resume (--overwrite makes it anew)")
         if path.exists():
             raise SettingsError(f"{path} is there already: --overwrite makes it anew, --output names another file")
+
+
+def offsets_of(output: Path) -> Path:
+    """Where the offsets of a ``.npy`` of tokens are."""
+    return output.with_suffix(".offsets.npy")

@@ -68,7 +68,7 @@ def make_chunks(
         for _ in range(num_processes):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, model, settings, threads), daemon=True)
-            process.start()
+            _start(process)
             theirs.close()
             workers[ours] = process
         free = list(workers)
@@ -95,6 +95,17 @@ def make_chunks(
             if connection in busy:
                 process.terminate()
             process.join()
+
+
+def _start(process: Any) -> None:
+    """Ctrl-C, which reaches the whole group, does not reach a process before it ignores it, nor is it lost here."""
+    mask = getattr(signal, "pthread_sigmask", None)
+    before = mask(signal.SIG_BLOCK, {signal.SIGINT}) if mask else ()
+    try:
+        process.start()
+    finally:
+        if mask:
+            mask(signal.SIG_SETMASK, before)
 
 
 def _work(connection: Connection, model: str, settings: dict[str, Any], threads: int) -> None:

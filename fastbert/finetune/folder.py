@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from fastbert.tasks.glue_tasks import GLUE_TASKS
 from fastbert.tasks.model import first_line
 from fastbert.train.errors import SettingsError, TrainingError
+from fastbert.train.run_folder import check_writable
 
 RUN_NAME = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -36,8 +37,7 @@ _OWN = {
 def check_folder(output: Path, command: str, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """The document of the run in ``output`` that is to be continued, or None. Raises SettingsError, before any work, for a folder
     that must not be written to."""
-    if output.exists() and not output.is_dir():
-        raise SettingsError(f"--output {output} is a file; give a folder")
+    check_writable(output)
     run = read_run(output)
     if run is None:
         if output.is_dir() and any(path.name != f".{RUN_NAME}.new" for path in output.iterdir()):  # which a killed run leaves
@@ -117,7 +117,7 @@ def write_errors(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _TORCH_CANNOT_WRITE not in str(error):
             raise
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
         raise TrainingError(
             f"{folder} cannot be written to: {first_line(error)} ({free / 1e6:,.1f} MB are free there); what is done stays, and "
             "--resume goes on from it"

@@ -113,7 +113,6 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
             check_corpus(output / ADAPTED, settings.model, settings.adapt, say)
     if settings.overwrite:
         delete_folder(output)
-    output.mkdir(parents=True, exist_ok=True)
     document = (
         {**run, "data": data}
         if run is not None
@@ -126,7 +125,9 @@ def finetune(settings: FinetuneSettings, say: Say = print) -> FinetuneResult:
             "notes": [],
         }
     )
-    write_json(output / RUN_NAME, document)
+    with write_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / RUN_NAME, document)
     trained, without = settings, None
     if settings.adapt:
         trained = replace(settings, model=str(adapted_model(settings, prepared, device, say)))

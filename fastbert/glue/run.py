@@ -17,7 +17,7 @@ from typing import Any
 
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
-from fastbert.finetune.folder import RUN_NAME, check_folder, delete_folder, read_run
+from fastbert.finetune.folder import RUN_NAME, check_folder, delete_folder, read_run, write_errors
 from fastbert.finetune.modes import check_packages, in_mode
 from fastbert.finetune.prepared import drawn
 from fastbert.finetune.run import finetune
@@ -88,11 +88,12 @@ def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
         say(line)
     if settings.overwrite:
         delete_folder(output)
-    output.mkdir(parents=True, exist_ok=True)
 
     def document(submission: dict[str, Any]) -> dict[str, Any]:
         made = glue_document(settings, results, notes=notes, left_out=left_out, submission=submission)
-        write_json(output / RUN_NAME, made)
+        with write_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / RUN_NAME, made)
         return made
 
     current = document(no_submission("the run has not come to its end"))

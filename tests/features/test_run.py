@@ -302,6 +302,40 @@ def test_overwrite_keeps_the_old_file_until_the_new_one_is_whole(checkpoint, man
     assert result.resumed_chunks == 0 and len(np.load(output)) == 600
 
 
+def test_rows_and_offsets_are_overwritten_together(checkpoint, many_lines, lines, tmp_path, monkeypatch):
+    output, both = tmp_path / "out.npy", ("out.npy", "out.offsets.npy")
+    embed(settings_for(checkpoint, lines, output, level="token"), quiet)
+    before = [(tmp_path / name).read_bytes() for name in both]
+    with monkeypatch.context() as disk:
+        disk.setattr(np.lib.format, "write_array_header_1_0", raiser(OSError(28, "No space left on device")))
+        with pytest.raises(EmbeddingStopped, match="cannot be written"):
+            embed(settings_for(checkpoint, many_lines, output, level="token", overwrite=True), quiet)
+    assert [(tmp_path / name).read_bytes() for name in both] == before
+    embed(settings_for(checkpoint, many_lines, output, level="token", overwrite=True), quiet)
+    assert np.load(tmp_path / both[1])[-1] == len(np.load(output))
+    embed(settings_for(checkpoint, many_lines, output, overwrite=True), quiet)
+    assert not (tmp_path / both[1]).exists()  # which were of tokens
+    np.save(tmp_path / both[1], np.arange(3))  # a file of the user's
+    embed(settings_for(checkpoint, many_lines, output, overwrite=True), quiet)
+    assert (tmp_path / both[1]).exists()
+
+
+def raiser(error: Exception):
+    def fails(*_args, **_options):
+        raise error
+
+    return fails
+
+
+def test_pairs_need_room_for_both(checkpoint, tmp_path):
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("text\tsecond\na good one\ta bad one\n")
+    given = {"text_column": "text", "text_pair_column": "second"}
+    with pytest.raises(SettingsError, match="--max-seq-length must be at least 5 for pairs"):
+        embed(settings_for(checkpoint, pairs, tmp_path / "a.npy", max_seq_length=4, **given), quiet)
+    assert embed(settings_for(checkpoint, pairs, tmp_path / "b.npy", max_seq_length=5, **given), quiet).sequences == 1
+
+
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("name", ["out.npy", "out.jsonl"])
 def test_a_damaged_part_is_named_and_made_again(checkpoint, many_lines, tmp_path, monkeypatch, name, cut):

@@ -267,6 +267,8 @@ def test_a_run_is_not_overwritten_by_accident(toy_model, sentiment_folder, tmp_p
         with pytest.raises(SettingsError, match="holds files but no run.json"):
             finetune(settings(toy_model, sentiment_folder, stranger, **change), **SILENT)
     assert (stranger / "thesis.txt").is_file()
+    with pytest.raises(SettingsError, match="thesis.txt is a file, so there can be no folder below it"):
+        finetune(settings(toy_model, tmp_path / "no data", stranger / "thesis.txt" / "run"), **SILENT)
     killed = tmp_path / "killed"
     killed.mkdir()
     (killed / ".run.json.new").write_text("{")  # before its first run.json was whole

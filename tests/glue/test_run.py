@@ -24,7 +24,7 @@ from fastbert.glue.run import glue, pair_folder, write_report
 from fastbert.glue.settings import GlueSettings
 from fastbert.tasks.glue_data import glue_text_task
 from fastbert.tasks.predictor import Predictor
-from fastbert.train.errors import SettingsError
+from fastbert.train.errors import SettingsError, TrainingError
 
 from .helpers import write_toy_glue, write_tsv
 
@@ -326,6 +326,16 @@ def test_other_files_are_not_resumed_on(make_settings, tmp_path):
     assert said[-3] == "  done before"
     reversed_ones = (tmp_path / "run/submission/SST-2.tsv").read_text(encoding="utf-8").splitlines()
     assert reversed_ones == [first[0], *reversed(first[1:])]
+
+
+@pytest.mark.parametrize("of", ["fastbert.glue.run", "fastbert.finetune.run"])
+def test_a_full_disk_is_named(of, make_settings, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"{of}.write_json", full)
+    with pytest.raises(TrainingError, match=rf"{tmp_path}.* cannot be written to: .*No space left on device.* MB are free there"):
+        glue(make_settings(tmp_path / "run", tasks=("rte",)), lambda line: None)
 
 
 def test_without_any_task_nothing_begins(make_settings, tmp_path):
