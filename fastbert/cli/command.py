@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 failed (or nobody reads what is printed, as after ``| head``), 2 wrong usage, 130 interrupted. With ``--json``
 the last line of stdout is one JSON document, ``{"command": ..., "exit_code": ..., ...}`` with ``"error"`` where the command failed,
-and text for people goes to stderr.
+and text for people goes to stderr; options that cannot be parsed end in exit code 2 and words on stderr alone.
 """
 
 from __future__ import annotations
