@@ -91,10 +91,8 @@ class PackedEncoder:
             return super().forward(attention_mask=attention_mask, **inputs, **decoder, **kwargs)
         if encoder_hidden_states is not None or past_key_values is not None:
             raise ValueError("packed inputs (cu_seq_lens_q) cannot be combined with cross-attention or a key-value cache")
-        if CAUSAL in reasons:
-            raise ValueError(
-                "packed inputs (cu_seq_lens_q) cannot be combined with is_causal, which holds where no mask is needed alone"
-            )
+        if CAUSAL in reasons:  # whose mask of padding would end that
+            raise ValueError("packed inputs (cu_seq_lens_q) cannot be combined with is_causal")
         return self._row_through_their_forward(packing, kwargs, **inputs)
 
     def packed_row(self, attention_mask, kwargs, past_key_values=None, **inputs) -> Packing | None:

@@ -40,7 +40,7 @@ def model_fallback_reasons(
     layers = model.encoder.layer
     if is_causal is None:  # transformers' default for the argument, and what attention reads where there is none
         is_causal = getattr(config, "is_causal", None)
-    if is_causal or (is_causal is None and any(_is_causal(layer) for layer in layers)):
+    if not config.is_decoder and (is_causal or (is_causal is None and any(_is_causal(layer) for layer in layers))):
         reasons.append(CAUSAL)
     if output_attentions or (output_attentions is None and getattr(config, "output_attentions", False)):
         reasons.append("output_attentions asks for attention weights, which fused attention never stores")
