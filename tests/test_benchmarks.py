@@ -152,8 +152,7 @@ def test_rehearsal_of_make_gpu(rehearsal):
     assert {record["contender"].split()[0] for record in measured} == {"fastbert"}
     optimizers = {record["contender"]: record for record in rehearsal["steps"]["optimizers"]["result"]["results"]}
     assert all(optimizers[f"{optimizer} torch"]["share_of_ceiling"] > 0 for optimizer in ("adamw", "lamb"))
-    why_not = [optimizers[f"{optimizer} cuda"]["not_supported"] for optimizer in ("adamw", "lamb")]
-    assert all("cuda" in reason.lower() for reason in why_not), why_not
+    assert all("CUDA" in optimizers[f"{optimizer} cuda"]["not_supported"] for optimizer in ("adamw", "lamb"))
     assert rehearsal["steps"]["pretrain"]["result"]["not_run"] == {"fastbert graphed": "the run is on cpu"}
     assert len(rehearsal["goals"]) == len(gpu_goals.GOALS)
 

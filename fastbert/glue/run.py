@@ -88,11 +88,12 @@ def glue(settings: GlueSettings, say: Say = print) -> dict[str, Any]:
         say(line)
     if settings.overwrite:
         delete_folder(output)
+    with write_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
 
     def document(submission: dict[str, Any]) -> dict[str, Any]:
         made = glue_document(settings, results, notes=notes, left_out=left_out, submission=submission)
         with write_errors(output):
-            output.mkdir(parents=True, exist_ok=True)
             write_json(output / RUN_NAME, made)
         return made
 

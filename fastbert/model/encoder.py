@@ -15,7 +15,7 @@ from ..ops.registration import has_no_data
 from . import request
 from .cache_name import CACHE, takes_their_cache
 from .embeddings import embed
-from .fallback import CAUSAL, hidden_states_wanted, model_fallback_reasons
+from .fallback import CAUSAL, hidden_states_wanted, model_fallback_reasons, selected_states
 from .in_half import convert_for
 from .inputs import check_inputs, warn_of_first_position
 from .layer import active_dropout_p, take_half
@@ -255,10 +255,7 @@ class _HiddenStates:
 
     def __init__(self, wanted: bool | int | list[int] | None, config: Any) -> None:
         self.states: list[Tensor | None] | None = [] if wanted else None  # 0 asks for none in transformers, too
-        self._selected = None
-        if self.states is not None and not isinstance(wanted, bool):
-            indices, num_layers = [wanted] if isinstance(wanted, int) else wanted, config.num_hidden_layers
-            self._selected = {i % (num_layers + 1) for i in indices if -num_layers - 1 <= i <= num_layers}
+        self._selected = selected_states(wanted, config)
 
     def add(self, rows: Tensor, packing: Packing) -> Tensor:
         """The rows (total, hidden) to go on with: where what is kept may be asked for its gradient, they are made of that."""

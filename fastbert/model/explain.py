@@ -113,8 +113,9 @@ def explain(model: nn.Module | Pipeline, **inputs: Any) -> Explanation:
         names = ", ".join(theirs.__name__ for theirs in known)
         raise TypeError(f"{type(module).__qualname__} contains no encoder that fastbert knows ({names})")
     head = next((m for m in module.modules() if _has_language_model_head(m)), None)
-    first, *others = (_explain_encoder(name, encoder, inputs, _is_compiled(module, name)) for name, encoder in encoders.items())
-    is_compiled = _is_compiled(module, first.name)
+    compiled = {name: _is_compiled(module, name) for name in encoders}
+    first, *others = (_explain_encoder(name, encoder, inputs, compiled[name]) for name, encoder in encoders.items())
+    is_compiled = compiled[first.name]
     first.head, first.others = None if head is None else _head_notes(head), others
     if is_compiled and first.head is not None:
         first.head.append("loss of all rows: torch.compile cannot know how many have a label")

@@ -81,11 +81,18 @@ def _is_causal(layer: nn.Module) -> bool:
 def _reads_first_state(config: Any, output_hidden_states: bool | int | list[int] | None) -> bool:
     asked = {} if output_hidden_states is None else {"output_hidden_states": output_hidden_states}
     wanted = hidden_states_wanted(config, asked)
-    if wanted is None or isinstance(wanted, bool):
-        return bool(wanted)
-    return bool({0, -config.num_hidden_layers - 1} & ({wanted} if isinstance(wanted, int) else set(wanted))) and wanted != 0
+    selected = selected_states(wanted, config)
+    return bool(wanted) and (selected is None or 0 in selected)
 
 
 def hidden_states_wanted(config: Any, arguments: dict[str, Any]) -> bool | int | list[int] | None:
     """What ``output_hidden_states`` is in a call with these keyword arguments; what is false in Python asks for none."""
     return arguments.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+
+
+def selected_states(wanted: bool | int | list[int] | None, config: Any) -> set[int] | None:
+    """The indices of the hidden states that are asked for, from 0, the embeddings; None where ``wanted`` is a flag."""
+    if wanted is None or isinstance(wanted, bool):
+        return None
+    indices, num_layers = [wanted] if isinstance(wanted, int) else wanted, config.num_hidden_layers
+    return {i % (num_layers + 1) for i in indices if -num_layers - 1 <= i <= num_layers}

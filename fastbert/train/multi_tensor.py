@@ -20,9 +20,9 @@ from .lamb import LAMB
 
 def not_supported_reason(device: torch.device) -> str | None:
     """Why parameters on ``device`` cannot be trained by these kernels, or None where they can."""
-    if extension is not None and device.type != DEVICE_TYPE:
-        return f"its kernels run on {DEVICE_TYPE}, the parameters are on {device}"
-    return unavailable_reason()
+    if reason := unavailable_reason():
+        return reason
+    return None if device.type == DEVICE_TYPE else f"its kernels run on {DEVICE_TYPE}, the parameters are on {device}"
 
 
 class MultiTensorOptimizer(Optimizer):

@@ -347,4 +347,7 @@ def test_settings_that_cannot_work() -> None:
         QuestionAnswering(name="question-answering", doc_stride=-1)
     with pytest.raises(SettingsError, match=r"--task question-answering reads columns .* takes no others \(body\)"):
         QuestionAnswering(name="question-answering", columns={"text": "body"})
-    assert TASK.config()["num_labels"] == 2
+    names = {0: "LABEL_0", 1: "LABEL_1"}
+    assert TASK.config() == {
+        "num_labels": 2, "id2label": names, "label2id": {name: number for number, name in names.items()}, "problem_type": None,
+    }  # fmt: skip
