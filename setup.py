@@ -212,8 +212,9 @@ def build_cpu(temp: Path, target: str) -> dict[str, object]:
                 (source, name, [*isa_flags, f"-DFASTBERT_ISA={name}"]) for source in sources("cpu", ".cpp", OPS_OF.get(name, OPS))
             ]
     objects = [str(temp / f"{Path(source).stem}.{name}.o") for source, name, _ in units]
-    # The slowest to compile are those of the widest vectors, which come last: start with them.
-    run_parallel([[*cxx, *flags, *extra, "-c", source, "-o", obj] for (source, _, extra), obj in zip(units, objects)][::-1])
+    commands = [[*cxx, *flags, *extra, "-c", source, "-o", obj] for (source, _, extra), obj in zip(units, objects)]
+    # The slowest to compile come first: the bindings, and the sets of the widest vectors, which are the last.
+    run_parallel([*commands[: len(CPU_COMMON)], *commands[: len(CPU_COMMON) - 1 : -1]])
     link([*cxx, "-shared", *objects], target)
     return {"compiler": f"{version}; it knows no flags for {', '.join(unknown)}" if unknown else version}
 

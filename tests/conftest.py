@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
+import inspect
 import os
 import pkgutil
 import sys
@@ -24,11 +26,35 @@ from . import cuda_on_host  # noqa: E402
 from .processes import rough_savefig  # noqa: E402
 from .toys import entity_folder, sentiment_folder, toy_model, toy_tokenizer  # noqa: E402, F401 (fixtures)
 
+
+def hasten_tritons_interpreter() -> None:
+    """A third of its time goes into listing what triton.language has, at each call of a function; a tenth into tables of types."""
+    from triton.runtime import interpreter
+
+    tl, numpy_type = interpreter.tl, functools.cache(interpreter._get_np_dtype)
+
+    @functools.cache
+    def builtins(owner: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(owner) if tl.core.is_builtin(member)]
+
+    def patch_builtin(owner, builder, scope) -> None:
+        for name in builtins(owner):
+            member = getattr(owner, name)
+            if tl.core.is_builtin(member):  # not while it is replaced already
+                interpreter._patch_attr(owner, name, member, builder, scope)
+
+    def get_numpy_type(dtype):  # pointers cannot be looked up: they have no hash
+        return numpy_type(tl.uint64 if dtype.scalar.is_ptr() else dtype.scalar)
+
+    interpreter._patch_builtin, interpreter._get_np_dtype = patch_builtin, get_numpy_type
+
+
 if not torch.cuda.is_available():
     # At once: a kernel is interpreted or compiled for good when it is imported, and a test may change the variable before that.
     if importlib.util.find_spec("triton"):
         import fastbert_kernels
 
+        hasten_tritons_interpreter()
         for module in pkgutil.iter_modules(fastbert_kernels.__path__, "fastbert_kernels."):
             importlib.import_module(module.name)
     if cuda_on_host.compiler():

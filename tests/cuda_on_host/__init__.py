@@ -81,7 +81,8 @@ def _build(command: list[str], build: Path, target: Path) -> None:
     import pybind11
 
     includes = [f"-I{path}" for path in (FOLDER, REPOSITORY / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
-    sources = [*sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu")), REPOSITORY / "csrc/cuda/bindings.cpp", FOLDER / "simt.cpp"]
+    # The slowest to compile comes first.
+    sources = [REPOSITORY / "csrc/cuda/bindings.cpp", *sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu")), FOLDER / "simt.cpp"]
     objects = [str(build / f"{source.stem}.o") for source in sources]
 
     def compile_one(source: Path, result: str) -> None:
