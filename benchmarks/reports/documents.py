@@ -30,8 +30,8 @@ def documents(path: Path) -> dict[str, Document]:
 
 
 def others(path: Path) -> dict[str, str | None]:
-    """By name the commands that made the folder's other documents, where they say so."""
-    found = {name: document for file in _files(path) for name, document in _of_file(file)}
+    """By name the commands that made the folder's other files, where they say so."""
+    found = {file.stem: next(_of_file(file))[1] for file in _files(path)}
     return {name: document.get("command") for name, document in found.items() if document.get("benchmark") not in SUITES}
 
 

@@ -1,4 +1,4 @@
-"""docs/performance.md, its pictures and README.md's speed tables, from all of benchmarks/results.
+"""docs/performance.md, a page and pictures for each machine, and README.md's speed tables, from all of benchmarks/results.
 
     python -m benchmarks.reports.page [--check]
 
@@ -28,10 +28,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 @dataclass(frozen=True)
 class Page:
-    """text: of docs/performance.md; readme: of README.md; pictures: by file name in docs/performance."""
+    """text: of docs/performance.md; readme: of README.md; machines and pictures: by file name in docs/performance."""
 
     text: str
     readme: str
+    machines: Mapping[str, str]
     pictures: Mapping[str, Picture]
 
 
@@ -47,7 +48,7 @@ class Places:
         return self.repository / "docs" / "performance.md"
 
     @property
-    def pictures(self) -> Path:
+    def machines(self) -> Path:
         return self.repository / "docs" / "performance"
 
     @property
@@ -66,7 +67,10 @@ def main() -> None:
         parser.error(str(error))
     if given.check:
         differences = list(check(page, places))
-        print("\n".join(differences) or "docs/performance.md, its pictures and README.md are what the results give")
+        print(
+            "\n".join(differences)
+            or "docs/performance.md, its machines' pages and pictures and README.md are what the results give"
+        )
         sys.exit(1 if differences else 0)
     if reason := pictures.why_not():
         parser.error(reason)
@@ -77,67 +81,87 @@ def made(places: Places) -> Page:
     folders = sorted(places.results.iterdir(), key=lambda folder: (folder.name != readme.MACHINE, folder.name))
     by_machine = {folder.name: documents(folder) for folder in folders if folder.is_dir()}
     by_machine = {name: found for name, found in by_machine.items() if found}
-    drawn = {name: pictures.pictures(document, name) for name, document in _named(by_machine)}
     parts = [
         page_text.HEAD,
         "## fastbert against transformers", page_text.SUMMARY, _summary(by_machine),
         "## How to read this", page_text.READING,
         "## When fastbert does not help", *_when_not(by_machine),
+        "## Measure it yourself", page_text.RERUN,
     ]  # fmt: skip
+    drawn: dict[str, Picture] = {}
+    machines = {}
     for machine, found in by_machine.items():
-        parts.append(f"## {machine}")
-        parts.append(hardware(next(iter(found.values()))["machine"]))
-        for name, document in found.items():
-            link = f"[{name}.json](../benchmarks/results/{machine}/{_file_of(name)})"
-            addresses = {f"performance/{file}": picture.title for file, picture in drawn[f"{machine}-{name}"].items()}
-            own_name = "" if name == document["benchmark"] else f" ({name})"
-            parts += [f"### {title(document)}{own_name}", f"{link}. {made_by(document)} {versions(document['machine'])}"]
-            parts.append(section(document, addresses, "####"))
-        if rest := others(places.results / machine):
-            parts += [f"### Other measurements on {machine}", _others(machine, rest)]
-    parts += ["## Measure it yourself", page_text.RERUN]
-    text = "\n\n".join(parts) + "\n"
-    for_readme = readme.rendered(places.readme.read_text(encoding="utf-8"), by_machine.get(readme.MACHINE, {}))
-    return Page(text, for_readme, {file: picture for found in drawn.values() for file, picture in found.items()})
+        of_document = {name: pictures.pictures(document, f"{machine}-{name}") for name, document in found.items()}
+        machines[f"{machine}.md"] = _machine(machine, found, of_document, others(places.results / machine))
+        drawn |= {file: picture for of_one in of_document.values() for file, picture in of_one.items()}
+    for_readme = readme.rendered(places.readme.read_text(encoding="utf-8"), by_machine)
+    return Page("\n\n".join(parts) + "\n", for_readme, machines, drawn)
+
+
+def _machine(
+    machine: str,
+    found: Mapping[str, Document],
+    drawn: Mapping[str, Mapping[str, Picture]],
+    rest: Mapping[str, str | None],
+) -> str:
+    """The page of one machine: a section for each document."""
+    parts = [page_text.MADE, f"# {machine}", hardware(next(iter(found.values()))["machine"]), page_text.OF_A_MACHINE]
+    for name, document in found.items():
+        link = f"[{name}.json](../../benchmarks/results/{machine}/{_file_of(name)})"
+        addresses = {file: picture.title for file, picture in drawn[name].items()}
+        parts += [f"## {_title(name, document)}", f"{link}. {made_by(document)} {versions(document['machine'])}"]
+        parts.append(section(document, addresses, "###"))
+    if rest:
+        parts += ["## Other measurements", _others(machine, rest)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(name: str, document: Document) -> str:
+    """A machine may have several documents of a suite: those beyond the first are told apart by the file's name."""
+    return title(document) if name == document["benchmark"] else f"{title(document)} ({name})"
 
 
 def write(page: Page, places: Places) -> None:
-    """Pictures that the page no longer has are removed."""
-    places.pictures.mkdir(parents=True, exist_ok=True)
-    for path in places.pictures.glob("*.png"):
-        if path.name not in page.pictures:
-            path.unlink()
+    """Pages of machines and pictures that are no longer there are removed."""
+    places.machines.mkdir(parents=True, exist_ok=True)
+    for path in _left_over(page, places):
+        path.unlink()
     for file, picture in page.pictures.items():
-        picture.save(places.pictures / file)
-    write_text(places.page, page.text)
-    if page.readme != places.readme.read_text(encoding="utf-8"):
-        write_text(places.readme, page.readme)
+        picture.save(places.machines / file)
+    for path, text in _texts(page, places).items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+
+
+def _texts(page: Page, places: Places) -> dict[Path, str]:
+    machines = {places.machines / file: text for file, text in page.machines.items()}
+    return {places.page: page.text, places.readme: page.readme, **machines}
+
+
+def _left_over(page: Page, places: Places) -> list[Path]:
+    return [
+        path
+        for path in sorted(places.machines.glob("*.*"))
+        if path.suffix in (".md", ".png") and path.name not in {*page.machines, *page.pictures}
+    ]
 
 
 def check(page: Page, places: Places) -> Iterator[str]:
     """What differs, as lines of text."""
-    for path, text in ((places.page, page.text), (places.readme, page.readme)):
+    for path, text in _texts(page, places).items():
         there = path.read_text(encoding="utf-8") if path.exists() else ""
         name = str(path.relative_to(places.repository))
         yield from difflib.unified_diff(
             there.splitlines(), text.splitlines(), name, f"{name} from benchmarks/results", lineterm="", n=0
         )
     for file, picture in page.pictures.items():
-        path = places.pictures / file
+        path = places.machines / file
         if not path.exists():
             yield f"{path.relative_to(places.repository)} is missing"
         elif pictures.digest_in(path) != picture.digest:
             yield f"{path.relative_to(places.repository)} shows other figures than benchmarks/results has"
-    for path in sorted(places.pictures.glob("*.png")):
-        if path.name not in page.pictures:
-            yield f"{path.relative_to(places.repository)} belongs to no result"
-
-
-def _named(by_machine: Mapping[str, Mapping[str, Document]]) -> Iterator[tuple[str, Document]]:
-    """Documents by the beginnings of their pictures' names."""
-    for machine, found in by_machine.items():
-        for name, document in found.items():
-            yield f"{machine}-{name}", document
+    for path in _left_over(page, places):
+        yield f"{path.relative_to(places.repository)} belongs to no result"
 
 
 def _file_of(name: str) -> str:
@@ -148,11 +172,14 @@ def _file_of(name: str) -> str:
 def _summary(by_machine: Mapping[str, Mapping[str, Document]]) -> str:
     lines = []
     for machine, found in by_machine.items():
-        for document in found.values():
+        page = f"[{machine}](performance/{machine}.md)"
+        for name, document in found.items():
             ours = [row for row in model_rows(document) if row.contender == OURS and row.median_s is not None]
             for batch in dict.fromkeys(row.batch for row in ours):
                 of_dtype = {row.dtype: row for row in ours if row.batch == batch}
-                lines.append([machine, title(document), batch, *(_against_transformers(of_dtype.get(dtype)) for dtype in DTYPES)])
+                lines.append(
+                    [page, _title(name, document), batch, *(_against_transformers(of_dtype.get(dtype)) for dtype in DTYPES)]
+                )
     return markdown(("machine", "suite and model", "batch", "float32", "bfloat16", "int8, against float32"), lines, text_columns=3)
 
 
@@ -184,7 +211,7 @@ def _when_not(by_machine: Mapping[str, Mapping[str, Document]]) -> Iterator[str]
 
 def _others(machine: str, commands: Mapping[str, str | None]) -> str:
     lines = [
-        (f"[{name}.json](../benchmarks/results/{machine}/{_file_of(name)})", command and f"`{command}`")
+        (f"[{name}.json](../../benchmarks/results/{machine}/{name}.json)", command and f"`{command}`")
         for name, command in commands.items()
     ]
     return markdown(("document", "made by"), lines, text_columns=2)

@@ -1,4 +1,4 @@
-"""The words of docs/performance.md around its tables, in Markdown."""
+"""The words of docs/performance.md and of the machines' pages around their tables, in Markdown."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ from .agreement import BETWEEN_RUNS
 from .losses import WORTH_IT
 from .readme import MACHINE
 
-HEAD = """\
-<!-- Made by `python -m benchmarks.reports.page` from benchmarks/results: change that, not this. -->
+MADE = "<!-- Made by `python -m benchmarks.reports.page` from benchmarks/results: change that, not this. -->"
+
+HEAD = f"""\
+{MADE}
 
 # Performance
 
-Every figure on this page comes from a JSON document in [benchmarks/results](../benchmarks/results), which names its machine,
-its versions and the command that made it; a test fails where the page and the documents differ. fastbert is measured beside the
-best that one could use instead, on the same weights and batches, with outputs or losses compared before anything is timed."""
+Every figure on this page and on those of the machines comes from a JSON document in
+[benchmarks/results](../benchmarks/results), which names its machine, its versions and the command that made it; a test fails
+where the pages and the documents differ. fastbert is measured beside the best that one could use instead, on the same weights
+and batches, with outputs or losses compared before anything is timed."""
 
 SUMMARY = """\
 How many times as fast as transformers (sdpa) in the same dtype, with quartiles. transformers has no int8 on CPUs: that column
-is against its float32. More than this table are the tables below: what careful users of transformers and other engines reach."""
+is against its float32. A machine's own page has more: what careful users of transformers and other engines reach, memory, the
+share of what the machine can do, where the time goes, and every op on its own."""
+
+OF_A_MACHINE = """\
+[performance.md](../performance.md) says how to read the tables, sets all machines side by side and tells how to measure this
+again."""
 
 READING = f"""\
 - **ms**: the median of the rounds, with the quartiles in brackets. Contenders take turns, each round in another order: what the

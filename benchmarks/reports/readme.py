@@ -1,7 +1,8 @@
-"""The speed tables of README.md, from the results of one machine.
+"""The speed tables of README.md: two of one machine, and one of all CPUs.
 
 What stands between ``<!-- from benchmarks/results: NAME -->`` and ``<!-- end -->`` is replaced by the table of that name:
-``inference`` (milliseconds of a forward pass), ``training`` (of a step, with its peak memory).
+``inference`` (milliseconds of a forward pass), ``training`` (of a step, with its peak memory), ``machines`` (ratios to
+transformers).
 """
 
 from __future__ import annotations
@@ -21,18 +22,24 @@ _MISSING = "-"
 Documents = Mapping[str, Document]
 
 
-def rendered(text: str, documents: Documents) -> str:
-    """The text with its tables made anew from the machine's documents. Raises :class:`ReportError` for a table that there is not
+def rendered(text: str, by_machine: Mapping[str, Documents]) -> str:
+    """The text with its tables made anew from the machines' documents. Raises :class:`ReportError` for a table that there is not
     and for one whose documents are missing."""
 
     def table(match: re.Match[str]) -> str:
         start, name, _, end = match.groups()
-        if name not in TABLES:
-            raise ReportError(f"README.md asks for the table {name!r} from benchmarks/results: there are {', '.join(TABLES)}")
-        needed, make = TABLES[name]
-        if missing := [f"{suite}.json" for suite in needed if suite not in documents]:
-            raise ReportError(f"README.md's table {name!r} needs {', '.join(missing)} in benchmarks/results/{MACHINE}")
-        return f"{start}\n{make(documents)}\n\n{end}"
+        if name == "machines":
+            made = machines_table(by_machine)
+        elif name in TABLES:
+            needed, make = TABLES[name]
+            documents = by_machine.get(MACHINE, {})
+            if missing := [f"{suite}.json" for suite in needed if suite not in documents]:
+                raise ReportError(f"README.md's table {name!r} needs {', '.join(missing)} in benchmarks/results/{MACHINE}")
+            made = make(documents)
+        else:
+            known = ", ".join((*TABLES, "machines"))
+            raise ReportError(f"README.md asks for the table {name!r} from benchmarks/results: there are {known}")
+        return f"{start}\n{made}\n\n{end}"
 
     return _BLOCK.sub(table, text)
 
@@ -76,7 +83,30 @@ def training_table(documents: Documents) -> str:
     return "\n".join(lines)
 
 
-# name -> the suites that it needs, and how to make it
+def machines_table(by_machine: Mapping[str, Documents]) -> str:
+    """A line for each machine without a GPU, a column for each usual batch: how many times as fast as transformers in the same
+    dtype, of int8 as transformers in float32."""
+    columns = [("inference", batch) for batch in workloads(STANDARD)] + [
+        ("finetune", workload("mnli")),
+        ("pretrain", workload("16x128")),
+    ]
+    headings = [batch.name if suite == "inference" else f"{_DOING[suite]}, {batch.name}" for suite, batch in columns]
+    lines = [_line(["", *headings]), _rule(len(columns) + 1)]
+    for machine, documents in by_machine.items():
+        if any(document["machine"].get("gpu") for document in documents.values()):
+            continue
+        cells = []
+        for suite, batch in columns:
+            rows = rows_of(documents[suite]) if suite in documents else []
+            ours = [row for row in rows if row.batch == batch.name and row.contender == OURS and row.reason is None]
+            cells.append(" / ".join(_against_transformers(row) for row in ours) or _MISSING)
+        lines.append(_line([f"[{machine}](docs/performance/{machine}.md)", *cells]))
+    return "\n".join(lines)
+
+
+_DOING = {"finetune": "fine-tuning", "pretrain": "pretraining"}
+
+# name -> the suites that it needs of one machine, and how to make it
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "inference": (("inference",), inference_table),
     "training": (("finetune", "pretrain"), training_table),
@@ -119,6 +149,11 @@ def _ms(row: Row | None) -> str:
 def _times(row: Row | None, bold: bool) -> str:
     text = _MISSING if row is None or row.ratio is None else f"{row.ratio:.1f}x"
     return f"**{text}**" if bold else text
+
+
+def _against_transformers(row: Row) -> str:
+    ratio = row.float32_ratio if row.dtype == "int8" else row.ratio
+    return _MISSING if ratio is None else f"{ratio:.1f}x"
 
 
 def _step(row: Row | None) -> str:

@@ -1,4 +1,5 @@
-"""docs/performance.md, its pictures and README.md's tables are what benchmarks/results gives: no figure is edited by hand."""
+"""docs/performance.md, its machines' pages and pictures and README.md's tables are what benchmarks/results gives: no figure is
+edited by hand."""
 
 from __future__ import annotations
 
@@ -53,24 +54,36 @@ def differences(places: Places) -> list[str]:
 
 def test_what_was_written_is_up_to_date(places):
     assert differences(places) == []
-    pictures = {path.name for path in places.pictures.iterdir()}
+    pictures = {path.name for path in places.machines.glob("*.png")}
     assert f"{readme.MACHINE}-inference-ratios.png" in pictures and "xeon-inference-ratios.png" in pictures
-    text = places.page.read_text()
-    assert {f"](performance/{name})" in text for name in pictures} == {True}
-    before = places.page.read_bytes(), places.readme.read_bytes()
+    text = "".join(path.read_text() for path in places.machines.glob("*.md"))
+    assert {f"]({name})" in text for name in pictures} == {True}
+    files = [places.page, places.readme, *places.machines.glob("*.md")]
+    before = [path.read_bytes() for path in files]
     page.write(page.made(places), places)
-    assert (places.page.read_bytes(), places.readme.read_bytes()) == before
+    assert [path.read_bytes() for path in files] == before
 
 
-def test_what_the_page_has(places):
+def test_what_the_pages_have(places):
     text = places.page.read_text()
-    for heading in ("## How to read this", "## When fastbert does not help", f"## {readme.MACHINE}", "## xeon", "## Measure it"):
+    for heading in ("## How to read this", "## When fastbert does not help", "## Measure it"):
         assert f"\n{heading}" in text
-    assert "## empty" not in text
-    assert f"| {readme.MACHINE} | inference, bert-base | 32 x 128 | 4.00x (3.60-4.40) | 3.75x (3.38-4.12) | 6.67x" in text
-    assert f"[inference.json](../benchmarks/results/{readme.MACHINE}/inference.json). Made by `fastbert bench" in text
-    assert "[embed.json](../benchmarks/results/xeon/embed.json) | `python -m benchmarks.embed` |" in text
-    assert "| **fastbert native** | backward |" in text and "| linear | 75.0 | 75.0 | 50.0 | 1.50 |" in text
+    link = f"[{readme.MACHINE}](performance/{readme.MACHINE}.md)"
+    assert f"| {link} | inference, bert-base | 32 x 128 | 4.00x (3.60-4.40) | 3.75x (3.38-4.12) | 6.67x" in text
+    assert {path.name for path in places.machines.glob("*.md")} == {f"{readme.MACHINE}.md", "xeon.md"}
+    machine = (places.machines / f"{readme.MACHINE}.md").read_text()
+    assert f"[inference.json](../../benchmarks/results/{readme.MACHINE}/inference.json). Made by `fastbert bench" in machine
+    assert "| **fastbert native** | backward |" in machine and "| linear | 75.0 | 75.0 | 50.0 | 1.50 |" in machine
+    other = "[embed.json](../../benchmarks/results/xeon/embed.json) | `python -m benchmarks.embed` |"
+    assert other in (places.machines / "xeon.md").read_text()
+
+
+def test_documents_of_one_suite_are_told_apart(places):
+    document = toys.inference(("32 x 128", "1 x 32"))
+    (places.results / readme.MACHINE / "inference-by-length.json").write_text(json.dumps(document))
+    made = page.made(places)
+    for name in ("inference, bert-base", "inference, bert-base (inference-by-length)"):
+        assert f"| {name} | 32 x 128 |" in made.text and f"\n## {name}\n" in made.machines[f"{readme.MACHINE}.md"]
 
 
 def test_when_it_does_not_help_comes_from_the_results(places):
@@ -89,11 +102,17 @@ def test_when_it_does_not_help_comes_from_the_results(places):
     assert "Of the batches of models that were measured: none." in page.made(places).text
 
 
-@pytest.mark.parametrize("file", ["page", "readme"])
-def test_a_number_edited_by_hand_is_found(places, file):
-    path = getattr(places, file)
+@pytest.mark.parametrize(
+    ("file", "figure"),
+    [
+        ("docs/performance.md", "4.00x (3.60-4.40)"),
+        (f"docs/performance/{readme.MACHINE}.md", "4.00x (3.60-4.40)"),
+        ("README.md", "400 / 300"),
+    ],
+)
+def test_a_number_edited_by_hand_is_found(places, file, figure):
+    path = places.repository / file
     text = path.read_text()
-    figure = "400 / 300" if file == "readme" else "4.00x (3.60-4.40)"
     assert figure in text
     path.write_text(text.replace(figure, "9.99x", 1))
     found = differences(places)
@@ -110,13 +129,15 @@ def test_other_results_are_found_in_text_and_pictures(places):
     assert differences(places) == [f"{name} shows other figures than benchmarks/results has" for name in names]
 
 
-def test_pictures_that_are_missing_or_left_over_are_found(places):
-    mine = places.pictures / "xeon-inference-ratios.png"
-    shutil.copy(mine, places.pictures / "vax-inference-ratios.png")
+def test_files_that_are_missing_or_left_over_are_found(places):
+    mine = places.machines / "xeon-inference-ratios.png"
+    shutil.copy(mine, places.machines / "vax-inference-ratios.png")
     mine.unlink()
+    (places.machines / "vax.md").touch()
     assert differences(places) == [
         "docs/performance/xeon-inference-ratios.png is missing",
         "docs/performance/vax-inference-ratios.png belongs to no result",
+        "docs/performance/vax.md belongs to no result",
     ]
     page.write(page.made(places), places)
     assert differences(places) == []
@@ -140,8 +161,8 @@ def test_the_command(places, monkeypatch, capsys):
 def test_readmes_tables():
     documents = {"inference": toys.inference(("32 x 128", "1 x 32")), "finetune": toys.finetune(), "pretrain": toys.pretrain()}
     inference, training = (f"<!-- from benchmarks/results: {name} -->\nold\n<!-- end -->\n" for name in ("inference", "training"))
-    text = f"a\n{inference}b\n{training}"
-    assert readme.rendered(text, documents).splitlines() == [
+    text, by_machine = f"a\n{inference}b\n{training}", {readme.MACHINE: documents}
+    assert readme.rendered(text, by_machine).splitlines() == [
         "a",
         "<!-- from benchmarks/results: inference -->",
         "",
@@ -167,12 +188,29 @@ def test_readmes_tables():
         "",
         "<!-- end -->",
     ]
-    assert readme.rendered(readme.rendered(text, documents), documents) == readme.rendered(text, documents)
+    assert readme.rendered(readme.rendered(text, by_machine), by_machine) == readme.rendered(text, by_machine)
     assert readme.rendered("no tables", {}) == "no tables"
 
 
+def test_readmes_machines():
+    gpu = {**toys.finetune(), "machine": {**toys.MACHINE, "gpu": "Abacus 100"}}
+    machines = {
+        "new": {"inference": toys.inference(("32 x 128", "1 x 32")), "finetune": toys.finetune(), "pretrain": toys.pretrain()},
+        "old": {"inference": toys.inference(("1 x 32",))},
+        "with-a-gpu": {"finetune": gpu},
+    }
+    text = readme.rendered("<!-- from benchmarks/results: machines -->\nold\n<!-- end -->\n", machines)
+    assert text.splitlines()[2:-2] == [
+        "|  | 32 x 128 | MNLI lengths, padded to 128 | 8 x 512 | 1 x 32 "
+        "| fine-tuning, MNLI lengths, padded to 128 | pretraining, 16 x 128 |",
+        "|---|---|---|---|---|---|---|",
+        "| [new](docs/performance/new.md) | 4.0x / 3.8x / 6.7x | - | - | 4.0x / 3.8x / 6.7x | 4.0x / 4.0x | 4.0x / 4.0x |",
+        "| [old](docs/performance/old.md) | - | - | - | 4.0x / 3.8x / 6.7x | - | - |",
+    ]
+
+
 def test_tables_that_cannot_be_made():
-    with pytest.raises(ReportError, match="asks for the table 'speed' .* there are inference, training"):
+    with pytest.raises(ReportError, match="asks for the table 'speed' .* there are inference, training, machines"):
         readme.rendered("<!-- from benchmarks/results: speed -->\n<!-- end -->", {})
     with pytest.raises(ReportError, match="README.md's table 'training' needs finetune.json, pretrain.json in benchmarks/results/"):
         readme.rendered("<!-- from benchmarks/results: training -->\n<!-- end -->", {})
