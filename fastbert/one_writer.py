@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from fastbert.train.errors import SettingsError
+from fastbert.train.launch import launch
 from fastbert.user_cache import user_cache_folder
 
 R = TypeVar("R")
@@ -30,15 +30,17 @@ def one_writer(run: Callable[..., R]) -> Callable[..., R]:
 
     @functools.wraps(run)
     def locked(settings: Any, *others: Any, **named: Any) -> R:
-        _check_is_text(settings.output)
-        with _lock(settings.output) if _writes() else contextlib.nullcontext():
+        with writing_to(settings.output):
             return run(settings, *others, **named)
 
     return locked
 
 
-def _writes() -> bool:
-    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+def writing_to(output: str | Path) -> contextlib.AbstractContextManager:
+    """This process alone writes to ``output`` from here on until the end; see :func:`one_writer`."""
+    _check_is_text(output)
+    started = launch()
+    return _lock(output) if started is None or started.is_main else contextlib.nullcontext()
 
 
 def _check_is_text(output: str | Path) -> None:

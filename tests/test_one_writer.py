@@ -93,7 +93,8 @@ def test_one_output_under_two_names(tmp_path):
 
 def test_of_processes_that_torchrun_has_started_the_first_one_holds_the_lock(tmp_path, monkeypatch):
     settings = SimpleNamespace(output=tmp_path / "a")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
 
     @one_writer
     def first(settings):

@@ -54,8 +54,7 @@ void gradient_norm(const OptimizerParams& params, float max_norm, float* norm, f
 // A step of AdamW, or of LAMB; groups are in the host's memory, kMaxOptimizerGroups at most.
 void adamw(const OptimizerParams& params, const OptimizerGroup* groups, int64_t num_groups, void* stream);
 void lamb(const OptimizerParams& params, const OptimizerGroup* groups, int64_t num_groups, void* stream);
-// head_dim is a multiple of 8 up to this, softmax_scale positive, dtype bfloat16 or float16.
-constexpr int64_t kMaxHeadDim = 128;
+// head_dim is a multiple of 8 up to 128, softmax_scale positive, dtype bfloat16 or float16.
 
 // max_seqlen: the length of the longest sequence, or more. delta: a workspace of (num_heads, total).
 // What dropout drew in a forward pass, for its backward pass, which would have to draw it again: a bit for each probability,

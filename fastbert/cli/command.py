@@ -7,6 +7,7 @@ and text for people goes to stderr; options that cannot be parsed end in exit co
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -88,7 +89,7 @@ def given_options(ctx: typer.Context) -> dict[str, Any]:
 
 def prints_unicode() -> bool:
     """Whether stdout takes all characters: the terminal's encoding may be an old one, and LC_ALL may say so."""
-    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    return sys.stdout is not None and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def run_command(name: str, body: Callable[[Say], CommandResult], *, json_output: bool, debug: bool) -> None:
@@ -110,6 +111,8 @@ def run_command(name: str, body: Callable[[Say], CommandResult], *, json_output:
 def _run(name: str, body: Callable[[], CommandResult], json_output: bool, debug: bool) -> None:
     try:
         result = body()
+        if json_output:
+            _print_document({"command": name, "exit_code": result.exit_code, **result.document})
     except NobodyReads:
         raise
     except CommandFailure as failure:
@@ -126,16 +129,14 @@ def _run(name: str, body: Callable[[], CommandResult], json_output: bool, debug:
             message = f"{type(error).__name__}: {error}"
             _print_document({"command": name, "exit_code": FAILED, "error": message})
         raise
-    else:
-        if json_output:
-            _print_document({"command": name, "exit_code": result.exit_code, **result.document})
-        raise typer.Exit(result.exit_code)
+    raise typer.Exit(result.exit_code)
 
 
 def _fail(name: str, message: str, exit_code: int, json_output: bool, debug: bool, error: BaseException) -> None:
     _print(f"fastbert {name}: {message}", sys.stderr)
     if json_output:
-        _print_document({"command": name, "exit_code": exit_code, "error": message})
+        with contextlib.suppress(OSError):  # which may be the error
+            _print_document({"command": name, "exit_code": exit_code, "error": message})
     if debug:
         raise error
     raise typer.Exit(exit_code)
@@ -145,10 +146,16 @@ def _print_document(document: dict[str, Any]) -> None:
     _print(json.dumps(document, allow_nan=False), sys.stdout)
 
 
-def _print(text: str, stream: TextIO) -> None:
-    """Raises :class:`NobodyReads`; ``stream`` then leads nowhere, so that nothing complains when Python flushes it at its end."""
+def _print(text: str, stream: TextIO | None) -> None:
+    """Nothing where the stream is closed. Raises :class:`NobodyReads`, and OSError where the stream cannot be written to; it then
+    leads nowhere, so that nothing complains when Python flushes it at its end."""
+    if stream is None:
+        return
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError as error:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        raise NobodyReads from error
+        if isinstance(error, BrokenPipeError):
+            raise NobodyReads from error
+        name = "standard error" if stream is sys.stderr else "standard output"
+        raise OSError(f"{name} cannot be written to: {error.strerror}") from error

@@ -89,7 +89,7 @@ def embed(
 ) -> None:
     """Turn texts into embeddings (features of BERT as it is), one file out of as many texts as you have."""
     options = {
-        "model": model, "inputs": tuple(input_), "output": output, "pooling": pooling, "level": level, "normalize": normalize,
+        "model": model, "input": tuple(input_), "output": output, "pooling": pooling, "level": level, "normalize": normalize,
         "text_column": text_column, "text_pair_column": text_pair_column, "words_column": words_column, "split": split,
         "max_seq_length": max_seq_length, "tokens_per_batch": tokens_per_batch, "num_processes": num_processes, "dtype": dtype,
         "device": device, "resume": resume, "overwrite": overwrite,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -149,4 +150,6 @@ def warmup(
 
 def main() -> None:
     """The console script."""
+    if sys.stderr is None:  # closed, which is no reason for an error
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the end)
     app(prog_name="fastbert")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastbert.one_writer import writing_to
 from fastbert.train.errors import SettingsError
 from fastbert.whole_file import whole_file
 
@@ -18,6 +20,7 @@ from .app import app
 from .command import CommandResult, DebugOption, JsonOption, Say, prints_unicode, run_command
 
 _FORMATS = (".jsonl", ".csv")
+_LONGEST_NAME = 250  # bytes: file systems take 255, and whole_file adds to it
 
 
 @app.command()
@@ -37,7 +40,10 @@ def predict(
     output: Annotated[
         str | None, typer.Option(help="A .jsonl or .csv file.  [default: JSON lines on stdout]", show_default=False)
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or int8.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or int8.  [default: float32, or the int8 that it was saved in]", show_default=False),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1.")] = "auto",
     max_seq_length: Annotated[
         int | None, typer.Option(min=8, help="Tokens of a sequence at most.  [default: as in training]", show_default=False)
@@ -55,6 +61,10 @@ def predict(
         for option, column in (("--text-column", text_column), ("--text-pair-column", text_pair_column)):
             if column is not None and input_file in (None, "-"):
                 raise SettingsError(f"{option} {column} is for a file with columns: give --input FILE, or leave {option} out")
+        if not model:
+            raise SettingsError("--model is empty: give a value, or leave the option out")
+        if output is None and sys.stdout is None:
+            raise SettingsError("standard output is closed: give --output FILE")
         target = None if output is None else check_output(Path(output), overwrite)
         if target is not None and input_file is not None and target.resolve() == Path(input_file).resolve():
             raise SettingsError(f"--output {output} is the input; give another name")
@@ -64,14 +74,14 @@ def predict(
         if input_file not in (None, "-") and not Path(input_file).is_file():
             found = "a folder, expected a file" if Path(input_file).is_dir() else "no such file"
             raise SettingsError(f"--input {input_file}: {found}")
-        from fastbert.data.tables import read_stream
+        from fastbert.data.tables import read_stdin
         from fastbert.tasks.predictor import Predictor
 
         predictor = Predictor.from_pretrained(
             model, dtype=dtype, device=device, max_seq_length=max_seq_length, tokens_per_batch=tokens_per_batch
         )
         if input_file is None or input_file == "-":
-            lines = texts or [row["text"] for row in read_stream(sys.stdin.buffer, "standard input").rows]
+            lines = texts or [row["text"] for row in read_stdin().rows]
             examples = predictor.task.examples_from(lines)
         else:
             examples = predictor.read(input_file, text_column=text_column, text_pair_column=text_pair_column)
@@ -90,7 +100,11 @@ def predict(
             say(f"{len(rows):,} predictions: {target}")
         return CommandResult(document)
 
-    run_command("predict", body, json_output=json_output, debug=debug)
+    def alone(say: Say) -> CommandResult:
+        with contextlib.nullcontext() if output is None else writing_to(output):
+            return body(say)
+
+    run_command("predict", alone, json_output=json_output, debug=debug)
 
 
 def check_output(path: Path, overwrite: bool) -> Path:
@@ -101,23 +115,30 @@ def check_output(path: Path, overwrite: bool) -> Path:
         raise SettingsError(f"--output {path} is a folder; give the name of a file")
     if path.exists() and not overwrite:
         raise SettingsError(f"--output {path} is there already; --overwrite replaces it")
-    if not path.absolute().parent.is_dir():
-        raise SettingsError(f"--output {path}: there is no folder {path.absolute().parent}")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output {path}: no permission to write to {path.absolute().parent}")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise SettingsError(f"--output {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output {path}: no permission to write to {folder}")
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise SettingsError(f"--output: the name {path.name[:40]}... is longer than {_LONGEST_NAME} bytes")
     return path
 
 
 def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON lines, or CSV, whose cells are JSON where a value is a list or an object. Whole, or not at all."""
-    with whole_file(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".jsonl":
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        else:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else ["input"])
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({key: _cell(value) for key, value in row.items()})
+    """JSON lines, or CSV, whose cells are JSON where a value is a list or an object. Whole, or not at all: raises OSError naming
+    ``path`` where the disk is full."""
+    try:
+        with whole_file(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+            if path.suffix == ".jsonl":
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            else:
+                writer = csv.DictWriter(file, list(rows[0]) if rows else ["input"])
+                writer.writeheader()
+                for row in rows:
+                    writer.writerow({key: _cell(value) for key, value in row.items()})
+    except OSError as error:
+        raise OSError(f"--output {path} cannot be written: {error.strerror or error}") from error
 
 
 def _cell(value: Any) -> Any:

@@ -10,17 +10,3 @@ of transformers' Trainer.
 Labelled data: ``splits`` finds the ``sources`` of training, dev and test data; ``tables``, ``conll`` and ``squad`` read them,
 checked row by row. Everything that is wrong with what was read is a DataError (``errors``) that names the place.
 """
-
-from __future__ import annotations
-
-from typing import Any
-
-__all__ = ["DataCollatorWithPacking"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'fastbert.data' has no attribute {name!r}")
-    from .collator import DataCollatorWithPacking  # transformers takes seconds to import
-
-    return DataCollatorWithPacking

@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,10 +64,8 @@ def write_shard(folder: Path, name: str, ids: NDArray, sentence_lengths: NDArray
 
     arrays = dict(zip(_ARRAYS, (ids, sentence_lengths.astype(np.uint32), document_lengths.astype(np.uint32))))
     content = save(arrays)
-    with whole_file(folder / name) as beside, beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with whole_file(folder / name, on_disk=True) as beside:
+        beside.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     return Shard(name, len(content), digest, len(document_lengths), len(sentence_lengths), len(ids))
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from fastbert.data.errors import DataError
 from fastbert.data.hub import no_waiting_for_the_hub
@@ -84,10 +84,13 @@ def read_table(source: Source, *, header: Sequence[str] | None = None, quoted: b
     return _checked(name, columns, rows, places)
 
 
-def read_stream(stream: BinaryIO, name: str) -> Table:
-    """A table as of a ``.txt`` file out of a stream of UTF-8, such as standard input, which ``name`` names in messages."""
+def read_stdin() -> Table:
+    """A table as of a ``.txt`` file out of standard input, in UTF-8."""
+    name = "standard input"
+    if sys.stdin is None:
+        raise DataError(f"{name} is closed")
     rows = []
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             rows.append({"text": without_line_end(line.decode("utf-8-sig" if number == 1 else "utf-8"))})
         except UnicodeDecodeError as error:

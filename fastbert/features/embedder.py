@@ -1,6 +1,6 @@
 """Texts to embeddings: the features of a BERT that stays as it is, at the speed of packed batches.
 
-    from .embedder import Embedder
+    from fastbert import Embedder
     vectors = Embedder.from_pretrained("bert-base-uncased", pooling="mean")(["A text.", "Another one."])
 
 Sequences of a chunk are sorted by length and packed, so that nothing is computed on padding. Models of an architecture that

@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastbert.data.hub import no_waiting_for_the_hub
-from fastbert.model.int8_checkpoint import METHOD as INT8
 from fastbert.tasks.model import (
     accelerated,
     check_vocabulary,
@@ -20,6 +19,7 @@ from fastbert.tasks.model import (
     load_fast_tokenizer,
     quantized,
     quiet_transformers,
+    stays_int8,
 )
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import check_sizes, pick_device
@@ -53,11 +53,9 @@ def _load_model(
     name: str, config: transformers.PretrainedConfig, dtype: str | None, device: str
 ) -> tuple[PreTrainedModel, list[str]]:
     """The encoder in evaluation mode, fast where it can be, and notes of why it is not."""
-    saved_in_int8 = (getattr(config, "quantization_config", None) or {}).get("quant_method") == INT8
     if dtype not in (None, *DTYPES):
         raise SettingsError(f"--dtype {dtype} is not known; known are {', '.join(DTYPES)}")
-    if saved_in_int8 and dtype not in (None, "int8"):
-        raise SettingsError(f"--dtype {dtype}: {name} was saved in int8, which does not become {dtype} again")
+    saved_in_int8 = stays_int8(name, config, dtype)
     if dtype == "int8" and device != "cpu":
         raise SettingsError("--dtype int8 is for CPUs: --device cpu")
     options: dict[str, Any] = {"dtype": torch.bfloat16 if dtype == "bfloat16" else torch.float32, "config": config}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def write_output(files: list[Path], parts: Parts, bounds: list[int], texts: Text
         return _write_npy(files, parts, dim)
     chunks = ((parts.read(index), bounds[index]) for index in range(parts.count))
     write = _write_parquet if kind == ".parquet" else _write_jsonl
-    with _whole(output) as beside:
+    with whole_file(output, on_disk=True) as beside:
         write(beside, chunks, texts, dim, by_token)
 
 
@@ -63,19 +62,10 @@ def has_offsets(output: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """As :func:`whole_file`, and on the disk before it gets its name: the parts are deleted then."""
-    with whole_file(path) as beside:
-        yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-
-
 def _write_npy(files: list[Path], parts: Parts, dim: int) -> None:
     offsets = np.cumsum(np.concatenate([[0], *(parts.counts(index) for index in range(parts.count))]), dtype=np.int64)
     with contextlib.ExitStack() as names:  # which both get at the end: neither belongs to the other's older version
-        beside = [names.enter_context(_whole(path)) for path in files]
+        beside = [names.enter_context(whole_file(path, on_disk=True)) for path in files]
         for path in beside[1:]:
             with path.open("wb") as file:
                 np.save(file, offsets)

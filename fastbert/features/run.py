@@ -81,7 +81,7 @@ def embed(settings: EmbedSettings, say: Say) -> EmbedResult:
     check_output(settings)
     check_format(settings.output)
     texts = read_texts(
-        settings.inputs,
+        settings.input,
         text_column=settings.text_column,
         text_pair_column=settings.text_pair_column,
         words_column=settings.words_column,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fastbert.train.command_settings import CommandSettings
 from fastbert.train.errors import SettingsError
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -35,16 +36,19 @@ def check_pooling(pooling: str | None, level: str) -> str | None:
     return "mean" if pooling is None and level == "sequence" else pooling
 
 
-@dataclass(frozen=True)
-class EmbedSettings:
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings(CommandSettings):
     """The options of the command by their names; ``pooling`` None and ``dtype`` None: see
     :class:`fastbert.features.embedder.Embedder`.
 
     Raises SettingsError for values that cannot work, whatever the model.
     """
 
+    command_name = "embed"
+    least = {"max_seq_length": 1, "tokens_per_batch": 1, "num_processes": 1}
+
     model: str
-    inputs: tuple[str, ...]
+    input: tuple[str, ...]
     output: Path
     pooling: str | None = None
     level: str = "sequence"
@@ -63,9 +67,12 @@ class EmbedSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pooling", check_pooling(self.pooling, self.level))
-        if not self.inputs:
+        self.check_not_empty()
+        self.check_least()
+        self.check_resume_or_overwrite()
+        if not self.input:
             raise SettingsError("--input: nothing to embed was named")
-        if self.inputs.count("-") > 1:
+        if self.input.count("-") > 1:
             raise SettingsError("--input - is standard input, which can be read once")
         if self.output.suffix.lower() not in OUTPUT_TYPES:
             raise SettingsError(
@@ -73,13 +80,8 @@ class EmbedSettings:
             )
         if self.dtype not in (None, *DTYPES):
             raise SettingsError(f"--dtype {self.dtype} is not known; known are {', '.join(DTYPES)}")
-        for name in ("max_seq_length", "tokens_per_batch", "num_processes"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise SettingsError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.words_column is not None and (self.text_column is not None or self.text_pair_column is not None):
             raise SettingsError("--words-column holds the whole text, in words: no --text-column or --text-pair-column beside it")
-        if self.resume and self.overwrite:
-            raise SettingsError("--resume goes on with a run and --overwrite begins anew: give one of them")
 
     @property
     def files(self) -> list[Path]:
@@ -89,7 +91,7 @@ class EmbedSettings:
 
     def deciding(self) -> dict[str, Any]:
         """What decides about the output beside model, input and kind of device: a run that goes on must have the same."""
-        others = ("model", "inputs", "output", "num_processes", "device", "resume", "overwrite")
+        others = ("model", "input", "output", "num_processes", "device", "resume", "overwrite")
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
 
     def embedder_settings(self) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def check_output(settings: EmbedSettings) -> None:
     ours; OSError where the output cannot be written.
     """
     output, folder = settings.output, parts_folder(settings.output)
-    if any(output.resolve() == Path(name).resolve() for name in settings.inputs):
+    if any(output.resolve() == Path(name).resolve() for name in settings.input):
         raise SettingsError(f"--output {output} is one of the inputs; give another name")
     if output.is_dir():
         raise SettingsError(f"--output {output} is a folder; give the name of a file")

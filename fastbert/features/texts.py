@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from fastbert.data.errors import DataError
 from fastbert.data.sources import DATASET_NAME, Source
-from fastbert.data.tables import TABLE_TYPES, Table, file_kind, read_stream, read_table
+from fastbert.data.tables import TABLE_TYPES, Table, file_kind, read_stdin, read_table
 
 STANDARD_INPUT = "-"
 _TEXT = "text"
@@ -86,7 +85,7 @@ def read_texts(
 
 def _table(source: str, split: str) -> Table:
     if source == STANDARD_INPUT:
-        return read_stream(sys.stdin.buffer, "standard input")
+        return read_stdin()
     path = Path(source)
     if path.exists() or file_kind(path) in TABLE_TYPES or DATASET_NAME.fullmatch(source) is None:
         return read_table(Source(path))

@@ -36,6 +36,8 @@ from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import check_sizes
 from fastbert.train.run_folder import write_json
 
+from .folder import write_errors
+
 ADAPTATION_NAME = "adaptation.json"
 MASKED = 0.15
 HELD_OUT_FRACTION = 0.05
@@ -151,10 +153,14 @@ def adapt(
         after=_scores(model, scored),
         notes=notes,
     )
-    with quiet_transformers():
-        model.save_pretrained(new)
-        save_tokenizer(tokenizer, new)
-    write_json(new / ADAPTATION_NAME, result.to_dict())
+    try:
+        with write_errors(output), quiet_transformers():
+            model.save_pretrained(new)
+            save_tokenizer(tokenizer, new)
+            write_json(new / ADAPTATION_NAME, result.to_dict())
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     shutil.rmtree(output, ignore_errors=True)
     os.replace(new, output)
     say(

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 MOST_LABELS = 40  # more are not legible
 _EVALUATED = "eval_"
 _NUMBERS_UP_TO = 15  # labels; in more of them the numbers run into each other
-# What transformers' log_history counts in evaluations that is no score.
-_NO_SCORES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def missing_packages() -> str | None:
@@ -62,12 +60,6 @@ def plot_learning_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], metric
         if axes.has_data():
             axes.legend()
     _save(figure, path)
-
-
-def scores_in(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The scores of the dev set in the rows of a log, in their order."""
-    keys = dict.fromkeys(key for row in rows for key in row if key.startswith(_EVALUATED))
-    return [name for key in keys if (name := key.removeprefix(_EVALUATED)) not in _NO_SCORES]
 
 
 def plot_confusion(truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str], path: Path) -> list[str]:

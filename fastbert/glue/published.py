@@ -20,14 +20,13 @@ class PublishedRow:
     """Scores of one model on the test sets, on the scale to 100.
 
     ``figures``: for each task (by its name) what was published, metric to figure; MNLI's metrics are ``accuracy`` (matched) and
-    ``accuracy_mismatched``. ``average``: as published, ``average_name`` says of what. ``rank``: on the leaderboard, from 1.
+    ``accuracy_mismatched``. ``average``: as published. ``rank``: on the leaderboard, from 1.
     """
 
     model: str
     team: str
     source: str
     average: float
-    average_name: str
     figures: dict[str, dict[str, float]]
     rank: int | None = None
 
@@ -42,7 +41,7 @@ def _leader(
         "stsb": {"pearson": stsb[0], "spearman": stsb[1]},
         "qqp": {"f1": qqp[0], "accuracy": qqp[1]},
     }
-    return PublishedRow(model, team, LEADERBOARD, score, "GLUE score", figures, rank)
+    return PublishedRow(model, team, LEADERBOARD, score, figures, rank)
 
 
 def _bert(
@@ -59,7 +58,7 @@ def _bert(
         "qnli": {"accuracy": qnli},
         "rte": {"accuracy": rte},
     }
-    return PublishedRow(model, "Google AI Language", BERT_PAPER, average, "the paper's average, without WNLI", figures)
+    return PublishedRow(model, "Google AI Language", BERT_PAPER, average, figures)
 
 
 BERT_ROWS = (

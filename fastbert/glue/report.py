@@ -27,7 +27,7 @@ def markdown_report(run: Document, picture: str) -> str:
             f"**A quick look: at most {run['limit']:,} examples of each split were used. These scores are no results on GLUE.**"
         )
     sections += ["## Scores on the dev sets", _own_table(run), _average_line(run), f"![scores]({picture})"]
-    sections += ["## Beside published scores", _comparison_text(run), _comparison_table(run)]
+    sections += ["## Beside published scores", _comparison_text(), _comparison_table(run)]
     if same := _same_tasks(run):
         sections.append(same)
     if run["left_out"]:
@@ -90,7 +90,7 @@ def _average_line(run: Document) -> str:
     return f"**{average['name'][0].upper()}{average['name'][1:]}, dev: {value}**{note}."
 
 
-def _comparison_text(run: Document) -> str:
+def _comparison_text() -> str:
     return (
         "Own scores are of the **dev** sets, all others of the **test** sets, which only GLUE's server can score: they are near "
         "each other, not the same. A dash: not published there, or not run.\n\n"

@@ -54,8 +54,11 @@ def model_fallback_reasons(
         reasons.append(f"attention_mask has {attention_mask.dim()} dimensions; padding is known from (batch, length) ones")
     if torch.jit.is_tracing():
         reasons.append("torch.jit.trace would freeze the sequence lengths of its example")
-    if attention_mask is not None and torch.compiler.is_compiling():
-        reasons.append(MASK_IN_COMPILED_CODE)
+    if torch.compiler.is_compiling():
+        if attention_mask is not None:
+            reasons.append(MASK_IN_COMPILED_CODE)
+        if torch.onnx.is_in_onnx_export():
+            reasons.append("ONNX has none of fastbert's operators")
     reasons += transform_reasons()
     if has_no_data():
         reasons.append("tensors have no numbers to look at (FakeTensorMode, make_fx)")

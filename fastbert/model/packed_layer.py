@@ -165,12 +165,10 @@ def forget(layer: nn.Module) -> None:
                 _stacks.pop(first, None)
 
 
-def drop_if_trained(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a call of this layer on x trains it, or has dropout: then there is no packed copy of it from now on."""
-    trained = is_trained(layer, x)
-    if trained:
+def drop_if_trained(layer: nn.Module, x: Tensor) -> None:
+    """Where a call of this layer on x trains it, or has dropout, there is no packed copy of it from now on."""
+    if is_trained(layer, x):
         forget(layer)
-    return trained
 
 
 def is_trained(layer: nn.Module, x: Tensor) -> bool:

@@ -52,7 +52,7 @@ def quantize(model: Model, *, calibration: Iterable[Mapping[str, Any]] | None = 
             )
     wanted = {name: linear for name, linear in linears.items() if not any(_is_part(part, name) for part in skip)}
     reasons = [
-        *_model_reasons(module, encoders),
+        *_model_reasons(encoders),
         *(f"{name} {why}" for name, linear in wanted.items() if (why := _why_not(linear))),
     ]
     if reasons:
@@ -92,7 +92,7 @@ def _is_part(part: str, name: str) -> bool:
     return f".{part}." in f".{name}."
 
 
-def _model_reasons(module: nn.Module, encoders: dict[str, nn.Module]) -> Iterator[str]:
+def _model_reasons(encoders: dict[str, nn.Module]) -> Iterator[str]:
     if any(encoder.training for encoder in encoders.values()):
         yield "it is in training mode, and int8 is for inference (model.eval())"
     if any(encoder.config.is_decoder for encoder in encoders.values()):

@@ -94,7 +94,7 @@ def answer(
 ) -> tuple[Packing, Tensor, Tensor | None] | None:
     """The rows (total, hidden) of the last layer, how they are packed, and the pooler's output (batch, hidden); None where the call
     has to look at everything itself. ``first_only``: nobody will read other rows than the first of each sequence."""
-    if not _is_ordinary(input_ids, attention_mask, token_type_ids):
+    if not _is_ordinary(input_ids, attention_mask):
         return None
     request = _requests.get(model)
     if request is None:
@@ -125,7 +125,7 @@ def answer(
     return packing, rows, pooled.tanh_()
 
 
-def _is_ordinary(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> bool:
+def _is_ordinary(input_ids: Tensor, attention_mask: Tensor | None) -> bool:
     """Whether torch's modes and the inputs make no call run otherwise than :func:`answer` does."""
     return (
         takes(input_ids)

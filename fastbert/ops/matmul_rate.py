@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import calibration
-from .linear import onednn_unavailable_reason
+from .linear import onednn_multiplies, onednn_unavailable_reason
 
 Matmul = Callable[[], Tensor]
 
@@ -60,9 +60,7 @@ def matmuls(x: Tensor, weight: Tensor) -> dict[str, Matmul]:
 
 def takes_onednn(dtype: torch.dtype) -> bool:
     """Whether this CPU's oneDNN multiplies in ``dtype``."""
-    if onednn_unavailable_reason() is not None:
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype in (torch.float32, torch.bfloat16) and onednn_unavailable_reason() is None and onednn_multiplies(dtype)
 
 
 def random_matrix(rows: int, columns: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,6 @@ the end: ``inputs.json``, sizes and times of the files of the corpus, and ``seen
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -186,8 +185,5 @@ def _delete(output: Path) -> None:
 
 
 def _write_json(path: Path, document: Any) -> None:
-    with whole_file(path) as beside, beside.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with whole_file(path, on_disk=True) as beside:
+        beside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -144,7 +144,7 @@ def _make_shards(
 
     try:
         encoded = encode_in_order(reader.batches(), tokenizer.backend_tokenizer.to_str(), len(tokenizer), workers)
-        for batch, train, held_out in _shown(encoded, reader, len(parts)):
+        for batch, train, held_out in _shown(encoded, len(parts)):
             writer.add(train, held_out)
             position = batch.end
             if writer.tokens >= settings.tokens_per_shard:
@@ -166,7 +166,7 @@ def _make_shards(
     folder.finish({**facts, **others, "vocab_size": len(tokenizer), "sources": reader.position.sources})
 
 
-def _shown(encoded: Iterator[EncodedBatch], reader: CorpusReader, parts: int) -> Iterator[EncodedBatch]:
+def _shown(encoded: Iterator[EncodedBatch], parts: int) -> Iterator[EncodedBatch]:
     """A bar of documents with the rate of tokens, only where somebody watches: a log file wants none."""
     documents = tokens = 0
     start = time.perf_counter()

@@ -22,7 +22,6 @@ class SeenDocuments:
     def __init__(self, path: Path, from_batch: int) -> None:
         if from_batch == 0:
             delete_seen(path)
-        self._path = path
         self._connection = sqlite3.connect(path, isolation_level=None)
         self._execute = self._connection.execute
         self._execute(f"PRAGMA cache_size = -{_CACHE_KIB}")

@@ -74,7 +74,7 @@ class MultipleChoice(Task):
         items = []
         for number, value in enumerate(inputs, 1):
             place = f"input {number}"
-            if not isinstance(value, (dict, list, tuple)):
+            if not isinstance(value, dict) and not (isinstance(value, (list, tuple)) and len(value) == 2):
                 raise DataError.at("inputs", place, None, "expected a dict with context and choices, or a pair of them")
             fields = value if isinstance(value, dict) else dict(zip(("context", "choices"), value))
             if not isinstance(fields.get("context"), str):
@@ -82,7 +82,10 @@ class MultipleChoice(Task):
             choices = fields.get("choices")
             if not isinstance(choices, (list, tuple)) or not all(isinstance(choice, str) for choice in choices):
                 raise DataError.at("inputs", place, "choices", "expected a list of texts")
-            items.append(ChoiceExample(place, fields["context"], tuple(choices), fields.get("question")))
+            question = fields.get("question")
+            if not isinstance(question, str | None):
+                raise DataError.at("inputs", place, "question", "expected a text")
+            items.append(ChoiceExample(place, fields["context"], tuple(choices), question))
         return Examples("inputs", items, {})
 
     def with_labels_of(self, train: Examples[ChoiceExample]) -> MultipleChoice:
@@ -220,7 +223,8 @@ def _text(table: Table, number: int, column: str) -> str:
 def _label(table: Table, number: int, column: str, num_choices: int) -> int | None:
     """The number of the right choice, from 0; None for null, "" and -1, which stand for a label that is held back."""
     value = table.rows[number][column]
-    text = "" if value is None else str(value).strip()
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value  # as where one label of a column is missing
+    text = "" if value is None else str(whole).strip()
     if text in ("", "-1"):
         return None
     label = int(text) if text.isdecimal() else ord(text.upper()) - ord("A") if re.fullmatch("[A-Za-z]", text) else -1

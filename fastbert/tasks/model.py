@@ -28,6 +28,7 @@ from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.model.accelerate import accelerate
 from fastbert.model.encoder import PackedEncoder
+from fastbert.model.int8_checkpoint import METHOD as INT8
 from fastbert.model.quantize import quantize
 from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import check_sizes
@@ -117,6 +118,14 @@ def accelerated(model: PreTrainedModel) -> list[str]:
     except TypeError as error:
         return [f"transformers' own code, on padded batches: {error}"]
     return []
+
+
+def stays_int8(name: str, config: PretrainedConfig, dtype: str | None) -> bool:
+    """Whether the checkpoint was saved in int8. Raises SettingsError where it was and another ``dtype`` than that is asked for."""
+    saved = (getattr(config, "quantization_config", None) or {}).get("quant_method") == INT8
+    if saved and dtype not in (None, "int8"):
+        raise SettingsError(f"--dtype {dtype}: {name} was saved in int8, which does not become {dtype} again")
+    return saved
 
 
 def quantized(model: PreTrainedModel) -> None:

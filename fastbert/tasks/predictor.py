@@ -8,7 +8,7 @@ predict(["A fine film.", "A dull one."])  # [{"label": ..., "probability": ..., 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fastbert.train.errors import SettingsError
 from fastbert.train.prepare import pick_device
 
 from .examples import Examples
-from .model import TaskModel, check_length, load_config, load_model, longest_sequence, quantized
+from .model import TaskModel, check_length, load_config, load_model, longest_sequence, quantized, stays_int8
 from .outputs import TOKENS_PER_BATCH, model_outputs
 from .registry import load_task
 from .task import Task
@@ -44,36 +44,38 @@ class Predictor:
         cls,
         folder: str | Path,
         *,
-        dtype: str = "float32",
+        dtype: str | None = None,
         device: str = "auto",
         max_seq_length: int | None = None,
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> Predictor:
-        """``dtype``: of the arithmetic; int8 (CPU only) quantizes the encoder's matmuls. Raises DataError for a folder without a
-        task, SettingsError for what cannot work."""
-        if dtype not in DTYPES:
+        """``dtype``: of the arithmetic, float32 unless given; int8 (CPU only) quantizes the encoder's matmuls, and what was saved
+        in int8 stays so. Raises DataError for a folder without a task, SettingsError for what cannot work."""
+        if dtype not in (None, *DTYPES):
             raise SettingsError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
         for option, value, least in (("max-seq-length", max_seq_length, 8), ("tokens-per-batch", tokens_per_batch, 1)):
             if value is not None and value < least:
                 raise SettingsError(f"--{option} is {value}; it must be at least {least}")
         task, trained_length = load_task(Path(folder))
+        config = load_config(str(folder))
+        in_int8 = stays_int8(str(folder), config, dtype)
         loaded = load_model(str(folder), task)
         if loaded.new:
             raise DataError(f"{folder}: the model lacks weights ({', '.join(loaded.new)}), which training would have saved")
         model = loaded.model.eval()
         if dtype == "bfloat16":
             model.bfloat16()
-        if dtype == "int8":
+        if dtype == "int8" and not in_int8:
             quantized(model)
         model.to(pick_device(device))
         if max_seq_length is not None:
-            check_length(max_seq_length, longest_sequence(load_config(str(folder)), loaded.tokenizer), str(folder))
+            check_length(max_seq_length, longest_sequence(config, loaded.tokenizer), str(folder))
         return cls(task, loaded, max_seq_length or trained_length, tokens_per_batch)
 
     def __call__(self, inputs: Sequence[Any]) -> list[dict[str, Any]]:
         """One prediction for each input. Raises DataError naming an input that cannot be used, before anything is computed."""
-        if isinstance(inputs, str):
-            raise TypeError("expected a list of inputs, not a single string")
+        if isinstance(inputs, (str, bytes, Mapping)):
+            raise TypeError(f"expected a list of inputs, not a single {type(inputs).__name__}")
         inputs = list(inputs)
         for number, value in enumerate(inputs, 1):
             check_unicode(value, "inputs", f"input {number}", None)

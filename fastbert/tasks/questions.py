@@ -88,7 +88,7 @@ class QuestionAnswering(Task):
         items = []
         for number, value in enumerate(inputs, 1):
             place = f"input {number}"
-            if not isinstance(value, (dict, list, tuple)):
+            if not isinstance(value, dict) and not (isinstance(value, (list, tuple)) and len(value) == 2):
                 raise DataError.at("inputs", place, None, "expected a dict with question and context, or a pair of them")
             fields = value if isinstance(value, dict) else dict(zip(("question", "context"), value))
             if missing := [field for field in ("question", "context") if not isinstance(fields.get(field), str)]:

@@ -67,6 +67,13 @@ class TokenClassification(Task):
         """A text in each line of a .txt file; sentences in words elsewhere."""
         if source.path is not None and file_kind(source.path) == ".txt":
             table = read_table(source)
+            fields = [words for row in table.rows if (words := row["text"].split())]
+            tagged = sum(len(words) > 1 and words[-1] in self.labels for words in fields)
+            if 2 * tagged > len(fields):
+                raise DataError(
+                    f"{source}: {tagged:,} of {len(fields):,} lines end in a tag of the task: these are columns of CoNLL, and in a "
+                    ".txt every line is a text; give the file a name that ends in .conll"
+                )
             examples = self.examples_from([row["text"] for row in table.rows])
             items = [replace(example, place=place) for example, place in zip(examples, table.places, strict=True)]
             return Examples(table.source, items, {})

@@ -32,7 +32,7 @@ from .launch import Launch
 # How long a process waits for the others: the first may be writing a checkpoint, the last still be reading the corpus.
 PATIENCE = timedelta(hours=1)
 _FAILURE_KEY = "fastbert failure"
-_DROPOUT_STREAM = 2  # data/batches.py draws pairs and masks from streams 0 and 1 of a run's seed
+_DROPOUT_STREAM = 2  # of a SeedSequence: the streams of data/streams.py belong to another generator
 
 T = TypeVar("T")
 

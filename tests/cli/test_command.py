@@ -92,6 +92,26 @@ def test_other_errors_are_not_hidden(capsys):
 
 
 @pytest.mark.parametrize("json_output", [False, True])
+def test_a_full_standard_output_is_named(capsys, monkeypatch, json_output):
+    def body(say):
+        say("text for people")
+        return CommandResult({})
+
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run(body, json_output=json_output) == 1
+    message = "fastbert test: standard output cannot be written to: No space left on device\n"
+    assert capsys.readouterr().err == ("text for people\n" if json_output else "") + message
+
+
+def test_a_closed_standard_output_takes_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(lambda say: CommandResult({})) == 0
+    assert run(raises(OSError("a place"))) == 1
+    assert capsys.readouterr().err == "text for people\nfastbert test: a place\n"
+
+
+@pytest.mark.parametrize("json_output", [False, True])
 def test_a_reader_that_has_ended_ends_the_command_without_a_word(capsys, monkeypatch, json_output):
     reading, writing = os.pipe()
     os.close(reading)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from fastbert.cli.main import app
+from fastbert.data import tables
+from fastbert.one_writer import writing_to
 
 from ..toys import write_sentiment
 
@@ -80,6 +84,8 @@ def test_texts_and_files(trained, tmp_path):
         (["--model", "nowhere", "--input", "folder.csv"], 2, "--input folder.csv: a folder, expected a file"),
         (["--model", "nowhere", "x", "--output", "folder.csv"], 2, "--output folder.csv is a folder; give the name of a file"),
         (["--model", "nowhere", "x", "--output", "folder.csv", "--overwrite"], 2, "--output folder.csv is a folder"),
+        (["--model", "nowhere", "x", "--output", f"{'n' * 249}.csv"], 2, "is longer than 250 bytes"),
+        (["--model", "", "x"], 2, "--model is empty"),
     ],
 )
 def test_wrong_usage_of_predict(arguments, code, message, tmp_path, monkeypatch):
@@ -89,6 +95,29 @@ def test_wrong_usage_of_predict(arguments, code, message, tmp_path, monkeypatch)
     done = run("predict", *arguments)
     assert done.exit_code == code
     assert message in done.stderr
+
+
+def test_one_command_at_a_time_predicts_to_a_file(trained, tmp_path):
+    output = tmp_path / "out.csv"
+    with writing_to(output):
+        done = run("predict", "--model", trained, "the film", "--output", output)
+    assert done.exit_code == 2 and "another process is writing to" in done.stderr and not output.exists()
+
+
+def test_a_file_that_cannot_be_written_is_named(trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    done = run("predict", "--model", trained, "the film", "--output", tmp_path / "out.csv")
+    assert done.exit_code == 1 and "out.csv cannot be written: No space left on device" in done.stderr
+    assert not list(tmp_path.glob("*out.csv*"))
+
+
+def test_closed_standard_streams(trained, monkeypatch):
+    monkeypatch.setattr(tables, "sys", SimpleNamespace(stdin=None))
+    done = run("predict", "--model", trained, "--input", "-")
+    assert done.exit_code == 1 and done.stderr.endswith("standard input is closed\n")
 
 
 def test_a_resume_repeats_no_setting(trained):

@@ -9,7 +9,7 @@ import transformers
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PreTrainedTokenizerFast
 
 import fastbert
-from fastbert.data import DataCollatorWithPacking
+from fastbert import DataCollatorWithPacking
 
 from ..model.helpers import assert_same_gradients, small_config
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
-from fastbert.data import DataCollatorWithPacking
+from fastbert import DataCollatorWithPacking
 
 from ..model.helpers import NUM_LABELS
 from .helpers import fast, small_tokenizer

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastbert.data import DataCollatorWithPacking
+from fastbert import DataCollatorWithPacking
 
 from ..data.helpers import story
 from ..model.helpers import NUM_LABELS, rows_of_layers

@@ -68,7 +68,7 @@ def many_lines(tmp_path) -> Path:
 
 
 def settings_for(checkpoint: Path, inputs: Path, output: Path, **options) -> EmbedSettings:
-    return EmbedSettings(model=str(checkpoint), inputs=(str(inputs),), output=output, device="cpu", **options)
+    return EmbedSettings(model=str(checkpoint), input=(str(inputs),), output=output, device="cpu", **options)
 
 
 @contextlib.contextmanager
@@ -389,9 +389,11 @@ def test_a_text_of_which_nothing_is_kept_is_named_before_the_first_chunk(checkpo
     ("options", "message"),
     [
         ({"output": Path("out.csv")}, "must end in one of .npy, .parquet, .jsonl"),
-        ({"inputs": ()}, "--input"),
-        ({"inputs": ("-", "-")}, "read once"),
-        ({"num_processes": 0}, "--num-processes must be at least 1"),
+        ({"input": ()}, "--input"),
+        ({"input": ("",)}, "--input is empty"),
+        ({"model": ""}, "--model is empty"),
+        ({"input": ("-", "-")}, "read once"),
+        ({"num_processes": 0}, "--num-processes is 0; it must be at least 1"),
         ({"words_column": "w", "text_column": "t"}, "--words-column"),
         ({"resume": True, "overwrite": True}, "give one of them"),
         ({"dtype": "half"}, "known are float32"),
@@ -399,7 +401,7 @@ def test_a_text_of_which_nothing_is_kept_is_named_before_the_first_chunk(checkpo
 )
 def test_settings_that_cannot_work(options, message):
     with pytest.raises(SettingsError, match=message):
-        EmbedSettings(**{"model": "m", "inputs": ("a.txt",), "output": Path("out.npy"), **options})
+        EmbedSettings(**{"model": "m", "input": ("a.txt",), "output": Path("out.npy"), **options})
 
 
 def test_the_offsets_of_others_are_left_alone(checkpoint, lines, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 
 import fastbert
 from fastbert.data.errors import CorpusError
@@ -20,7 +21,7 @@ from fastbert.finetune import run as finetune_module
 from fastbert.finetune.adapt import ADAPTATION_NAME, adapt, effect, sequences
 from fastbert.finetune.run import finetune
 from fastbert.finetune.settings import FinetuneSettings
-from fastbert.train.errors import SettingsError
+from fastbert.train.errors import SettingsError, TrainingError
 
 from ..toys import BAD, GOOD, NOUNS
 
@@ -126,6 +127,17 @@ def test_an_interrupted_run_leaves_no_checkpoint(toy_model, corpus, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         run(toy_model, corpus, tmp_path / "adapted", steps=1)
     assert not (tmp_path / "adapted").exists()
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(toy_model, corpus, tmp_path, monkeypatch):
+    def full(self, folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(module.BertForMaskedLM, "save_pretrained", full)
+    with pytest.raises(TrainingError, match="adapted cannot be written to: .*No space left on device .* MB are free there"):
+        run(toy_model, corpus, tmp_path / "adapted", steps=1)
+    assert not [path for path in tmp_path.iterdir() if "adapted" in path.name]
 
 
 def test_what_cannot_be_adapted(toy_model, corpus, tmp_path):

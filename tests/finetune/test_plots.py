@@ -56,10 +56,6 @@ def test_nothing_to_draw(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_scores_in_a_log():
-    assert plots.scores_in(LOG) == ["accuracy", "f1"]
-
-
 def test_confusion(tmp_path, figures):
     truth, predicted = ["a", "a", "b", "b", "b"], ["a", "b", "b", "b", "b"]
     assert plots.plot_confusion(truth, predicted, ["b", "a", "never"], tmp_path / "c.png") == ["b", "a", "never"]

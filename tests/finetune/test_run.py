@@ -234,7 +234,7 @@ def test_processes_that_share_nothing_are_refused_before_anything_is_read(proces
     for command, run in (
         ("finetune", lambda: finetune(settings(toy_model, inputs, tmp_path / "run"), **SILENT)),
         ("glue", lambda: glue(whole, **SILENT)),
-        ("embed", lambda: embed(EmbedSettings(str(toy_model), (str(inputs),), tmp_path / "run.npy"), **SILENT)),
+        ("embed", lambda: embed(EmbedSettings(model=str(toy_model), input=(str(inputs),), output=tmp_path / "run.npy"), **SILENT)),
     ):
         refused = f"fastbert {command} runs in one process, torchrun has started 2" if processes > 1 else "nowhere"
         with pytest.raises(SettingsError if processes > 1 else Exception, match=refused):

@@ -102,11 +102,25 @@ def test_columns_that_the_user_names(tmp_path: Path) -> None:
 def test_examples_from_python() -> None:
     made = TASK.examples_from([{"context": "A.", "question": "Q?", "choices": ["x", "y"]}, ("B.", ("u", "v"))])
     assert made.items == [ChoiceExample("input 1", "A.", ("x", "y"), "Q?"), ChoiceExample("input 2", "B.", ("u", "v"))]
-    for wrong, column in (({"choices": ["x"]}, "context"), (("A.", "xy"), "choices"), (("A.", ["x", 1]), "choices")):
+    asks_a_number = {"context": "A.", "choices": ["x", "y"], "question": 5}
+    for wrong, column in (
+        ({"choices": ["x"]}, "context"), (("A.", "xy"), "choices"), (("A.", ["x", 1]), "choices"), (asks_a_number, "question")
+    ):  # fmt: skip
         with pytest.raises(DataError, match=f"inputs, input 1, column '{column}': expected"):
             TASK.examples_from([wrong])
     with pytest.raises(DataError, match="inputs, input 1: expected a dict with context and choices, or a pair of them"):
         TASK.examples_from(["A."])
+    with pytest.raises(DataError, match="inputs, input 1: expected a dict with context and choices, or a pair of them"):
+        TASK.examples_from([("A.", ["x", "y"], "Q?")])
+
+
+def test_labels_that_are_whole_numbers(tmp_path: Path) -> None:
+    """As where one label of a column is missing."""
+    for labels in ((1, 1.0, None), ("1", "B", None)):
+        found = [{"context": "A.", "choices": ["x", "y"], "label": label} for label in labels]
+        assert [example.label for example in TASK.read(rows(tmp_path / "a.jsonl", *found))] == [1, 1, None]
+    with pytest.raises(DataError, match="line 1, column 'label': holds 0.5; expected 0 to 1 or A to B"):
+        TASK.read(rows(tmp_path / "a.jsonl", {"context": "A.", "choices": ["x", "y"], "label": 0.5}))
 
 
 def test_labels_play_no_part_in_what_is_to_be_predicted(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from fastbert.data.errors import DataError
-from fastbert.tasks.model import load_config, load_model, longest_sequence
+from fastbert.model.int8 import Int8Linear
+from fastbert.tasks.model import load_config, load_model, longest_sequence, quantized
 from fastbert.tasks.outputs import model_outputs
 from fastbert.tasks.predictor import Predictor
 from fastbert.tasks.registry import load_task, save_task, task_for
@@ -185,10 +186,26 @@ def test_inputs_and_settings_that_a_predictor_refuses(toy_model, tmp_path):
     save_task(TASKS["text"], 32, tmp_path)
     with pytest.raises(DataError, match="inputs, input 2: holds a lone surrogate"):
         Predictor.from_pretrained(tmp_path, device="cpu")(["good", "bad \ud800"])
+    for alone in ("good", {"text": "good"}):
+        with pytest.raises(TypeError, match=f"expected a list of inputs, not a single {type(alone).__name__}"):
+            Predictor.from_pretrained(tmp_path, device="cpu")(alone)
     with pytest.raises(SettingsError, match="--max-seq-length is 0; it must be at least 8"):
         Predictor.from_pretrained(tmp_path, device="cpu", max_seq_length=0)
     with pytest.raises(SettingsError, match="--tokens-per-batch is 0; it must be at least 1"):
         Predictor.from_pretrained(tmp_path, device="cpu", tokens_per_batch=0)
+
+
+def test_what_was_saved_in_int8_stays_so(toy_model, tmp_path):
+    loaded = load_model(str(toy_model), TASKS["text"])
+    quantized(loaded.model.eval())
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    save_task(TASKS["text"], 32, tmp_path)
+    for dtype in (None, "int8"):
+        predictor = Predictor.from_pretrained(tmp_path, device="cpu", dtype=dtype)
+        assert any(isinstance(module, Int8Linear) for module in predictor.loaded.model.modules())
+    with pytest.raises(SettingsError, match="--dtype bfloat16: .* was saved in int8, which does not become bfloat16 again"):
+        Predictor.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
 
 
 def test_a_fine_tuned_folder_whose_weights_are_damaged(toy_model, tmp_path):

@@ -287,11 +287,13 @@ def test_examples_from_python() -> None:
         QuestionExample("input 1", "7", "Who?", "Me.", None),
         QuestionExample("input 2", "2", "What?", "This.", None),
     ]
-    for wrong in ({"question": "Who?"}, ("Who?",), {"question": "Who?", "context": None}):
+    for wrong in ({"question": "Who?"}, ("Who?", None), {"question": "Who?", "context": None}):
         with pytest.raises(DataError, match="inputs, input 1, column 'context': expected a text"):
             TASK.examples_from([wrong])
     with pytest.raises(DataError, match="inputs, input 1: expected a dict with question and context, or a pair of them"):
         TASK.examples_from(["Who?"])
+    with pytest.raises(DataError, match="inputs, input 1: expected a dict with question and context, or a pair of them"):
+        TASK.examples_from([("Who?", "Me.", "1")])
 
 
 def test_answers_play_no_part_in_what_is_to_be_predicted(tmp_path: Path) -> None:

@@ -56,6 +56,17 @@ def test_a_label_stands_at_the_first_piece_of_its_word(toy_tokenizer):
         assert (np.delete(labels, first) == IGNORED).all()
 
 
+def test_columns_of_conll_are_no_texts(tmp_path):
+    """Training reads them under any name, prediction a text in each line of a .txt."""
+    path = tmp_path / "test.txt"
+    path.write_text("Anna B-PER\nlikes O\n\nOslo B-LOC\n", encoding="utf-8")
+    task = task_for("ner").with_labels_of(EXAMPLES)
+    with pytest.raises(DataError, match=r"test.txt: 3 of 3 lines end in a tag of the task: .* name that ends in .conll"):
+        task.read_unlabelled(Source(path))
+    path.write_text("Anna likes Oslo\nPlan O\n", encoding="utf-8")
+    assert [example.words for example in task.read_unlabelled(Source(path))] == [("Anna", "likes", "Oslo"), ("Plan", "O")]
+
+
 def test_a_long_sentence_is_cut_between_words_and_no_word_is_lost(toy_tokenizer):
     words = ["house", "unheardofhouse", "Anna"] * 20
     tags = ["O", "B-LOC", "B-PER"] * 20

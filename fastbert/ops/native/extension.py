@@ -93,16 +93,6 @@ def multiplies(dtype: torch.dtype) -> bool:
     return EXTENSION.multiplies(WEIGHT_DTYPES[dtype])
 
 
-def cpu_features() -> list[str]:
-    """The CPU's features as Linux names them ("avx2", "avx512f", ...); empty where there is no /proc/cpuinfo."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return match.group(1).split() if match else []
-
-
 def pointer(tensor: Tensor | None) -> int:
     """The tensor's address; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
