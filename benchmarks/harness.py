@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.whole_file import whole_file
+from fastbert.runs.whole_file import whole_file
 
 RESULTS = Path(__file__).parent / "results"
 PARTIAL = ".partial.json"  # in place of .json: the document of a run that has not come to its end

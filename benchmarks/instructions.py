@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.build_report import read_build_report
-from fastbert.whole_file import whole_file
+from fastbert.runs.whole_file import whole_file
 
 CALLS = Path(__file__).with_name("native_calls.py")
 TABLE = Path(__file__).parent / "results" / "instructions.json"

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.whole_file import whole_file
+from fastbert.runs.whole_file import whole_file
 
 EMBEDDED = Path(__file__).with_name("lengths.json")
 GLUE_LENGTH, SQUAD_LENGTH, SQUAD_STRIDE, WIKIPEDIA_LENGTH = 128, 384, 128, 512

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 
 from fastbert.data.loader import Position, step_batches
-from fastbert.train.command_settings import CommandSettings
+from fastbert.runs.command_settings import CommandSettings
 from fastbert.train.compare import Comparison, transformers_scores
 from fastbert.train.evaluate import evaluate
+from fastbert.train.inputs import build_model, prepare_data
 from fastbert.train.learner import MicroBatch
 from fastbert.train.metrics import BatchScores, read_metrics
-from fastbert.train.prepare import build_model, prepare_data
 from fastbert.train.pretrain import pretrain
 from fastbert.train.run_folder import METRICS_NAME
 from fastbert.train.settings import PretrainSettings

@@ -32,9 +32,9 @@ from fastbert.data.batches import PretrainingBatches
 from fastbert.data.corpus import embedded_documents
 from fastbert.data.tokenizer import train_wordpiece
 from fastbert.data.tokens import tokenize_documents
+from fastbert.runs.memory import keep_freed_memory
 from fastbert.train.checkpoint import write_checkpoint
 from fastbert.train.learner import Learner
-from fastbert.train.memory import keep_freed_memory
 from fastbert.train.optimizer import build_optimizer
 from fastbert.train.settings import MODEL_PRESETS, PretrainSettings
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastbert.whole_file import whole_file
+from fastbert.runs.whole_file import whole_file
 
 from .documents import Document
 from .plots import DPI, PLOTS, Plot

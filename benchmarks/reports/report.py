@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastbert.whole_file import whole_file
+from fastbert.runs.whole_file import whole_file
 
 from ..harness import write_complete
 from ..workloads import model_title

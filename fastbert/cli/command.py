@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperCommand
 
 from fastbert.data.errors import DataError
-from fastbert.train.errors import SettingsError, TrainingError
+from fastbert.runs.errors import SettingsError, TrainingError
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 

@@ -163,7 +163,7 @@ def _matmul() -> dict[str, Any]:
 
 def _memory() -> dict[str, Any]:
     """Bytes per second to a new tensor of 64 MB and to the same again, and what helps where they differ."""
-    from fastbert.train import memory
+    from fastbert.runs import memory
 
     fresh, again = memory.fresh_page_seconds()
     return {"fresh_bytes_per_s": 2**26 / fresh, "used_bytes_per_s": 2**26 / again, "advice": memory.advice()}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastbert.features.settings import TOKENS_PER_BATCH, EmbedSettings, check_output, parts_folder
-from fastbert.train.errors import TrainingError
+from fastbert.runs.errors import TrainingError
 
 from .app import app
 from .command import (
@@ -102,7 +102,7 @@ def _body(options: dict[str, Any], say: Say) -> CommandResult:
     # Before torch and transformers are imported: a refusal comes at once.
     check_output(settings)
     from fastbert.features.run import embed as run
-    from fastbert.train.memory import keep_freed_memory
+    from fastbert.runs.memory import keep_freed_memory
 
     keep_freed_memory()  # this process does nothing else; where it cannot be, it is a little slower
     try:

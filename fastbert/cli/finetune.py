@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.finetune.settings import DTYPES, MODES, FinetuneSettings
-from fastbert.train.errors import SettingsError
+from fastbert.runs.errors import SettingsError
 
 from .app import app
 from .command import (
@@ -114,7 +114,7 @@ def finetune(
         settings = settings_from_options(given)
         from fastbert.finetune.folder import read_run
         from fastbert.finetune.run import finetune as run
-        from fastbert.train.memory import keep_freed_memory
+        from fastbert.runs.memory import keep_freed_memory
 
         keep_freed_memory()  # this process does nothing else; where it cannot be, training is a little slower
         try:

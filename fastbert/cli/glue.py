@@ -9,8 +9,8 @@ import typer
 
 from fastbert.finetune.settings import DTYPES, MODES
 from fastbert.glue.settings import GlueSettings
+from fastbert.runs.errors import SettingsError
 from fastbert.tasks.glue_tasks import GLUE_TASKS
-from fastbert.train.errors import SettingsError
 
 from .app import app
 from .command import (
@@ -91,7 +91,7 @@ def run_glue(given: dict[str, Any], say: Say) -> CommandResult:
     """Runs the command with the options ``given`` by name."""
     settings = settings_from_options(given)
     from fastbert.glue.run import glue as run
-    from fastbert.train.memory import keep_freed_memory
+    from fastbert.runs.memory import keep_freed_memory
 
     keep_freed_memory()  # this process does nothing else; where it cannot be, training is a little slower
     try:

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastbert.one_writer import writing_to
-from fastbert.train.errors import SettingsError
-from fastbert.whole_file import whole_file
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.one_writer import writing_to
+from fastbert.runs.whole_file import whole_file
 
 from .app import app
 from .command import CommandResult, DebugOption, JsonOption, Say, prints_unicode, run_command

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastbert.prepare.settings import DEFAULT_VOCAB_SIZE, PrepareSettings
-from fastbert.train.errors import SettingsError, TrainingError
+from fastbert.runs.errors import SettingsError, TrainingError
 
 from .app import app
 from .command import (

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from fastbert.runs.errors import TrainingError, TrainingInterrupted
+from fastbert.runs.torchrun import launch, only_main_speaks
 from fastbert.train.checkpoint import checkpoint_folders, latest_checkpoint
-from fastbert.train.errors import TrainingError, TrainingInterrupted
-from fastbert.train.launch import launch, only_main_speaks
 from fastbert.train.run_folder import check_folders, check_output_folder, read_run, read_state
 from fastbert.train.settings import (
     DTYPES,
@@ -157,7 +157,7 @@ def run(given: dict[str, Any], say: Say) -> CommandResult:
     # Before torch and transformers are imported: a refusal comes at once. Several processes ask the first of them, later.
     if launch() is None:
         check_folders(settings)
-    from fastbert.train.memory import keep_freed_memory
+    from fastbert.runs.memory import keep_freed_memory
     from fastbert.train.pretrain import pretrain as train
 
     output = Path(settings.output)

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbert.data.errors import CorpusError, TokenizerError
-from fastbert.whole_file import whole_file
+from fastbert.runs.whole_file import whole_file
 
 if TYPE_CHECKING:  # transformers takes its time to import, and is_prepared needs none of it
     from transformers import PreTrainedTokenizerFast

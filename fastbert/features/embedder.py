@@ -30,8 +30,8 @@ from fastbert.data.errors import DataError
 from fastbert.model.encoder import PackedEncoder
 from fastbert.model.explain import explain
 from fastbert.model.int8_checkpoint import METHOD as INT8
+from fastbert.runs.errors import SettingsError
 from fastbert.tasks.model import check_length, longest_sequence
-from fastbert.train.errors import SettingsError
 
 from .encoder import load_encoder
 from .pooling import LAST_LAYERS, num_layers, sequence_rows, token_rows

@@ -11,18 +11,17 @@ from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastbert.data.hub import no_waiting_for_the_hub
+from fastbert.runs.errors import SettingsError, first_line
+from fastbert.runs.model import check_sizes, pick_device
 from fastbert.tasks.model import (
     accelerated,
     check_vocabulary,
-    first_line,
     load_config,
     load_fast_tokenizer,
     quantized,
     quiet_transformers,
     stays_int8,
 )
-from fastbert.train.errors import SettingsError
-from fastbert.train.prepare import check_sizes, pick_device
 
 from .settings import DTYPES
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fastbert.data.errors import DataError
-from fastbert.whole_file import whole_file
+from fastbert.runs.whole_file import whole_file
 
 from .embedder import Embedded
 from .parts import Parts

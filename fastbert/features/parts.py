@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbert.data.errors import DataError
-from fastbert.train.errors import SettingsError
-from fastbert.train.run_folder import write_json
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.folder import write_json
 
 from .embedder import Embedded
 from .settings import MANIFEST, parts_folder

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastbert.one_writer import one_writer
-from fastbert.train.errors import TrainingError
-from fastbert.train.launch import refuse_several_processes
+from fastbert.runs.errors import TrainingError
+from fastbert.runs.one_writer import one_writer
+from fastbert.runs.torchrun import refuse_several_processes
 
 from .embedder import Embedder, TextError
 from .files import check_format, has_offsets, write_output

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastbert.train.command_settings import CommandSettings
-from fastbert.train.errors import SettingsError
+from fastbert.runs.command_settings import CommandSettings
+from fastbert.runs.errors import SettingsError
 
 DTYPES = ("float32", "bfloat16", "int8")
 LEVELS = ("sequence", "token")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from fastbert.train.memory import keep_freed_memory
+from fastbert.runs.memory import keep_freed_memory
 
 from .embedder import Embedder, TextError
 from .parts import write_part

@@ -30,13 +30,12 @@ from fastbert.data.corpus import corpus_parts, read_documents
 from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.folder import write_json
+from fastbert.runs.full_disk import write_errors
+from fastbert.runs.model import check_sizes
 from fastbert.tasks.model import check_vocabulary, load_config, quiet_transformers
 from fastbert.train.corpus_tokens import fingerprint
-from fastbert.train.errors import SettingsError
-from fastbert.train.prepare import check_sizes
-from fastbert.train.run_folder import write_json
-
-from .folder import write_errors
 
 ADAPTATION_NAME = "adaptation.json"
 MASKED = 0.15

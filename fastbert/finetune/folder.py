@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.folder import check_writable
 from fastbert.tasks.glue_tasks import GLUE_TASKS
-from fastbert.tasks.model import first_line
-from fastbert.train.errors import SettingsError, TrainingError
-from fastbert.train.run_folder import check_writable
 
 RUN_NAME = "run.json"
 CHECKPOINTS = "checkpoints"
 _NEW = ".new"
-# torch.save raises a RuntimeError where it cannot write, which only the name of torch's source file in it tells from others.
-_TORCH_CANNOT_WRITE = "inline_container"
 # What save_pretrained of models and tokenizers leaves, in the versions of transformers that fastbert works with.
 _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
                 "added_tokens.json", "merges.txt", "*.model")  # fmt: skip
@@ -106,19 +99,3 @@ def new_folder(output: Path) -> Path:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     return new
-
-
-@contextlib.contextmanager
-def write_errors(folder: Path) -> Iterator[None]:
-    """What weights are written to ``folder`` in: a full disk, of which safetensors and torch have errors of their own, is a
-    TrainingError that names the folder and how much is free there. Other errors stay as they are."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and _TORCH_CANNOT_WRITE not in str(error):
-            raise
-        free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
-        raise TrainingError(
-            f"{folder} cannot be written to: {first_line(error)} ({free / 1e6:,.1f} MB are free there); what is done stays, and "
-            "--resume goes on from it"
-        ) from error

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from fastbert.data.budget import token_budget_batches
 from fastbert.data.collator import DataCollatorWithPacking
-from fastbert.train.run_folder import write_json
+from fastbert.runs.folder import write_json
 from fastbert.user_cache import user_cache_folder
 
 Say = Callable[[str], None]

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastbert.model.encoder import PackedEncoder
+from fastbert.runs.errors import SettingsError
 from fastbert.tasks.model import TaskModel
-from fastbert.train.errors import SettingsError
 
 from .head_features import encoder_states
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from fastbert.runs.whole_file import whole_file
 from fastbert.tasks.registry import task_for
 from fastbert.tasks.task import Task
 from fastbert.train.model_card import closing_sections, table
-from fastbert.whole_file import whole_file
 
 CARD_NAME = "README.md"
 _MOST_LABELS = 50  # with their counts; the rest are in config.json

@@ -25,9 +25,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fastbert.model.accelerate import restore
 from fastbert.model.int8_checkpoint import METHOD as INT8
+from fastbert.runs.errors import SettingsError
 from fastbert.tasks.model import TaskModel, accelerated
 from fastbert.tasks.task import Outputs
-from fastbert.train.errors import SettingsError
 
 from .head_model import head_model, rows_of_states
 from .settings import FinetuneSettings

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbert.whole_file import whole_file
+from fastbert.runs.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,11 +12,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastbert.data.sources import Source
+from fastbert.runs.errors import SettingsError
 from fastbert.tasks import metrics
 from fastbert.tasks.examples import Examples
 from fastbert.tasks.model import check_length, load_config, load_task_tokenizer, longest_sequence
 from fastbert.tasks.task import Features, Task
-from fastbert.train.errors import SettingsError
 
 from .modes import check_config
 from .settings import FinetuneSettings

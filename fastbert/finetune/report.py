@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastbert.train.prepare import pick_device
+from fastbert.runs.model import pick_device
 from fastbert.train.run_facts import device_name, versions
 
 from .model_card import write_card

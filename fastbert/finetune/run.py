@@ -21,7 +21,13 @@ from transformers import set_seed
 from fastbert.data.sources import Source
 from fastbert.data.splits import find_splits
 from fastbert.data.tokenizer import save_tokenizer
-from fastbert.one_writer import one_writer
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.folder import check_outside, write_json
+from fastbert.runs.full_disk import write_errors
+from fastbert.runs.model import pick_device
+from fastbert.runs.one_writer import one_writer
+from fastbert.runs.torchrun import refuse_several_processes
+from fastbert.runs.whole_file import whole_file
 from fastbert.tasks.glue_data import find_glue_splits, glue_sources
 from fastbert.tasks.glue_tasks import glue_task, is_glue_task
 from fastbert.tasks.model import load_model, quiet_transformers
@@ -29,14 +35,9 @@ from fastbert.tasks.outputs import model_outputs
 from fastbert.tasks.registry import save_task, task_for
 from fastbert.tasks.sequence import MULTI
 from fastbert.tasks.task import Outputs, Task
-from fastbert.train.errors import SettingsError
-from fastbert.train.launch import refuse_several_processes
-from fastbert.train.prepare import pick_device
-from fastbert.train.run_folder import check_outside, write_json
-from fastbert.whole_file import whole_file
 
 from .adapt import ADAPTATION_NAME, LONGEST, adapt, check_adaptation, check_corpus, effect
-from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run, write_errors
+from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
 from .modes import Tuning, autocast_dtype, check_packages, in_mode, prepare_mode
 from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
 from .report import write_report

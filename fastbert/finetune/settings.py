@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastbert.train.command_settings import CommandSettings
-from fastbert.train.errors import SettingsError
+from fastbert.runs.command_settings import CommandSettings
+from fastbert.runs.errors import SettingsError
 
 MODES = ("full", "head", "lora", "top-k")
 DTYPES = ("float32", "bfloat16")

@@ -13,10 +13,10 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastbert.runs.errors import TrainingError
+from fastbert.runs.full_disk import write_errors
 from fastbert.tasks.model import TaskModel
-from fastbert.train.errors import TrainingError
 
-from .folder import write_errors
 from .settings import FinetuneSettings
 
 Say = Callable[[str], None]

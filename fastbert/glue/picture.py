@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastbert.runs.whole_file import whole_file
 from fastbert.tasks.glue_tasks import GLUE_TASKS, GlueTask
-from fastbert.whole_file import whole_file
 
 from .published import BERT_ROWS, LEADERBOARD_ROWS, PublishedRow
 from .report import model_title

@@ -17,11 +17,17 @@ from typing import Any
 
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
-from fastbert.finetune.folder import RUN_NAME, check_folder, delete_folder, read_run, write_errors
+from fastbert.finetune.folder import RUN_NAME, check_folder, delete_folder, read_run
 from fastbert.finetune.modes import check_packages, in_mode
 from fastbert.finetune.prepared import drawn
 from fastbert.finetune.run import finetune
-from fastbert.one_writer import one_writer
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.folder import check_outside, write_json
+from fastbert.runs.full_disk import write_errors
+from fastbert.runs.model import pick_device
+from fastbert.runs.one_writer import one_writer
+from fastbert.runs.torchrun import refuse_several_processes
+from fastbert.runs.whole_file import whole_file
 from fastbert.tasks.glue_data import (
     GlueSplits,
     find_folders,
@@ -34,11 +40,6 @@ from fastbert.tasks.glue_data import (
 from fastbert.tasks.glue_tasks import GLUE_TASKS, SUBMISSION_NAMES, glue_task
 from fastbert.tasks.model import check_length, load_config, load_model, load_task_tokenizer, longest_sequence
 from fastbert.tasks.predictor import Predictor
-from fastbert.train.errors import SettingsError
-from fastbert.train.launch import refuse_several_processes
-from fastbert.train.prepare import pick_device
-from fastbert.train.run_folder import check_outside, write_json
-from fastbert.whole_file import whole_file
 
 from .document import Results, glue_document
 from .picture import plot_scores

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from fastbert.finetune.settings import FinetuneSettings
+from fastbert.runs.command_settings import CommandSettings
+from fastbert.runs.errors import SettingsError
 from fastbert.tasks.glue_tasks import GlueTask, glue_task
-from fastbert.train.command_settings import CommandSettings
-from fastbert.train.errors import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)

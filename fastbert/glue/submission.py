@@ -10,8 +10,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastbert.runs.whole_file import whole_file
 from fastbert.tasks.glue_tasks import SUBMISSION_NAMES, GlueTask
-from fastbert.whole_file import whole_file
 
 ZIP_NAME = "submission.zip"
 _TIME = (1980, 1, 1, 0, 0, 0)  # zip's earliest: the same predictions make the same bytes

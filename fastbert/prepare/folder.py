@@ -14,9 +14,9 @@ from typing import Any
 
 from fastbert.data.errors import CorpusError
 from fastbert.data.shards import FORMAT, HELD_OUT, MANIFEST, SPLITS, TRAIN, Shard, check_sizes, read_manifest
-from fastbert.train.errors import SettingsError
-from fastbert.train.run_folder import check_writable
-from fastbert.whole_file import whole_file
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.folder import check_writable
+from fastbert.runs.whole_file import whole_file
 
 from .reader import Position
 from .seen import delete_seen

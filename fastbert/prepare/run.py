@@ -21,10 +21,10 @@ from fastbert.data.corpus import CorpusPart, Reading, check_enough, corpus_parts
 from fastbert.data.errors import CorpusError
 from fastbert.data.shards import open_shards, tokenizer_fingerprint
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
-from fastbert.one_writer import one_writer
-from fastbert.train.errors import TrainingError
+from fastbert.runs.errors import TrainingError
+from fastbert.runs.one_writer import one_writer
+from fastbert.runs.torchrun import refuse_several_processes
 from fastbert.train.interrupt import stop_on_signals
-from fastbert.train.launch import refuse_several_processes
 
 from .folder import SEEN, PreparedFolder, check_output
 from .reader import CorpusReader, check_inputs, inputs, make_reading

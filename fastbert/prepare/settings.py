@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fastbert.train.command_settings import CommandSettings
-from fastbert.train.errors import SettingsError
+from fastbert.runs.command_settings import CommandSettings
+from fastbert.runs.errors import SettingsError
 
 DEFAULT_VOCAB_SIZE = 30522
 TOKENS_PER_SHARD = 1 << 24

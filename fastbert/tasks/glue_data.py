@@ -13,7 +13,7 @@ from fastbert.data.errors import DataError
 from fastbert.data.lines import read_lines, without_line_end
 from fastbert.data.sources import Source
 from fastbert.data.tables import Table, file_kind, read_table
-from fastbert.train.errors import SettingsError
+from fastbert.runs.errors import SettingsError
 
 from .examples import Examples, TextExample
 from .glue_tasks import AX_PATHS, AX_SPLIT, GLUE_TASKS, GlueTask, glue_task, is_glue_task

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastbert.train.errors import SettingsError
+from fastbert.runs.errors import SettingsError
 
 
 @dataclass(frozen=True)

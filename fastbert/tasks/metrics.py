@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbert.train.errors import SettingsError
+from fastbert.runs.errors import SettingsError
 
 # Those of each kind that are better when higher; the first is the usual one.
 CLASSIFICATION = ("accuracy", "f1", "f1_macro", "matthews_correlation")

@@ -30,8 +30,8 @@ from fastbert.model.accelerate import accelerate
 from fastbert.model.encoder import PackedEncoder
 from fastbert.model.int8_checkpoint import METHOD as INT8
 from fastbert.model.quantize import quantize
-from fastbert.train.errors import SettingsError
-from fastbert.train.prepare import check_sizes
+from fastbert.runs.errors import SettingsError, first_line
+from fastbert.runs.model import check_sizes
 
 from .choices import pad_choices
 from .task import Task, unnamed
@@ -203,7 +203,3 @@ def longest_sequence(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
 def check_length(max_seq_length: int, longest: int, name: str) -> None:
     if max_seq_length > longest:
         raise SettingsError(f"--max-seq-length is {max_seq_length}; --model {name} takes {longest} tokens at most")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

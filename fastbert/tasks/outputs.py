@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastbert.data.budget import token_budget_batches
-from fastbert.train.errors import TrainingError
+from fastbert.runs.errors import TrainingError
 
 from .model import TaskModel
 

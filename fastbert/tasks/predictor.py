@@ -16,8 +16,8 @@ from typing import Any
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.data.tables import check_unicode
-from fastbert.train.errors import SettingsError
-from fastbert.train.prepare import pick_device
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.model import pick_device
 
 from .examples import Examples
 from .model import TaskModel, check_length, load_config, load_model, longest_sequence, quantized, stays_int8

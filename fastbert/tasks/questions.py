@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.data.squad import read_squad
-from fastbert.train.errors import SettingsError
+from fastbert.runs.errors import SettingsError
 
 from .examples import Answer, Examples, QuestionExample
 from .squad_metric import squad_scores

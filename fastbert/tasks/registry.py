@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.data.errors import DataError
-from fastbert.train.errors import SettingsError
-from fastbert.train.run_folder import write_json
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.folder import write_json
 
 from .choices import MultipleChoice
 from .glue_data import GlueTextTask, glue_text_fields

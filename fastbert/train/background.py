@@ -9,8 +9,9 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from fastbert.runs.errors import TrainingError
+
 from .checkpoint import Snapshot, checkpoint_path, sync_path, write_checkpoint
-from .errors import TrainingError
 
 
 class CheckpointWriter:

@@ -22,9 +22,9 @@ from transformers import BertForPreTraining, PreTrainedModel
 
 from fastbert.data.batches import PackedBatch
 from fastbert.data.masking import IGNORE_INDEX
+from fastbert.runs.errors import TrainingError
 
 from .checkpoint import Snapshot
-from .errors import TrainingError
 from .evaluate import evaluate
 from .learner import Learner, MicroBatch, synchronize
 from .metrics import BatchScores, scores_tensor

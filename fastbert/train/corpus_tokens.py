@@ -15,9 +15,9 @@ from fastbert.data.corpus import CorpusReport, Document, embedded_documents, rea
 from fastbert.data.shards import is_prepared, open_shards
 from fastbert.data.tokenizer import load_tokenizer, train_wordpiece
 from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
+from fastbert.runs.command_settings import option
+from fastbert.runs.errors import SettingsError
 
-from .command_settings import option
-from .errors import SettingsError
 from .settings import DEFAULT_VOCAB_SIZE, PretrainSettings
 
 Say = Callable[[str], None]

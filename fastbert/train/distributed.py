@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import SettingsError, TrainingError, TrainingInterrupted
-from .launch import Launch
+from fastbert.runs.errors import SettingsError, TrainingError, TrainingInterrupted
+from fastbert.runs.torchrun import Launch
 
 # How long a process waits for the others: the first may be writing a checkpoint, the last still be reading the corpus.
 PATIENCE = timedelta(hours=1)

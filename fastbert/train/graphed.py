@@ -28,9 +28,9 @@ from fastbert.model.fallback import model_fallback_reasons
 from fastbert.ops.backends import not_supported_reasons
 
 from .distributed import Processes
+from .inputs import Say
 from .learner import Learner, MicroBatch
 from .metrics import STEP_SCORES
-from .prepare import Say
 from .settings import PretrainSettings
 
 # torch's documentation warms up with three.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import TrainingError
+from fastbert.runs.errors import TrainingError
 
 # The running mean forgets a step after about 50; before 20 steps have been seen it says too little.
 DECAY = 0.98

@@ -21,14 +21,15 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from fastbert.runs.errors import TrainingError
+from fastbert.runs.folder import write_json
+
 from .checkpoint import Snapshot
 from .distributed import ALONE, Processes
-from .errors import TrainingError
 from .guard import Guard
 from .metrics import MLM_LOSS, NSP_LOSS, batch_scores
 from .multi_tensor import MultiTensorOptimizer
 from .optimizer import build_lamb, build_optimizer, load_optimizer_tensors, optimizer_tensors
-from .run_folder import write_json
 from .schedules import Schedule
 from .settings import PretrainSettings
 

@@ -13,19 +13,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastbert.data.loader import Position, step_batches
+from fastbert.runs.errors import TrainingInterrupted
 
 from .background import CheckpointWriter
 from .checkpoint import checkpoint_path
 from .compare import Comparison
 from .distributed import Processes, dropout_seed
-from .errors import TrainingInterrupted
 from .graphed import CudaRecorder, GraphedStep, not_recorded_reasons
 from .guard import check_skipped, skipped_text
+from .inputs import PreparedData, Say
 from .interrupt import StopRequest
 from .learner import Learner, MicroBatch, synchronize
 from .metrics import BatchScores, MetricsFile, Window
 from .prefetch import DeviceStep, device_steps
-from .prepare import PreparedData, Say
 from .run_folder import METRICS_NAME
 from .run_state import RunState, snapshot_run
 from .settings import Phase, PretrainSettings
@@ -121,7 +121,7 @@ class TrainingLoop:
         """Trains through all phases.
 
         Raises :class:`TrainingInterrupted` when ``stop`` was requested, after the step and a checkpoint, and
-        :class:`~fastbert.train.errors.TrainingError` once more steps than allowed were left out, or a checkpoint could not be
+        :class:`~fastbert.runs.errors.TrainingError` once more steps than allowed were left out, or a checkpoint could not be
         written; checkpoints of earlier steps stay as they are. However it ends, no checkpoint is still being written.
         """
         settings, state = self.settings, self.state

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from fastbert.data.masking import IGNORE_INDEX
-from fastbert.whole_file import whole_file
-
-from .errors import TrainingError
+from fastbert.runs.errors import TrainingError
+from fastbert.runs.whole_file import whole_file
 
 MLM_LOSS, NSP_LOSS = 0, 3  # where they are among the scores
 

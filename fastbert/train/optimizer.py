@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from .errors import SettingsError
+from fastbert.runs.errors import SettingsError
+
 from .lamb import LAMB
 from .multi_tensor import MultiTensorAdamW, MultiTensorLAMB, not_supported_reason
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbert.whole_file import whole_file
+from fastbert.runs.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

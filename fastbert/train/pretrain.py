@@ -19,23 +19,25 @@ import torch
 from transformers import PreTrainedModel
 
 from fastbert.data.tokenizer import save_tokenizer
-from fastbert.one_writer import one_writer
+from fastbert.runs.errors import SettingsError, TrainingError
+from fastbert.runs.folder import write_json
+from fastbert.runs.model import pick_device
+from fastbert.runs.one_writer import one_writer
+from fastbert.runs.torchrun import Launch, launch
 
 from .checkpoint import checkpoint_folders, checkpoint_step, latest_checkpoint, set_aside, unfinished_folders
 from .compare import Comparison, ComparisonReport
 from .distributed import Processes, check_shares, joined, local_device
-from .errors import SettingsError, TrainingError
 from .evaluate import evaluate
 from .fill_in import FilledMask, fill_in_examples
+from .inputs import PreparedData, Say, build_model, check_model, prepare_data
 from .interrupt import StopRequest, stop_on_signals
-from .launch import Launch, launch
 from .learner import MODEL_NAME, Learner, save_model
 from .loop import TrainingLoop
 from .metrics import MetricsFile, read_metrics
 from .model_card import model_card
 from .optimizer import check_optimizer_backend
 from .plot import plot_losses
-from .prepare import PreparedData, Say, build_model, check_model, pick_device, prepare_data
 from .run_facts import device_name, versions
 from .run_folder import (
     CARD_NAME,
@@ -47,7 +49,6 @@ from .run_folder import (
     delete_run,
     read_run,
     whole_files,
-    write_json,
 )
 from .run_state import RunState, load_run
 from .settings import PretrainSettings
@@ -89,7 +90,7 @@ class PretrainResult:
 def pretrain(settings: PretrainSettings, say: Say = print) -> PretrainResult:
     """Runs, or with ``settings.resume`` continues, a pretraining; ``say`` gets lines for people.
 
-    SIGINT and SIGTERM end it after the step with a checkpoint: :class:`~fastbert.train.errors.TrainingInterrupted`. Raises
+    SIGINT and SIGTERM end it after the step with a checkpoint: :class:`~fastbert.runs.errors.TrainingInterrupted`. Raises
     :class:`SettingsError` for what cannot be done as asked, before anything is written; ``CorpusError`` for unusable text;
     :class:`TrainingError` where training fails.
     """

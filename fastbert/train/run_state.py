@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 from fastbert.data.loader import Position
 from fastbert.data.tokenizer import save_tokenizer
+from fastbert.runs.errors import TrainingError
 
 from .checkpoint import Snapshot
 from .compare import Comparison
-from .errors import TrainingError
 from .learner import Learner, os_errors
 from .metrics import Window
 from .run_folder import STATE_NAME, read_state
@@ -93,7 +93,7 @@ def snapshot_run(state: RunState, learner: Learner, tokenizer: PreTrainedTokeniz
 def load_run(checkpoint: Path, state: RunState, learner: Learner, comparison: Comparison | None) -> None:
     """Puts weights, optimizer and random numbers back to where they were when the checkpoint was written.
 
-    Raises :class:`~fastbert.train.errors.TrainingError` where the checkpoint is of another model.
+    Raises :class:`~fastbert.runs.errors.TrainingError` where the checkpoint is of another model.
     """
     learner.load(checkpoint)
     if comparison is not None:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fastbert.data.streams import LARGEST_SEED
-
-from .command_settings import CommandSettings, option
-from .errors import SettingsError
+from fastbert.runs.command_settings import CommandSettings, option
+from fastbert.runs.errors import SettingsError
 
 DEFAULT_VOCAB_SIZE = 30522
 DEFAULT_DROPOUT = 0.1

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fastbert.cli.main import app
 from fastbert.data import tables
-from fastbert.one_writer import writing_to
+from fastbert.runs.one_writer import writing_to
 
 from ..toys import write_sentiment
 

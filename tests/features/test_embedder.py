@@ -14,7 +14,7 @@ import transformers
 import fastbert
 from fastbert.features import embedder as embed_module
 from fastbert.features.embedder import Embedder, TextError
-from fastbert.train.errors import SettingsError
+from fastbert.runs.errors import SettingsError
 
 from .helpers import LENGTH, TEXTS, WORDS, plain_embedding, plain_layers, save_checkpoint
 

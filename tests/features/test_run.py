@@ -23,7 +23,7 @@ from fastbert.features import workers
 from fastbert.features.embedder import Embedder
 from fastbert.features.run import EmbeddingStopped, embed
 from fastbert.features.settings import EmbedSettings, parts_folder
-from fastbert.train.errors import SettingsError
+from fastbert.runs.errors import SettingsError
 
 from ..processes import ForkedModule, server
 from .helpers import TEXTS, save_checkpoint

@@ -21,7 +21,7 @@ from fastbert.finetune import run as finetune_module
 from fastbert.finetune.adapt import ADAPTATION_NAME, adapt, effect, sequences
 from fastbert.finetune.run import finetune
 from fastbert.finetune.settings import FinetuneSettings
-from fastbert.train.errors import SettingsError, TrainingError
+from fastbert.runs.errors import SettingsError, TrainingError
 
 from ..toys import BAD, GOOD, NOUNS
 

@@ -17,9 +17,9 @@ from fastbert.finetune.run import finetune
 from fastbert.finetune.settings import FinetuneSettings
 from fastbert.finetune.trainer import FineTuning
 from fastbert.model.packed_layer import _entries
+from fastbert.runs.errors import SettingsError
 from fastbert.tasks.model import TaskModel
 from fastbert.tasks.predictor import Predictor
-from fastbert.train.errors import SettingsError
 
 from ..model.helpers import small_config
 from .head_helpers import FAMILIES, RELATIVES, model_of, rows_of

@@ -26,8 +26,8 @@ from fastbert.finetune.settings import FinetuneSettings
 from fastbert.finetune.trainer import FineTuning
 from fastbert.glue.run import glue
 from fastbert.glue.settings import GlueSettings
+from fastbert.runs.errors import SettingsError, TrainingError
 from fastbert.tasks.predictor import Predictor
-from fastbert.train.errors import SettingsError, TrainingError
 
 from ..processes import ForkedModule
 

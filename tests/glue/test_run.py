@@ -22,9 +22,9 @@ from fastbert.finetune.run import finetune
 from fastbert.finetune.settings import FinetuneSettings
 from fastbert.glue.run import glue, pair_folder, write_report
 from fastbert.glue.settings import GlueSettings
+from fastbert.runs.errors import SettingsError, TrainingError
 from fastbert.tasks.glue_data import glue_text_task
 from fastbert.tasks.predictor import Predictor
-from fastbert.train.errors import SettingsError, TrainingError
 
 from .helpers import write_toy_glue, write_tsv
 

@@ -19,7 +19,7 @@ from fastbert.data.tokens import tokenize_documents
 from fastbert.prepare import reader
 from fastbert.prepare.run import PreparationStopped
 from fastbert.prepare.settings import PrepareSettings
-from fastbert.train.errors import SettingsError
+from fastbert.runs.errors import SettingsError
 
 from ..processes import ForkedModule
 from .helpers import all_documents, contents, documents, run

@@ -20,7 +20,7 @@ from fastbert.data.errors import CorpusError
 from fastbert.prepare.run import PreparationStopped
 from fastbert.prepare.seen import SeenDocuments
 from fastbert.prepare.settings import PrepareSettings
-from fastbert.train.errors import SettingsError
+from fastbert.runs.errors import SettingsError
 
 from .helpers import contents, run
 

@@ -10,6 +10,7 @@ import pytest
 
 from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
+from fastbert.runs.errors import SettingsError
 from fastbert.tasks.glue_data import (
     find_folders,
     find_glue_splits,
@@ -20,7 +21,6 @@ from fastbert.tasks.glue_data import (
     read_index,
 )
 from fastbert.tasks.glue_tasks import GLUE_TASKS, SUBMISSION_NAMES, glue_task
-from fastbert.train.errors import SettingsError
 
 from ..glue.helpers import write_toy_glue, write_tsv
 

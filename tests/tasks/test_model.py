@@ -14,11 +14,11 @@ import transformers
 
 from fastbert.data.errors import DataError
 from fastbert.model.int8 import Int8Linear
+from fastbert.runs.errors import SettingsError, TrainingError
 from fastbert.tasks.model import load_config, load_model, longest_sequence, quantized
 from fastbert.tasks.outputs import model_outputs
 from fastbert.tasks.predictor import Predictor
 from fastbert.tasks.registry import load_task, save_task, task_for
-from fastbert.train.errors import SettingsError, TrainingError
 
 from ..toys import sentiment_lines
 

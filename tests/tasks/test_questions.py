@@ -16,12 +16,12 @@ from fastbert.data.errors import DataError
 from fastbert.data.sources import Source
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.model.accelerate import accelerate
+from fastbert.runs.errors import SettingsError
 from fastbert.tasks import questions
 from fastbert.tasks.examples import Answer, Examples, QuestionExample
 from fastbert.tasks.model import TaskModel
 from fastbert.tasks.outputs import model_outputs
 from fastbert.tasks.questions import QuestionAnswering, Window
-from fastbert.train.errors import SettingsError
 
 TASK = QuestionAnswering(name="question-answering")
 WORDS = ["who", "what", "sat", "cat", "mat", "on", "the", "dog", "and", "ran", "##ning", "##s", "run", "?", "."]

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fastbert import one_writer
 from fastbert.cli.main import app
+from fastbert.runs import one_writer
+from fastbert.runs.errors import TrainingError, TrainingInterrupted
 from fastbert.train.background import CheckpointWriter
 from fastbert.train.checkpoint import Snapshot, _write_manifest, checkpoint_defect, checkpoint_folders
-from fastbert.train.errors import TrainingError, TrainingInterrupted
 from fastbert.train.loop import TrainingLoop
 from fastbert.train.pretrain import pretrain
 

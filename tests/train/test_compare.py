@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastbert.train.compare import ComparedStep, Comparison, ComparisonReport
-from fastbert.train.prepare import build_model, prepare_data
+from fastbert.train.inputs import build_model, prepare_data
 
 
 def compared(step: int, loss: float = 2.0, transformers_loss: float = 2.0, slower: float = 2.0) -> ComparedStep:

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from fastbert.runs.errors import SettingsError, TrainingError
+from fastbert.runs.torchrun import Launch, launch, only_main_speaks
 from fastbert.train import pretrain as pretrain_module
 from fastbert.train.checkpoint import checkpoint_folders
 from fastbert.train.distributed import check_shares, dropout_seed, local_device
-from fastbert.train.errors import SettingsError, TrainingError
-from fastbert.train.launch import Launch, launch, only_main_speaks
 from fastbert.train.loop import TrainingLoop
 from fastbert.train.metrics import read_metrics
 from fastbert.train.pretrain import pretrain

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastbert.train.fill_in import fill_in_examples
-from fastbert.train.prepare import build_model, prepare_data
+from fastbert.train.inputs import build_model, prepare_data
 
 from .conftest import WORDS
 

@@ -21,14 +21,14 @@ from torch.utils._pytree import tree_flatten
 
 from fastbert import BertForMaskedLM, BertForPreTraining
 from fastbert.data.batches import PackedBatch
+from fastbert.runs.errors import TrainingInterrupted
+from fastbert.runs.torchrun import Launch
 from fastbert.train import graphed as graphed_module
 from fastbert.train import learner as learner_module
 from fastbert.train import loop as loop_module
 from fastbert.train import optimizer as optimizer_module
 from fastbert.train.distributed import ALONE, Processes
-from fastbert.train.errors import TrainingInterrupted
 from fastbert.train.graphed import WARMUP_STEPS, GraphedStep, not_recorded_reasons
-from fastbert.train.launch import Launch
 from fastbert.train.learner import Learner, MicroBatch
 from fastbert.train.metrics import STEP_SCORES, read_metrics
 from fastbert.train.optimizer import optimizer_tensors

@@ -12,7 +12,7 @@ import torch
 from fastbert import BertConfig, BertForPreTraining
 from fastbert.data.batches import PackedBatch
 from fastbert.ops.cuda import unavailable_reason
-from fastbert.train.errors import TrainingInterrupted
+from fastbert.runs.errors import TrainingInterrupted
 from fastbert.train.graphed import WARMUP_STEPS, CudaRecorder, GraphedStep
 from fastbert.train.learner import Learner, MicroBatch
 from fastbert.train.metrics import MLM_LOSS, NSP_LOSS

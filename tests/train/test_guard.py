@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fastbert.train.errors import TrainingError
+from fastbert.runs.errors import TrainingError
 from fastbert.train.guard import DECAY, LEAST_STEPS, Guard, check_skipped
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import signal
 import pytest
 import torch
 
+from fastbert.runs.errors import SettingsError
 from fastbert.train.checkpoint import checkpoint_folders, unfinished_folders
-from fastbert.train.errors import SettingsError
 from fastbert.train.pretrain import pretrain
 from fastbert.train.settings import PretrainSettings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert.train.errors import TrainingError
+from fastbert.runs.errors import TrainingError
 from fastbert.train.metrics import BatchScores, MetricsFile, ScoreSums, Window, read_metrics, scores_tensor
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastbert import BertForPreTraining
 from fastbert.ops.cuda import DEVICE_TYPE, unavailable_reason
+from fastbert.runs.errors import SettingsError, TrainingInterrupted
 from fastbert.train import optimizer as optimizer_module
-from fastbert.train.errors import SettingsError, TrainingInterrupted
 from fastbert.train.learner import Learner, MicroBatch
 from fastbert.train.metrics import BatchScores
 from fastbert.train.multi_tensor import MultiTensorAdamW, MultiTensorLAMB

@@ -11,8 +11,8 @@ import torch
 from fastbert.data.batches import PackedBatch
 from fastbert.data.loader import Position, StepBatches, step_batches
 from fastbert.data.masking import IGNORE_INDEX
+from fastbert.train.inputs import prepare_data
 from fastbert.train.prefetch import device_steps
-from fastbert.train.prepare import prepare_data
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -12,7 +12,7 @@ from fastbert.data.errors import TokenizerError
 from fastbert.data.shards import open_shards
 from fastbert.prepare.run import prepare
 from fastbert.prepare.settings import PrepareSettings
-from fastbert.train.errors import SettingsError, TrainingInterrupted
+from fastbert.runs.errors import SettingsError, TrainingInterrupted
 from fastbert.train.pretrain import pretrain
 
 from .runs import quiet, rows_without_speed, same_weights, stop_at

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForPreTraining
 
 from fastbert.data.errors import CorpusError, TokenizerError
+from fastbert.runs.errors import SettingsError, TrainingError, TrainingInterrupted
+from fastbert.runs.model import pick_device
 from fastbert.train.checkpoint import checkpoint_folders
-from fastbert.train.errors import SettingsError, TrainingError, TrainingInterrupted
 from fastbert.train.metrics import read_metrics
-from fastbert.train.prepare import pick_device
 from fastbert.train.pretrain import pretrain
 from fastbert.train.run_folder import OWN_FILES
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert.train.errors import SettingsError, TrainingError, TrainingInterrupted
+from fastbert.runs.errors import SettingsError, TrainingError, TrainingInterrupted
 from fastbert.train.learner import Learner
 from fastbert.train.metrics import MLM_LOSS, read_metrics
 from fastbert.train.pretrain import pretrain

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.folder import write_json
 from fastbert.train.checkpoint import write_checkpoint
-from fastbert.train.errors import SettingsError
-from fastbert.train.run_folder import check_folders, check_output_folder, delete_run, write_json
+from fastbert.train.run_folder import check_folders, check_output_folder, delete_run
 from fastbert.train.settings import PretrainSettings
 
 

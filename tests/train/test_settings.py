@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fastbert.train.errors import SettingsError
+from fastbert.runs.errors import SettingsError
 from fastbert.train.settings import ModelSize, PretrainSettings
 
 

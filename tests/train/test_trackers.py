@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from fastbert.train.errors import SettingsError, TrainingInterrupted
+from fastbert.runs.errors import SettingsError, TrainingInterrupted
 from fastbert.train.metrics import read_metrics
 from fastbert.train.pretrain import pretrain
 from fastbert.train.trackers import Trackers, check_trackers, new_run_name

@@ -10,7 +10,7 @@ import signal
 import sys
 
 from fastbert.cli.main import app
-from fastbert.train.errors import TrainingError
+from fastbert.runs.errors import TrainingError
 from fastbert.train.loop import TrainingLoop
 
 

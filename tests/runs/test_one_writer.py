@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastbert.one_writer import one_writer
-from fastbert.train.errors import SettingsError
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.one_writer import one_writer
 
 HOLD = """
 import sys, time
 from types import SimpleNamespace
-from fastbert.one_writer import one_writer
+from fastbert.runs.one_writer import one_writer
 
 @one_writer
 def run(settings):

@@ -1,4 +1,4 @@
-"""What can stop a training run, one class per exit code of the command line."""
+"""What can stop a run, one class per exit code of the command line."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ class TrainingInterrupted(Exception):
         super().__init__(f"stopped after step {step}; everything up to it is in {checkpoint}")
         self.step = step
         self.checkpoint = checkpoint
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

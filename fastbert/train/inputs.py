@@ -17,9 +17,10 @@ from fastbert.data.batches import PackedBatch, PretrainingBatches
 from fastbert.data.errors import CorpusError
 from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.tokens import TokenizedCorpus
+from fastbert.runs.errors import SettingsError
+from fastbert.runs.model import check_sizes
 
 from .corpus_tokens import Say, corpus_tokens
-from .errors import SettingsError
 from .settings import Phase, PretrainSettings
 
 PretrainingModel = BertForPreTraining | BertForMaskedLM
@@ -146,32 +147,6 @@ def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast, 
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is a GPU where torch can use one. Raises :class:`SettingsError` for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    if device.type == "meta":
-        raise SettingsError("--device meta cannot be used: its tensors hold no numbers; give cpu or cuda")
-    return device
-
-
-def check_sizes(name: str, loading: dict[str, Any], part: str = "") -> None:
-    """Raises :class:`SettingsError` for a weight of a checkpoint, its name beginning with ``part``, of another size than
-    config.json says. ``loading``: transformers' ``output_loading_info``, under ``ignore_mismatched_sizes``."""
-    other = sorted(entry for entry in loading["mismatched_keys"] if entry[0].startswith(part))
-    if other:
-        key, has, expected = other[0]
-        raise SettingsError(
-            f"--model {name}: {key} is {tuple(has)} in the checkpoint and {tuple(expected)} by its config.json "
-            f"({len(other)} weights are like that): the two are not of one model"
-        )
 
 
 def _model_class(settings: PretrainSettings) -> type[PretrainingModel]:

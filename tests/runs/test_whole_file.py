@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from fastbert.whole_file import whole_file
+from fastbert.runs.whole_file import whole_file
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from fastbert.train.errors import SettingsError
-from fastbert.train.launch import launch
 from fastbert.user_cache import user_cache_folder
+
+from .errors import SettingsError
+from .torchrun import launch
 
 R = TypeVar("R")
 

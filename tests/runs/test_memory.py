@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from fastbert.train import memory
+from fastbert.runs import memory
 
 from ..processes import run_python
 
 FAULTS = """
 import resource, torch
-from fastbert.train.memory import keep_freed_memory
+from fastbert.runs.memory import keep_freed_memory
 reason = keep_freed_memory() if {keep} else None
 assert reason is None, reason
 for round in range(24):  # an aligned request does not fit a freed one of its size: it takes some rounds until all find their places
