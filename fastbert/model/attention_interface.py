@@ -27,7 +27,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ..ops import attention, backends
 from ..ops.registration import transform_reasons
-from .packing import Packing
+from .packing import Packing, begins_with_padding
 
 NAME = "fastbert"
 logger = logging.getLogger(__name__)
@@ -108,6 +108,8 @@ def _padding_mask(real: Tensor) -> Tensor | None:
     packing = Packing.from_mask(real, shape, real.device)
     if packing.indices is None:
         return None
+    if begins_with_padding(real):  # and may be pooled: the mask of sdpa, where padding looks at the tokens
+        return mask.expand(-1, -1, shape[1], -1)
     _known[mask] = ((_version(mask), shape), packing)
     return mask
 
@@ -217,7 +219,7 @@ def attention_fallback_reasons(
     packed = kwargs.get("cu_seq_lens_q") is not None
     if attention_mask is not None and not _is_causal(module, is_causal):
         if attention_mask.dtype != torch.bool or attention_mask.shape != (query.shape[0], 1, 1, key.shape[2]):
-            reasons.append("the mask is not padding alone, which is bool (batch, 1, 1, length)")
+            reasons.append("the mask is not padding behind tokens alone, which is bool (batch, 1, 1, length)")
         elif packed:
             reasons.append("there is a mask besides cu_seq_lens_q")
         elif is_tracing(attention_mask):

@@ -107,6 +107,9 @@ def explain(model: nn.Module | Pipeline, **inputs: Any) -> Explanation:
     length) mask. Raises TypeError for a model without an encoder that fastbert knows.
     """
     module = module_of(model)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 3 and type(module).__name__.endswith("ForMultipleChoice"):
+        inputs["attention_mask"] = mask.flatten(0, 1)  # as its forward does
     known = encoder_classes()
     encoders = {name: m for name, m in module.named_modules() if isinstance(m, known)}
     if not encoders:

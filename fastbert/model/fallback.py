@@ -11,6 +11,7 @@ from transformers.utils import output_capturing
 from ..ops.registration import has_no_data, transform_reasons
 from .attention_interface import is_known_attention
 from .layer import FusedLayer
+from .packing import begins_with_padding
 from .plain import base_was_changed, is_watched
 
 # Whether output_hidden_states takes indices of hidden states. Older versions take any list for True, or count layers from 0.
@@ -71,6 +72,8 @@ def model_fallback_reasons(
     foreign = {type(layer).__qualname__ for layer in layers if not isinstance(layer, FusedLayer)}
     if foreign:
         reasons.append(f"encoder layers are of another class: {', '.join(sorted(foreign))}")
+    if not reasons and begins_with_padding(attention_mask):
+        reasons.append("a sequence begins with padding, which transformers pools as its first token")
     return reasons
 
 

@@ -27,6 +27,18 @@ class InHalf(NamedTuple):
         return cls(tuple(tensors), tuple(sources), [(source.data_ptr(), source._version) for source in sources])
 
 
+def begins_with_padding(mask: Tensor | None) -> bool:
+    """Whether a sequence of a padding mask (batch, length) has tokens, of which none stands in the first column.
+
+    transformers pools that column all the same: there the padding token has looked at the others, of which packed rows know
+    nothing. Waits for a GPU.
+    """
+    if mask is None or mask.dim() != 2 or mask.shape[1] == 0:
+        return False
+    first = mask[:, 0] != 0
+    return not first.all() and bool((~first & (mask != 0).any(1)).any())
+
+
 class Packing:
     """Where the rows of a packed batch (total, ...) come from, and what their sequences are.
 
@@ -153,7 +165,7 @@ class Packing:
     def first_positions(self, x: Tensor) -> Tensor:
         """(total, ...) -> (num_sequences, ...): what stands at each sequence's first position, the [CLS] that BERT pools.
 
-        Of a padded batch it is column 0, as in transformers, hence 0 where that column is padding, and so of empty sequences.
+        0 of empty sequences. Others begin with a token: see :func:`begins_with_padding`.
         """
         if x.shape[0] == 0:
             return x.new_zeros(self.num_sequences, *x.shape[1:])
@@ -168,10 +180,7 @@ class Packing:
         rows = self.cu_seqlens[:-1]
         if self.indices is None and self._is_batch:
             return rows, None
-        rows = rows.clamp(max=total - 1)
-        if self.indices is None:
-            return rows, self.cu_seqlens.diff() > 0
-        return rows, self.indices[rows] == torch.arange(self.shape[0], device=rows.device) * self.shape[1]
+        return rows.clamp(max=total - 1), self.cu_seqlens.diff() > 0
 
     @property
     def num_sequences(self) -> int:

@@ -22,7 +22,7 @@ from .attention_interface import is_known_attention
 from .fallback import hidden_states_wanted, model_fallback_reasons
 from .packed_ends import embed_at_once, entry_of, takes
 from .packed_layer import stack_of
-from .packing import Packing
+from .packing import Packing, begins_with_padding
 from .plain import base_was_changed
 from .row_selection import few_are_worth_it, reads_first_rows
 from .snapshot import AttributesSnapshot, Snapshot, all_unchanged
@@ -106,6 +106,8 @@ def answer(
         _requests.pop(model, None)
         return None
     if base_was_changed(type(model)) or stack.is_overruled() or not is_known_attention(request.attention):
+        return None
+    if begins_with_padding(attention_mask):
         return None
     packing = Packing.from_mask(attention_mask, tuple(input_ids.shape), input_ids.device)
     total = (input_ids if packing.indices is None else packing.indices).numel()

@@ -58,6 +58,16 @@ def test_encoders_give_the_outputs_and_gradients_of_sdpa(ran, name, padded):
     assert ran == {"fused": 2}
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_padding_before_the_first_token(ran, name):
+    """A model may pool the first column all the same, where padding has looked at the tokens."""
+    plain, fused = twins(name, ENCODERS[name])
+    batch = {**text(True), "attention_mask": mask().flip(1)}
+    with torch.no_grad():
+        assert_close(fused(**batch).last_hidden_state, plain(**batch).last_hidden_state)
+    assert ran == {"sdpa": 2}
+
+
 def test_images_have_no_mask(ran):
     config = transformers.ViTConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4

