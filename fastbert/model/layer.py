@@ -172,8 +172,8 @@ class BertLayer(FusedLayer, hf.BertLayer):
 
 
 def _hooks_see_arguments(layer: nn.Module) -> bool:
-    """Whether hooks may change what a layer is called with, or look at its keyword arguments."""
-    return bool(layer._forward_pre_hooks or layer._forward_hooks_with_kwargs)
+    """Whether hooks may change what a layer is called with, look at its keyword arguments, or get a gradient for each argument."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks_with_kwargs or layer._backward_hooks)
 
 
 def _padding_mask(layer: nn.Module, rows: Tensor, packing: Packing) -> Tensor | None:

@@ -187,7 +187,11 @@ def _failure(processes: Processes, error: BaseException) -> BaseException:
     mine = {"process": str(processes.launch), "kind": _kind(error), "message": _message(error)}
     first = _first_failure(processes, None if _is_consequence(error) else mine)
     if first is None:
-        lost = TrainingError(f"{processes.launch} has lost contact with another one; torchrun names the one that failed first")
+        if "timed out" in str(error).lower():
+            why = f"has heard nothing from another one for {PATIENCE}, which hangs; torchrun names the first that noticed"
+        else:
+            why = "has lost contact with another one; torchrun names the one that failed first"
+        lost = TrainingError(f"{processes.launch} {why}")
         _print_unless_main(processes, lost)
         return lost
     if first == mine:

@@ -78,7 +78,7 @@ def forward_pre_hook(module: nn.Module, calls: list) -> None:
 
 def backward_hook(module: nn.Module, calls: list) -> None:
     def hook(module, grad_input, grad_output):
-        calls.append(grad_output[0].shape)
+        calls.append((grad_output[0].shape, [None if x is None else x.shape for x in grad_input]))
         return tuple(map(scaled, grad_input))
 
     module.register_full_backward_hook(hook)

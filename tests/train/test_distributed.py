@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -26,7 +27,7 @@ from fastbert.runs.errors import SettingsError, TrainingError
 from fastbert.runs.torchrun import Launch, launch, only_main_speaks
 from fastbert.train import pretrain as pretrain_module
 from fastbert.train.checkpoint import checkpoint_folders
-from fastbert.train.distributed import check_shares, dropout_seed, local_device
+from fastbert.train.distributed import Processes, _failure, check_shares, dropout_seed, local_device
 from fastbert.train.loop import TrainingLoop
 from fastbert.train.metrics import read_metrics
 from fastbert.train.pretrain import pretrain
@@ -237,6 +238,19 @@ def test_a_gpu_for_every_process(monkeypatch):
         local_device(torch.device("cuda"), second)
     with pytest.raises(SettingsError, match="--device cuda:0: every process has a GPU of its own"):
         local_device(torch.device("cuda:0"), second)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("[gloo/transport/unbound_buffer.cc:81] Timed out waiting 3600000ms for recv", "heard nothing .* for 1:00:00, which hangs"),
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer", "has lost contact with another one"),
+    ],
+)
+def test_what_went_wrong_elsewhere(error, message):
+    processes = Processes(Launch(rank=0, world_size=2, local_rank=0), dist.HashStore())
+    failure = _failure(processes, RuntimeError(error))
+    assert isinstance(failure, TrainingError) and re.search(f"process 0 of 2 .*{message}", str(failure))
 
 
 def test_torchrun_starts_a_killed_run_again(settings, alone, tmp_path):
