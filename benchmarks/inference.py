@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert.runs import Say
+
 from . import cpu_goals, goals, model_work, profile
 from .ceilings import GemmsAlone, ceilings
 from .energy import Meter, meter
@@ -40,7 +42,6 @@ LARGEST_DIFFERENCE = {"float32": 2e-5, "bfloat16": 0.3, "int8": 0.5}
 RELATIVE_DIFFERENCE = 0.1
 BASELINE = f"{PEERS['transformers'].title} float32"
 FEW_TOKENS = 100  # a batch of fewer gets ten times the rounds
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert.runs import Say
+
 from .ceilings import ceilings
 from .harness import Keep, first_line, interleaved_kernels, paired_ratio, summary, synchronize, unfinished_results, write_results
 from .machine import machine
@@ -43,7 +45,6 @@ BOTH = "both"  # directions, one after the other
 _COMPILED, _COMPILE_PEER = PEERS["torch-compile"], "torch-compile"
 _REFUSALS = ("No available kernel", "No viable backend")  # of torch's scaled_dot_product_attention
 _SECONDS = 0.1  # of a contender, after which 3 rounds are enough
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

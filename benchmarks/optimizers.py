@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import fastbert
+from fastbert.runs import Say
 from fastbert.train.multi_tensor import MultiTensorOptimizer, not_supported_reason
 from fastbert.train.optimizer import build_lamb, build_optimizer
 
@@ -38,7 +38,6 @@ BYTES_PER_PARAMETER = {("adamw", OURS): 32, ("adamw", THEIRS): 40, ("lamb", OURS
 MAX_NORM, LEARNING_RATE, WEIGHT_DECAY = 1.0, 1e-4, 0.01
 # Of the norm of what torch's first two steps change; both compute in float32.
 LARGEST_DIFFERENCE = 1e-3
-Say = Callable[[str], None]
 
 
 class ClippedStep:

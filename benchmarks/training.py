@@ -21,6 +21,7 @@ import torch
 import transformers
 
 import fastbert
+from fastbert.runs import Say
 from fastbert.train.optimizer import build_optimizer
 
 from . import model_work, profile
@@ -43,7 +44,6 @@ OURS, PACKED = "fastbert", "fastbert packed"
 CONTENDERS = (*WHOLE_BATCHES, PADDED_TO_LONGEST, SORTED, OURS, PACKED, GRAPHED)
 Batch = Mapping[str, Any]
 Parts = tuple[tuple[float, Batch], ...]  # micro-batches of a step, each with its loss's weight
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

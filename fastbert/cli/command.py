@@ -20,11 +20,11 @@ import typer
 from typer.core import TyperCommand
 
 from fastbert.data.errors import DataError
+from fastbert.runs import Say
 from fastbert.runs.errors import SettingsError, TrainingError
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
-Say = Callable[[str], None]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

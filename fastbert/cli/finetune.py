@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.finetune.settings import DTYPES, MODES, FinetuneSettings
-from fastbert.runs.errors import SettingsError
 
 from .app import app
 from .command import (
@@ -135,12 +134,6 @@ def settings_from_options(given: dict[str, Any]) -> FinetuneSettings:
 
     Raises :class:`SettingsError` for values that cannot work and for options that are missing.
     """
-    from fastbert.finetune.folder import check_folder
+    from fastbert.finetune.folder import with_those_of_the_run
 
-    values = dict(given)
-    if given.get("resume") and not given.get("overwrite"):
-        run = check_folder(Path(given.get("output", S.output)), S.command_name, resume=True, overwrite=False)
-        values = {**(run or {}).get("settings", {}), "overwrite": False, **given}
-    if missing := [f"--{name}" for name in ("task", "model", "data") if name not in values]:
-        raise SettingsError(f"{', '.join(missing)} missing; fastbert finetune --help shows all options")
-    return FinetuneSettings.from_dict(values)
+    return FinetuneSettings.from_dict(with_those_of_the_run(FinetuneSettings, given, ("task", "model", "data")))

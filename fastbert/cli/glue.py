@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastbert.finetune.settings import DTYPES, MODES
 from fastbert.glue.settings import GlueSettings
-from fastbert.runs.errors import SettingsError
 from fastbert.tasks.glue_tasks import GLUE_TASKS
 
 from .app import app
@@ -108,13 +106,6 @@ def settings_from_options(given: dict[str, Any]) -> GlueSettings:
 
     Raises :class:`SettingsError` for values that cannot work and for options that a continued run cannot change.
     """
-    from fastbert.finetune.folder import check_folder
+    from fastbert.finetune.folder import with_those_of_the_run
 
-    run = None
-    if given.get("resume") and not given.get("overwrite"):
-        run = check_folder(Path(given.get("output", GlueSettings.output)), GlueSettings.command_name, resume=True, overwrite=False)
-    values = {**(run or {}).get("settings", {}), "overwrite": False, **given}
-    for name in ("data", "model"):
-        if name not in values:
-            raise SettingsError(f"--{name} is missing")
-    return GlueSettings.from_dict(values)
+    return GlueSettings.from_dict(with_those_of_the_run(GlueSettings, given, ("data", "model")))

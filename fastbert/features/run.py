@@ -7,7 +7,7 @@ from the parts. Memory holds the texts and one chunk per process; a run that was
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastbert.runs import Say
 from fastbert.runs.errors import TrainingError
 from fastbert.runs.one_writer import one_writer
 from fastbert.runs.torchrun import refuse_several_processes
@@ -28,7 +29,6 @@ from .texts import Texts, read_texts
 from .workers import Chunk, Done, WorkerDied, make_chunk, make_chunks
 
 Outcomes = Generator[Done | tuple[Chunk, Exception], None, None]
-Say = Callable[[str], None]
 _FORMAT = 2
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from fastbert.data.corpus import corpus_parts, read_documents
 from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
+from fastbert.runs import Say
 from fastbert.runs.errors import SettingsError
 from fastbert.runs.folder import write_json
 from fastbert.runs.full_disk import write_errors
@@ -46,8 +47,6 @@ LONGEST = 128
 # Of the steps, those in which a new head learns alone.
 HEAD_FIRST = 0.2
 _EVALUATION_SEED = 20181011
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fastbert.runs.command_settings import CommandSettings, option
 from fastbert.runs.errors import SettingsError
 from fastbert.runs.folder import check_writable
 from fastbert.tasks.glue_tasks import GLUE_TASKS
@@ -56,6 +58,21 @@ def _strangers(output: Path, command: str) -> list[str]:
     """What lies in ``output`` and a run does not write; hidden files are what an interrupted run was writing."""
     names = [path.name for path in output.iterdir() if not path.name.startswith(".")]
     return [name for name in names if not any(fnmatch(name, own) for own in _OWN[command])]
+
+
+def with_those_of_the_run(settings: type[CommandSettings], given: dict[str, Any], required: Sequence[str]) -> dict[str, Any]:
+    """The options ``given``, with ``--resume`` over the settings of the run in the output folder.
+
+    Raises SettingsError where ``required`` ones are missing, and for a folder that holds no such run.
+    """
+    values = dict(given)
+    if given.get("resume") and not given.get("overwrite"):
+        output = Path(given.get("output", settings.output))
+        run = check_folder(output, settings.command_name, resume=True, overwrite=False)
+        values = {**(run or {}).get("settings", {}), "overwrite": False, **given}
+    if missing := [option(name) for name in required if name not in values]:
+        raise SettingsError(f"{', '.join(missing)} missing; fastbert {settings.command_name} --help shows all options")
+    return values
 
 
 def read_run(output: Path) -> dict[str, Any] | None:

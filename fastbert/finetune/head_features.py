@@ -31,10 +31,10 @@ from transformers import PreTrainedModel
 
 from fastbert.data.budget import token_budget_batches
 from fastbert.data.collator import DataCollatorWithPacking
+from fastbert.runs import Say
 from fastbert.runs.folder import write_json
 from fastbert.user_cache import user_cache_folder
 
-Say = Callable[[str], None]
 # Changes when the same weights and tokens would give other states, or the files another form.
 _FORMAT = 1
 _TOKENS_PER_BATCH = 4096

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastbert.model.encoder import PackedEncoder
+from fastbert.runs import Say
 from fastbert.runs.errors import SettingsError
 from fastbert.tasks.model import TaskModel
 
 from .head_features import encoder_states
 
-Say = Callable[[str], None]
 # Families whose head reads every token; the others read the first one of each sequence.
 _PER_TOKEN = ("words", "questions")
 

@@ -13,7 +13,7 @@ give the same outputs in every epoch. Without gradients to compute they keep not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fastbert.model.accelerate import restore
 from fastbert.model.int8_checkpoint import METHOD as INT8
+from fastbert.runs import Say
 from fastbert.runs.errors import SettingsError
 from fastbert.tasks.model import TaskModel, accelerated
 from fastbert.tasks.task import Outputs
@@ -41,7 +42,6 @@ LORA_TARGETS = ("query", "value")
 _PEFT_TASKS = {"text": "SEQ_CLS", "words": "TOKEN_CLS"}
 
 Rows = Sequence[dict[str, Any]]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastbert.data.sources import Source
+from fastbert.runs import Say
 from fastbert.runs.errors import SettingsError
 from fastbert.tasks import metrics
 from fastbert.tasks.examples import Examples
@@ -21,7 +21,6 @@ from fastbert.tasks.task import Features, Task
 from .modes import check_config
 from .settings import FinetuneSettings
 
-Say = Callable[[str], None]
 TRAIN, DEV = "train", "dev"
 # What a task takes where nobody says: windows of questions as in Devlin et al. (2019).
 _DEFAULT_LENGTHS = {"questions": 384}

@@ -21,6 +21,7 @@ from transformers import set_seed
 from fastbert.data.sources import Source
 from fastbert.data.splits import find_splits
 from fastbert.data.tokenizer import save_tokenizer
+from fastbert.runs import Say
 from fastbert.runs.errors import SettingsError
 from fastbert.runs.folder import check_outside, write_json
 from fastbert.runs.full_disk import write_errors
@@ -39,7 +40,7 @@ from fastbert.tasks.task import Outputs, Task
 from .adapt import ADAPTATION_NAME, LONGEST, adapt, check_adaptation, check_corpus, effect
 from .folder import CHECKPOINTS, RUN_NAME, check_folder, delete_folder, move_in, new_folder, read_run
 from .modes import Tuning, autocast_dtype, check_packages, in_mode, prepare_mode
-from .prepared import DEV, TRAIN, PreparedTask, Say, Split, prepare_task
+from .prepared import DEV, TRAIN, PreparedTask, Split, prepare_task
 from .report import write_report
 from .settings import FinetuneSettings
 from .trainer import build_trainer

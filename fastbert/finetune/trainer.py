@@ -13,13 +13,13 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastbert.runs import Say
 from fastbert.runs.errors import TrainingError
 from fastbert.runs.full_disk import write_errors
 from fastbert.tasks.model import TaskModel
 
 from .settings import FinetuneSettings
 
-Say = Callable[[str], None]
 Score = Callable[[], dict[str, float]]
 
 

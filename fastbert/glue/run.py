@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastbert.finetune.folder import RUN_NAME, check_folder, delete_folder, read
 from fastbert.finetune.modes import check_packages, in_mode
 from fastbert.finetune.prepared import drawn
 from fastbert.finetune.run import finetune
+from fastbert.runs import Say
 from fastbert.runs.errors import SettingsError
 from fastbert.runs.folder import check_outside, write_json
 from fastbert.runs.full_disk import write_errors
@@ -54,8 +55,6 @@ _FROM_MNLI = ("mrpc", "stsb", "rte")
 
 # What a run needs at its end, and the extra that brings it: to be missed at its beginning.
 _NEEDED = {"sklearn": "eval", "scipy": "eval", "matplotlib": "train"}
-
-Say = Callable[[str], None]
 
 
 @one_writer

@@ -33,7 +33,7 @@ from ..user_cache import user_cache_folder
 PREFERENCE = 0.03
 _ROUNDS = 3
 _BUDGET_S = 0.15  # of one kind; a candidate's first run is never left out
-_HOPELESS = 1.5  # a candidate that took this many times the best has no second run
+HOPELESS = 1.5  # a candidate that took this many times the best has no second run
 _CACHE_BYTES = 1 << 26  # more than the last level of most
 _lock = lock()
 _known: dict[int, dict[str, dict[str, float]]] = {}  # number of threads -> kind -> candidate -> FLOP/s, best first
@@ -130,7 +130,7 @@ def _measure(candidates: Mapping[str, Callable[..., object]], operands: Callable
         start = time.perf_counter()
         for _ in range(_ROUNDS - 1):
             for name, run in candidates.items():
-                if time.perf_counter() - start < _BUDGET_S and seconds[name] < _HOPELESS * min(seconds.values()):
+                if time.perf_counter() - start < _BUDGET_S and seconds[name] < HOPELESS * min(seconds.values()):
                     seconds[name] = min(seconds[name], timed(run))
     return {name: flops / seconds[name] for name in sorted(seconds, key=seconds.__getitem__)}
 

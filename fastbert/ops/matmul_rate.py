@@ -19,7 +19,6 @@ from .linear import onednn_multiplies, onednn_unavailable_reason
 Matmul = Callable[[], Tensor]
 
 LEAST_ROUNDS = 2
-_HOPELESS = 1.5  # a library that took this many times the best has no second run
 
 
 def matmul_rates(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.3) -> dict[str, float]:
@@ -80,20 +79,21 @@ def _best_seconds(products: dict[str, Matmul], device: torch.device, seconds: fl
     started, rounds = time.perf_counter(), 1
     while rounds < LEAST_ROUNDS or time.perf_counter() - started < seconds:
         for name, product in products.items():
-            if best[name] < _HOPELESS * min(best.values()):
+            if best[name] < calibration.HOPELESS * min(best.values()):
                 best[name] = min(best[name], _seconds(product, device))
         rounds += 1
     return best
 
 
 def _seconds(product: Matmul, device: torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     product()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given, so that a clock read next is true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

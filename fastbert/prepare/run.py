@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastbert.data.corpus import CorpusPart, Reading, check_enough, corpus_parts
 from fastbert.data.errors import CorpusError
 from fastbert.data.shards import open_shards, tokenizer_fingerprint
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
+from fastbert.runs import Say
 from fastbert.runs.errors import TrainingError
 from fastbert.runs.one_writer import one_writer
 from fastbert.runs.torchrun import refuse_several_processes
@@ -33,7 +34,6 @@ from .settings import DEFAULT_VOCAB_SIZE, PrepareSettings
 from .workers import EncodedBatch, WorkerDied, encode_in_order
 from .writer import ShardWriter, folder_bytes
 
-Say = Callable[[str], None]
 # Characters from the corpus's beginning that a vocabulary is trained on: with more of them hardly one of its entries changes, and
 # all of them are in memory.
 TOKENIZER_CHARACTERS = 200_000_000

@@ -22,11 +22,12 @@ from transformers import BertForPreTraining, PreTrainedModel
 
 from fastbert.data.batches import PackedBatch
 from fastbert.data.masking import IGNORE_INDEX
+from fastbert.ops.matmul_rate import synchronize
 from fastbert.runs.errors import TrainingError
 
 from .checkpoint import Snapshot
 from .evaluate import evaluate
-from .learner import Learner, MicroBatch, synchronize
+from .learner import Learner, MicroBatch
 from .metrics import BatchScores, scores_tensor
 from .settings import PretrainSettings
 

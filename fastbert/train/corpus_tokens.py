@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,11 @@ from fastbert.data.corpus import CorpusReport, Document, embedded_documents, rea
 from fastbert.data.shards import is_prepared, open_shards
 from fastbert.data.tokenizer import load_tokenizer, train_wordpiece
 from fastbert.data.tokens import TokenizedCorpus, tokenize_documents
+from fastbert.runs import Say
 from fastbert.runs.command_settings import option
 from fastbert.runs.errors import SettingsError
 
 from .settings import DEFAULT_VOCAB_SIZE, PretrainSettings
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

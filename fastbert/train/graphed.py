@@ -26,9 +26,9 @@ from torch import Tensor
 
 from fastbert.model.fallback import model_fallback_reasons
 from fastbert.ops.backends import not_supported_reasons
+from fastbert.runs import Say
 
 from .distributed import Processes
-from .inputs import Say
 from .learner import Learner, MicroBatch
 from .metrics import STEP_SCORES
 from .settings import PretrainSettings

@@ -17,10 +17,11 @@ from fastbert.data.batches import PackedBatch, PretrainingBatches
 from fastbert.data.errors import CorpusError
 from fastbert.data.hub import no_waiting_for_the_hub
 from fastbert.data.tokens import TokenizedCorpus
+from fastbert.runs import Say
 from fastbert.runs.errors import SettingsError
 from fastbert.runs.model import check_sizes
 
-from .corpus_tokens import Say, corpus_tokens
+from .corpus_tokens import corpus_tokens
 from .settings import Phase, PretrainSettings
 
 PretrainingModel = BertForPreTraining | BertForMaskedLM

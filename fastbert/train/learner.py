@@ -217,9 +217,3 @@ def os_errors(path: Path) -> Iterator[None]:
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """The forward pass in ``dtype``, on weights that stay float32."""
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given, so that a clock read next is true."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

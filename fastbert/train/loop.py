@@ -13,6 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastbert.data.loader import Position, step_batches
+from fastbert.ops.matmul_rate import synchronize
+from fastbert.runs import Say
 from fastbert.runs.errors import TrainingInterrupted
 
 from .background import CheckpointWriter
@@ -21,9 +23,9 @@ from .compare import Comparison
 from .distributed import Processes, dropout_seed
 from .graphed import CudaRecorder, GraphedStep, not_recorded_reasons
 from .guard import check_skipped, skipped_text
-from .inputs import PreparedData, Say
+from .inputs import PreparedData
 from .interrupt import StopRequest
-from .learner import Learner, MicroBatch, synchronize
+from .learner import Learner, MicroBatch
 from .metrics import BatchScores, MetricsFile, Window
 from .prefetch import DeviceStep, device_steps
 from .run_folder import METRICS_NAME

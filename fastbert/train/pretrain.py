@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastbert.data.tokenizer import save_tokenizer
+from fastbert.runs import Say
 from fastbert.runs.errors import SettingsError, TrainingError
 from fastbert.runs.folder import write_json
 from fastbert.runs.model import pick_device
@@ -30,7 +31,7 @@ from .compare import Comparison, ComparisonReport
 from .distributed import Processes, check_shares, joined, local_device
 from .evaluate import evaluate
 from .fill_in import FilledMask, fill_in_examples
-from .inputs import PreparedData, Say, build_model, check_model, prepare_data
+from .inputs import PreparedData, build_model, check_model, prepare_data
 from .interrupt import StopRequest, stop_on_signals
 from .learner import MODEL_NAME, Learner, save_model
 from .loop import TrainingLoop

@@ -29,7 +29,8 @@ from transformers import BertConfig
 from fastbert.ops.matmul_rate import matmul_rates, unmeasured_reason
 
 if TYPE_CHECKING:  # the benchmarks need the FLOPs alone
-    from .inputs import Say
+    from fastbert.runs import Say
+
     from .prefetch import DeviceStep
     from .run_state import RunState
     from .settings import PretrainSettings

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastbert.runs import Say
 from fastbert.runs.errors import SettingsError
 
-from .inputs import Say
 from .run_folder import METRICS_NAME, TENSORBOARD_NAME
 
 PROJECT = "fastbert"

@@ -70,7 +70,7 @@ def test_wrong_usage(toy, tmp_path, words, message):
 def test_data_and_model_are_needed(toy, tmp_path):
     for words, name in ((toy[:2], "--model"), (toy[2:], "--data")):
         run = glue(*words, "--output", str(tmp_path / "run"))
-        assert run.exit_code == 2 and f"{name} is missing" in run.stderr
+        assert run.exit_code == 2 and f"{name} missing; fastbert glue --help" in run.stderr
 
 
 def test_what_is_no_run_of_glue_is_not_resumed(tmp_path):
