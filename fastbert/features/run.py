@@ -6,6 +6,7 @@ from the parts. Memory holds the texts and one chunk per process; a run that was
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -108,7 +109,12 @@ def embed(settings: EmbedSettings, say: Say) -> EmbedResult:
         "chunks": bounds,
     }
     parts = Parts(settings.output, manifest, len(bounds) - 1)
-    missing = parts.open(resume=settings.resume)
+    try:
+        missing = parts.open(resume=settings.resume)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # of files
+            parts.folder.rmdir()
+        raise OSError(f"{parts.folder} cannot be written: {error.strerror or error}") from error
     if settings.resume:
         say(f"{parts.count - len(missing)} of {parts.count} chunks are there already")
     processes = max(1, min(settings.num_processes, len(missing)))

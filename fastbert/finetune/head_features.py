@@ -223,6 +223,6 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"{folder}: the encoder's outputs take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; XDG_CACHE_HOME names "
+            f"{folder}: the encoder's outputs take {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free; XDG_CACHE_HOME names "
             "another place, and --mode top-k --top-k-layers 1 needs none"
         )

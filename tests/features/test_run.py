@@ -385,6 +385,17 @@ def test_a_text_of_which_nothing_is_kept_is_named_before_the_first_chunk(checkpo
     assert embed(settings_for(checkpoint, path, output), quiet).sequences == 603
 
 
+def test_a_disk_without_room_for_the_first_file(checkpoint, lines, tmp_path, monkeypatch):
+    def full(path, document):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastbert.features.parts.write_json", full)
+        with pytest.raises(OSError, match="out.npy.parts cannot be written: No space left on device"):
+            embed(settings_for(checkpoint, lines, tmp_path / "out.npy"), quiet)
+    assert not (tmp_path / "out.npy.parts").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
