@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+import subprocess
 import sys
 from types import ModuleType
 
@@ -12,6 +14,7 @@ from fastbert.build_report import import_built
 from fastbert.ops import native
 from fastbert.ops.cuda import extension
 
+from .conftest import REPOSITORY
 from .test_package import python
 
 MODULES = pytest.mark.parametrize(("name", "names"), [("_cpu", native.NAMES), ("_cuda", extension.NAMES)])
@@ -63,3 +66,12 @@ def test_without_them_everything_is_there_but_their_backends(module):
     for backend, name in (("native", "_cpu"), ("cuda", "_cuda")):
         assert reasons[backend] != "None"
         assert reasons[backend].startswith(f"fastbert.{name} was built from other sources") == (module != "None")
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not installed")
+@pytest.mark.parametrize("source", sorted((REPOSITORY / "csrc" / "cpu").glob("*.cpp")), ids=lambda source: source.stem)
+def test_clang_takes_the_kernels(source):
+    """It looks into templates where GCC does not yet."""
+    flags = ["-std=c++17", "-Icsrc", "-DFASTBERT_ISA=baseline", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    done = subprocess.run(["clang++", *flags, str(source)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -76,7 +76,8 @@ struct StoreProbabilities {
   float scale, bound;
 
   template <int Vectors>
-  FASTBERT_INLINE void operator()(int64_t row, int64_t column, const Vec (&scores)[Vectors]) const {
+  FASTBERT_INLINE void operator()([[maybe_unused]] int64_t row, [[maybe_unused]] int64_t column,
+                                  [[maybe_unused]] const Vec (&scores)[Vectors]) const {
 #if defined(__AVX512BF16__)
     Vec e[Vectors + 1];
 #pragma GCC unroll 8

@@ -234,8 +234,10 @@ void multiply_packed_panel(int64_t rows, int64_t groups, Left a, const uint32_t*
         const auto multiply_rows = [&](const auto& finish) {
           packed_rows<Group, line_count>(last - first, block, tile_rows, block_start, to, first_group > 0, part, finish);
         };
-        if constexpr (kSumsWait<FinishWaiting> && line_count <= 1) {
-          if (first_group == 0) return multiply_rows([=](int row, int v) { finish_waiting(first + row, v); });
+        if constexpr (kSumsWait<FinishWaiting>) {  // alone, as line_count is known later and the call below is looked at now
+          if constexpr (line_count <= 1) {
+            if (first_group == 0) return multiply_rows([=](int row, int v) { finish_waiting(first + row, v); });
+          }
         }
         multiply_rows(NothingWaits());
       };

@@ -118,7 +118,6 @@ class PackedEncoder:
         return packing
 
     def _packed_forward(self, packing, attention_mask, read, kwargs, *, input_ids, token_type_ids, position_ids, inputs_embeds):
-        labels, labelled_rows, first_only = read
         tokens = inputs_embeds if input_ids is None else input_ids
         if packing is None:
             packing = Packing.from_mask(attention_mask, tuple(tokens.shape[:2]), tokens.device)
@@ -127,12 +126,7 @@ class PackedEncoder:
         config = self.config
         recorded = _HiddenStates(hidden_states_wanted(config, kwargs), config)
         hidden_states = recorded.add(hidden_states, packing)
-        selection, total, has_pooler = None, hidden_states.shape[0], getattr(self, "pooler", None) is not None
-        known = (labels is not None or (first_only and has_pooler)) and total > 0 and not torch.compiler.is_compiling()
-        if known and labels is None:  # first, because a short request is a fifth Python
-            known = few_are_worth_it(packing.num_sequences, total, self.training or torch.is_grad_enabled())
-        if known and not all_rows_reasons(self, recorded.states is not None):
-            selection = RowSelection(packing, total, labels, first=has_pooler, labelled_rows=labelled_rows)
+        selection = self._selection(read, packing, hidden_states.shape[0], recorded.states is not None)
         layers = list(self.encoder.layer)
         of_layers = _packings(packing, layers)
         if torch.compiler.is_compiling() and _drops(self.encoder):  # a checkpointed layer may not draw what later ones use
@@ -150,15 +144,8 @@ class PackedEncoder:
                 take_half(hidden_states)  # which no layer will
 
         output = self._output(hidden_states, packing, selection, last_layer, of_layers[-1])
-        pooler = getattr(self, "pooler", None)
-        if pooler is not None:
-            if last_layer is not None or reads_first_rows(self):
-                first = packing.first_positions(hidden_states) if last_layer is None else output.first_rows()
-                pooled = pool(pooler, first)
-                if pooled is None:
-                    pooled = pooler(first.unsqueeze(1))
-            else:
-                pooled = pooler(packing.to_sequences(hidden_states))
+        if getattr(self, "pooler", None) is not None:
+            pooled = self._pooled(hidden_states if last_layer is None else None, packing, output)
             if pooled is not None:
                 output["pooler_output"] = pooled
         if rows is not None and last_layer is None:
@@ -168,6 +155,27 @@ class PackedEncoder:
                 output.last_hidden_state = recorded.states[-1]
             output.hidden_states = tuple(recorded.states)
         return output.to_tuple() if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False else output
+
+    def _selection(self, read, packing: Packing, total: int, keeps_states: bool) -> RowSelection | None:
+        """The rows that somebody reads, of ``total``, where they are known and may be fewer than all."""
+        labels, labelled_rows, first_only = read
+        has_pooler = getattr(self, "pooler", None) is not None
+        if torch.compiler.is_compiling() or (labels is None and not (first_only and has_pooler)) or total == 0:
+            return None
+        trains = self.training or torch.is_grad_enabled()
+        if labels is None and not few_are_worth_it(packing.num_sequences, total, trains):  # first: it takes next to no time
+            return None
+        if all_rows_reasons(self, keeps_states):
+            return None
+        return RowSelection(packing, total, labels, first=has_pooler, labelled_rows=labelled_rows)
+
+    def _pooled(self, rows: Tensor | None, packing: Packing, output: PooledEncoderOutput) -> Tensor | None:
+        """What the pooler makes of ``rows`` (total, hidden), or of those that ``output`` has where only some are computed."""
+        if rows is not None and not reads_first_rows(self):
+            return self.pooler(packing.to_sequences(rows))
+        first = output.first_rows() if rows is None else packing.first_positions(rows)
+        pooled = pool(self.pooler, first)
+        return self.pooler(first.unsqueeze(1)) if pooled is None else pooled
 
     def _answer(self, packing: Packing, rows: Tensor, pooled: Tensor | None):
         output = self._output(rows, packing, None, None, packing)
