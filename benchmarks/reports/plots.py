@@ -157,7 +157,7 @@ def _rates(rows: Sequence[Row], along: int, xlabel: str, title: str) -> Figure:
     of_name = styles(_contenders(rows))
     for dtype, axes in panels.items():
         for name in _contenders(rows):
-            points = [(equal_lengths(row)[along], row) for row in rows if (row.contender, row.dtype) == (name, dtype)]  # type: ignore[index]
+            points = [(equal_lengths(row)[along], row) for row in rows if (row.contender, row.dtype) == (name, dtype)]
             points.sort(key=lambda point: point[0])
             if points:
                 ours = points[0][1].ours
@@ -165,7 +165,7 @@ def _rates(rows: Sequence[Row], along: int, xlabel: str, title: str) -> Figure:
                     [x for x, _ in points], [row.tokens_per_s or 0.0 for _, row in points],
                     linewidth=2.5 if ours else 1.2, zorder=3 if ours else 2, **_marker(of_name[name], ours),
                 )  # fmt: skip
-        ticks = sorted({equal_lengths(row)[along] for row in rows})  # type: ignore[index]
+        ticks = sorted({equal_lengths(row)[along] for row in rows})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set(xlabel=xlabel, ylabel="real tokens per second", ylim=(0, None))
@@ -174,12 +174,12 @@ def _rates(rows: Sequence[Row], along: int, xlabel: str, title: str) -> Figure:
 
 
 def _by_length(rows: Sequence[Row]) -> Figure:
-    sequences, length = equal_lengths(rows[0])  # type: ignore[misc]
+    sequences, length = equal_lengths(rows[0])
     return _rates(rows, 1, "tokens of each sequence", f"{_subject(rows)}: batches of {sequences * length:,} tokens")
 
 
 def _by_sequences(rows: Sequence[Row]) -> Figure:
-    _, length = equal_lengths(rows[0])  # type: ignore[misc]
+    _, length = equal_lengths(rows[0])
     return _rates(rows, 0, "sequences in a batch", f"{_subject(rows)}: sequences of {length:,} tokens")
 
 
@@ -231,7 +231,7 @@ def _ratios(rows: Sequence[Row]) -> Figure:
 
 
 def _memory(rows: Sequence[Row]) -> Figure:
-    figure, panels = _dots(rows, lambda row: (row.peak_bytes / 1e9,) * 3, lambda size: memory(round(size * 1e9)))  # type: ignore[operator]
+    figure, panels = _dots(rows, lambda row: (row.peak_bytes / 1e9,) * 3, lambda size: memory(round(size * 1e9)))
     for axes in panels.values():
         axes.set(xlabel="peak memory beyond weights and batch, GB", xlim=(0, None))
     return _finish(figure, rows, f"{_subject(rows)}: memory")
@@ -243,22 +243,22 @@ def _roofline(rows: Sequence[Row]) -> Figure:
 
     figure, panels = _panels(rows, 5.2, shared_y=True)
     of_name = styles(_contenders(rows))
-    at = [row.flops / row.bytes for row in rows]  # type: ignore[operator]
-    ridges = [row.matmul_flops / row.copy_bytes for row in rows]  # type: ignore[operator]
+    at = [row.flops / row.bytes for row in rows]
+    ridges = [row.matmul_flops / row.copy_bytes for row in rows]
     left, right = min(*at, *ridges) / 3, max(*at, *ridges) * 3
     for dtype, axes in panels.items():
         of_dtype = [row for row in rows if row.dtype == dtype]
         rate, copies = of_dtype[0].matmul_flops, of_dtype[0].copy_bytes
-        ridge = rate / copies  # type: ignore[operator]
-        axes.plot([left, ridge, right], [min(x * copies, rate) / 1e9 for x in (left, ridge, right)], color=_BLACK)  # type: ignore[operator, type-var]
-        roofs = f"roofs: {rate / 1e9:,.0f} GFLOP/s of matmuls,\n{copies / 1e9:,.0f} GB/s of copies"  # type: ignore[operator]
+        ridge = rate / copies
+        axes.plot([left, ridge, right], [min(x * copies, rate) / 1e9 for x in (left, ridge, right)], color=_BLACK)
+        roofs = f"roofs: {rate / 1e9:,.0f} GFLOP/s of matmuls,\n{copies / 1e9:,.0f} GB/s of copies"
         axes.text(0.03, 0.97, roofs, transform=axes.transAxes, va="top", fontsize=8)
         for row in of_dtype:
             axes.plot(
-                row.flops / row.bytes, row.flops / row.median_s / 1e9,  # type: ignore[operator]
+                row.flops / row.bytes, row.flops / row.median_s / 1e9,
                 linestyle="none", zorder=3 if row.ours else 2, **_marker(of_name[row.contender], row.ours),
             )  # fmt: skip
-        for x, batches in _near({row.batch: row.flops / row.bytes for row in of_dtype}):  # type: ignore[operator]
+        for x, batches in _near({row.batch: row.flops / row.bytes for row in of_dtype}):
             name = batches[0] + (f" and {len(batches) - 1} more" if len(batches) > 1 else "")
             axes.axvline(x, color=_GREY, linewidth=0.4)
             axes.annotate(
@@ -269,7 +269,7 @@ def _roofline(rows: Sequence[Row]) -> Figure:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:,.6g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    reached = [row.flops / row.median_s for row in rows]  # type: ignore[operator]
+    reached = [row.flops / row.median_s for row in rows]
     roof = max(row.matmul_flops or 0.0 for row in rows)
     axes.set_ylim(min(reached) / 1e9 / 4, max(*reached, roof) / 1e9 * 3)  # room for the names below and the roofs' text above
     return _finish(figure, rows, f"{_subject(rows)}: roofline")

@@ -118,7 +118,7 @@ def warmup(
         typer.Option(
             help="bfloat16, float16, float32, tf32 (float32 with TF32 products allowed); several may follow.", metavar="DTYPE..."
         ),
-    ] = ("bfloat16",),  # type: ignore[assignment]
+    ] = ("bfloat16",),
     max_seq_length: Annotated[
         int, typer.Option(min=1, help="Tokens of a sequence at most; never more than the checkpoint has positions.")
     ] = 512,

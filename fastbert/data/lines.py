@@ -35,7 +35,7 @@ def read_raw_lines(
         if zipped and path.stat().st_size == 0:
             raise EOFError
         with gzip.open(path) if zipped else path.open("rb") as file:
-            lines = io.BufferedReader(file)  # type: ignore[arg-type]
+            lines = io.BufferedReader(file)
             for number, line in enumerate(lines, 1) if longest is None else _pieces(lines, longest):
                 yield number, line
     except EOFError as error:

@@ -173,7 +173,7 @@ class TokenShards(Sequence["TokenizedCorpus"]):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, index: int) -> TokenizedCorpus:  # type: ignore[override]
+    def __getitem__(self, index: int) -> TokenizedCorpus:
         """Raises IndexError, and CorpusError for a file that is not the one that was written."""
         index = range(len(self))[index]
         corpus = self._open.pop(index, None) or self._map(self.shards[index])

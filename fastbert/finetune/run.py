@@ -337,7 +337,7 @@ def _finish(
         output=settings.output,
         task=prepared.task.name,
         main_metric=metric,
-        best_seed=int(best_seed(document["seeds"], metric)),  # type: ignore[arg-type]
+        best_seed=int(best_seed(document["seeds"], metric)),
         scores=summary(seeds),
         seeds=[{key: value for key, value in seed.items() if key != "log"} for seed in seeds],
         data=document["data"],

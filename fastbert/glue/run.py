@@ -229,7 +229,7 @@ def _finetune(settings: GlueSettings, splits: GlueSplits, seed: int, start: str,
     else:
         shutil.rmtree(folder, ignore_errors=True)
     finetune(pair, say)
-    return read_run(folder)  # type: ignore[return-value]
+    return read_run(folder)
 
 
 def _submit(settings: GlueSettings, found: dict[str, GlueSplits], results: Results, document: dict[str, Any]) -> dict[str, Any]:

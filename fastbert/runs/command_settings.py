@@ -64,7 +64,7 @@ class CommandSettings:
             raise SettingsError(f"--seeds holds {max(seeds)}; the largest seed is {LARGEST_SEED}")
 
     def check_resume_or_overwrite(self) -> None:
-        if self.resume and self.overwrite:  # type: ignore[attr-defined]
+        if self.resume and self.overwrite:
             raise SettingsError("--resume continues the run in the output folder, --overwrite deletes it: give one of them")
 
     def not_default(self, *names: str) -> list[str]:

@@ -94,10 +94,10 @@ class Examples(Generic[E]):
 
     def with_places(self, predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """One prediction of each example, behind ``input``, the place that the example was read from."""
-        places = [example.place for example in self.items]  # type: ignore[attr-defined]
+        places = [example.place for example in self.items]
         return [{"input": place, **prediction} for place, prediction in zip(places, predictions, strict=True)]
 
     def error(self, example: E | None, field: str | None, problem: str) -> DataError:
         """The error of ``problem`` in a field of an example, or of all of them."""
-        place = None if example is None else example.place  # type: ignore[attr-defined]
+        place = None if example is None else example.place
         return DataError.at(self.source, place, None if field is None else self.columns.get(field, field), problem)

@@ -62,7 +62,7 @@ def model_outputs(
                 bar.update(len(batch))
     finally:
         model.train(training)
-    return results  # type: ignore[return-value]
+    return results
 
 
 def _by_row(output: Any, family: str, lengths: list[int], packed: bool) -> list[NDArray[np.float32]]:

@@ -142,7 +142,7 @@ class TextClassification(Task):
                     problem = f"holds {'1' if count else '0'} in all {len(train)} rows: there is nothing to learn"
                     raise DataError.at(train.source, None, label, problem)
                 raise _never_changes(train, label)
-        alone = self.problem == MULTI and not any(len(example.label) > 1 for example in train)  # type: ignore[arg-type]
+        alone = self.problem == MULTI and not any(len(example.label) > 1 for example in train)
         if alone and not train.label_columns and {label.lower() for label in labels} <= {*_FALSE, *_TRUE}:
             held = " or ".join(map(repr, labels))
             problem = f"holds {held}, expected names of labels; a single column of 0 and 1 is for --task text-classification"
@@ -220,10 +220,10 @@ class TextClassification(Task):
 
     def _target(self, example: TextExample) -> int | float | list[float]:
         if self.problem == REGRESSION:
-            return float(example.label)  # type: ignore[arg-type]
+            return float(example.label)
         if self.problem == SINGLE:
             return self._numbers[example.label]
-        return [float(label in example.label) for label in self.labels]  # type: ignore[operator]
+        return [float(label in example.label) for label in self.labels]
 
     @cached_property
     def _numbers(self) -> dict[Any, int]:
@@ -242,7 +242,7 @@ class TextClassification(Task):
         counts: Counter[str] = Counter()
         if self.problem != REGRESSION:
             for example in examples:
-                counts.update(example.label if isinstance(example.label, tuple) else (example.label,))  # type: ignore[arg-type]
+                counts.update(example.label if isinstance(example.label, tuple) else (example.label,))
         return dict(counts)
 
     def confusion(

@@ -95,7 +95,7 @@ class TokenClassification(Task):
 
     def with_labels_of(self, train: Examples[WordsExample]) -> TokenClassification:
         self._check_present(train)
-        tags = {tag for example in train for tag in example.tags}  # type: ignore[union-attr]
+        tags = {tag for example in train for tag in example.tags}
         if len(tags) == 1:
             raise train.error(None, "tags", f"every word has the tag {next(iter(tags))!r}: there is nothing to learn")
         entities = self.entities
@@ -117,7 +117,7 @@ class TokenClassification(Task):
         if labelled:
             self._check_present(examples)
             for example in examples:
-                for number, tag in enumerate(example.tags, 1):  # type: ignore[arg-type]
+                for number, tag in enumerate(example.tags, 1):
                     if tag not in self._numbers:
                         known = ", ".join(self.labels)
                         raise examples.error(
@@ -161,7 +161,7 @@ class TokenClassification(Task):
                     row["token_type_ids"] = [0] * len(ids)
                 if labelled:
                     labels = np.full(len(ids), IGNORED)
-                    labels[positions] = [self._numbers[tag] for tag in example.tags[first:end]]  # type: ignore[index]
+                    labels[positions] = [self._numbers[tag] for tag in example.tags[first:end]]
                     row["labels"] = labels.tolist()
                 features.rows.append(row)
                 features.example_of.append(number)
@@ -180,7 +180,7 @@ class TokenClassification(Task):
         predicted = self.predicted_tags(outputs, features, examples)
         expected = [example.tags for example in examples]
         if self.entities:
-            return metrics.entity_scores(predicted, expected)  # type: ignore[arg-type]
+            return metrics.entity_scores(predicted, expected)
         flat = [np.array([self._numbers[tag] for tags in side for tag in tags]) for side in (predicted, expected)]
         scores = metrics.classification_scores(flat[0], flat[1], len(self.labels))
         return {name: scores[name] for name in metrics.TAGS}

@@ -46,7 +46,7 @@ class MultiTensorOptimizer(Optimizer):
         return norm
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         gradients = self._gradients()
         table = self._table_of(gradients)
         groups = [self._group(group) for group in self.param_groups]

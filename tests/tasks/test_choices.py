@@ -227,7 +227,7 @@ def test_batches_are_those_of_transformers(tokenizer: Any) -> None:
 def test_scores_and_predictions() -> None:
     examples = Examples("made up", [ChoiceExample("row", "A.", ("x", "y", "z"), None, label) for label in (0, 1, 2, 2)], {})
     outputs = [np.log(np.array(values, np.float32)) for values in ([2, 1, 1], [1, 2, 1], [1, 1, 2], [4, 1, 1])]
-    features = TASK.features(Examples("made up", [], {}), None, 16, labelled=True)  # type: ignore[arg-type]
+    features = TASK.features(Examples("made up", [], {}), None, 16, labelled=True)
     assert TASK.scores(outputs, features, examples) == {"accuracy": 0.75}
     prediction = TASK.predictions(outputs, features, examples)[2]
     assert (prediction["label"], prediction["choice"]) == (2, "z")

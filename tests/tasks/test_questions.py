@@ -111,7 +111,7 @@ def test_windows_of_a_long_context(tokenizer: Any, length: int, doc_stride: int,
             )
         assert example.context[: windows[0].spans[0, 0]].strip() == example.context[windows[-1].spans[-1, 1] :].strip() == ""
         rows = [row for row, owner in zip(features.rows, features.example_of) if owner == number]
-        answer = example.answers[0]  # type: ignore[index]
+        answer = example.answers[0]
         for row, window in zip(rows, windows):
             whole = window.spans[0, 0] <= answer.start and answer.start + len(answer.text) <= window.spans[-1, 1]
             assert (row["start_positions"] > 0) == whole
@@ -145,7 +145,7 @@ def test_the_labels_as_logits_give_the_answers(tokenizer: Any) -> None:
     features = TASK.features(some, tokenizer, 40, labelled=True)
     assert TASK.scores(oracle(features), features, some) == {"exact_match": 1.0, "f1": 1.0}
     for prediction, example in zip(TASK.predictions(oracle(features), features, some), some, strict=True):
-        answer = example.answers[0]  # type: ignore[index]
+        answer = example.answers[0]
         assert prediction["answer"] == answer.text == example.context[prediction["start"] : prediction["end"]]
         assert (prediction["id"], prediction["start"]) == (example.id, answer.start)
 
