@@ -4,7 +4,9 @@ VENV := .venv
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# What is imported is compiled then, the most never: pip would compile all of it, for 40 seconds of a core.
+# What is imported is compiled then, once, the most never: pip would compile all of it, for 40 seconds of a core. Where Python may
+# not keep what it compiles, each of the many processes of the tests would compile torch and transformers for itself.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(PIP) install --no-compile --constraint $(CONSTRAINTS)
 SOURCES := $(wildcard setup.py pyproject.toml $(CONSTRAINTS) csrc/*.* csrc/*/*.*)
 # A package that carries a real BERT checkpoint (88 MB), for the tests that compare with transformers on one.
