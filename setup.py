@@ -214,7 +214,8 @@ def build_cpu(temp: Path, target: str) -> dict[str, object]:
     objects = [str(temp / f"{Path(source).stem}.{name}.o") for source, name, _ in units]
     commands = [[*cxx, *flags, *extra, "-c", source, "-o", obj] for (source, _, extra), obj in zip(units, objects)]
     # The slowest to compile come first: the bindings, and the sets of the widest vectors, which are the last.
-    run_parallel([*commands[: len(CPU_COMMON)], *commands[: len(CPU_COMMON) - 1 : -1]])
+    common, of_sets = commands[: len(CPU_COMMON)], commands[len(CPU_COMMON) :]
+    run_parallel([*common, *reversed(of_sets)])
     link([*cxx, "-shared", *objects], target)
     return {"compiler": f"{version}; it knows no flags for {', '.join(unknown)}" if unknown else version}
 

@@ -20,7 +20,7 @@ from . import losses, page_text, pictures, readme
 from .documents import Document, ReportError, documents, others
 from .pictures import Picture
 from .report import hardware, made_by, model_rows, op_rows, section, title, versions, write_text
-from .rows import DTYPES, OURS, Row
+from .rows import DTYPES, OURS
 from .tables import markdown, times
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -67,10 +67,7 @@ def main() -> None:
         parser.error(str(error))
     if given.check:
         differences = list(check(page, places))
-        print(
-            "\n".join(differences)
-            or "docs/performance.md, its machines' pages and pictures and README.md are what the results give"
-        )
+        print("\n".join(differences) or "docs/performance.md, machines' pages, pictures and README.md are what the results give")
         sys.exit(1 if differences else 0)
     if reason := pictures.why_not():
         parser.error(reason)
@@ -177,19 +174,9 @@ def _summary(by_machine: Mapping[str, Mapping[str, Document]]) -> str:
             ours = [row for row in model_rows(document) if row.contender == OURS and row.median_s is not None]
             for batch in dict.fromkeys(row.batch for row in ours):
                 of_dtype = {row.dtype: row for row in ours if row.batch == batch}
-                lines.append(
-                    [page, _title(name, document), batch, *(_against_transformers(of_dtype.get(dtype)) for dtype in DTYPES)]
-                )
+                ratios = [times(*row.against_transformers) if (row := of_dtype.get(dtype)) else None for dtype in DTYPES]
+                lines.append([page, _title(name, document), batch, *ratios])
     return markdown(("machine", "suite and model", "batch", "float32", "bfloat16", "int8, against float32"), lines, text_columns=3)
-
-
-def _against_transformers(row: Row | None) -> str | None:
-    """Against transformers in the same dtype; of int8, which it has not, in float32."""
-    if row is None:
-        return None
-    if row.dtype == "int8":
-        return times(row.float32_ratio, row.float32_ratio_q25, row.float32_ratio_q75)
-    return times(row.ratio, row.ratio_q25, row.ratio_q75)
 
 
 def _when_not(by_machine: Mapping[str, Mapping[str, Document]]) -> Iterator[str]:

@@ -28,25 +28,19 @@ def rendered(text: str, by_machine: Mapping[str, Documents]) -> str:
 
     def table(match: re.Match[str]) -> str:
         start, name, _, end = match.groups()
-        if name == "machines":
-            made = machines_table(by_machine)
-        elif name in TABLES:
-            needed, make = TABLES[name]
-            documents = by_machine.get(MACHINE, {})
-            if missing := [f"{suite}.json" for suite in needed if suite not in documents]:
-                raise ReportError(f"README.md's table {name!r} needs {', '.join(missing)} in benchmarks/results/{MACHINE}")
-            made = make(documents)
-        else:
-            known = ", ".join((*TABLES, "machines"))
-            raise ReportError(f"README.md asks for the table {name!r} from benchmarks/results: there are {known}")
-        return f"{start}\n{made}\n\n{end}"
+        if name not in TABLES:
+            raise ReportError(f"README.md asks for the table {name!r} from benchmarks/results: there are {', '.join(TABLES)}")
+        needed, make = TABLES[name]
+        if missing := [f"{suite}.json" for suite in needed if suite not in by_machine.get(MACHINE, {})]:
+            raise ReportError(f"README.md's table {name!r} needs {', '.join(missing)} in benchmarks/results/{MACHINE}")
+        return f"{start}\n{make(by_machine)}\n\n{end}"
 
     return _BLOCK.sub(table, text)
 
 
-def inference_table(documents: Documents) -> str:
+def inference_table(by_machine: Mapping[str, Documents]) -> str:
     """A line for each contender with its dtypes, a column for each of the usual batches."""
-    document = documents["inference"]
+    document = by_machine[MACHINE]["inference"]
     found = by_batch(rows_of(document))
     batches = [batch for batch in workloads(STANDARD) if batch.name in found]
     timed = [{(row.contender, row.dtype): row for row in found[batch.name] if row.reason is None} for batch in batches]
@@ -65,9 +59,9 @@ def inference_table(documents: Documents) -> str:
     return "\n".join([*lines, _line(["float32 against transformers, share of the matmul rate", *shares])])
 
 
-def training_table(documents: Documents) -> str:
+def training_table(by_machine: Mapping[str, Documents]) -> str:
     """A line for each suite and dtype on its usual batch: milliseconds and peak memory of three contenders."""
-    contenders = (THEIRS, PADDED_TO_LONGEST, OURS)
+    documents, contenders = by_machine[MACHINE], (THEIRS, PADDED_TO_LONGEST, OURS)
     headings = [model_title(model_of(documents["finetune"])), THEIRS, PADDED_TO_LONGEST.removeprefix(f"{THEIRS} "), OURS, "ratio"]
     lines = [_line(headings), _rule(len(headings))]
     for suite, task, spec in (("finetune", "classification", "mnli"), ("pretrain", "MLM + NSP", "16x128")):
@@ -99,17 +93,18 @@ def machines_table(by_machine: Mapping[str, Documents]) -> str:
         for suite, batch in columns:
             rows = rows_of(documents[suite]) if suite in documents else []
             ours = [row for row in rows if row.batch == batch.name and row.contender == OURS and row.reason is None]
-            cells.append(" / ".join(_against_transformers(row) for row in ours) or _MISSING)
+            cells.append(" / ".join(_times(row, bold=False) for row in ours) or _MISSING)
         lines.append(_line([f"[{machine}](docs/performance/{machine}.md)", *cells]))
     return "\n".join(lines)
 
 
 _DOING = {"finetune": "fine-tuning", "pretrain": "pretraining"}
 
-# name -> the suites that it needs of one machine, and how to make it
-TABLES: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
+# name -> the suites that it needs of MACHINE, and how to make it
+TABLES: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Documents]], str]]] = {
     "inference": (("inference",), inference_table),
     "training": (("finetune", "pretrain"), training_table),
+    "machines": ((), machines_table),
 }
 
 
@@ -147,13 +142,9 @@ def _ms(row: Row | None) -> str:
 
 
 def _times(row: Row | None, bold: bool) -> str:
-    text = _MISSING if row is None or row.ratio is None else f"{row.ratio:.1f}x"
+    ratio = None if row is None else row.against_transformers[0]
+    text = _MISSING if ratio is None else f"{ratio:.1f}x"
     return f"**{text}**" if bold else text
-
-
-def _against_transformers(row: Row) -> str:
-    ratio = row.float32_ratio if row.dtype == "int8" else row.ratio
-    return _MISSING if ratio is None else f"{ratio:.1f}x"
 
 
 def _step(row: Row | None) -> str:

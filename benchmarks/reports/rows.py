@@ -63,6 +63,13 @@ class Row:
     matmul_flops: float | None = None
     copy_bytes: float | None = None
 
+    @property
+    def against_transformers(self) -> tuple[float | None, float | None, float | None]:
+        """The ratio to transformers in the same dtype, of int8, which it has not, to its float32; with quartiles."""
+        if self.dtype == "int8":
+            return self.float32_ratio, self.float32_ratio_q25, self.float32_ratio_q75
+        return self.ratio, self.ratio_q25, self.ratio_q75
+
 
 @dataclass(frozen=True)
 class OpRow:

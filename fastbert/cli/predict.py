@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastbert.runs.errors import SettingsError
+from fastbert.runs.folder import check_place
 from fastbert.runs.one_writer import writing_to
 from fastbert.runs.whole_file import whole_file
 
@@ -20,7 +20,6 @@ from .app import app
 from .command import CommandResult, DebugOption, JsonOption, Say, prints_unicode, run_command
 
 _FORMATS = (".jsonl", ".csv")
-_LONGEST_NAME = 250  # bytes: file systems take 255, and whole_file adds to it
 
 
 @app.command()
@@ -115,13 +114,7 @@ def check_output(path: Path, overwrite: bool) -> Path:
         raise SettingsError(f"--output {path} is a folder; give the name of a file")
     if path.exists() and not overwrite:
         raise SettingsError(f"--output {path} is there already; --overwrite replaces it")
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise SettingsError(f"--output {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output {path}: no permission to write to {folder}")
-    if len(os.fsencode(path.name)) > _LONGEST_NAME:
-        raise SettingsError(f"--output: the name {path.name[:40]}... is longer than {_LONGEST_NAME} bytes")
+    check_place(path)
     return path
 
 

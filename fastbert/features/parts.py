@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from fastbert.data.errors import DataError
 from fastbert.runs.errors import SettingsError
 from fastbert.runs.folder import write_json
+from fastbert.runs.whole_file import whole_file
 
 from .embedder import Embedded
 from .settings import MANIFEST, parts_folder
@@ -115,17 +115,8 @@ def write_part(path: Path, embedded: Embedded) -> None:
     }  # fmt: skip
     if embedded.names is not None:  # as JSON: numpy's strings lose NULs at their end
         arrays["names"] = np.frombuffer(json.dumps(embedded.names).encode(), np.uint8)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
+    with whole_file(path, on_disk=True) as beside, beside.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from fastbert.runs.command_settings import CommandSettings
 from fastbert.runs.errors import SettingsError
+from fastbert.runs.folder import check_place
 
 DTYPES = ("float32", "bfloat16", "int8")
 LEVELS = ("sequence", "token")
@@ -19,7 +19,7 @@ POOLINGS = ("mean", "cls", "max", "last-4")
 TOKENS_PER_BATCH = 4096
 # What a run keeps its finished chunks in, and the names of all that it writes there.
 MANIFEST = "manifest.json"
-_OURS = re.compile(r"manifest\.json|\.manifest\.json\.new|\.?chunk-\d+-[0-9a-f]+\.npz(\.\d+)?")
+_OURS = re.compile(r"manifest\.json|\.manifest\.json\.new|\.?chunk-\d+-[0-9a-f]+\.npz(\.new)?")
 
 
 def check_pooling(pooling: str | None, level: str) -> str | None:
@@ -116,10 +116,7 @@ def check_output(settings: EmbedSettings) -> None:
         raise SettingsError(f"--output {output} is one of the inputs; give another name")
     if output.is_dir():
         raise SettingsError(f"--output {output} is a folder; give the name of a file")
-    if not output.absolute().parent.is_dir():
-        raise SettingsError(f"--output {output}: there is no folder {output.absolute().parent}")
-    if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output {output}: no permission to write to {output.absolute().parent}")
+    check_place(output)
     if folder.exists() and (not folder.is_dir() or any(not _OURS.fullmatch(path.name) for path in folder.iterdir())):
         raise SettingsError(
             f"{folder} holds files that are from no run of fastbert embed and are left alone: choose another --output"

@@ -24,10 +24,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastbert.model.accelerate import restore
-from fastbert.model.int8_checkpoint import METHOD as INT8
 from fastbert.runs import Say
 from fastbert.runs.errors import SettingsError
-from fastbert.tasks.model import TaskModel, accelerated
+from fastbert.tasks.model import TaskModel, accelerated, stays_int8
 from fastbert.tasks.task import Outputs
 
 from .head_model import head_model, rows_of_states
@@ -80,7 +79,7 @@ def check_packages(mode: str) -> None:
 def check_config(config: PretrainedConfig, settings: FinetuneSettings) -> None:
     """Raises SettingsError for what the configuration of ``settings.model`` shows without its weights: that they are int8, and that
     it has fewer layers than are to train."""
-    if (config.to_dict().get("quantization_config") or {}).get("quant_method") == INT8:
+    if stays_int8(settings.model, config, None):
         raise SettingsError(f"--model {settings.model} holds int8 weights, which cannot train: give the model it was made of")
     layers = _upper_layers(settings)
     if settings.mode == "top-k" and layers > (there := getattr(config, "num_hidden_layers", layers)):

@@ -107,9 +107,9 @@ def answer(
         return None
     if base_was_changed(type(model)) or stack.is_overruled() or not is_known_attention(request.attention):
         return None
-    if begins_with_padding(attention_mask):
-        return None
     packing = Packing.from_mask(attention_mask, tuple(input_ids.shape), input_ids.device)
+    if packing.indices is not None and begins_with_padding(attention_mask):
+        return None
     total = (input_ids if packing.indices is None else packing.indices).numel()
     if total == 0 or (first_only and few_are_worth_it(packing.num_sequences, total, False)):
         return None

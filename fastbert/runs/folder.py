@@ -11,6 +11,8 @@ from typing import Any
 from .errors import SettingsError
 from .whole_file import whole_file
 
+_LONGEST_NAME = 250  # bytes: file systems take 255, and whole_file adds to it
+
 
 def write_json(path: Path, document: Any) -> None:
     """Writes ``document`` so that readers see the old file or the new one. NaN and infinity are refused (``ValueError``)."""
@@ -30,6 +32,18 @@ def check_writable(output: Path) -> None:
         raise SettingsError(f"--output {output}: {existing} is a file, so there can be no folder below it")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"--output {output}: no permission to write to {existing}")
+
+
+def check_place(output: Path) -> None:
+    """Raises :class:`SettingsError` or ``PermissionError`` where no file ``output`` can be written beside the others of its folder,
+    which is that of what a link leads to."""
+    folder = output.resolve().parent
+    if not folder.is_dir():
+        raise SettingsError(f"--output {output}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output {output}: no permission to write to {folder}")
+    if len(os.fsencode(output.name)) > _LONGEST_NAME:
+        raise SettingsError(f"--output: the name {output.name[:40]}... is longer than {_LONGEST_NAME} bytes")
 
 
 def check_outside(output: Path, inputs: Iterable[str]) -> None:

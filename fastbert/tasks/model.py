@@ -122,7 +122,7 @@ def accelerated(model: PreTrainedModel) -> list[str]:
 
 def stays_int8(name: str, config: PretrainedConfig, dtype: str | None) -> bool:
     """Whether the checkpoint was saved in int8. Raises SettingsError where it was and another ``dtype`` than that is asked for."""
-    saved = (getattr(config, "quantization_config", None) or {}).get("quant_method") == INT8
+    saved = (config.to_dict().get("quantization_config") or {}).get("quant_method") == INT8
     if saved and dtype not in (None, "int8"):
         raise SettingsError(f"--dtype {dtype}: {name} was saved in int8, which does not become {dtype} again")
     return saved

@@ -148,7 +148,7 @@ def test_a_full_disk_loses_nothing_and_resume_gives_the_same_bytes(checkpoint, m
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def full_for_the_output(number: int) -> None:
-        if os.readlink(f"/proc/self/fd/{number}").endswith(".new"):
+        if os.readlink(f"/proc/self/fd/{number}").endswith(f"{name}.new"):
             raise full
 
     with fails_at(monkeypatch, 5, full), pytest.raises(EmbeddingStopped, match=r"No space left.*5 of \d+ chunks.*--resume"):
